@@ -1,0 +1,1225 @@
+"""Train a small GPT as well as possible under a hard budget: 16,000,000 bytes, 600 seconds, scored in bits per byte.
+
+    python train_gpt.py                                      one process on whatever this machine has
+    python train_gpt.py records/recipes/demo_cpu.env         a configuration file of KEY=VALUE lines
+    SEED=1338 MATRIX_LR=0.03 python train_gpt.py             every knob is an environment variable, which wins
+    torchrun --standalone --nproc_per_node=8 train_gpt.py    eight GPUs; any number of ranks and nodes works
+    python train_gpt.py --help                               every knob with its default and meaning
+
+The file reads from top to bottom: Config, Runtime, Data, Bytes, Model, Optimizer, Schedule, Evaluation, Export,
+Training, main. Importing it does nothing.
+
+Dimensions in comments and suffixes: B batch, T time, D model, H query heads, K key-value heads, d head, V vocabulary.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import difflib
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import platform
+import re
+import sys
+import time
+import zlib
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
+
+SIZE_LIMIT = 16_000_000  # bytes of code plus artifact, decimal
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
+NO_DATA_HINT = """two commands bring some data and train on it:
+  python data/prepare_shakespeare.py
+  python train_gpt.py records/recipes/demo_cpu.env"""
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend: shown as a message without a traceback, exit code 2."""
+
+
+def require(ok, message: str):
+    if not ok:
+        raise UserError(message)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Config: every knob with its default, meaning and unit; where values come from; what may be combined.
+# A field's name in capitals is its environment variable.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def knob(default, meaning: str, low=None, high=None, choices=()):
+    """A field of Config; `low` and `high` are inclusive bounds, `choices` the only values allowed."""
+    return dataclasses.field(default=default, metadata={"meaning": meaning, "allowed": (low, high, choices)})
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    # Where things are
+    data_path: str = knob("./data/datasets/fineweb10B_sp1024", "folder of fineweb_{train,val}_NNNNNN.bin shards")
+    tokenizer_path: str = knob("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model of the shards")
+    log_dir: str = knob("./logs", "folder of the run folders")
+    run_id: str = knob("", "name of the run folder; empty: a time stamp")
+    seed: int = knob(1337, "seed of the initial weights", 0, 2**63 - 1)
+    # What it runs on
+    device: str = knob("auto", "device of every rank", choices=("auto", "cuda", "mps", "cpu"))
+    dtype: str = knob("auto", "type of activations and matrix products", choices=("auto", "bfloat16", "float32"))
+    compile: str = knob("auto", "torch.compile; auto: on where a compiler works", choices=("auto", "0", "1"))
+    attention: str = knob("auto", "attention backend; blocked is our own, by plain products",
+                          choices=("auto", "flash", "cudnn", "efficient", "math", "blocked"))  # fmt: skip
+    # Length of the run
+    iterations: int = knob(20_000, "optimizer steps at most", 1)
+    max_wallclock_seconds: float = knob(600.0, "training clock in seconds, without validation; 0: none", 0)
+    warmdown_frac: float = knob(0.3526, "share of the run over which the rates fall linearly to 0", 0, 1)
+    warmdown_iters: int = knob(-1, "the same in steps, instead of WARMDOWN_FRAC; -1: unused", -1)
+    warmup_steps: int = knob(20, "steps that compile and warm up; all state is restored after them", 0)
+    # Batch
+    train_batch_tokens: int = knob(393_216, "tokens per step, over all ranks and micro-steps", 1)
+    train_seq_len: int = knob(4096, "tokens per sequence, in training and in evaluation", 1)
+    grad_accum_steps: int = knob(0, "micro-steps per step; 0: at least 8 / ranks on CUDA, 1 elsewhere", 0)
+    micro_batch_tokens: int = knob(0, "tokens per micro-step and rank at most; 0: unlimited", 0)
+    # Logging and validation
+    train_log_every: int = knob(200, "steps between training log lines, after the first ten; 0: none", 0)
+    val_loss_every: int = knob(1000, "steps between validations; 0: only at the end", 0)
+    val_at_start: bool = knob(True, "validate before the first step, unless VAL_LOSS_EVERY is 0")
+    val_batch_size: int = knob(524_288, "tokens per validation batch, over all ranks and micro-steps", 1)
+    val_tokens_limit: int = knob(0, "score only the first N targets, labelled partial; 0: all", 0)
+    eval_stride: int = knob(0, "targets scored per sliding window; 0: disjoint windows", 0)
+    # Model
+    vocab_size: int = knob(1024, "tokens in the vocabulary; must match the tokenizer", 2, 65_536)
+    num_layers: int = knob(9, "transformer blocks", 1)
+    model_dim: int = knob(512, "width D of the residual stream", 2)
+    num_heads: int = knob(8, "query heads H", 1)
+    num_kv_heads: int = knob(4, "key-value heads K; divides NUM_HEADS", 1)
+    mlp_mult: int = knob(2, "hidden width of the MLP over MODEL_DIM", 1)
+    tie_embeddings: bool = knob(True, "the output projection is the embedding")
+    tied_embed_init_std: float = knob(0.005, "standard deviation of the initial tied embedding", 0)
+    rope_base: float = knob(10_000.0, "base of the rotary frequencies", 1)
+    qk_gain_init: float = knob(1.5, "initial gain of every query head")
+    logit_softcap: float = knob(30.0, "logits are squeezed smoothly into +- this", 1e-3)
+    # Optimizers
+    embed_lr: float = knob(0.6, "Adam rate of an untied embedding", 0)
+    head_lr: float = knob(0.008, "Adam rate of an untied output projection", 0)
+    tied_embed_lr: float = knob(0.03, "Adam rate of the tied embedding", 0)
+    scalar_lr: float = knob(0.02, "Adam rate of vectors, scales and gains", 0)
+    matrix_lr: float = knob(0.02, "Muon rate of the matrices of the blocks", 0)
+    muon_momentum: float = knob(0.99, "Muon momentum after its warm-up", 0, 0.99999)
+    muon_momentum_warmup_start: float = knob(0.92, "Muon momentum at step 0", 0, 0.99999)
+    muon_momentum_warmup_steps: int = knob(1500, "steps of the linear momentum warm-up", 0)
+    muon_backend_steps: int = knob(5, "Newton-Schulz iterations", 1)
+    beta1: float = knob(0.9, "Adam's first decay", 0, 0.999999)
+    beta2: float = knob(0.95, "Adam's second decay", 0, 0.999999)
+    adam_eps: float = knob(1e-8, "Adam's epsilon", 0)
+    grad_clip_norm: float = knob(0.0, "the global gradient norm is clipped to this, after reduction; 0: off", 0)
+    # Export
+    int8_scale_floor: float = knob(0.0, "least scale of an int8 row; raising it trades quality for size", 0)
+
+    @staticmethod
+    def load(argv: list[str], environ) -> "Config":
+        """Defaults, then the KEY=VALUE lines of the file in argv (at most one), then the environment, which wins."""
+        require(len(argv) <= 1 and not any(arg.startswith("-") for arg in argv),
+                f"arguments {argv}: expected at most one FILE.env; knobs are environment variables (--help)")  # fmt: skip
+        knobs = {field.name.upper(): field for field in dataclasses.fields(Config)}
+        texts = read_env_file(Path(argv[0])) if argv else {}
+        for name in set(texts) - set(knobs):
+            close = difflib.get_close_matches(name.upper(), knobs, 1)
+            raise UserError(f"{argv[0]}: {name} is not a knob: " + (f"did you mean {close[0]}?" if close else "see --help"))
+        texts |= {name: environ[name] for name in knobs if name in environ}
+        require("WARMDOWN_FRAC" not in texts or texts.get("WARMDOWN_ITERS", "-1") == "-1",
+                "WARMDOWN_FRAC and WARMDOWN_ITERS are both given: unset one, they set the same thing")  # fmt: skip
+        config = Config(**{knobs[name].name: parse(knobs[name], text.strip()) for name, text in texts.items()})
+        config.check()
+        return config
+
+    def check(self):
+        """Bounds of each knob, then what must hold between knobs."""
+        for field in dataclasses.fields(self):
+            value, (low, high, choices) = getattr(self, field.name), field.metadata["allowed"]
+            given = f"{field.name.upper()}={value}"
+            require(not choices or value in choices, f"{given}: expected one of {', '.join(choices)}")
+            require(low is None or value >= low, f"{given} is too small: the least is {low}")
+            require(high is None or value <= high, f"{given} is too large: the most is {high}")
+        D, H, T = self.model_dim, self.num_heads, self.train_seq_len
+        require(D % (2 * H) == 0, f"NUM_HEADS={H} does not cut MODEL_DIM={D} into heads of even width: "
+                f"use one of {divisors(D // 2) if D % 2 == 0 else 'none, MODEL_DIM must be even'}")  # fmt: skip
+        require(H % self.num_kv_heads == 0,
+                f"NUM_KV_HEADS={self.num_kv_heads} does not divide NUM_HEADS={H}: use one of {divisors(H)}")  # fmt: skip
+        require(self.train_batch_tokens % T == 0,
+                f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} is no multiple of TRAIN_SEQ_LEN={T}: "
+                f"use {math.ceil(self.train_batch_tokens / T) * T}")  # fmt: skip
+        require(self.eval_stride <= T, f"EVAL_STRIDE={self.eval_stride} is over TRAIN_SEQ_LEN={T}: lower it")
+        require(not (self.grad_accum_steps and self.micro_batch_tokens),
+                "GRAD_ACCUM_STEPS and MICRO_BATCH_TOKENS are both given: unset one, they set the same thing")  # fmt: skip
+        require(self.micro_batch_tokens == 0 or self.micro_batch_tokens >= T,
+                f"MICRO_BATCH_TOKENS={self.micro_batch_tokens} is less than TRAIN_SEQ_LEN={T}: raise it")  # fmt: skip
+        require(re.fullmatch(r"[\w+=-][\w.+=-]*|", self.run_id),
+                f"RUN_ID={self.run_id!r} cannot name a folder: use letters, digits and . _ + = -")  # fmt: skip
+
+    def texts(self) -> dict[str, str]:
+        """{KNOB: text}; read back, it gives this configuration again. WARMDOWN_FRAC yields to WARMDOWN_ITERS; RUN_ID is
+        left out, since it names one run."""
+        hidden = {"run_id", "warmdown_frac" if self.warmdown_iters >= 0 else "warmdown_iters"}
+        values = {f.name.upper(): getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in hidden}
+        return {name: str(int(value) if isinstance(value, bool) else value) for name, value in values.items()}
+
+    def accumulation_steps(self, world_size: int, device_type: str) -> int:
+        """Micro-steps per step: GRAD_ACCUM_STEPS, or the fewest that cut the batch into whole sequences, are at least
+        8 / world_size on CUDA (so that one GPU takes the micro-batches of eight) and keep to MICRO_BATCH_TOKENS."""
+        total = self.train_batch_tokens // self.train_seq_len
+        require(total % world_size == 0,
+                f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} is {total} sequences of {self.train_seq_len}, which "
+                f"{world_size} ranks cannot share: use {math.ceil(total / world_size) * world_size * self.train_seq_len} "
+                f"tokens, or a number of ranks among {divisors(total)}")  # fmt: skip
+        sequences = total // world_size
+        if self.grad_accum_steps:
+            require(sequences % self.grad_accum_steps == 0, f"GRAD_ACCUM_STEPS={self.grad_accum_steps} does not divide "
+                    f"the {sequences} sequences of a rank: use one of {divisors(sequences)}")  # fmt: skip
+            return self.grad_accum_steps
+        fewest = 8 / world_size if device_type == "cuda" else 1
+        if self.micro_batch_tokens:
+            fewest = max(fewest, sequences / (self.micro_batch_tokens // self.train_seq_len))
+        return next((n for n in divisors(sequences) if n >= fewest), sequences)
+
+
+def divisors(n: int) -> list[int]:
+    return [k for k in range(1, n + 1) if n % k == 0]
+
+
+def parse(field: dataclasses.Field, text: str):
+    """The value of a knob from its text; its type is that of its default."""
+    kind, given = type(field.default), f"{field.name.upper()}={text!r}"
+    if kind is bool:
+        require(text in ("0", "1"), f"{given} is not a switch: use 0 or 1")
+        return text == "1"
+    try:
+        value = kind(text)
+        require(kind is not float or math.isfinite(value), f"{given} is not finite: the default is {field.default}")
+        return value
+    except ValueError as error:
+        noun = "a whole number" if kind is int else "a number"
+        raise UserError(f"{given} is not {noun}: the default is {field.default}") from error
+
+
+def read_env_file(path: Path) -> dict[str, str]:
+    """{KEY: text} of KEY=VALUE lines. `#` starts a comment, a value may stand in quotes, nothing is expanded."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"configuration file {path} cannot be read ({error}): give the path of a FILE.env") from error
+    texts = {}
+    for number, line in enumerate(lines, 1):
+        if line.strip() and not line.lstrip().startswith("#"):
+            match = re.fullmatch(r"""\s*(\w+)\s*=\s*("[^"]*"|'[^']*'|(?:[^"'#\s](?:[^#]*[^#\s])?)?)\s*(?:\s#.*)?""", line)
+            require(match, f"{path}:{number}: {line.strip()!r} is not a KEY=VALUE line")
+            require(match[1] not in texts, f"{path}:{number}: {match[1]} is given twice: keep one")
+            texts[match[1]] = match[2].strip("\"'")
+    return texts
+
+
+def near_misses(environ) -> list[str]:
+    """Warnings for environment variables one edit, or one swap of neighbours, away from a knob."""
+    knobs = [field.name.upper() for field in dataclasses.fields(Config)]
+    warnings = []
+    for name, meant in itertools.product(sorted(set(environ) - set(knobs)), knobs):
+        head = len(os.path.commonprefix([name, meant]))
+        a, b = name[head:], meant[head:]
+        tail = len(os.path.commonprefix([a[::-1], b[::-1]]))
+        a, b = a[: len(a) - tail], b[: len(b) - tail]
+        if max(len(a), len(b)) <= 1 or (len(a) == 2 and a == b[::-1]):
+            warnings.append(f"warning: the environment variable {name} is no knob and changes nothing: {meant}?")
+    return warnings
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Runtime: the device and the ranks, what they tell each other, the run folder with its log, the one stopwatch.
+# Rank 0 owns every decision that depends on a clock.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Runtime:
+    """This process among `world_size` ranks, and its device. Collectives do nothing for one process."""
+
+    def __init__(self, config: Config, environ):
+        self.rank, self.world_size = int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1))
+        self.is_master = self.rank == 0
+        available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        kind = next(kind for kind in available if available[kind]) if config.device == "auto" else config.device
+        require(available[kind], f"DEVICE={kind}: this torch {torch.__version__} sees no such device: use DEVICE=auto")
+        require(kind != "mps" or self.world_size == 1, f"WORLD_SIZE={self.world_size}: Apple GPUs take one process alone")
+        gpus, local_ranks = torch.cuda.device_count(), int(environ.get("LOCAL_WORLD_SIZE", self.world_size))
+        index = int(environ.get("LOCAL_RANK", 0)) % gpus if kind == "cuda" else None
+        self.device = torch.device(kind, index)
+        if kind == "cuda":
+            torch.cuda.set_device(self.device)
+        self.dtype = getattr(torch, config.dtype) if config.dtype != "auto" else self.best_dtype()
+        self.note = f"device:{self.device} ({self.device_name()}) dtype:{str(self.dtype).removeprefix('torch.')}"
+        if self.world_size > 1:
+            backend = "nccl" if kind == "cuda" and local_ranks <= gpus else "gloo"
+            self.note += f" ranks:{self.world_size} by {backend}" + " (ranks share GPUs)" * (0 < gpus < local_ranks)
+            dist.init_process_group(backend)
+            # Decisions and float64 sums travel between the hosts: they must not wait for what is queued on the device.
+            self.hosts = dist.new_group(backend="gloo")
+
+    def best_dtype(self) -> torch.dtype:
+        """bfloat16 where the hardware multiplies it, float32 elsewhere."""
+        if self.device.type == "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:  # private tests: a torch that lacks them is taken to say no
+            tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+            native = self.device.type == "cpu" and any(getattr(torch.cpu, test, bool)() for test in tests)
+        return torch.bfloat16 if native else torch.float32
+
+    def device_name(self) -> str:
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+    def synchronize(self):
+        """Wait until the device has done all that was asked of it."""
+        if self.device.type != "cpu":
+            getattr(torch, self.device.type).synchronize()
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Sums over the ranks, in float64 on the hosts."""
+        total = torch.tensor(values, dtype=torch.float64)
+        if self.world_size > 1:
+            dist.all_reduce(total, group=self.hosts)
+        return total.tolist()
+
+    def share(self, value):
+        """Rank 0's value of any picklable object, on every rank."""
+        box = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, src=0, group=self.hosts)
+        return box[0]
+
+    def close(self):
+        if self.world_size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class RunFolder:
+    """logs/<run_id>/ and all that a run writes. Only rank 0 writes; lines logged before `create` are kept for it."""
+
+    def __init__(self, runtime: Runtime):
+        self.runtime, self.lines, self.log_file, self.metrics_file = runtime, [], None, None
+
+    def create(self, config: Config, code: bytes):
+        """Make the folder, which must not exist yet; a time stamp that is taken gets a suffix."""
+        stamp, problem = time.strftime("%Y-%m-%d_%H-%M-%S"), ""
+        for self.run_id in [config.run_id] if config.run_id else [stamp, *(f"{stamp}_{n}" for n in range(2, 100))]:
+            self.path = Path(config.log_dir) / self.run_id
+            try:
+                if self.runtime.is_master:
+                    self.path.mkdir(parents=True)
+                problem = ""
+                break
+            except FileExistsError:
+                problem = f"run folder {self.path} exists already: choose another RUN_ID or move it away"
+        self.run_id, self.path, problem = self.runtime.share((self.run_id, self.path, problem))
+        require(not problem, problem)
+        if self.runtime.is_master:
+            quote = {name: f'"{text}"' if re.search(r"[\s#']", text) else text for name, text in config.texts().items()}
+            self.write("config.env", "".join(f"{name}={text}\n" for name, text in quote.items()).encode())
+            self.write("train_gpt.py", code)
+            self.log_file = open(self.path / "train.log", "w", encoding="utf-8", buffering=1)
+            self.metrics_file = open(self.path / "metrics.jsonl", "w", encoding="utf-8")
+            self.log_file.writelines(f"{line}\n" for line in self.lines)
+
+    def log(self, line: str):
+        if self.runtime.is_master:
+            print(line, flush=True)
+            self.log_file.write(f"{line}\n") if self.log_file else self.lines.append(line)
+
+    def metrics(self, **values):
+        """One JSON object a line, for programs."""
+        if self.runtime.is_master:
+            self.metrics_file.write(json.dumps(values) + "\n")
+
+    def write(self, name: str, data: bytes):
+        """Write a file of the folder such that it is there whole or not at all."""
+        temporary = self.path / f".{name}.tmp"
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.path / name)
+
+    def close(self):
+        for file in filter(None, (self.log_file, self.metrics_file)):
+            file.close()
+
+
+class Stopwatch:
+    """Seconds spent in each phase of a run. One phase runs at a time; the device is drained where two meet."""
+
+    def __init__(self, synchronize):
+        self.synchronize, self.phase, self.since = synchronize, "startup", time.perf_counter()
+        self.seconds = dict.fromkeys(("startup", "compile", "training", "evaluation", "export"), 0.0)
+
+    def switch(self, phase: str):
+        self.synchronize()
+        self.seconds[self.phase], self.since = self.elapsed(self.phase), time.perf_counter()
+        self.phase = phase
+
+    def elapsed(self, phase: str) -> float:
+        return self.seconds[phase] + (time.perf_counter() - self.since if phase == self.phase else 0.0)
+
+
+def choose_compile(config: Config, runtime: Runtime) -> tuple[bool, str]:
+    """Whether to torch.compile, and why; COMPILE=auto compiles one tiny function to find out."""
+    if config.compile != "auto":
+        return config.compile == "1", f"COMPILE={config.compile}"
+    if runtime.device.type == "mps" or sys.platform == "win32":
+        return False, f"no reliable compiler for {runtime.device.type} on {sys.platform}"
+    try:
+        torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=runtime.device))
+        return True, "a trial compilation worked"
+    except Exception as error:  # whatever a missing or broken toolchain raises
+        return False, f"a trial compilation failed: {str(error).strip().splitlines()[0][:120]}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data: the shard format, the order of the stream, its position, the next step read ahead.
+# Step at position p: sequence i is tokens[p + i*T : p + i*T + T + 1]; ranks and micro-steps take contiguous slices.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def open_shard(path: Path) -> np.ndarray:
+    """Memory-mapped uint16 tokens of a shard: 256 int32 (magic, version, token count, zeros), then the tokens."""
+    size = path.stat().st_size
+    require(size >= SHARD_HEADER_BYTES, f"shard {path} has {size} bytes, less than a header: make or fetch it again")
+    magic, version, count = np.fromfile(path, dtype="<i4", count=3).tolist()
+    require((magic, version) == (SHARD_MAGIC, SHARD_VERSION),
+            f"shard {path} has magic {magic} version {version}, expected {SHARD_MAGIC} version {SHARD_VERSION}: "
+            "it is damaged or in another format: make or fetch it again")  # fmt: skip
+    require(count > 0 and size == SHARD_HEADER_BYTES + 2 * count,
+            f"shard {path} has {size} bytes, but {count} tokens take {SHARD_HEADER_BYTES + 2 * count}: "
+            "it was cut short or damaged: make or fetch it again")  # fmt: skip
+    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
+
+
+class TokenStream:
+    """The shards of one split as one sequence of tokens."""
+
+    def __init__(self, folder: str, split: str, vocab_size: int):
+        self.pattern, self.vocab_size = f"{folder}/fineweb_{split}_*.bin", vocab_size
+        require(Path(folder).is_dir(), f"DATA_PATH={folder} is no folder; {NO_DATA_HINT}")
+        # Digits only: a glob would also take side files such as fineweb_val_000000_old.bin for validation text.
+        numbered = {int(m[1]): path for path in Path(folder).iterdir()
+                    if (m := re.fullmatch(rf"fineweb_{split}_(\d+)\.bin", path.name))}  # fmt: skip
+        require(numbered, f"DATA_PATH={folder} holds no fineweb_{split}_NNNNNN.bin; {NO_DATA_HINT}")
+        missing = sorted(set(range(min(numbered), max(numbered))) - set(numbered))
+        require(not missing, f"{self.pattern}: shard number {missing[:1]} is missing between others: fetch it again")
+        self.shards = [open_shard(path) for _, path in sorted(numbered.items())]
+        self.ends = np.cumsum([len(shard) for shard in self.shards])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """`count` uint16 tokens from position `start`, across shards, wrapping at the end; all inside the vocabulary."""
+        pieces = []
+        while count > 0:
+            start %= len(self)
+            index = int(np.searchsorted(self.ends, start, side="right"))
+            pieces.append(self.shards[index][start - self.ends[index] :][:count])  # counted from the shard's end
+            count -= len(pieces[-1])
+            start += len(pieces[-1])
+        tokens = np.concatenate(pieces)
+        require(tokens.max() < self.vocab_size, f"{self.pattern}: token {tokens.max()} is outside VOCAB_SIZE="
+                f"{self.vocab_size}: set DATA_PATH, TOKENIZER_PATH and VOCAB_SIZE together")  # fmt: skip
+        return tokens
+
+
+def to_device(tokens: np.ndarray, device: torch.device) -> Tensor:
+    """int64 tokens on the device; two bytes a token on the wire, copied asynchronously on CUDA."""
+    wire = torch.from_numpy(tokens.view(np.int16))  # torch's own uint16 lacks kernels on some devices
+    wire = wire.pin_memory() if device.type == "cuda" else wire
+    return wire.to(device, non_blocking=True).long() & 0xFFFF
+
+
+class TrainLoader:
+    """This rank's share of each step; a thread reads the next one ahead. `position`, where in the stream the next step
+    starts, is all that a resume has to restore."""
+
+    def __init__(self, stream: TokenStream, config: Config, runtime: Runtime, accum_steps: int):
+        self.stream, self.batch_tokens, self.device = stream, config.train_batch_tokens, runtime.device
+        self.share = self.batch_tokens // runtime.world_size
+        self.sequences = self.share // config.train_seq_len
+        self.offset, self.shape = runtime.rank * self.share, (accum_steps, -1, config.train_seq_len)
+        self.reader = ThreadPoolExecutor(max_workers=1)
+        self.seek(0)
+
+    def seek(self, position: int):
+        self.position = position % len(self.stream)
+        self.ahead = self.reader.submit(self.stream.read, self.position + self.offset, self.share + 1)
+
+    def next_step(self) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, [micro-steps, B, T] each."""
+        tokens = to_device(self.ahead.result(), self.device)
+        self.seek(self.position + self.batch_tokens)
+        return tokens[:-1].view(self.shape), tokens[1:].view(self.shape)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bytes: the tokenizer, and the only place that knows what a token weighs in bytes of text.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class TokenBytes:
+    """Bytes of text per token of a SentencePiece model.
+
+    Control, unknown and unused pieces weigh 0 and are boundaries; a byte piece weighs 1; any other weighs its UTF-8 text
+    with U+2581 as a space, except that a leading U+2581 right after a boundary is the tokenizer's own and weighs 0."""
+
+    AUDIT_TOKENS = 1_000_000
+
+    def __init__(self, path: str, vocab_size: int):
+        from sentencepiece import SentencePieceProcessor  # late: importing this file must stay light
+
+        require(Path(path).is_file(), f"TOKENIZER_PATH={path} does not exist; {NO_DATA_HINT}")
+        try:
+            self.model = SentencePieceProcessor(model_file=path)
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"TOKENIZER_PATH={path} is no SentencePiece model: make or fetch it again") from error
+        size = self.model.vocab_size()
+        require(size == vocab_size, f"VOCAB_SIZE={vocab_size}, but TOKENIZER_PATH={path} has {size} pieces: "
+                f"set VOCAB_SIZE={size}, or the tokenizer that made the shards")  # fmt: skip
+        special = (self.model.is_control, self.model.is_unknown, self.model.is_unused)
+        pieces = [self.model.id_to_piece(token) for token in range(size)]
+        require("\u2581" in pieces, f"{path} has no piece for a single space (U+2581): use another tokenizer")
+        self.path, self.boundary = path, np.array([any(test(token) for test in special) for token in range(size)])
+        self.leading_space = np.array([piece.startswith("\u2581") for piece in pieces]) & ~self.boundary
+        self.weight = np.array([len(piece.removeprefix("\u2581").replace("\u2581", " ").encode()) for piece in pieces])
+        self.weight[[self.model.is_byte(token) for token in range(size)]] = 1
+        self.weight[self.boundary] = 0
+
+    def weigh(self, tokens: np.ndarray) -> int:
+        """Bytes of tokens[1:], each in the context of the token before it."""
+        before, target = tokens[:-1], tokens[1:]
+        return int(self.weight[target].sum() + np.count_nonzero(self.leading_space[target] & ~self.boundary[before]))
+
+    def audit(self, stream: TokenStream, stated: int | None) -> str:
+        """Prove the table on the first tokens: cut at boundaries and decoded, the text must be as long as the table
+        says; and all tokens must weigh the `stated` bytes. Returns what was proved; raises where it does not hold."""
+        tokens = stream.read(0, min(self.AUDIT_TOKENS, len(stream)))
+        starts = np.flatnonzero(self.boundary[tokens])
+        if len(tokens) < len(stream) and len(starts) and starts[-1] > 0:
+            tokens = tokens[: starts[-1]]  # whole documents: half a character would not decode
+        starts = np.flatnonzero(self.boundary[tokens])
+        documents = [document.tolist() for document in np.split(tokens, starts)]
+        decoded = sum(len(text.encode()) for text in self.model.decode(documents))
+        leading = np.count_nonzero(self.leading_space[tokens[:1]]) if not len(starts) or starts[0] > 0 else 0
+        weighed = self.weigh(tokens) + int(self.weight[tokens[0]]) + 0 * leading
+        require(weighed == decoded, f"{stream.pattern}: {self.path} decodes the first {len(tokens)} tokens to {decoded} "
+                f"bytes, but their pieces weigh {weighed}: scores would be wrong: use the shards' tokenizer")  # fmt: skip
+        line = f"byte_audit: {len(tokens)} tokens in {len(starts)} documents decode to the {decoded} bytes they weigh"
+        if stated is not None:
+            reads = range(0, len(stream) - 1, 2**24)
+            weighed = sum(self.weigh(stream.read(at, min(2**24 + 1, len(stream) - at))) for at in reads)
+            require(weighed == stated, f"{stream.pattern}: weighs {weighed} bytes, but manifest.json states {stated}: "
+                    "make or fetch the data again")  # fmt: skip
+            line += f"; all {len(stream)} tokens weigh the {stated} bytes of the manifest"
+        return line
+
+
+def manifest_bytes(folder: str) -> int | None:
+    """The true bytes of the validation text, where the data has a manifest that states them."""
+    path = Path(folder) / "manifest.json"
+    try:
+        return int(json.loads(path.read_text(encoding="utf-8"))["splits"]["val"]["bytes"]) if path.is_file() else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} states no splits.val.bytes: prepare the data again or move the manifest") from error
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model: attention, the architecture, one initialisation rule per parameter. Precision: fp32 masters (the embedding is
+# bf16 on accelerators), activations and matrix products in the run's dtype, norms, softmax and loss in fp32.
+# ----------------------------------------------------------------------------------------------------------------------
+
+CONTROL_TENSORS = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights")
+
+
+def grouped_attention(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q_BHTd, k_BKTd, v_BKTd, is_causal=True, enable_gqa=True)
+
+
+def expanded_attention(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor) -> Tensor:
+    """For kernels without grouped heads."""
+    k_BHTd, v_BHTd = (kv.repeat_interleave(q_BHTd.size(1) // kv.size(1), dim=1) for kv in (k_BKTd, v_BKTd))
+    return F.scaled_dot_product_attention(q_BHTd, k_BHTd, v_BHTd, is_causal=True)
+
+
+def blocked_attention(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor, block: int = 128) -> Tensor:
+    """Plain products, each block of queries against its own past, so that half of the square is never computed. Twice as
+    fast as torch's CPU flash kernel at T = 256; memory grows with T squared, so it is for short sequences."""
+    B, H, T, d = q_BHTd.shape
+    q_NGTd, k_NTd, v_NTd = q_BHTd.reshape(-1, H // k_BKTd.size(1), T, d), k_BKTd.flatten(0, 1), v_BKTd.flatten(0, 1)
+    outputs = []
+    for start in range(0, T, block):
+        stop = min(start + block, T)
+        scores = q_NGTd[:, :, start:stop].flatten(1, 2) @ k_NTd[:, :stop].mT * d**-0.5
+        hidden = torch.ones(stop - start, stop, dtype=torch.bool, device=scores.device).triu(start + 1)
+        scores = scores.unflatten(1, (-1, stop - start)).float().masked_fill(hidden, -math.inf)
+        weights = scores.softmax(dim=-1).to(v_NTd.dtype).flatten(1, 2)
+        outputs.append((weights @ v_NTd[:, :stop]).unflatten(1, (-1, stop - start)))
+    return torch.cat(outputs, dim=2).view(B, H, T, d)
+
+
+def choose_attention(config: Config, runtime: Runtime, batch: int):
+    """(function, log line) of the first backend whose kernel runs forward and backward at the real shape.
+
+    SDPA is pinned to it by torch's global switches, which compiled graphs respect."""
+    sdpa = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
+            "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}  # fmt: skip
+    short = config.train_seq_len <= 1024
+    order = {"cuda": ["flash", "cudnn", "efficient", "math"], "mps": ["math", "blocked"],
+             "cpu": ["blocked", "flash", "math"] if short else ["flash", "math"]}[runtime.device.type]  # fmt: skip
+    failed = []
+    for name in order if config.attention == "auto" else [config.attention]:
+        for attend in [blocked_attention] if name == "blocked" else [grouped_attention, expanded_attention]:
+            try:
+                with sdpa_kernel(sdpa.get(name, SDPBackend.MATH)):
+                    heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+                    shapes = [(batch, n, config.train_seq_len, config.model_dim // config.num_heads) for n in heads]
+                    options = {"device": runtime.device, "dtype": runtime.dtype, "requires_grad": True}
+                    attend(*(torch.ones(shape, **options) for shape in shapes)).sum().backward()
+            except (RuntimeError, NotImplementedError) as error:
+                failed.append(f"{name} {attend.__name__} ({str(error).splitlines()[0][:80]})")
+                continue
+            for kind, switch in zip(sdpa, ("flash", "cudnn", "mem_efficient", "math"), strict=True):
+                getattr(torch.backends.cuda, f"enable_{switch}_sdp")(kind == name or name not in sdpa)
+            note = f"attention:{name} by {attend.__name__}" + (f" after {', '.join(failed)} failed" if failed else "")
+            return attend, note
+    raise UserError(f"ATTENTION={config.attention} does not run on {runtime.device}: {', '.join(failed)}")
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.size(-1),), eps=2.0**-23)  # computed in fp32, whose own epsilon this is
+
+
+class Linear(nn.Module):
+    """x @ weight.T with an fp32 master weight, cast to the type of x at use."""
+
+    def __init__(self, fan_in: int, fan_out: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(fan_out, fan_in))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def rope_tables(length: int, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """cos and sin [T, d/2] in fp32 from fp32 positions (Su et al., RoFormer): bf16 positions would merge past 256."""
+    frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_BTHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE in halves: dimension i of the first half turns with dimension i of the second. cos, sin: [T, 1, d/2]."""
+    a, b = x_BTHd.chunk(2, dim=-1)
+    return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention (Shazeer 2019; Ainslie et al. 2023) with normalised queries and keys."""
+
+    def __init__(self, config: Config, attend):
+        super().__init__()
+        D, self.head_dim, self.attend = config.model_dim, config.model_dim // config.num_heads, attend
+        kv_dim = self.head_dim * config.num_kv_heads
+        self.c_q, self.c_k, self.c_v, self.proj = Linear(D, D), Linear(D, kv_dim), Linear(D, kv_dim), Linear(D, D)
+        self.q_gain = nn.Parameter(torch.empty(config.num_heads))
+
+    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q, k, v = (c(x_BTD).unflatten(-1, (-1, self.head_dim)) for c in (self.c_q, self.c_k, self.c_v))
+        q = rotate(rms_norm(q), cos, sin) * self.q_gain.to(q.dtype)[:, None]
+        k = rotate(rms_norm(k), cos, sin)
+        y = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return self.proj(y.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        hidden = config.mlp_mult * config.model_dim
+        self.fc, self.proj = Linear(config.model_dim, hidden), Linear(hidden, config.model_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(F.relu(self.fc(x)).square())
+
+
+class Block(nn.Module):
+    def __init__(self, config: Config, attend):
+        super().__init__()
+        self.attn, self.mlp = Attention(config, attend), MLP(config)
+        self.attn_scale, self.mlp_scale = (nn.Parameter(torch.empty(config.model_dim)) for _ in range(2))
+        self.resid_mix = nn.Parameter(torch.empty(2, config.model_dim))
+
+    def forward(self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        mix = self.resid_mix.to(x.dtype)
+        x = mix[0] * x + mix[1] * x0
+        x = x + self.attn_scale.to(x.dtype) * self.attn(rms_norm(x), cos, sin)
+        return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x))
+
+
+class GPT(nn.Module):
+    """A U-net of blocks over a normalised embedding; tied or untied output; softcapped logits."""
+
+    def __init__(self, config: Config, attend=expanded_attention, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.dtype, self.softcap, self.pushes = dtype, config.logit_softcap, config.num_layers // 2
+        self.tok_emb = nn.Embedding(config.vocab_size, config.model_dim)
+        self.blocks = nn.ModuleList(Block(config, attend) for _ in range(config.num_layers))
+        self.skip_weights = nn.Parameter(torch.empty(self.pushes, config.model_dim))
+        self.lm_head = None if config.tie_embeddings else Linear(config.model_dim, config.vocab_size)
+        cos, sin = rope_tables(config.train_seq_len, config.model_dim // config.num_heads, config.rope_base)
+        self.register_buffer("cos", cos[:, None], persistent=False)
+        self.register_buffer("sin", sin[:, None], persistent=False)
+        self.init_weights(config)
+
+    @torch.no_grad()
+    def init_weights(self, config: Config):
+        """One rule per parameter, drawn on the CPU: every device and every rank starts from the same numbers."""
+        generator = torch.Generator().manual_seed(config.seed)
+        for name, p in self.named_parameters():
+            kind = name.removesuffix(".weight").split(".")[-1]
+            if kind == "tok_emb":
+                p.normal_(std=config.tied_embed_init_std if config.tie_embeddings else 1.0, generator=generator)
+            elif kind in ("c_q", "c_k", "c_v", "fc"):
+                p.uniform_(-(p.size(1) ** -0.5), p.size(1) ** -0.5, generator=generator)
+            elif kind in ("proj", "lm_head"):
+                p.zero_()
+            elif kind in ("attn_scale", "mlp_scale", "skip_weights"):
+                p.fill_(1.0)
+            elif kind == "resid_mix":
+                p.copy_(torch.tensor([[1.0], [0.0]]).expand_as(p))
+            elif kind == "q_gain":
+                p.fill_(config.qk_gain_init)
+            else:
+                raise AssertionError(f"no initialisation rule covers parameter {name}")
+
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
+        """Losses [B, T] in nats where targets are given, softcapped logits [B, T, V] otherwise; both fp32."""
+        T = tokens_BT.size(1)
+        cos, sin = self.cos[:T].to(self.dtype), self.sin[:T].to(self.dtype)
+        x = x0 = rms_norm(self.tok_emb(tokens_BT).to(self.dtype))
+        skips = []
+        for i, block in enumerate(self.blocks):
+            if i >= self.pushes and skips:
+                x = x + self.skip_weights[i - self.pushes].to(x.dtype) * skips.pop()
+            x = block(x, x0, cos, sin)
+            if i < self.pushes:
+                skips.append(x)
+        x = rms_norm(x)
+        logits = F.linear(x, self.tok_emb.weight.to(x.dtype)) if self.lm_head is None else self.lm_head(x)
+        logits = self.softcap * torch.tanh(logits.float() / self.softcap)
+        if targets_BT is None:
+            return logits
+        losses = F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), reduction="none")
+        return losses.view_as(targets_BT)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Optimizer: the partition of the parameters, Adam for embeddings and vectors, Muon for the matrices of the blocks.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def parameter_groups(model: GPT) -> dict[str, list[nn.Parameter]]:
+    """Every parameter in exactly one of embed, head, matrix, scalar; raises for one that no rule covers."""
+    groups = {"embed": [], "head": [], "matrix": [], "scalar": []}
+    for name, p in model.named_parameters():
+        kind = name.removesuffix(".weight").split(".")[-1]
+        if kind in CONTROL_TENSORS:
+            groups["scalar"].append(p)
+        elif kind in ("tok_emb", "lm_head"):
+            groups["embed" if kind == "tok_emb" else "head"].append(p)
+        elif name.startswith("blocks.") and p.ndim == 2:
+            groups["matrix"].append(p)
+        else:
+            raise AssertionError(f"no optimizer group covers parameter {name}")
+    return groups
+
+
+def newton_schulz(stack: Tensor, steps: int) -> Tensor:
+    """Bring the singular values of each matrix of `stack` [n, rows, cols] near 1 (about 0.7 to 1.2) by quintic
+    iterations after division by its Frobenius norm. Source: Keller Jordan, Muon."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = stack.size(-2) > stack.size(-1)
+    x = stack.mT if tall else stack
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, then an orthogonalised update, for the matrices inside the blocks; not for embeddings and heads.
+
+    m = mu * m + g;  u = g + mu * m (Nesterov) or m;  p -= lr * sqrt(max(1, rows / cols)) * orthogonal(u)
+
+    Rank r keeps the momentum of every world_size-th matrix and does their work; the ranks' updates are summed. Matrices
+    of one shape are orthogonalised as one batch: fewer launches on a GPU, and faster on a CPU too."""
+
+    def __init__(self, params, lr: float, momentum: float, steps: int, runtime: Runtime, nesterov: bool = True):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "steps": steps, "nesterov": nesterov})
+        self.runtime = runtime
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            params, world_size = group["params"], self.runtime.world_size
+            total = torch.zeros(sum(p.numel() for p in params), device=params[0].device, dtype=self.runtime.dtype)
+            updates = {p: part.view_as(p) for p, part in zip(params, total.split([p.numel() for p in params]), strict=True)}
+            mine = sorted(params[self.runtime.rank :: world_size], key=lambda p: p.shape)
+            for shape, same in itertools.groupby(mine, key=lambda p: p.shape):
+                same = list(same)
+                stack = self.directions(same, group)
+                stack = (stack / stack.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)).to(self.runtime.dtype)
+                stack = newton_schulz(stack, group["steps"]) * max(1, shape[0] / shape[1]) ** 0.5
+                torch._foreach_copy_([updates[p] for p in same], list(stack))
+            if world_size > 1:
+                dist.all_reduce(total)
+            torch._foreach_add_(params, [updates[p].to(p.dtype) for p in params], alpha=-group["lr"])
+
+    def directions(self, params: list[Tensor], group: dict) -> Tensor:
+        """Advance the momenta of same-shaped matrices; what is to be orthogonalised, [n, rows, cols]."""
+        momenta = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
+        grads = [p.grad for p in params]
+        torch._foreach_mul_(momenta, group["momentum"])
+        torch._foreach_add_(momenta, grads)
+        return torch.stack(torch._foreach_add(grads, momenta, alpha=group["momentum"]) if group["nesterov"] else momenta)
+
+
+def build_optimizers(model: GPT, config: Config, runtime: Runtime) -> list[torch.optim.Optimizer]:
+    """[Adam, Muon]; each group keeps its full rate as `base_lr`, which the schedule scales."""
+    groups = parameter_groups(model)
+    rates = {"embed": config.tied_embed_lr if config.tie_embeddings else config.embed_lr,
+             "head": config.head_lr, "scalar": config.scalar_lr}  # fmt: skip
+    adam = torch.optim.Adam([{"params": groups[name], "lr": rate} for name, rate in rates.items() if groups[name]],
+                            betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)  # fmt: skip
+    muon = Muon(groups["matrix"], config.matrix_lr, config.muon_momentum, config.muon_backend_steps, runtime)
+    for group in adam.param_groups + muon.param_groups:
+        group["base_lr"] = group["lr"]
+    return [adam, muon]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Schedule: pure functions of the step and of progress, the share of the run that is over.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def progress_at(config: Config, step: int, elapsed: float) -> float:
+    """By steps or by the training clock in seconds, whichever is further; in [0, 1]."""
+    by_clock = elapsed / config.max_wallclock_seconds if config.max_wallclock_seconds else 0.0
+    return min(max(step / config.iterations, by_clock), 1.0)
+
+
+def lr_scale(config: Config, step: int, progress: float) -> float:
+    """1, then linear to 0 over the last WARMDOWN_FRAC of the run, or over the last WARMDOWN_ITERS steps: N steps of the
+    mean length so far are a share N * progress / step of the run, with a clock and without."""
+    warmdown = config.warmdown_frac
+    if config.warmdown_iters >= 0:
+        warmdown = config.warmdown_iters * (progress / step if step else 1 / config.iterations)
+    return min(1.0, (1.0 - progress) / warmdown) if warmdown > 0 else 1.0
+
+
+def muon_momentum(config: Config, step: int) -> float:
+    """Linear from MUON_MOMENTUM_WARMUP_START to MUON_MOMENTUM."""
+    share = min(step / max(config.muon_momentum_warmup_steps, 1e-9), 1.0)
+    return (1 - share) * config.muon_momentum_warmup_start + share * config.muon_momentum
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation: loss and bits per byte over the validation text, every target scored exactly once.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """Sums over the scored targets: nats, targets, bytes of text. `of`: how many targets the whole text has."""
+
+    nats: float
+    tokens: int
+    bytes: int
+    of: int
+
+    @property
+    def loss(self) -> float:
+        return self.nats / self.tokens
+
+    @property
+    def bpb(self) -> float:
+        return self.nats / math.log(2) / self.bytes
+
+    @property
+    def label(self) -> str:
+        """Ends every line that shows a score of less than the whole text."""
+        return f" partial:{self.tokens}/{self.of}" if self.tokens < self.of else ""
+
+
+class Evaluator:
+    """Windows of T inputs every S = EVAL_STRIDE tokens (0: T, disjoint); target j is token j + 1. The first window scores
+    all of its targets, a later one its last S, and none what overhangs the end, so each target is scored once."""
+
+    def __init__(self, stream: TokenStream, token_bytes: TokenBytes, config: Config, runtime: Runtime, accum_steps: int):
+        self.stream, self.token_bytes, self.runtime, self.of = stream, token_bytes, runtime, len(stream) - 1
+        require(self.of > 0, f"{stream.pattern} holds {len(stream)} tokens: 2 are needed to score one")
+        self.targets, self.length = min(config.val_tokens_limit or self.of, self.of), config.train_seq_len
+        self.stride = config.eval_stride or self.length
+        windows = 1 + max(0, math.ceil((self.targets - self.length) / self.stride))
+        rank, world_size = runtime.rank, runtime.world_size
+        self.windows = range(windows * rank // world_size, windows * (rank + 1) // world_size)
+        self.batch = max(1, min(config.val_batch_size // (self.length * world_size * accum_steps), windows))
+
+    def batch_at(self, index: int) -> tuple[Tensor, Tensor, Tensor, range]:
+        """Inputs, targets and mask of scored targets [batch, T] from window `index` on, and the range of those scored.
+        Every batch has one shape; windows beyond this rank's range and tokens beyond the text are padding."""
+        begin, reach = index * self.stride, (self.batch - 1) * self.stride + self.length + 1
+        tokens = self.stream.read(begin, min(reach, self.targets + 1 - begin))
+        tokens = to_device(np.pad(tokens, (0, reach - len(tokens))), self.runtime.device)
+        rows = tokens.unfold(0, self.length + 1, self.stride)
+        last = min(index + self.batch, self.windows.stop) - 1
+        scored = range(begin + self.length - self.stride if index else 0,
+                       min(last * self.stride + self.length, self.targets))  # fmt: skip
+        starts = torch.arange(index, index + self.batch, device=tokens.device)[:, None] * self.stride
+        target = starts + torch.arange(self.length, device=tokens.device)
+        fresh = (starts == 0) | (target >= starts + self.length - self.stride)
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), fresh & (target < scored.stop), scored
+
+    @torch.no_grad()  # not inference_mode: tables cached under it would poison the next training step
+    def score(self, model, log=lambda line: None) -> Score:
+        """The Score over all ranks; each takes a contiguous range of the windows."""
+        nats, count, weight = 0.0, 0, 0
+        begun = reported = time.perf_counter()
+        for index in self.windows[:: self.batch]:
+            inputs, targets, mask, scored = self.batch_at(index)
+            nats += float(torch.where(mask, model(inputs, targets), 0.0).sum())
+            count += len(scored)
+            weight += self.token_bytes.weigh(self.stream.read(scored.start, len(scored) + 1))
+            now, done = time.perf_counter(), (index + self.batch - self.windows.start) / len(self.windows)
+            if now - reported > 10 and done < 1:
+                log(f"eval_progress:{done:.0%} eta:{(now - begun) * (1 - done) / done:.0f}s")
+                reported = now
+        nats, count, weight = self.runtime.sum([nats, count, weight])
+        assert count == self.targets, f"scored {count} of {self.targets} targets"
+        require(weight > 0, f"{self.stream.pattern}: the scored targets weigh no bytes: raise VAL_TOKENS_LIMIT")
+        return Score(nats, int(count), int(weight), self.of)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Export: int8 weights with an fp16 scale per row, zlib-9, the verdict on the size, and the way back.
+# ----------------------------------------------------------------------------------------------------------------------
+
+INT8_FORMAT = "int8_clean_per_row_v1"
+INT8_CLIP_QUANTILE = 0.9999984
+INT8_MIN_NUMEL = 65_536  # tensors up to this many elements are kept as floats
+
+
+def quantize_rows(w: Tensor, scale_floor: float = 0.0) -> tuple[Tensor, Tensor]:
+    """int8 values and fp16 scales [rows] of an fp32 matrix: scale = clip / 127, clip the 99.99984th percentile of the
+    row's magnitudes. Rounding uses the scale as stored, so the error is at most half of it wherever |w| <= 127 scales.
+    A row of zeros has scale 1."""
+    slices = w.abs().split(max(1, 2**22 // w.size(1)))  # torch.quantile refuses more than 2^24 elements at once
+    clip = torch.cat([torch.quantile(part, INT8_CLIP_QUANTILE, dim=1) for part in slices])
+    least = max(scale_floor, 2.0**-24)  # fp16 holds nothing smaller, and a scale of 0 would divide by zero
+    scale = (clip / 127).clamp(min=least).where(clip > 0, 1.0).half()
+    return (w / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def quantize(state: dict[str, Tensor], config: Config) -> dict:
+    """The public reference's int8 object, plus `config`, so that an artifact explains itself."""
+    shape = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "tie_embeddings",
+             "rope_base", "logit_softcap", "train_seq_len")  # fmt: skip
+    artifact = {"__quant_format__": INT8_FORMAT, "config": {name: getattr(config, name) for name in shape}}
+    parts = ("quantized", "scales", "dtypes", "passthrough", "qmeta", "passthrough_orig_dtypes")
+    quantized, scales, dtypes, passthrough, qmeta, original = (artifact.setdefault(part, {}) for part in parts)
+    for name, tensor in state.items():
+        tensor, dtype = tensor.detach().cpu().contiguous(), str(tensor.dtype).removeprefix("torch.")
+        require(tensor.isfinite().all(), f"{name} holds non-finite values: nothing was exported: lower the rates")
+        if tensor.is_floating_point() and tensor.numel() > INT8_MIN_NUMEL:
+            rows = tensor.float() if tensor.ndim == 2 else tensor.float().view(1, -1)
+            q, scale = quantize_rows(rows, config.int8_scale_floor)
+            quantized[name], dtypes[name] = q.view_as(tensor), dtype
+            scales[name] = scale if tensor.ndim == 2 else scale[0]
+            if tensor.ndim == 2:
+                qmeta[name] = {"scheme": "per_row", "axis": 0}
+        elif not tensor.is_floating_point() or name.split(".")[-1] in CONTROL_TENSORS:
+            passthrough[name] = tensor
+        else:
+            passthrough[name], original[name] = tensor.half(), dtype
+    return artifact
+
+
+def dequantize(artifact: dict) -> dict[str, Tensor]:
+    """The state dict that an int8 object stands for, each tensor in its original type."""
+    state = {}
+    for name, q in artifact["quantized"].items():
+        scale = artifact["scales"][name].float()
+        rows = scale.view(-1, *[1] * (q.ndim - 1)) if scale.ndim else scale
+        state[name] = (q.float() * rows).to(getattr(torch, artifact["dtypes"][name]))
+    for name, tensor in artifact["passthrough"].items():
+        dtype = artifact.get("passthrough_orig_dtypes", {}).get(name)
+        state[name] = tensor.to(getattr(torch, dtype)) if dtype else tensor
+    return state
+
+
+def torch_bytes(value) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def unpack(blob: bytes, source) -> dict:
+    """The int8 object in the bytes of an artifact."""
+    try:
+        artifact = torch.load(io.BytesIO(zlib.decompress(blob)), map_location="cpu", weights_only=True)
+    except Exception as error:  # zlib, zip and pickle each raise their own
+        raise UserError(f"{source} is no readable artifact ({type(error).__name__}): export it again") from error
+    require(isinstance(artifact, dict) and artifact.get("__quant_format__") == INT8_FORMAT,
+            f"{source} is no artifact of the format {INT8_FORMAT}: export it again")  # fmt: skip
+    return artifact
+
+
+def export(state: dict[str, Tensor], config: Config, folder: RunFolder, code_bytes: int) -> dict:
+    """Write final_model.pt and final_model.int8.ptz; log the sizes and return them for result.json."""
+    raw, artifact = torch_bytes(state), quantize(state, config)
+    folder.write("final_model.pt", raw)
+    folder.log(f"Serialized model: {len(raw)} bytes")
+    folder.log(f"Code size: {code_bytes} bytes")
+    folder.log(f"Total submission size: {len(raw) + code_bytes} bytes")
+    packed = torch_bytes(artifact)
+    blob = zlib.compress(packed, level=9)
+    folder.write("final_model.int8.ptz", blob)
+    payload = sum(t.nbytes for part in ("quantized", "scales", "passthrough") for t in artifact[part].values())
+    ratio, total = sum(t.nbytes for t in state.values()) / payload, len(blob) + code_bytes
+    folder.log(f"Serialized model int8+zlib: {len(blob)} bytes "
+               f"(payload:{payload} raw_torch:{len(packed)} payload_ratio:{ratio:.2f}x)")  # fmt: skip
+    folder.log(f"Total submission size int8+zlib: {total} bytes")
+    verdict = "OK" if total <= SIZE_LIMIT else "TOO LARGE, NOT A VALID SUBMISSION"
+    folder.log(f"size_verdict:{verdict} limit:{SIZE_LIMIT} spare:{SIZE_LIMIT - total}")
+    return {"bytes_model": len(raw), "bytes_artifact": len(blob), "bytes_code": code_bytes, "bytes_total": total,
+            "bytes_limit": SIZE_LIMIT, "sha256_artifact": hashlib.sha256(blob).hexdigest()}  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training: one step function for the warm-up and for the run, the pace that the clock sets, the loop.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Trainer:
+    """Model, optimizers and data of one run, and the loop over them."""
+
+    def __init__(self, config: Config, runtime: Runtime, folder: RunFolder, watch: Stopwatch, data: "TrainLoader"):
+        self.config, self.runtime, self.folder, self.watch, self.loader = config, runtime, folder, watch, data
+        attend, attention_note = choose_attention(config, runtime, data.sequences // data.shape[0])
+        compiled, compile_note = choose_compile(config, runtime)
+        self.note = f"{attention_note}\ncompile:{int(compiled)} ({compile_note})"
+        self.model = GPT(config, attend, runtime.dtype).to(runtime.device)
+        if runtime.device.type != "cpu":
+            self.model.tok_emb.to(runtime.dtype)
+        self.optimizers = build_optimizers(self.model, config, runtime)
+        self.scorer = self.learner = torch.compile(self.model, dynamic=False, fullgraph=True) if compiled else self.model
+        if runtime.world_size > 1:
+            self.learner = DistributedDataParallel(self.scorer, broadcast_buffers=False)
+
+    def step(self, scale: float, momentum: float) -> Tensor:
+        """One optimizer step; returns the mean loss of this rank's micro-steps, still on the device."""
+        inputs, targets = self.loader.next_step()
+        losses = torch.zeros(len(inputs), device=inputs.device)
+        for micro, (x, y) in enumerate(zip(inputs, targets, strict=True)):
+            more = micro + 1 < len(inputs) and self.runtime.world_size > 1
+            with self.learner.no_sync() if more else contextlib.nullcontext():  # reduce once, after the last
+                loss = self.learner(x, y).mean() / len(inputs)
+                loss.backward()
+            losses[micro] = loss.detach()
+        if self.config.grad_clip_norm:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip_norm)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * scale
+                group |= {"momentum": momentum} if "momentum" in group else {}
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return losses.sum()
+
+    def warm_up(self, evaluator: Evaluator):
+        """Compile every path with real steps, then put weights, optimizers, RNG and data back exactly as they were."""
+        parts, position = [self.model, *self.optimizers], self.loader.position
+        before = copy.deepcopy([part.state_dict() for part in parts])
+        with torch.random.fork_rng([self.runtime.device] if self.runtime.device.type == "cuda" else []):
+            for step in range(1, self.config.warmup_steps + 1):
+                self.step(1.0, self.config.muon_momentum)
+                self.folder.log(f"warmup_step:{step}/{self.config.warmup_steps}")
+            if self.config.warmup_steps:
+                with torch.no_grad():
+                    self.scorer(*evaluator.batch_at(evaluator.windows.start)[:2])
+        for part, state in zip(parts, before, strict=True):
+            part.load_state_dict(state)
+        self.loader.seek(position)
+
+    def plan(self, step: int) -> tuple[float, bool]:
+        """(learning-rate scale, whether to stop before one more step): rank 0's decision, the same on every rank. The
+        next step must end before the limit; it, and any still queued, may last as long as the slowest of the last 20."""
+        elapsed, limit = self.watch.elapsed("training"), self.config.max_wallclock_seconds
+        end = elapsed + (1 + len(self.pending)) * max(self.recent, default=0.0)
+        stop = step >= self.config.iterations or bool(limit and end >= limit)
+        return self.runtime.share((lr_scale(self.config, step, progress_at(self.config, step, elapsed)), stop))
+
+    def settle(self, keep: int):
+        """Log the steps that are done, all but the last `keep` dispatched: their losses arrive while those run."""
+        while len(self.pending) > keep:
+            step, scale, loss, event = self.pending.popleft()
+            event.synchronize() if event else None
+            loss, clock = float(loss), self.watch.elapsed("training")
+            self.recent.append(clock - self.settled_at)
+            self.settled_at = clock
+            require(math.isfinite(loss), f"step {step}: the loss is {loss}: nothing was exported: lower MATRIX_LR, "
+                    "TIED_EMBED_LR and SCALAR_LR, or set GRAD_CLIP_NORM")  # fmt: skip
+            if self.config.train_log_every and (step <= 10 or step % self.config.train_log_every == 0):
+                self.folder.log(f"step:{step}/{self.config.iterations} train_loss:{loss:.4f} {self.times(step, clock)}")
+            self.folder.metrics(step=step, train_loss=loss, lr_scale=scale, train_seconds=round(clock, 4))
+
+    def times(self, step: int, clock: float) -> str:
+        return f"train_time:{1000 * clock:.0f}ms step_avg:{1000 * clock / max(step, 1):.2f}ms"
+
+    def dispatched(self, step: int, scale: float, loss: Tensor):
+        """Queue the loss of a step for `settle`: averaged over ranks, copied to the host without waiting for it."""
+        if self.runtime.world_size > 1:
+            dist.all_reduce(loss)
+            loss /= self.runtime.world_size
+        event = None
+        if self.runtime.device.type == "cuda":
+            loss, event = torch.empty((), pin_memory=True).copy_(loss, non_blocking=True), torch.cuda.Event()
+            event.record()
+        self.pending.append((step, scale, loss, event))
+
+    def train(self, evaluator: Evaluator) -> tuple[int, Score]:
+        """Validate, plan, step, log, until ITERATIONS or the clock. (Steps done, the last validation.)"""
+        config, folder, step = self.config, self.folder, 0
+        self.pending, self.recent, self.settled_at = deque(), deque(maxlen=20), 0.0
+        while True:
+            scale, stop = self.plan(step)
+            every = config.val_loss_every
+            if stop or (every and step % every == 0 and (step or config.val_at_start)):
+                self.settle(keep=0)
+                self.watch.switch("evaluation")
+                score = evaluator.score(self.scorer, folder.log)
+                self.watch.switch("training")
+                self.settled_at = clock = self.watch.elapsed("training")
+                folder.log(f"step:{step}/{config.iterations} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} "
+                           f"{self.times(step, clock)}{score.label}")  # fmt: skip
+                folder.metrics(step=step, val_loss=score.loss, val_bpb=score.bpb, partial=bool(score.label))
+            if stop:
+                if step < config.iterations:
+                    folder.log(f"stopping_early: wallclock_cap train_time:{1000 * clock:.0f}ms step:{step}/{config.iterations}")
+                return step, score
+            loss = self.step(scale, muon_momentum(config, step))
+            step += 1
+            self.dispatched(step, scale, loss)
+            # A GPU runs behind the host: one step may be queued while the next is prepared. A CPU is done at once.
+            self.settle(keep=1 if self.runtime.device.type == "cuda" else 0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# main: wiring only.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def run(config: Config, runtime: Runtime, folder: RunFolder):
+    """One run, from the checks of all that the user brought to result.json."""
+    watch, code = Stopwatch(runtime.synchronize), Path(__file__).read_bytes()
+    defaults = Config().texts()
+    for name, text in config.texts().items():
+        folder.log(f"{' ' if text == defaults.get(name) else '*'} {name}={text}")
+    for line in [*near_misses(os.environ), runtime.note]:
+        folder.log(line)
+    accum_steps = config.accumulation_steps(runtime.world_size, runtime.device.type)
+    train_stream, val_stream = (TokenStream(config.data_path, split, config.vocab_size) for split in ("train", "val"))
+    token_bytes = TokenBytes(config.tokenizer_path, config.vocab_size)
+    folder.log(f"train_loader:shards pattern={train_stream.pattern} tokens:{len(train_stream)}")
+    folder.log(f"val_loader:shards pattern={val_stream.pattern} tokens:{len(val_stream) - 1}")
+    if runtime.is_master:
+        folder.log(token_bytes.audit(val_stream, manifest_bytes(config.data_path)))
+        train_stream.read(0, len(train_stream.shards[0]))  # its tokens are in the vocabulary; later ones as they are read
+    evaluator = Evaluator(val_stream, token_bytes, config, runtime, accum_steps)
+    trainer = Trainer(config, runtime, folder, watch, TrainLoader(train_stream, config, runtime, accum_steps))
+    params = sum(p.numel() for p in trainer.model.parameters())
+    folder.create(config, code)
+    for line in (trainer.note, f"model_params:{params}", f"seed:{config.seed}", f"run_folder:{folder.path}",
+                 f"world_size:{runtime.world_size} grad_accum_steps:{accum_steps}"):  # fmt: skip
+        folder.log(line)
+
+    watch.switch("compile")
+    trainer.warm_up(evaluator)
+    watch.switch("training")
+    steps, before = trainer.train(evaluator)
+    watch.switch("export")
+    if runtime.device.type == "cuda":
+        folder.log(f"peak memory allocated: {torch.cuda.max_memory_allocated() >> 20} MiB "
+                   f"reserved: {torch.cuda.max_memory_reserved() >> 20} MiB")  # fmt: skip
+    sizes = export(trainer.model.state_dict(), config, folder, len(code)) if runtime.is_master else {}
+    # Rank 0 reads the file back and the others get its bytes: hosts need no common disk to score the artifact.
+    artifact = folder.path / "final_model.int8.ptz"
+    blob = runtime.share(artifact.read_bytes() if runtime.is_master else None)
+    trainer.model.load_state_dict(dequantize(unpack(blob, artifact)))
+    watch.switch("evaluation")
+    began = watch.elapsed("evaluation")
+    after = evaluator.score(trainer.scorer, folder.log)
+    eval_seconds = watch.elapsed("evaluation") - began
+    watch.switch("export")
+    folder.log(f"final_int8_zlib_roundtrip val_loss:{after.loss:.4f} val_bpb:{after.bpb:.4f} "
+               f"eval_time:{1000 * eval_seconds:.0f}ms{after.label}")  # fmt: skip
+    folder.log(f"final_int8_zlib_roundtrip_exact val_loss:{after.loss:.8f} val_bpb:{after.bpb:.8f} "
+               f"tokens:{after.tokens} bytes:{after.bytes}{after.label}")  # fmt: skip
+    result = {
+        "run_id": folder.run_id, "seed": config.seed, "steps": steps, "model_params": params,
+        "val_loss": after.loss, "val_bpb": after.bpb, "pre_quant_val_loss": before.loss, "pre_quant_val_bpb": before.bpb,
+        "partial": bool(after.label), "scored_tokens": after.tokens, "scored_bytes": after.bytes, "val_tokens": after.of,
+        "eval_stride": config.eval_stride, "train_tokens": steps * config.train_batch_tokens,
+        "seconds": {phase: round(seconds, 3) for phase, seconds in watch.seconds.items()},
+        "eval_seconds": round(eval_seconds, 3), "step_avg_ms": 1000 * watch.seconds["training"] / max(steps, 1),
+        "world_size": runtime.world_size, "grad_accum_steps": accum_steps, "device": runtime.device_name(),
+        "dtype": str(runtime.dtype), "note": trainer.note, "torch": torch.__version__,
+        "python": platform.python_version(), "platform": platform.platform(),
+        "sha256_code": hashlib.sha256(code).hexdigest(), **sizes,
+    }  # fmt: skip
+    if runtime.is_master:
+        folder.write("result.json", (json.dumps(result, indent=1) + "\n").encode())
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv in (["-h"], ["--help"]):
+        knobs = [f"{field.name.upper()}={field.default}  {field.metadata['meaning']}" for field in dataclasses.fields(Config)]
+        print(__doc__, *knobs, sep="\n")
+        return 0
+    with contextlib.ExitStack() as stack:
+        try:
+            config = Config.load(argv, os.environ)
+            stack.callback((runtime := Runtime(config, os.environ)).close)
+            stack.callback((folder := RunFolder(runtime)).close)
+            run(config, runtime, folder)
+            return 0
+        except (UserError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
