@@ -36,7 +36,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 SIZE_LIMIT = 16_000_000  # bytes of code plus artifact, decimal
@@ -130,72 +129,75 @@ class Config:
     @staticmethod
     def load(argv: list[str], environ) -> "Config":
         """Defaults, then the KEY=VALUE lines of the file in argv (at most one), then the environment, which wins."""
-        require(len(argv) <= 1 and not any(arg.startswith("-") for arg in argv),
-                f"arguments {argv}: expected at most one FILE.env; knobs are environment variables (--help)")  # fmt: skip
-        knobs = {field.name.upper(): field for field in dataclasses.fields(Config)}
+        require(len(argv) <= 1, f"arguments {argv}: expected at most one FILE.env; knobs are environment variables")
         texts = read_env_file(Path(argv[0])) if argv else {}
-        for name in set(texts) - set(knobs):
-            close = difflib.get_close_matches(name.upper(), knobs, 1)
-            raise UserError(f"{argv[0]}: {name} is not a knob: " + (f"did you mean {close[0]}?" if close else "see --help"))
-        texts |= {name: environ[name] for name in knobs if name in environ}
+        for name in texts.keys() - KNOBS.keys():
+            raise UserError(f"{argv[0]}: {name} is not a knob{did_you_mean(name, 0.6) or ': see --help'}")
+        texts |= {name: environ[name] for name in KNOBS if name in environ}
         require("WARMDOWN_FRAC" not in texts or texts.get("WARMDOWN_ITERS", "-1") == "-1",
                 "WARMDOWN_FRAC and WARMDOWN_ITERS are both given: unset one, they set the same thing")  # fmt: skip
-        config = Config(**{knobs[name].name: parse(knobs[name], text.strip()) for name, text in texts.items()})
+        config = Config(**{KNOBS[name].name: parse(KNOBS[name], text.strip()) for name, text in texts.items()})
         config.check()
         return config
 
     def check(self):
         """Bounds of each knob, then what must hold between knobs."""
-        for field in dataclasses.fields(self):
+        for name, field in KNOBS.items():
             value, (low, high, choices) = getattr(self, field.name), field.metadata["allowed"]
-            given = f"{field.name.upper()}={value}"
-            require(not choices or value in choices, f"{given}: expected one of {', '.join(choices)}")
-            require(low is None or value >= low, f"{given} is too small: the least is {low}")
-            require(high is None or value <= high, f"{given} is too large: the most is {high}")
-        D, H, T = self.model_dim, self.num_heads, self.train_seq_len
-        require(D % (2 * H) == 0, f"NUM_HEADS={H} does not cut MODEL_DIM={D} into heads of even width: "
-                f"use one of {divisors(D // 2) if D % 2 == 0 else 'none, MODEL_DIM must be even'}")  # fmt: skip
-        require(H % self.num_kv_heads == 0,
-                f"NUM_KV_HEADS={self.num_kv_heads} does not divide NUM_HEADS={H}: use one of {divisors(H)}")  # fmt: skip
-        require(self.train_batch_tokens % T == 0,
-                f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} is no multiple of TRAIN_SEQ_LEN={T}: "
-                f"use {math.ceil(self.train_batch_tokens / T) * T}")  # fmt: skip
+            require(not choices or value in choices, f"{name}={value}: expected one of {', '.join(choices)}")
+            require(low is None or value >= low, f"{name}={value} is too small: the least is {low}")
+            require(high is None or value <= high, f"{name}={value} is too large: the most is {high}")
+        D, H, K = self.model_dim, self.num_heads, self.num_kv_heads
+        T, batch = self.train_seq_len, self.train_batch_tokens
+        require(D % 2 == 0, f"MODEL_DIM={D} is odd: RoPE needs heads of even width")
+        require(D % (2 * H) == 0, f"NUM_HEADS={H} does not cut MODEL_DIM={D} evenly: use one of {divisors(D // 2)}")
+        require(H % K == 0, f"NUM_KV_HEADS={K} does not divide NUM_HEADS={H}: use one of {divisors(H)}")
+        require(batch % T == 0, f"TRAIN_BATCH_TOKENS={batch} is not whole TRAIN_SEQ_LEN={T}: use {-(-batch // T) * T}")
         require(self.eval_stride <= T, f"EVAL_STRIDE={self.eval_stride} is over TRAIN_SEQ_LEN={T}: lower it")
-        require(not (self.grad_accum_steps and self.micro_batch_tokens),
-                "GRAD_ACCUM_STEPS and MICRO_BATCH_TOKENS are both given: unset one, they set the same thing")  # fmt: skip
-        require(self.micro_batch_tokens == 0 or self.micro_batch_tokens >= T,
-                f"MICRO_BATCH_TOKENS={self.micro_batch_tokens} is less than TRAIN_SEQ_LEN={T}: raise it")  # fmt: skip
+        require(not self.grad_accum_steps or not self.micro_batch_tokens,
+                "GRAD_ACCUM_STEPS and MICRO_BATCH_TOKENS are both given: unset one, both cut the step")  # fmt: skip
+        require(not 0 < self.micro_batch_tokens < T, f"MICRO_BATCH_TOKENS={self.micro_batch_tokens} is less than one "
+                f"sequence of TRAIN_SEQ_LEN={T}: raise it")  # fmt: skip
         require(re.fullmatch(r"[\w+=-][\w.+=-]*|", self.run_id),
                 f"RUN_ID={self.run_id!r} cannot name a folder: use letters, digits and . _ + = -")  # fmt: skip
 
     def texts(self) -> dict[str, str]:
         """{KNOB: text}; read back, it gives this configuration again. WARMDOWN_FRAC yields to WARMDOWN_ITERS; RUN_ID is
         left out, since it names one run."""
-        hidden = {"run_id", "warmdown_frac" if self.warmdown_iters >= 0 else "warmdown_iters"}
-        values = {f.name.upper(): getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in hidden}
+        hidden = {"RUN_ID", "WARMDOWN_FRAC" if self.warmdown_iters >= 0 else "WARMDOWN_ITERS"}
+        values = {name: getattr(self, field.name) for name, field in KNOBS.items() if name not in hidden}
         return {name: str(int(value) if isinstance(value, bool) else value) for name, value in values.items()}
 
     def accumulation_steps(self, world_size: int, device_type: str) -> int:
         """Micro-steps per step: GRAD_ACCUM_STEPS, or the fewest that cut the batch into whole sequences, are at least
         8 / world_size on CUDA (so that one GPU takes the micro-batches of eight) and keep to MICRO_BATCH_TOKENS."""
-        total = self.train_batch_tokens // self.train_seq_len
-        require(total % world_size == 0,
-                f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} is {total} sequences of {self.train_seq_len}, which "
-                f"{world_size} ranks cannot share: use {math.ceil(total / world_size) * world_size * self.train_seq_len} "
-                f"tokens, or a number of ranks among {divisors(total)}")  # fmt: skip
-        sequences = total // world_size
-        if self.grad_accum_steps:
-            require(sequences % self.grad_accum_steps == 0, f"GRAD_ACCUM_STEPS={self.grad_accum_steps} does not divide "
-                    f"the {sequences} sequences of a rank: use one of {divisors(sequences)}")  # fmt: skip
-            return self.grad_accum_steps
-        fewest = 8 / world_size if device_type == "cuda" else 1
-        if self.micro_batch_tokens:
-            fewest = max(fewest, sequences / (self.micro_batch_tokens // self.train_seq_len))
-        return next((n for n in divisors(sequences) if n >= fewest), sequences)
+        T, total = self.train_seq_len, self.train_batch_tokens // self.train_seq_len
+        fit = -(-total // world_size) * world_size * T
+        require(total % world_size == 0, f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} is {total} sequences, which "
+                f"{world_size} ranks cannot share: use {fit} tokens, or one of {divisors(total)} ranks")  # fmt: skip
+        allowed, wanted = divisors(total // world_size), self.grad_accum_steps
+        require(wanted == 0 or wanted in allowed, f"GRAD_ACCUM_STEPS={wanted} does not divide the "
+                f"{allowed[-1]} sequences of a rank: use one of {allowed}")  # fmt: skip
+        fewest = max(8 / world_size * (device_type == "cuda"), allowed[-1] * T / (self.micro_batch_tokens or math.inf))
+        return wanted or next((n for n in allowed if n >= fewest), allowed[-1])
+
+
+KNOBS = {field.name.upper(): field for field in dataclasses.fields(Config)}
 
 
 def divisors(n: int) -> list[int]:
     return [k for k in range(1, n + 1) if n % k == 0]
+
+
+def did_you_mean(name: str, cutoff: float) -> str:
+    close = difflib.get_close_matches(name.upper(), KNOBS, 1, cutoff)
+    return f": did you mean {close[0]}?" if close else ""
+
+
+def typo_warnings(environ) -> list[str]:
+    """One for each environment variable that is almost a knob."""
+    hints = {name: did_you_mean(name, 0.8) for name in sorted(environ.keys() - KNOBS.keys())}
+    return [f"warning: the environment variable {name} is no knob{hint}" for name, hint in hints.items() if hint]
 
 
 def parse(field: dataclasses.Field, text: str):
@@ -222,25 +224,11 @@ def read_env_file(path: Path) -> dict[str, str]:
     texts = {}
     for number, line in enumerate(lines, 1):
         if line.strip() and not line.lstrip().startswith("#"):
-            match = re.fullmatch(r"""\s*(\w+)\s*=\s*("[^"]*"|'[^']*'|(?:[^"'#\s](?:[^#]*[^#\s])?)?)\s*(?:\s#.*)?""", line)
+            match = re.fullmatch(r"""\s*(\w+)\s*=\s*("[^"]*"|'[^']*'|[^"'#\s]?(?:[^#]*[^#\s])?)\s*(?:\s#.*)?""", line)
             require(match, f"{path}:{number}: {line.strip()!r} is not a KEY=VALUE line")
             require(match[1] not in texts, f"{path}:{number}: {match[1]} is given twice: keep one")
-            texts[match[1]] = match[2].strip("\"'")
+            texts[match[1]] = match[2][1:-1] if match[2][:1] in ('"', "'") else match[2]
     return texts
-
-
-def near_misses(environ) -> list[str]:
-    """Warnings for environment variables one edit, or one swap of neighbours, away from a knob."""
-    knobs = [field.name.upper() for field in dataclasses.fields(Config)]
-    warnings = []
-    for name, meant in itertools.product(sorted(set(environ) - set(knobs)), knobs):
-        head = len(os.path.commonprefix([name, meant]))
-        a, b = name[head:], meant[head:]
-        tail = len(os.path.commonprefix([a[::-1], b[::-1]]))
-        a, b = a[: len(a) - tail], b[: len(b) - tail]
-        if max(len(a), len(b)) <= 1 or (len(a) == 2 and a == b[::-1]):
-            warnings.append(f"warning: the environment variable {name} is no knob and changes nothing: {meant}?")
-    return warnings
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -257,19 +245,16 @@ class Runtime:
         self.is_master = self.rank == 0
         available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
         kind = next(kind for kind in available if available[kind]) if config.device == "auto" else config.device
-        require(available[kind], f"DEVICE={kind}: this torch {torch.__version__} sees no such device: use DEVICE=auto")
-        require(kind != "mps" or self.world_size == 1, f"WORLD_SIZE={self.world_size}: Apple GPUs take one process alone")
+        require(available[kind], f"DEVICE={kind}: torch {torch.__version__} sees no such device here: use DEVICE=auto")
+        require(kind != "mps" or self.world_size == 1, f"WORLD_SIZE={self.world_size}: on Apple GPUs use one process")
         gpus, local_ranks = torch.cuda.device_count(), int(environ.get("LOCAL_WORLD_SIZE", self.world_size))
-        index = int(environ.get("LOCAL_RANK", 0)) % gpus if kind == "cuda" else None
-        self.device = torch.device(kind, index)
+        self.device = torch.device(kind, int(environ.get("LOCAL_RANK", 0)) % gpus if kind == "cuda" else None)
         if kind == "cuda":
             torch.cuda.set_device(self.device)
-        self.dtype = getattr(torch, config.dtype) if config.dtype != "auto" else self.best_dtype()
-        self.note = f"device:{self.device} ({self.device_name()}) dtype:{str(self.dtype).removeprefix('torch.')}"
+        self.dtype = self.best_dtype() if config.dtype == "auto" else getattr(torch, config.dtype)
         if self.world_size > 1:
-            backend = "nccl" if kind == "cuda" and local_ranks <= gpus else "gloo"
-            self.note += f" ranks:{self.world_size} by {backend}" + " (ranks share GPUs)" * (0 < gpus < local_ranks)
-            dist.init_process_group(backend)
+            # NCCL refuses two ranks on one GPU.
+            dist.init_process_group("nccl" if kind == "cuda" and local_ranks <= gpus else "gloo")
             # Decisions and float64 sums travel between the hosts: they must not wait for what is queued on the device.
             self.hosts = dist.new_group(backend="gloo")
 
@@ -318,22 +303,18 @@ class RunFolder:
         self.runtime, self.lines, self.log_file, self.metrics_file = runtime, [], None, None
 
     def create(self, config: Config, code: bytes):
-        """Make the folder, which must not exist yet; a time stamp that is taken gets a suffix."""
-        stamp, problem = time.strftime("%Y-%m-%d_%H-%M-%S"), ""
-        for self.run_id in [config.run_id] if config.run_id else [stamp, *(f"{stamp}_{n}" for n in range(2, 100))]:
-            self.path = Path(config.log_dir) / self.run_id
-            try:
-                if self.runtime.is_master:
-                    self.path.mkdir(parents=True)
-                problem = ""
-                break
-            except FileExistsError:
-                problem = f"run folder {self.path} exists already: choose another RUN_ID or move it away"
-        self.run_id, self.path, problem = self.runtime.share((self.run_id, self.path, problem))
-        require(not problem, problem)
+        """Make the folder, which must not exist yet, and put the configuration and the script into it."""
+        stamp = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{os.getpid()}"
+        self.run_id = self.runtime.share(config.run_id or stamp)
+        self.path = Path(config.log_dir) / self.run_id
         if self.runtime.is_master:
-            quote = {name: f'"{text}"' if re.search(r"[\s#']", text) else text for name, text in config.texts().items()}
-            self.write("config.env", "".join(f"{name}={text}\n" for name, text in quote.items()).encode())
+            try:
+                self.path.mkdir(parents=True)
+            except FileExistsError:
+                raise UserError(f"run folder {self.path} exists: choose another RUN_ID or move it away") from None
+            quotes = {name: "'" if '"' in text else '"' for name, text in config.texts().items()}
+            lines = (f"{name}={quotes[name]}{text}{quotes[name]}\n" for name, text in config.texts().items())
+            self.write("config.env", "".join(lines).encode())
             self.write("train_gpt.py", code)
             self.log_file = open(self.path / "train.log", "w", encoding="utf-8", buffering=1)
             self.metrics_file = open(self.path / "metrics.jsonl", "w", encoding="utf-8")
@@ -431,7 +412,7 @@ class TokenStream:
         return int(self.ends[-1])
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """`count` uint16 tokens from position `start`, across shards, wrapping at the end; all inside the vocabulary."""
+        """`count` uint16 tokens from position `start`, across shards, wrapping at the end, all in the vocabulary."""
         pieces = []
         while count > 0:
             start %= len(self)
@@ -483,8 +464,8 @@ class TrainLoader:
 class TokenBytes:
     """Bytes of text per token of a SentencePiece model.
 
-    Control, unknown and unused pieces weigh 0 and are boundaries; a byte piece weighs 1; any other weighs its UTF-8 text
-    with U+2581 as a space, except that a leading U+2581 right after a boundary is the tokenizer's own and weighs 0."""
+    Control, unknown and unused pieces weigh 0 and are boundaries; a byte piece weighs 1; any other weighs its UTF-8
+    text with U+2581 as a space, but a leading U+2581 right after a boundary is the tokenizer's own and weighs 0."""
 
     AUDIT_TOKENS = 1_000_000
 
@@ -521,12 +502,11 @@ class TokenBytes:
         if len(tokens) < len(stream) and len(starts) and starts[-1] > 0:
             tokens = tokens[: starts[-1]]  # whole documents: half a character would not decode
         starts = np.flatnonzero(self.boundary[tokens])
-        documents = [document.tolist() for document in np.split(tokens, starts)]
-        decoded = sum(len(text.encode()) for text in self.model.decode(documents))
-        leading = np.count_nonzero(self.leading_space[tokens[:1]]) if not len(starts) or starts[0] > 0 else 0
-        weighed = self.weigh(tokens) + int(self.weight[tokens[0]]) + 0 * leading
-        require(weighed == decoded, f"{stream.pattern}: {self.path} decodes the first {len(tokens)} tokens to {decoded} "
-                f"bytes, but their pieces weigh {weighed}: scores would be wrong: use the shards' tokenizer")  # fmt: skip
+        texts = self.model.decode([document.tolist() for document in np.split(tokens, starts)])
+        decoded = sum(len(text.encode()) for text in texts)
+        weighed = self.weigh(np.concatenate([np.flatnonzero(self.boundary)[:1], tokens]))
+        require(weighed == decoded, f"{stream.pattern}: {self.path} decodes the first {len(tokens)} tokens to "
+                f"{decoded} bytes, but weighs them as {weighed}: use the tokenizer of the shards")  # fmt: skip
         line = f"byte_audit: {len(tokens)} tokens in {len(starts)} documents decode to the {decoded} bytes they weigh"
         if stated is not None:
             reads = range(0, len(stream) - 1, 2**24)
@@ -565,8 +545,8 @@ def expanded_attention(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor) -> Tensor
 
 
 def blocked_attention(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor, block: int = 128) -> Tensor:
-    """Plain products, each block of queries against its own past, so that half of the square is never computed. Twice as
-    fast as torch's CPU flash kernel at T = 256; memory grows with T squared, so it is for short sequences."""
+    """Plain products, each block of queries against its own past, so that half of the square is never computed. Twice
+    as fast as torch's CPU flash kernel at T = 256; memory grows with T squared, so it is for short sequences."""
     B, H, T, d = q_BHTd.shape
     q_NGTd, k_NTd, v_NTd = q_BHTd.reshape(-1, H // k_BKTd.size(1), T, d), k_BKTd.flatten(0, 1), v_BKTd.flatten(0, 1)
     outputs = []
@@ -584,28 +564,23 @@ def choose_attention(config: Config, runtime: Runtime, batch: int):
     """(function, log line) of the first backend whose kernel runs forward and backward at the real shape.
 
     SDPA is pinned to it by torch's global switches, which compiled graphs respect."""
-    sdpa = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
-            "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}  # fmt: skip
-    short = config.train_seq_len <= 1024
-    order = {"cuda": ["flash", "cudnn", "efficient", "math"], "mps": ["math", "blocked"],
-             "cpu": ["blocked", "flash", "math"] if short else ["flash", "math"]}[runtime.device.type]  # fmt: skip
-    failed = []
+    switches = {"flash": "flash", "cudnn": "cudnn", "efficient": "mem_efficient", "math": "math"}
+    on_cpu = ["blocked"] if config.train_seq_len <= 1024 else ["flash", "math"]
+    order = {"cuda": list(switches), "mps": ["math", "blocked"], "cpu": on_cpu}[runtime.device.type]
+    heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+    shapes = [(batch, n, config.train_seq_len, config.model_dim // config.num_heads) for n in heads]
+    failed = ""
     for name in order if config.attention == "auto" else [config.attention]:
         for attend in [blocked_attention] if name == "blocked" else [grouped_attention, expanded_attention]:
+            for backend, switch in switches.items():
+                getattr(torch.backends.cuda, f"enable_{switch}_sdp")(backend == name)
             try:
-                with sdpa_kernel(sdpa.get(name, SDPBackend.MATH)):
-                    heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-                    shapes = [(batch, n, config.train_seq_len, config.model_dim // config.num_heads) for n in heads]
-                    options = {"device": runtime.device, "dtype": runtime.dtype, "requires_grad": True}
-                    attend(*(torch.ones(shape, **options) for shape in shapes)).sum().backward()
+                options = {"device": runtime.device, "dtype": runtime.dtype, "requires_grad": True}
+                attend(*(torch.ones(shape, **options) for shape in shapes)).sum().backward()
+                return attend, f"attention:{name} by {attend.__name__}{failed}"
             except (RuntimeError, NotImplementedError) as error:
-                failed.append(f"{name} {attend.__name__} ({str(error).splitlines()[0][:80]})")
-                continue
-            for kind, switch in zip(sdpa, ("flash", "cudnn", "mem_efficient", "math"), strict=True):
-                getattr(torch.backends.cuda, f"enable_{switch}_sdp")(kind == name or name not in sdpa)
-            note = f"attention:{name} by {attend.__name__}" + (f" after {', '.join(failed)} failed" if failed else "")
-            return attend, note
-    raise UserError(f"ATTENTION={config.attention} does not run on {runtime.device}: {', '.join(failed)}")
+                failed += f"; {name} {attend.__name__} failed: {str(error).splitlines()[0][:80]}"
+    raise UserError(f"ATTENTION={config.attention} does not run on {runtime.device}: use ATTENTION=auto{failed}")
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -784,8 +759,9 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             params, world_size = group["params"], self.runtime.world_size
-            total = torch.zeros(sum(p.numel() for p in params), device=params[0].device, dtype=self.runtime.dtype)
-            updates = {p: part.view_as(p) for p, part in zip(params, total.split([p.numel() for p in params]), strict=True)}
+            sizes = [p.numel() for p in params]
+            total = torch.zeros(sum(sizes), device=params[0].device, dtype=self.runtime.dtype)
+            updates = {p: part.view_as(p) for p, part in zip(params, total.split(sizes), strict=True)}
             mine = sorted(params[self.runtime.rank :: world_size], key=lambda p: p.shape)
             for shape, same in itertools.groupby(mine, key=lambda p: p.shape):
                 same = list(same)
@@ -803,7 +779,8 @@ class Muon(torch.optim.Optimizer):
         grads = [p.grad for p in params]
         torch._foreach_mul_(momenta, group["momentum"])
         torch._foreach_add_(momenta, grads)
-        return torch.stack(torch._foreach_add(grads, momenta, alpha=group["momentum"]) if group["nesterov"] else momenta)
+        nesterov = torch._foreach_add(grads, momenta, alpha=group["momentum"]) if group["nesterov"] else momenta
+        return torch.stack(nesterov)
 
 
 def build_optimizers(model: GPT, config: Config, runtime: Runtime) -> list[torch.optim.Optimizer]:
@@ -874,10 +851,10 @@ class Score:
 
 
 class Evaluator:
-    """Windows of T inputs every S = EVAL_STRIDE tokens (0: T, disjoint); target j is token j + 1. The first window scores
-    all of its targets, a later one its last S, and none what overhangs the end, so each target is scored once."""
+    """Windows of T inputs every S = EVAL_STRIDE tokens (0: T, disjoint); target j is token j + 1. The first window
+    scores all its targets, a later one its last S, and none what overhangs the end: each target is scored once."""
 
-    def __init__(self, stream: TokenStream, token_bytes: TokenBytes, config: Config, runtime: Runtime, accum_steps: int):
+    def __init__(self, stream: TokenStream, token_bytes: TokenBytes, config: Config, runtime: Runtime, accum_steps=1):
         self.stream, self.token_bytes, self.runtime, self.of = stream, token_bytes, runtime, len(stream) - 1
         require(self.of > 0, f"{stream.pattern} holds {len(stream)} tokens: 2 are needed to score one")
         self.targets, self.length = min(config.val_tokens_limit or self.of, self.of), config.train_seq_len
@@ -1034,7 +1011,8 @@ class Trainer:
         if runtime.device.type != "cpu":
             self.model.tok_emb.to(runtime.dtype)
         self.optimizers = build_optimizers(self.model, config, runtime)
-        self.scorer = self.learner = torch.compile(self.model, dynamic=False, fullgraph=True) if compiled else self.model
+        self.scorer = torch.compile(self.model, dynamic=False, fullgraph=True) if compiled else self.model
+        self.learner = self.scorer
         if runtime.world_size > 1:
             self.learner = DistributedDataParallel(self.scorer, broadcast_buffers=False)
 
@@ -1075,7 +1053,7 @@ class Trainer:
 
     def plan(self, step: int) -> tuple[float, bool]:
         """(learning-rate scale, whether to stop before one more step): rank 0's decision, the same on every rank. The
-        next step must end before the limit; it, and any still queued, may last as long as the slowest of the last 20."""
+        next step must end before the limit; it and any still queued may take as long as the slowest of the last 20."""
         elapsed, limit = self.watch.elapsed("training"), self.config.max_wallclock_seconds
         end = elapsed + (1 + len(self.pending)) * max(self.recent, default=0.0)
         stop = step >= self.config.iterations or bool(limit and end >= limit)
@@ -1127,7 +1105,8 @@ class Trainer:
                 folder.metrics(step=step, val_loss=score.loss, val_bpb=score.bpb, partial=bool(score.label))
             if stop:
                 if step < config.iterations:
-                    folder.log(f"stopping_early: wallclock_cap train_time:{1000 * clock:.0f}ms step:{step}/{config.iterations}")
+                    folder.log(f"stopping_early: wallclock_cap train_time:{1000 * clock:.0f}ms "
+                               f"step:{step}/{config.iterations}")  # fmt: skip
                 return step, score
             loss = self.step(scale, muon_momentum(config, step))
             step += 1
@@ -1144,10 +1123,11 @@ class Trainer:
 def run(config: Config, runtime: Runtime, folder: RunFolder):
     """One run, from the checks of all that the user brought to result.json."""
     watch, code = Stopwatch(runtime.synchronize), Path(__file__).read_bytes()
+    note = f"device:{runtime.device} ({runtime.device_name()}) dtype:{str(runtime.dtype).removeprefix('torch.')}"
     defaults = Config().texts()
     for name, text in config.texts().items():
         folder.log(f"{' ' if text == defaults.get(name) else '*'} {name}={text}")
-    for line in [*near_misses(os.environ), runtime.note]:
+    for line in [*typo_warnings(os.environ), note]:
         folder.log(line)
     accum_steps = config.accumulation_steps(runtime.world_size, runtime.device.type)
     train_stream, val_stream = (TokenStream(config.data_path, split, config.vocab_size) for split in ("train", "val"))
@@ -1156,7 +1136,7 @@ def run(config: Config, runtime: Runtime, folder: RunFolder):
     folder.log(f"val_loader:shards pattern={val_stream.pattern} tokens:{len(val_stream) - 1}")
     if runtime.is_master:
         folder.log(token_bytes.audit(val_stream, manifest_bytes(config.data_path)))
-        train_stream.read(0, len(train_stream.shards[0]))  # its tokens are in the vocabulary; later ones as they are read
+        train_stream.read(0, len(train_stream.shards[0]))  # checks its tokens; later shards as they are read
     evaluator = Evaluator(val_stream, token_bytes, config, runtime, accum_steps)
     trainer = Trainer(config, runtime, folder, watch, TrainLoader(train_stream, config, runtime, accum_steps))
     params = sum(p.numel() for p in trainer.model.parameters())
@@ -1189,8 +1169,9 @@ def run(config: Config, runtime: Runtime, folder: RunFolder):
                f"tokens:{after.tokens} bytes:{after.bytes}{after.label}")  # fmt: skip
     result = {
         "run_id": folder.run_id, "seed": config.seed, "steps": steps, "model_params": params,
-        "val_loss": after.loss, "val_bpb": after.bpb, "pre_quant_val_loss": before.loss, "pre_quant_val_bpb": before.bpb,
-        "partial": bool(after.label), "scored_tokens": after.tokens, "scored_bytes": after.bytes, "val_tokens": after.of,
+        "val_loss": after.loss, "val_bpb": after.bpb,
+        "pre_quant_val_loss": before.loss, "pre_quant_val_bpb": before.bpb, "partial": bool(after.label),
+        "scored_tokens": after.tokens, "scored_bytes": after.bytes, "val_tokens": after.of,
         "eval_stride": config.eval_stride, "train_tokens": steps * config.train_batch_tokens,
         "seconds": {phase: round(seconds, 3) for phase, seconds in watch.seconds.items()},
         "eval_seconds": round(eval_seconds, 3), "step_avg_ms": 1000 * watch.seconds["training"] / max(steps, 1),
@@ -1206,7 +1187,7 @@ def run(config: Config, runtime: Runtime, folder: RunFolder):
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv in (["-h"], ["--help"]):
-        knobs = [f"{field.name.upper()}={field.default}  {field.metadata['meaning']}" for field in dataclasses.fields(Config)]
+        knobs = [f"{name}={field.default}  {field.metadata['meaning']}" for name, field in KNOBS.items()]
         print(__doc__, *knobs, sep="\n")
         return 0
     with contextlib.ExitStack() as stack:

@@ -1,0 +1,96 @@
+"""Fixtures shared by all tests: a small corpus made on the fly, a configuration that trains in seconds on a CPU."""
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads would only wait for each other
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train_gpt  # noqa: E402
+
+WORDS = ["the", "king", "of", "sea", "and", "na\u00efve", "caf\u00e9", "night", "\u6d77", "love", "sleeps", "  indented", "\n"]
+
+
+def write_shard(path, tokens):
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = (train_gpt.SHARD_MAGIC, train_gpt.SHARD_VERSION, len(tokens))
+    path.write_bytes(header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes())
+
+
+def make_documents(count, seed, words=60):
+    """Documents of pseudo-text with accents, another script, runs of spaces, newlines and an emoji no tokenizer knows."""
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, k=words)).strip() + rng.choice(["", " \U0001f600", "\n"]) for _ in range(count)]
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """Folder with data/ (two training shards, one validation shard) and tok.model, a 320-piece BPE with byte fallback."""
+    import sentencepiece as spm
+
+    folder = tmp_path_factory.mktemp("corpus")
+    train, val = make_documents(400, seed=1), make_documents(30, seed=2)
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(train), model_prefix=str(folder / "tok"), vocab_size=320, model_type="bpe",
+        byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
+        character_coverage=1.0, hard_vocab_limit=False, num_threads=1, minloglevel=2,
+    )  # fmt: skip
+    model = spm.SentencePieceProcessor(model_file=str(folder / "tok.model"))
+    tokens = [[model.bos_id(), *ids] for ids in model.encode(train)]
+    flat = [token for ids in tokens for token in ids]
+    (folder / "data").mkdir()
+    write_shard(folder / "data" / "fineweb_train_000000.bin", flat[: len(flat) // 3])
+    write_shard(folder / "data" / "fineweb_train_000001.bin", flat[len(flat) // 3 :])
+    val_tokens = [token for ids in model.encode(val) for token in [model.bos_id(), *ids]]
+    write_shard(folder / "data" / "fineweb_val_000000.bin", val_tokens)
+    (folder / "vocab_size").write_text(str(model.vocab_size()))
+    return folder
+
+
+@pytest.fixture
+def tiny(corpus, tmp_path):
+    """Function: the environment of a run that trains a two-layer model on the corpus, with overrides by knob."""
+
+    def settings(**overrides):
+        base = {
+            "DATA_PATH": corpus / "data", "TOKENIZER_PATH": corpus / "tok.model",
+            "VOCAB_SIZE": (corpus / "vocab_size").read_text(), "LOG_DIR": tmp_path / "logs", "RUN_ID": "run",
+            "DEVICE": "cpu", "DTYPE": "float32", "COMPILE": "0", "MAX_WALLCLOCK_SECONDS": "0", "ITERATIONS": "5",
+            "NUM_LAYERS": "2", "MODEL_DIM": "32", "NUM_HEADS": "4", "NUM_KV_HEADS": "2", "TRAIN_SEQ_LEN": "32",
+            "TRAIN_BATCH_TOKENS": "256", "VAL_BATCH_SIZE": "512", "WARMUP_STEPS": "0", "VAL_LOSS_EVERY": "0",
+        }  # fmt: skip
+        return {name: str(value) for name, value in (base | overrides).items()}
+
+    return settings
+
+
+@pytest.fixture
+def make_config(tiny):
+    """Function: the Config of `tiny`, with overrides by knob."""
+    return lambda **overrides: train_gpt.Config.load([], tiny(**overrides))
+
+
+@pytest.fixture
+def runtime(make_config):
+    """One process on the CPU in float32."""
+    return train_gpt.Runtime(make_config(), {})
+
+
+@pytest.fixture
+def launch(tiny):
+    """Function: run train_gpt.py in a process of its own (under torchrun with ranks > 1); the CompletedProcess."""
+
+    def start(ranks=1, args=(), timeout=300, **overrides):
+        environ = {k: v for k, v in os.environ.items() if k not in train_gpt.KNOBS} | tiny(**overrides)
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+        command = [sys.executable, *torchrun, str(ROOT / "train_gpt.py"), *map(str, args)]
+        return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=timeout, check=False)
+
+    return start
