@@ -56,7 +56,6 @@ def require(ok, message: str):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config: every knob with its default, meaning and unit; where values come from; what may be combined.
-# A field's name in capitals is its environment variable.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -67,6 +66,8 @@ def knob(default, meaning: str, low=None, high=None, choices=()):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    """A field's name in capitals is its environment variable."""
+
     # Where things are
     data_path: str = knob("./data/datasets/fineweb10B_sp1024", "folder of fineweb_{train,val}_NNNNNN.bin shards")
     tokenizer_path: str = knob("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model of the shards")
@@ -233,7 +234,6 @@ def read_env_file(path: Path) -> dict[str, str]:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Runtime: the device and the ranks, what they tell each other, the run folder with its log, the one stopwatch.
-# Rank 0 owns every decision that depends on a clock.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -353,29 +353,31 @@ class Stopwatch:
 
     def switch(self, phase: str):
         self.synchronize()
-        self.seconds[self.phase], self.since = self.elapsed(self.phase), time.perf_counter()
-        self.phase = phase
+        now = time.perf_counter()
+        self.seconds[self.phase] += now - self.since
+        self.phase, self.since = phase, now
 
     def elapsed(self, phase: str) -> float:
         return self.seconds[phase] + (time.perf_counter() - self.since if phase == self.phase else 0.0)
 
 
 def choose_compile(config: Config, runtime: Runtime) -> tuple[bool, str]:
-    """Whether to torch.compile, and why; COMPILE=auto compiles one tiny function to find out."""
-    if config.compile != "auto":
-        return config.compile == "1", f"COMPILE={config.compile}"
-    if runtime.device.type == "mps" or sys.platform == "win32":
+    """Whether to torch.compile, and why. A tiny function is compiled to find out whether a compiler works here."""
+    if config.compile == "0":
+        return False, "COMPILE=0"
+    if config.compile == "auto" and (runtime.device.type == "mps" or sys.platform == "win32"):
         return False, f"no reliable compiler for {runtime.device.type} on {sys.platform}"
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=runtime.device))
         return True, "a trial compilation worked"
     except Exception as error:  # whatever a missing or broken toolchain raises
-        return False, f"a trial compilation failed: {str(error).strip().splitlines()[0][:120]}"
+        reason = f"a trial compilation failed: {str(error).strip().splitlines()[0][:120]}"
+        require(config.compile == "auto", f"COMPILE=1: {reason}: install a C++ compiler or use COMPILE=0")
+        return False, reason
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Data: the shard format, the order of the stream, its position, the next step read ahead.
-# Step at position p: sequence i is tokens[p + i*T : p + i*T + T + 1]; ranks and micro-steps take contiguous slices.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -434,8 +436,9 @@ def to_device(tokens: np.ndarray, device: torch.device) -> Tensor:
 
 
 class TrainLoader:
-    """This rank's share of each step; a thread reads the next one ahead. `position`, where in the stream the next step
-    starts, is all that a resume has to restore."""
+    """This rank's share of each step; a thread reads the next one ahead. Sequence i of the step at `position` p is
+    tokens[p + i*T : p + i*T + T + 1]; ranks and micro-steps take contiguous slices of that list, so that any number of
+    them sees the same step. The position is all that a resume has to restore."""
 
     def __init__(self, stream: TokenStream, config: Config, runtime: Runtime, accum_steps: int):
         self.stream, self.batch_tokens, self.device = stream, config.train_batch_tokens, runtime.device
@@ -527,11 +530,15 @@ def manifest_bytes(folder: str) -> int | None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Model: attention, the architecture, one initialisation rule per parameter. Precision: fp32 masters (the embedding is
-# bf16 on accelerators), activations and matrix products in the run's dtype, norms, softmax and loss in fp32.
+# Model: attention, the architecture, one initialisation rule per parameter.
 # ----------------------------------------------------------------------------------------------------------------------
 
 CONTROL_TENSORS = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights")
+
+
+def kind_of(name: str) -> str:
+    """The last word of a parameter's name, which says what it is: blocks.3.attn.c_q.weight is a c_q."""
+    return name.removesuffix(".weight").split(".")[-1]
 
 
 def grouped_attention(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor) -> Tensor:
@@ -552,11 +559,11 @@ def blocked_attention(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor, block: int
     outputs = []
     for start in range(0, T, block):
         stop = min(start + block, T)
-        scores = q_NGTd[:, :, start:stop].flatten(1, 2) @ k_NTd[:, :stop].mT * d**-0.5
+        rows = (-1, stop - start)
+        scores = (q_NGTd[:, :, start:stop].flatten(1, 2) @ k_NTd[:, :stop].mT).unflatten(1, rows).float() * d**-0.5
         hidden = torch.ones(stop - start, stop, dtype=torch.bool, device=scores.device).triu(start + 1)
-        scores = scores.unflatten(1, (-1, stop - start)).float().masked_fill(hidden, -math.inf)
-        weights = scores.softmax(dim=-1).to(v_NTd.dtype).flatten(1, 2)
-        outputs.append((weights @ v_NTd[:, :stop]).unflatten(1, (-1, stop - start)))
+        weights = scores.masked_fill(hidden, -math.inf).softmax(dim=-1).to(v_NTd.dtype).flatten(1, 2)
+        outputs.append((weights @ v_NTd[:, :stop]).unflatten(1, rows))
     return torch.cat(outputs, dim=2).view(B, H, T, d)
 
 
@@ -587,12 +594,11 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),), eps=2.0**-23)  # computed in fp32, whose own epsilon this is
 
 
-class Linear(nn.Module):
-    """x @ weight.T with an fp32 master weight, cast to the type of x at use."""
+class Linear(nn.Linear):
+    """No bias; the fp32 master weight is cast to the type of the input at use."""
 
     def __init__(self, fan_in: int, fan_out: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(fan_out, fan_in))
+        super().__init__(fan_in, fan_out, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
@@ -654,7 +660,10 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A U-net of blocks over a normalised embedding; tied or untied output; softcapped logits."""
+    """A U-net of blocks over a normalised embedding; tied or untied output; softcapped logits.
+
+    Precision: fp32 masters (the embedding is bf16 on accelerators), activations and matrix products in `dtype`, RoPE
+    tables built in fp32 and cast last, norms, softmax and loss in fp32."""
 
     def __init__(self, config: Config, attend=expanded_attention, dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -671,23 +680,18 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_weights(self, config: Config):
         """One rule per parameter, drawn on the CPU: every device and every rank starts from the same numbers."""
-        generator = torch.Generator().manual_seed(config.seed)
+        generator, tied = torch.Generator().manual_seed(config.seed), config.tie_embeddings
         for name, p in self.named_parameters():
-            kind = name.removesuffix(".weight").split(".")[-1]
+            kind = kind_of(name)
             if kind == "tok_emb":
-                p.normal_(std=config.tied_embed_init_std if config.tie_embeddings else 1.0, generator=generator)
+                p.normal_(std=config.tied_embed_init_std if tied else 1.0, generator=generator)
             elif kind in ("c_q", "c_k", "c_v", "fc"):
                 p.uniform_(-(p.size(1) ** -0.5), p.size(1) ** -0.5, generator=generator)
-            elif kind in ("proj", "lm_head"):
-                p.zero_()
-            elif kind in ("attn_scale", "mlp_scale", "skip_weights"):
-                p.fill_(1.0)
-            elif kind == "resid_mix":
-                p.copy_(torch.tensor([[1.0], [0.0]]).expand_as(p))
-            elif kind == "q_gain":
-                p.fill_(config.qk_gain_init)
             else:
-                raise AssertionError(f"no initialisation rule covers parameter {name}")
+                constant = {"proj": 0.0, "lm_head": 0.0, "attn_scale": 1.0, "mlp_scale": 1.0, "skip_weights": 1.0,
+                            "resid_mix": torch.eye(2)[:, :1], "q_gain": config.qk_gain_init}.get(kind)  # fmt: skip
+                assert constant is not None, f"no initialisation rule covers parameter {name}"
+                p.copy_(torch.as_tensor(constant).expand_as(p))
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
         """Losses [B, T] in nats where targets are given, softcapped logits [B, T, V] otherwise; both fp32."""
@@ -719,15 +723,10 @@ def parameter_groups(model: GPT) -> dict[str, list[nn.Parameter]]:
     """Every parameter in exactly one of embed, head, matrix, scalar; raises for one that no rule covers."""
     groups = {"embed": [], "head": [], "matrix": [], "scalar": []}
     for name, p in model.named_parameters():
-        kind = name.removesuffix(".weight").split(".")[-1]
-        if kind in CONTROL_TENSORS:
-            groups["scalar"].append(p)
-        elif kind in ("tok_emb", "lm_head"):
-            groups["embed" if kind == "tok_emb" else "head"].append(p)
-        elif name.startswith("blocks.") and p.ndim == 2:
-            groups["matrix"].append(p)
-        else:
-            raise AssertionError(f"no optimizer group covers parameter {name}")
+        kind = kind_of(name)
+        group = {"tok_emb": "embed", "lm_head": "head"}.get(kind) or ("scalar" if kind in CONTROL_TENSORS else "matrix")
+        assert group != "matrix" or (name.startswith("blocks.") and p.ndim == 2), f"no group covers parameter {name}"
+        groups[group].append(p)
     return groups
 
 
@@ -827,27 +826,14 @@ def muon_momentum(config: Config, step: int) -> float:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
 class Score:
-    """Sums over the scored targets: nats, targets, bytes of text. `of`: how many targets the whole text has."""
+    """From sums over the scored targets: nats, targets, bytes of text. `of` is how many targets the whole text has;
+    `label` ends every line that shows a score of fewer."""
 
-    nats: float
-    tokens: int
-    bytes: int
-    of: int
-
-    @property
-    def loss(self) -> float:
-        return self.nats / self.tokens
-
-    @property
-    def bpb(self) -> float:
-        return self.nats / math.log(2) / self.bytes
-
-    @property
-    def label(self) -> str:
-        """Ends every line that shows a score of less than the whole text."""
-        return f" partial:{self.tokens}/{self.of}" if self.tokens < self.of else ""
+    def __init__(self, nats: float, tokens: int, bytes: int, of: int):
+        self.tokens, self.bytes, self.of = tokens, bytes, of
+        self.loss, self.bpb = nats / tokens, nats / math.log(2) / bytes
+        self.label = f" partial:{tokens}/{of}" if tokens < of else ""
 
 
 class Evaluator:
@@ -936,7 +922,7 @@ def quantize(state: dict[str, Tensor], config: Config) -> dict:
             scales[name] = scale if tensor.ndim == 2 else scale[0]
             if tensor.ndim == 2:
                 qmeta[name] = {"scheme": "per_row", "axis": 0}
-        elif not tensor.is_floating_point() or name.split(".")[-1] in CONTROL_TENSORS:
+        elif not tensor.is_floating_point() or kind_of(name) in CONTROL_TENSORS:
             passthrough[name] = tensor
         else:
             passthrough[name], original[name] = tensor.half(), dtype
