@@ -988,9 +988,9 @@ def export(state: dict[str, Tensor], config: Config, folder: RunFolder, code_byt
 class Trainer:
     """Model, optimizers and data of one run, and the loop over them."""
 
-    def __init__(self, config: Config, runtime: Runtime, folder: RunFolder, watch: Stopwatch, data: "TrainLoader"):
-        self.config, self.runtime, self.folder, self.watch, self.loader = config, runtime, folder, watch, data
-        attend, attention_note = choose_attention(config, runtime, data.sequences // data.shape[0])
+    def __init__(self, config: Config, runtime: Runtime, folder: RunFolder, watch: Stopwatch, loader: TrainLoader):
+        self.config, self.runtime, self.folder, self.watch, self.loader = config, runtime, folder, watch, loader
+        attend, attention_note = choose_attention(config, runtime, loader.sequences // loader.shape[0])
         compiled, compile_note = choose_compile(config, runtime)
         self.note = f"{attention_note}\ncompile:{int(compiled)} ({compile_note})"
         self.model = GPT(config, attend, runtime.dtype).to(runtime.device)
@@ -999,6 +999,8 @@ class Trainer:
         self.optimizers = build_optimizers(self.model, config, runtime)
         self.scorer = torch.compile(self.model, dynamic=False, fullgraph=True) if compiled else self.model
         self.learner = self.scorer
+        # Losses on their way to the host, seconds of the last steps, the training clock when the last of them ended.
+        self.pending, self.recent, self.settled_at = deque(), deque(maxlen=20), 0.0
         if runtime.world_size > 1:
             self.learner = DistributedDataParallel(self.scorer, broadcast_buffers=False)
 
@@ -1017,7 +1019,8 @@ class Trainer:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * scale
-                group |= {"momentum": momentum} if "momentum" in group else {}
+                if "momentum" in group:
+                    group["momentum"] = momentum
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return losses.sum()
@@ -1028,8 +1031,12 @@ class Trainer:
         before = copy.deepcopy([part.state_dict() for part in parts])
         with torch.random.fork_rng([self.runtime.device] if self.runtime.device.type == "cuda" else []):
             for step in range(1, self.config.warmup_steps + 1):
+                began = self.watch.elapsed("compile")
                 self.step(1.0, self.config.muon_momentum)
+                self.runtime.synchronize()
                 self.folder.log(f"warmup_step:{step}/{self.config.warmup_steps}")
+            if self.config.warmup_steps > 1:  # the first one compiles; the last tells how long the run's first will take
+                self.recent.append(self.watch.elapsed("compile") - began)
             if self.config.warmup_steps:
                 with torch.no_grad():
                     self.scorer(*evaluator.batch_at(evaluator.windows.start)[:2])
@@ -1076,7 +1083,6 @@ class Trainer:
     def train(self, evaluator: Evaluator) -> tuple[int, Score]:
         """Validate, plan, step, log, until ITERATIONS or the clock. (Steps done, the last validation.)"""
         config, folder, step = self.config, self.folder, 0
-        self.pending, self.recent, self.settled_at = deque(), deque(maxlen=20), 0.0
         while True:
             scale, stop = self.plan(step)
             every = config.val_loss_every

@@ -1,0 +1,378 @@
+"""Bytes: what each token weighs, against text decoded by SentencePiece itself; and the audit that refuses a lie.
+
+Two tokenizers are trained here: `lossless` adds nothing to the text, `prefixed` puts a space before every document."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import sentencepiece as spm
+from conftest import make_documents, write_shard
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from train_gpt import TokenBytes, TokenStream, UserError, manifest_bytes
+
+CHECKED = settings(database=None, deadline=None, derandomize=True)  # the same examples on every machine
+SPACE = "\u2581"
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # piece types of sentencepiece_model.proto
+
+DOCUMENTS = [
+    "the king of night",
+    "na\u00efve caf\u00e9 \u6d77 and \U0001f600\U0001f600 \u2603",  # the last three come as byte pieces
+    "\n\nthe  king   of     sea\t\r\n  indented  \n",
+    "sea" + " " * 17 + "sea ",
+    "\n",
+    "thethethe,the;king<s></s><unk><0x41>",  # names of pieces are text here
+    "\u00a0\u3000\u200bthe\u2028king",
+]
+
+
+def train(folder, name, **options):
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(make_documents(150, seed=3)), model_prefix=str(folder / name), vocab_size=330,
+        model_type="bpe", byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        character_coverage=1.0, hard_vocab_limit=False, num_threads=1, minloglevel=2, **options,
+    )  # fmt: skip
+    return str(folder / f"{name}.model")
+
+
+@pytest.fixture(scope="module", params=["lossless", "prefixed"])
+def tokenizer(request, lossless, prefixed):
+    return {"lossless": lossless, "prefixed": prefixed}[request.param]
+
+
+def load(path) -> SimpleNamespace:
+    model = spm.SentencePieceProcessor(model_file=path)
+    return SimpleNamespace(path=path, model=model, size=model.vocab_size(), table=TokenBytes(path, model.vocab_size()))
+
+
+@pytest.fixture(scope="module")
+def lossless(tmp_path_factory):
+    return load(train(tmp_path_factory.mktemp("lossless"), "tok", add_dummy_prefix=False))
+
+
+@pytest.fixture(scope="module")
+def prefixed(tmp_path_factory):
+    """With a space before each document, a padding piece and a user-defined symbol."""
+    return load(train(tmp_path_factory.mktemp("prefixed"), "tok", pad_id=3, user_defined_symbols=["<|x|>"]))
+
+
+def tokens_of(tokenizer, documents) -> list[int]:
+    """Each document after its start token, as in the published shards."""
+    return [token for text in documents for token in [tokenizer.model.bos_id(), *tokenizer.model.encode(text)]]
+
+
+@pytest.fixture
+def stream_of(tmp_path):
+    """Function: a validation stream of these tokens."""
+
+    def write(tokens, vocab_size):
+        write_shard(tmp_path / "fineweb_val_000000.bin", tokens)
+        return TokenStream(str(tmp_path), "val", vocab_size)
+
+    return write
+
+
+def weigh(tokenizer, tokens) -> int:
+    return tokenizer.table.weigh(np.array(tokens, dtype=np.uint16))
+
+
+# The table
+
+
+def test_documents_weigh_their_bytes(tokenizer):
+    for text in DOCUMENTS:
+        assert weigh(tokenizer, tokens_of(tokenizer, [text])) == len(text.encode()), text
+    assert weigh(tokenizer, tokens_of(tokenizer, DOCUMENTS)) == sum(len(text.encode()) for text in DOCUMENTS)
+
+
+def test_every_piece_weighs_what_it_adds_to_the_decoded_text(tokenizer):
+    """The oracle is the decoder: a piece after an ordinary one adds exactly as many bytes as it weighs."""
+    model, before = tokenizer.model, tokenizer.model.encode("x")[-1]
+    without = len(model.decode([before]).encode())
+    kinds = set()
+    for token in range(tokenizer.size):
+        if model.is_byte(token):
+            kinds.add("byte")
+            assert weigh(tokenizer, [before, token]) == 1
+            assert weigh(tokenizer, [model.bos_id(), token]) == 1
+        elif model.is_unknown(token):
+            assert weigh(tokenizer, [before, token]) == 0
+        else:
+            kinds.add("control" if model.is_control(token) else "text")
+            added = len(model.decode([before, token]).encode()) - without
+            assert weigh(tokenizer, [before, token]) == added, model.id_to_piece(token)
+    assert kinds == {"byte", "control", "text"}
+
+
+def test_every_pair_at_the_start_of_a_document(prefixed):
+    """After a boundary the first space belongs to the tokenizer; further ones do not, in this piece or the next."""
+    model = prefixed.model
+    for token in range(prefixed.size):
+        if not model.is_byte(token) and not model.is_unknown(token):
+            for boundary in (model.bos_id(), model.eos_id(), model.pad_id(), model.unk_id()):
+                ids = [boundary, token, *model.encode("the king")]  # begins with a space of its own
+                if model.id_to_piece(token).startswith(SPACE):
+                    assert weigh(prefixed, ids) == len(model.decode(ids[1:]).encode())
+
+
+def test_what_a_table_is_made_of(prefixed):
+    model, table = prefixed.model, prefixed.table
+    assert set(np.flatnonzero(table.boundary)) == {model.unk_id(), model.bos_id(), model.eos_id(), model.pad_id()}
+    symbol = model.piece_to_id("<|x|>")
+    assert not table.boundary[symbol] and table.weight[symbol] == len("<|x|>")
+    assert table.weight[model.piece_to_id("<0xE2>")] == 1
+    assert (table.weight[model.piece_to_id(SPACE)], table.leading_space[model.piece_to_id(SPACE)]) == (0, True)
+    assert (table.weight[model.piece_to_id(SPACE + "the")], table.weight[model.piece_to_id("\u6d77")]) == (3, 3)
+
+
+def test_spaces_inside_a_piece_weigh_one_byte_each(tmp_path):
+    options = {"remove_extra_whitespaces": False, "add_dummy_prefix": False, "split_by_whitespace": False}
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a b" + " " * 8 + "a b"] * 50), model_prefix=str(tmp_path / "tok"), vocab_size=280,
+        model_type="bpe", byte_fallback=True, normalization_rule_name="identity", hard_vocab_limit=False,
+        num_threads=1, minloglevel=2, allow_whitespace_only_pieces=True, **options,
+    )  # fmt: skip
+    tokenizer = load(str(tmp_path / "tok.model"))
+    pieces = [tokenizer.model.id_to_piece(token) for token in range(tokenizer.size)]
+    assert any(set(piece) == {SPACE} and len(piece) > 1 for piece in pieces)
+    assert any(SPACE in piece[1:] and piece[0] == "a" for piece in pieces)
+    before = tokenizer.model.piece_to_id("a")
+    for token, piece in enumerate(pieces):
+        if SPACE in piece:
+            assert weigh(tokenizer, [before, token]) == len(piece), piece  # all its characters are one byte of text
+    for text in ("a b", "b" + " " * 30 + "a", "a b" + " " * 8 + "a b"):
+        assert weigh(tokenizer, tokens_of(tokenizer, [text])) == len(text)
+
+
+# Any text except U+2581 itself, which SentencePiece takes for a space.
+WORDS = st.sampled_from([" ", "   ", "\n", "the", " king", "\u00e9", "\U0001f600"])
+CHARACTERS = st.characters(exclude_categories=("Cs",), exclude_characters=SPACE)
+TEXTS = st.lists(WORDS | CHARACTERS | st.text(CHARACTERS, max_size=5), max_size=12).map("".join)
+
+
+@CHECKED
+@given(texts=st.lists(TEXTS, min_size=1, max_size=4))
+@example(texts=["", "", "a"])
+def test_any_text_weighs_its_bytes(lossless, prefixed, texts):
+    assert weigh(prefixed, tokens_of(prefixed, texts)) == sum(len(text.encode()) for text in texts)
+    # Without a prefix a space that begins a document looks like the tokenizer's own: the audit refuses those.
+    texts = [text.removeprefix(" ") if not text.startswith("  ") else "a" + text for text in texts]
+    assert weigh(lossless, tokens_of(lossless, texts)) == sum(len(text.encode()) for text in texts)
+
+
+# The audit
+
+
+def test_audit_passes_and_says_what_it_proved(tokenizer, stream_of):
+    tokens, size = tokens_of(tokenizer, DOCUMENTS), sum(len(text.encode()) for text in DOCUMENTS)
+    line = tokenizer.table.audit(stream_of(tokens, tokenizer.size), size)
+    assert line.startswith("byte_audit:") and "\n" not in line
+    assert f"{len(tokens)} tokens" in line and f"{len(DOCUMENTS)} documents" in line and f"{size} bytes" in line
+    assert "manifest" in line
+    assert "manifest" not in tokenizer.table.audit(stream_of(tokens, tokenizer.size), None)
+
+
+class SpaceTwice(TokenBytes):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.weight = self.weight + self.leading_space
+
+
+class BytesOfThree(TokenBytes):
+    """As if a byte piece were a character of another script."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.weight[[self.model.is_byte(token) for token in range(len(self.weight))]] = 3
+
+
+class BytesByName(TokenBytes):
+    """A byte piece is called <0x41>: six characters."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.weight[[self.model.is_byte(token) for token in range(len(self.weight))]] = 6
+
+
+class NoBoundaries(TokenBytes):
+    def weigh(self, tokens):
+        return int(self.weight[tokens[1:]].sum() + self.leading_space[tokens[1:]].sum())
+
+
+class ControlWeighs(TokenBytes):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.weight[self.model.bos_id()] = 3
+
+
+@pytest.mark.parametrize("wrong", [SpaceTwice, BytesOfThree, BytesByName, NoBoundaries, ControlWeighs])
+def test_audit_refuses_a_wrong_table(prefixed, stream_of, wrong):
+    stream = stream_of(tokens_of(prefixed, DOCUMENTS), prefixed.size)
+    with pytest.raises(UserError, match=r"fineweb_val_.*decodes .*weighs.*use the tokenizer of the shards"):
+        wrong(prefixed.path, prefixed.size).audit(stream, None)
+
+
+def test_audit_refuses_a_lossless_document_that_begins_with_a_space(lossless, stream_of):
+    """The one byte that the published rule for a space after a boundary would take away."""
+    texts = ["the king", " the king", "of sea"]
+    tokens = tokens_of(lossless, texts)
+    assert weigh(lossless, tokens) == sum(len(text.encode()) for text in texts) - 1
+    with pytest.raises(UserError, match="decodes the first .* tokens to 23 bytes, but weighs them as 22"):
+        lossless.table.audit(stream_of(tokens, lossless.size), None)
+
+
+def test_audit_refuses_the_tokenizer_of_other_shards(lossless, prefixed, stream_of):
+    tokens = tokens_of(prefixed, [f"{text} \U0001f600" for text in DOCUMENTS])
+    vocab_size = max(lossless.size, prefixed.size)
+    with pytest.raises(UserError, match="use the tokenizer of the shards"):
+        lossless.table.audit(stream_of([min(t, lossless.size - 1) for t in tokens], vocab_size), None)
+
+
+def test_audit_weighs_the_first_token_too(lossless, stream_of):
+    """A stream need not begin with a start token."""
+    tokens = lossless.model.encode("the king")
+    assert "8 bytes" in lossless.table.audit(stream_of(tokens, lossless.size), None)
+
+
+def test_audit_of_a_part_ends_at_a_document(lossless, stream_of, monkeypatch):
+    texts = ["the king \U0001f600", "\U0001f600" * 5, "\u2603\u2603 night", "sea"]
+    tokens, bos = tokens_of(lossless, texts), lossless.model.bos_id()
+    starts = [position for position, token in enumerate(tokens) if token == bos]
+    stream = stream_of(tokens, lossless.size)
+    for limit in range(starts[1] + 1, len(tokens)):
+        monkeypatch.setattr(TokenBytes, "AUDIT_TOKENS", limit)
+        documents = sum(start < limit for start in starts) - 1
+        audited = sum(len(text.encode()) for text in texts[:documents])
+        line = lossless.table.audit(stream, None)
+        assert f" {starts[documents]} tokens in {documents} documents" in line and f" {audited} bytes" in line
+    monkeypatch.setattr(TokenBytes, "AUDIT_TOKENS", len(tokens))
+    assert f" {len(tokens)} tokens in {len(texts)} documents" in lossless.table.audit(stream, None)
+
+
+@pytest.mark.parametrize("start", [[], ["bos"]])
+def test_audit_of_one_long_document_does_not_cut_a_character(lossless, stream_of, monkeypatch, start):
+    """Text without document borders is honest data: wherever the part ends, the audit must not refuse it."""
+    text = "the \U0001f600 king \u2603\u2603" * 3
+    tokens = [lossless.model.bos_id() for _ in start] + lossless.model.encode(text)
+    stream = stream_of(tokens, lossless.size)
+    for limit in range(8, len(tokens)):
+        monkeypatch.setattr(TokenBytes, "AUDIT_TOKENS", limit)
+        assert lossless.table.audit(stream, None).startswith("byte_audit:")
+
+
+# The manifest
+
+
+def test_stated_bytes(lossless, stream_of, monkeypatch):
+    tokens, size = tokens_of(lossless, DOCUMENTS), sum(len(text.encode()) for text in DOCUMENTS)
+    stream = stream_of(tokens, lossless.size)
+    monkeypatch.setattr(TokenBytes, "AUDIT_TOKENS", 20)  # all tokens are weighed however few are decoded
+    assert f"all {len(tokens)} tokens weigh the {size} bytes" in lossless.table.audit(stream, size)
+    for wrong in (size - 1, size + 1, 0):
+        with pytest.raises(UserError, match=rf"weighs {size} bytes, but manifest.json states {wrong}: .*again"):
+            lossless.table.audit(stream, wrong)
+
+
+def test_manifest_is_optional(tmp_path):
+    assert manifest_bytes(str(tmp_path)) is None
+    (tmp_path / "manifest.json").write_text(json.dumps({"splits": {"val": {"bytes": 123, "tokens": 5}, "train": {}}}))
+    assert manifest_bytes(str(tmp_path)) == 123
+
+
+@pytest.mark.parametrize("text", [
+    "", "{", "[]", "{}", '{"splits": {}}', '{"splits": {"val": {}}}', '{"splits": {"val": {"bytes": null}}}',
+    '{"splits": {"val": {"bytes": "many"}}}', '{"splits": {"val": 5}}', '{"splits": []}', "\udcff",
+])  # fmt: skip
+def test_malformed_manifest(tmp_path, text):
+    path = tmp_path / "manifest.json"
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(UserError) as caught:
+        manifest_bytes(str(tmp_path))
+    assert str(path) in str(caught.value) and "splits.val.bytes" in str(caught.value) and "again" in str(caught.value)
+
+
+# Tokenizers that cannot be used
+
+
+def varint(value: int) -> bytes:
+    low, rest = value & 0x7F, value >> 7
+    return bytes([low | 0x80]) + varint(rest) if rest else bytes([low])
+
+
+def read_varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        value, shift, at = value | (data[at] & 0x7F) << shift, shift + 7, at + 1
+        if data[at - 1] < 0x80:
+            return value, at
+
+
+def change_piece(path, piece: str, text: str | None = None, kind: int = NORMAL) -> bytes:
+    """The model with one piece renamed or of another kind. A model is a protocol buffer whose field 1, repeated, is a
+    piece (1: text, 2: score, 3: kind); the last value of a field counts, so a changed one is appended."""
+    data, out, at, changed = open(path, "rb").read(), b"", 0, 0
+    while at < len(data):
+        tag, body = read_varint(data, at)
+        assert tag & 7 == 2  # every field of a model is a message
+        length, body = read_varint(data, body)
+        message = data[body : body + length]
+        if tag == 0x0A and message.startswith(b"\x0a" + varint(len(piece.encode())) + piece.encode()):
+            name = (text or piece).encode()
+            message, changed = message + b"\x0a" + varint(len(name)) + name + b"\x18" + varint(kind), changed + 1
+        out, at = out + data[at : at + 1] + varint(len(message)) + message, body + length
+    assert changed == 1
+    return out
+
+
+def test_vocabulary_without_a_single_space(lossless, tmp_path):
+    path = tmp_path / "tok.model"
+    path.write_bytes(change_piece(lossless.path, SPACE, "\u2582"))
+    with pytest.raises(UserError, match=r"tok.model has no piece for a single space \(U\+2581\): use another"):
+        TokenBytes(str(path), lossless.size)
+
+
+def test_unused_pieces_weigh_nothing(lossless, tmp_path):
+    path = tmp_path / "tok.model"
+    path.write_bytes(change_piece(lossless.path, SPACE + "the", kind=UNUSED))
+    token = lossless.model.piece_to_id(SPACE + "the")
+    table = TokenBytes(str(path), lossless.size)
+    assert table.model.is_unused(token) and table.boundary[token] and not table.leading_space[token]
+    assert table.weight[token] == 0 and lossless.table.weight[token] == 3
+    ids = table.model.encode("of the king")
+    assert token not in ids and table.weigh(np.array([table.model.bos_id(), *ids])) == 11
+
+
+@pytest.mark.parametrize("vocab_size", [2, 1024, 65536])
+def test_wrong_vocab_size_and_the_advice_works(lossless, vocab_size):
+    with pytest.raises(UserError) as caught:
+        TokenBytes(lossless.path, vocab_size)
+    message = str(caught.value)
+    assert f"VOCAB_SIZE={vocab_size}," in message and f"TOKENIZER_PATH={lossless.path}" in message
+    assert f"set VOCAB_SIZE={lossless.size}," in message
+    TokenBytes(lossless.path, lossless.size)
+
+
+@pytest.mark.parametrize("data", [b"", b"not a model", b"\0" * 2000, bytes(range(256)) * 4])
+def test_file_that_is_no_model(tmp_path, data):
+    path = tmp_path / "tok.model"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"TOKENIZER_PATH=.*tok.model is no SentencePiece model: .*again"):
+        TokenBytes(str(path), 1024)
+
+
+def test_tokenizer_that_was_cut_short(lossless, tmp_path):
+    path = tmp_path / "tok.model"
+    path.write_bytes(open(lossless.path, "rb").read()[:-100])
+    with pytest.raises(UserError, match="TOKENIZER_PATH"):
+        TokenBytes(str(path), lossless.size)
+
+
+def test_missing_tokenizer(tmp_path):
+    for path in (tmp_path / "missing.model", tmp_path):
+        with pytest.raises(UserError) as caught:
+            TokenBytes(str(path), 1024)
+        assert f"TOKENIZER_PATH={path} does not exist" in str(caught.value)
+        assert "python data/prepare_shakespeare.py" in str(caught.value)

@@ -1,0 +1,284 @@
+"""Export: bounds of the quantisation error, the format of the object, the way from weights to a file and back, refusal
+of what is no artifact, sizes that are those of the files."""
+
+import hashlib
+import io
+import os
+import re
+import zlib
+
+import numpy as np
+import pytest
+import torch
+
+import train_gpt
+from train_gpt import GPT, RunFolder, UserError, blocked_attention, dequantize, export, quantize, quantize_rows, unpack
+
+QUANTILE = 0.9999984  # the design: rows are clipped at the 99.99984th percentile
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("std", [1e-4, 0.02, 1.0])
+def test_the_error_is_at_most_half_the_stored_scale(std):
+    w = std * randn(64, 1500) * torch.logspace(-1, 1, 64)[:, None]
+    w[7] = 0
+    q, scale = quantize_rows(w)
+    assert q.dtype == torch.int8 and scale.dtype == torch.float16 and q.shape == w.shape and scale.shape == (64,)
+    assert (q[7] == 0).all() and scale[7] == 1 and (scale > 0).all()
+    stored, w = scale.double()[:, None], w.double()
+    error, inside = (w - q.double() * stored).abs(), w.abs() <= 127 * stored
+    assert inside.double().mean() > 0.998
+    assert (error <= stored / 2 * (1 + 1e-6)).where(inside, error <= w.abs() - 127 * stored + 1e-12).all()
+    assert q.abs().max() <= 127 and (q.abs() >= 126).any(1).sum() == 63, "the range is used in every row"
+    if std >= 0.02:  # below, fp16 holds the scale itself only coarsely
+        assert (error.square().mean(1) / w.square().mean(1).clamp_min(1e-30)).sqrt().max() < 0.012
+
+
+def test_the_clip_is_the_percentile_of_the_magnitudes():
+    """Rows long enough for the percentile to differ from the maximum by more than fp16 rounds."""
+    w = 0.02 * randn(2, 700_000)
+    w[0, 5], w[1, 9] = 40.0, -3.0
+    q, scale = quantize_rows(w)
+    clip = np.quantile(w.abs().double().numpy(), QUANTILE, axis=1)
+    assert (clip < 0.9 * w.abs().amax(1).numpy()).all()
+    assert scale.double().numpy() == pytest.approx(clip / 127, rel=2.0**-11)
+    assert q[0, 5] == 127 and q[1, 9] == -127
+
+
+def test_short_rows_are_clipped_at_about_their_maximum():
+    w = randn(16, 512)
+    scale = quantize_rows(w)[1].double().numpy()
+    assert scale == pytest.approx(np.quantile(w.abs().double().numpy(), QUANTILE, axis=1) / 127, rel=2.0**-11)
+
+
+def test_rows_of_one_value_and_tiny_rows():
+    w = torch.stack([torch.full((9,), -0.5), torch.full((9,), 1e-9), torch.zeros(9)])
+    q, scale = quantize_rows(w)
+    assert q[0].tolist() == [-127] * 9 and float(scale[0]) * 127 == pytest.approx(0.5, rel=2.0**-11)
+    assert scale[1] > 0 and q[1].tolist() == [0] * 9, "fp16 holds no scale this small, but must not divide by zero"
+    assert scale[2] == 1 and q[2].tolist() == [0] * 9
+
+
+def test_the_scale_floor_raises_small_scales_only():
+    w = torch.tensor([[0.01], [0.5], [5.0]]) * randn(3, 1000).sign()
+    w = torch.cat([w, torch.zeros(1, 1000)])
+    free, floored = quantize_rows(w)[1].float(), quantize_rows(w, 1 / 127)[1].float()
+    least = torch.tensor(1 / 127).half().float()
+    torch.testing.assert_close(floored, torch.stack([least, least, free[2], torch.tensor(1.0)]), rtol=0, atol=0)
+    assert free[0] == torch.tensor(0.01 / 127).half()
+
+
+def test_a_matrix_of_more_than_2_to_the_24_elements_is_quantised_row_by_row():
+    w = randn(8193, 64).repeat_interleave(32, dim=1)
+    assert w.numel() > 2**24
+    q, scale = quantize_rows(w)
+    for rows in (slice(0, 2), slice(2000, 2100), slice(-3, None)):
+        part_q, part_scale = quantize_rows(w[rows])
+        assert torch.equal(q[rows], part_q) and torch.equal(scale[rows], part_scale)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("shape", [(300, 300), (8,)])
+def test_non_finite_weights_are_refused(make_config, value, shape):
+    tensor = randn(*shape)
+    tensor.view(-1)[3] = value
+    with pytest.raises(UserError, match="wild.weight.*non-finite"):
+        quantize({"wild.weight": tensor}, make_config())
+
+
+@pytest.mark.parametrize("shape", [(300, 300), (8, 8)])
+def test_finite_weights_too_large_for_fp16_never_become_non_finite(make_config, shape):
+    tensor = randn(*shape) * 1e8
+    try:
+        restored = dequantize(quantize({"wild.weight": tensor}, make_config()))["wild.weight"]
+    except UserError as error:
+        assert "wild.weight" in str(error)
+    else:
+        assert restored.isfinite().all()
+
+
+def odd_state():
+    return {"a.weight": randn(256, 256), "b.weight": randn(256, 257), "c.weight": randn(70_000).bfloat16(),
+            "d.weight": randn(3, 200, 200), "e.weight": randn(5, 5).bfloat16(), "skip_weights": randn(2, 50_000)[:, :8],
+            "blocks.0.attn.q_gain": randn(8), "blocks.0.resid_mix": randn(2, 8), "counter": torch.arange(4),
+            "tok_emb.weight": randn(1000, 100).bfloat16()}  # fmt: skip
+
+
+def test_the_object_has_the_keys_and_types_of_the_format(make_config):
+    config, state = make_config(), odd_state()
+    artifact = quantize(state, config)
+    assert set(artifact) == {"__quant_format__", "quantized", "scales", "dtypes", "passthrough", "qmeta",
+                             "passthrough_orig_dtypes", "config"}  # fmt: skip
+    assert artifact["__quant_format__"] == "int8_clean_per_row_v1"
+    big = {"b.weight", "c.weight", "d.weight", "tok_emb.weight"}  # a.weight has 65,536 elements exactly: kept
+    assert set(artifact["quantized"]) == set(artifact["scales"]) == set(artifact["dtypes"]) == big
+    assert set(artifact["passthrough"]) == set(state) - big
+    assert artifact["qmeta"] == {name: {"scheme": "per_row", "axis": 0} for name in ("b.weight", "tok_emb.weight")}
+    assert artifact["dtypes"] == {name: "float32" if name[0] in "bd" else "bfloat16" for name in big}
+    assert artifact["passthrough_orig_dtypes"] == {"a.weight": "float32", "e.weight": "bfloat16"}
+    for name in big:
+        q, scale = artifact["quantized"][name], artifact["scales"][name]
+        assert q.dtype == torch.int8 and q.shape == state[name].shape
+        assert scale.dtype == torch.float16
+        assert scale.shape == ((len(state[name]),) if state[name].ndim == 2 else ())
+    for name, tensor in artifact["passthrough"].items():
+        small = name in ("a.weight", "e.weight")
+        assert tensor.dtype == (torch.float16 if small else torch.int64 if name == "counter" else torch.float32)
+        assert torch.equal(tensor, state[name].half() if small else state[name])
+    assert artifact["config"]["num_layers"] == config.num_layers
+    assert artifact["config"]["rope_base"] == config.rope_base
+
+
+def packed(artifact):
+    return zlib.compress(train_gpt.torch_bytes(artifact), level=9)
+
+
+def test_every_tensor_comes_back_in_its_type_within_half_a_scale(make_config):
+    state = odd_state()
+    artifact = unpack(packed(quantize(state, make_config())), "memory")
+    restored = dequantize(artifact)
+    assert {name: (t.dtype, t.shape) for name, t in restored.items()} == {
+        name: (t.dtype, t.shape) for name, t in state.items()}  # fmt: skip
+    for name, tensor in state.items():
+        error = (restored[name].double() - tensor.double()).abs()
+        if name in artifact["scales"]:
+            scale = artifact["scales"][name].double()
+            scale = scale[:, None] if scale.ndim else scale
+            clipped = (tensor.double().abs() - 127 * scale).clamp_min(0)
+            rounding = restored[name].double().abs() * 2.0**-8 if tensor.dtype == torch.bfloat16 else 0
+            assert (error <= scale / 2 * 1.00001 + clipped + rounding).all(), name
+        elif name in artifact["passthrough_orig_dtypes"]:
+            assert (error <= tensor.double().abs() * 2.0**-10 + 1e-7).all(), name
+        else:
+            assert (error == 0).all(), name
+
+
+def wide_model(make_config, runtime, steps):
+    """Width 512, where the matrices of attention are large enough to be quantised too."""
+    config = make_config(MODEL_DIM=512, NUM_HEADS=8, NUM_KV_HEADS=4, NUM_LAYERS=2, MUON_BACKEND_STEPS=2)
+    model = GPT(config, blocked_attention)
+    optimizers = train_gpt.build_optimizers(model, config, runtime)
+    tokens = torch.randint(config.vocab_size, (2, 33), generator=torch.Generator().manual_seed(0))
+    for _ in range(steps):
+        model(tokens[:, :-1], tokens[:, 1:]).mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    return config, model, tokens
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_model_survives_the_round_trip(make_config, runtime, steps):
+    config, model, tokens = wide_model(make_config, runtime, steps)
+    artifact = unpack(packed(quantize(model.state_dict(), config)), "memory")
+    matrices = {name for name, p in model.named_parameters() if p.numel() > 65_536}
+    assert set(artifact["quantized"]) == matrices and len(matrices) == 1 + 2 * 6
+    back = GPT(make_config(MODEL_DIM=512, NUM_HEADS=8, SEED=9), blocked_attention)
+    back.load_state_dict(dequantize(artifact), strict=True)
+    with torch.no_grad():
+        before, after = (m(tokens[:, :-1], tokens[:, 1:]) for m in (model, back))
+    assert (before - after).abs().max() < 0.05
+    if steps:
+        assert before.mean() < 5.5, "it did learn"
+        assert not torch.equal(before, after), "quantisation must show"
+    else:
+        assert all((artifact["quantized"][name] == 0).all() for name in matrices if name.endswith("proj.weight"))
+
+
+def foreign_artifact():
+    """As the public reference writes it: fields that would be empty are absent, and nothing of ours is there."""
+    q = torch.tensor([[127, -127, 64], [0, 1, -1]], dtype=torch.int8)
+    return {"__quant_format__": "int8_clean_per_row_v1", "quantized": {"w": q, "v": q[0]},
+            "scales": {"w": torch.tensor([0.5, 0.25], dtype=torch.float16), "v": torch.tensor(2.0)},
+            "dtypes": {"w": "float32", "v": "bfloat16"},
+            "passthrough": {"blocks.0.attn_scale": torch.tensor([1.5, 2.5])}}  # fmt: skip
+
+
+@pytest.mark.parametrize("orig", [None, {}, {"blocks.0.attn_scale": "bfloat16"}])
+def test_an_artifact_of_the_public_reference_is_readable(orig):
+    artifact = foreign_artifact() | ({} if orig is None else {"passthrough_orig_dtypes": orig, "qmeta": {}})
+    state = dequantize(unpack(packed(artifact), "foreign"))
+    torch.testing.assert_close(state["w"], torch.tensor([[63.5, -63.5, 32.0], [0.0, 0.25, -0.25]]), rtol=0, atol=0)
+    torch.testing.assert_close(state["v"], torch.tensor([254.0, -254.0, 128.0]).bfloat16(), rtol=0, atol=0)
+    kept = state["blocks.0.attn_scale"]
+    assert kept.tolist() == [1.5, 2.5] and kept.dtype == (torch.bfloat16 if orig else torch.float32)
+
+
+class Evil:
+    """A pickle that makes a folder when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_unpack_refuses_what_is_no_artifact_and_runs_no_code(tmp_path):
+    good = packed(foreign_artifact())
+    trap = packed({**foreign_artifact(), "config": Evil(tmp_path / "trapped")})
+    unnamed = {name: part for name, part in foreign_artifact().items() if name != "__quant_format__"}
+    for number, blob in enumerate([
+        b"", b"garbage", good[:-20], good[: len(good) // 2], zlib.compress(b"garbage"), trap, packed([1, 2]),
+        packed(torch.ones(3)), packed(foreign_artifact() | {"__quant_format__": "int4"}), packed(unnamed),
+    ]):  # fmt: skip
+        with pytest.raises(UserError, match=f"file{number} is no .*artifact"):
+            unpack(blob, f"file{number}")
+    assert not (tmp_path / "trapped").exists()
+    torch.load(io.BytesIO(zlib.decompress(trap)), weights_only=False)
+    assert (tmp_path / "trapped").exists(), "the trap would have worked"
+
+
+def exported(config, runtime, state, code_bytes):
+    folder = RunFolder(runtime)
+    folder.create(config, b"code")
+    sizes = export(state, config, folder, code_bytes)
+    folder.close()
+    return folder.path, sizes, (folder.path / "train.log").read_text()
+
+
+def number(pattern, text):
+    (found,) = re.findall(f"^{pattern}", text, re.MULTILINE)
+    return int(found)
+
+
+def test_the_logged_sizes_are_those_of_the_files(make_config, runtime):
+    config = make_config()
+    state = GPT(config).state_dict() | {"tok_emb.weight": randn(700, 100)}
+    path, sizes, log = exported(config, runtime, state, code_bytes=1234)
+    raw, blob = ((path / f"final_model.{kind}").read_bytes() for kind in ("pt", "int8.ptz"))
+    assert number(r"Serialized model: (\d+) bytes$", log) == len(raw)
+    assert number(r"Code size: (\d+) bytes$", log) == 1234
+    assert number(r"Total submission size: (\d+) bytes$", log) == len(raw) + 1234
+    assert number(r"Serialized model int8\+zlib: (\d+) bytes \(payload:", log) == len(blob)
+    assert number(r"Total submission size int8\+zlib: (\d+) bytes$", log) == len(blob) + 1234
+    payload, raw_torch, ratio = re.search(r"\(payload:(\d+) raw_torch:(\d+) payload_ratio:(\d+\.\d\d)x\)$", log, re.M).groups()
+    artifact = unpack(blob, path)
+    tensors = [*artifact["quantized"].values(), *artifact["scales"].values(), *artifact["passthrough"].values()]
+    assert int(payload) == sum(t.numel() * t.element_size() for t in tensors)
+    assert int(raw_torch) == len(zlib.decompress(blob))
+    assert float(ratio) == pytest.approx(sum(4 * t.numel() for t in state.values()) / int(payload), abs=0.005)
+    assert re.search(rf"^size_verdict:OK limit:16000000 spare:{16_000_000 - len(blob) - 1234}$", log, re.M)
+    assert sizes == {"bytes_model": len(raw), "bytes_artifact": len(blob), "bytes_code": 1234,
+                     "bytes_total": len(blob) + 1234, "bytes_limit": 16_000_000,
+                     "sha256_artifact": hashlib.sha256(blob).hexdigest()}  # fmt: skip
+    saved = torch.load(path / "final_model.pt", weights_only=True)
+    assert list(saved) == list(state) and all(torch.equal(saved[name], state[name]) for name in state)
+
+
+def test_the_verdict_counts_every_byte(make_config, runtime, monkeypatch):
+    config, state = make_config(), {"blocks.0.attn_scale": torch.ones(8)}
+    total = exported(make_config(RUN_ID="first"), runtime, state, code_bytes=10)[1]["bytes_total"]
+    for limit, verdict in ((total, "OK"), (total - 1, "TOO LARGE, NOT A VALID SUBMISSION")):
+        monkeypatch.setattr(train_gpt, "SIZE_LIMIT", limit)
+        config = make_config(RUN_ID=f"limit{limit}")
+        log = exported(config, runtime, state, code_bytes=10)[2]
+        assert f"\nsize_verdict:{verdict} limit:{limit} spare:{limit - total}\n" in log
+
+
+def test_the_same_weights_give_the_same_bytes(make_config):
+    config, state = make_config(), odd_state()
+    assert packed(quantize(state, config)) == packed(quantize({name: t.clone() for name, t in state.items()}, config))

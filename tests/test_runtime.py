@@ -1,0 +1,293 @@
+"""Runtime: importing does nothing, the device, the run folder, the stopwatch; and the rules the file itself keeps."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+import tokenize
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import train_gpt
+from train_gpt import RunFolder, Runtime, Stopwatch, UserError, choose_compile
+
+ROOT = Path(train_gpt.__file__).resolve().parent
+SCRIPT = ROOT / "train_gpt.py"
+
+# Runs in a process of its own. torch comes first: what it reads and prints is not ours.
+IMPORT_PROBE = """
+import os, sys
+import numpy, torch, torch.distributed, torch.nn.parallel
+read = set()
+real = type(os.environ).__getitem__
+type(os.environ).__getitem__ = lambda self, key: (read.add(key), real(self, key))[1]
+rng, threads = torch.get_rng_state(), torch.get_num_threads()
+import train_gpt
+assert not read & train_gpt.KNOBS.keys(), f"the import read {read & train_gpt.KNOBS.keys()}"
+heavy = {"sentencepiece", "tiktoken", "huggingface_hub", "matplotlib"} & sys.modules.keys()
+assert not heavy, f"the import loaded {heavy}"
+assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()
+assert torch.equal(rng, torch.get_rng_state()) and threads == torch.get_num_threads()
+assert torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled()
+"""
+
+
+@pytest.fixture
+def folder(runtime):
+    folder = RunFolder(runtime)
+    yield folder
+    folder.close()
+
+
+def fake_runtime(kind="cpu", is_master=True):
+    return SimpleNamespace(device=torch.device(kind), is_master=is_master, share=lambda value: value)
+
+
+def contents(path: Path) -> dict:
+    return {str(p.relative_to(path)): p.read_bytes() if p.is_file() else None for p in path.rglob("*")}
+
+
+# Import
+
+
+def test_importing_does_nothing(tmp_path):
+    knobs = {"ITERATIONS": "abc", "DEVICE": "cuda", "DATA_PATH": "/nowhere", "RANK": "0", "WORLD_SIZE": "2"}
+    environ = os.environ | knobs | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-c", IMPORT_PROBE]
+    done = subprocess.run(command, env=environ, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert not list(tmp_path.iterdir())
+
+
+# Device and collectives
+
+
+def test_one_process(runtime):
+    assert (runtime.rank, runtime.world_size, runtime.is_master) == (0, 1, True)
+    assert (runtime.device, runtime.dtype) == (torch.device("cpu"), torch.float32)
+    value = object()
+    assert runtime.share(value) is value
+    values = [2.0**53 + 2, 0.1, -(2.0**-60)]  # float32 would round all three
+    assert runtime.sum(values) == values
+    runtime.synchronize()
+    runtime.close()
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_device_that_is_not_there(make_config, monkeypatch, kind):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(UserError, match=f"DEVICE={kind}: .*use DEVICE=auto"):
+        Runtime(make_config(DEVICE=kind), {})
+    assert Runtime(make_config(DEVICE="auto"), {}).device.type == "cpu"
+
+
+def test_device_auto_prefers_an_accelerator(make_config, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert Runtime(make_config(DEVICE="auto"), {}).device.type == "mps"
+    with pytest.raises(UserError, match="WORLD_SIZE=2.*use one process"):
+        Runtime(make_config(DEVICE="mps"), {"WORLD_SIZE": "2"})
+
+
+@pytest.mark.parametrize("has_test, expected", [(True, torch.bfloat16), (False, torch.float32), (None, torch.float32)])
+def test_dtype_auto_follows_the_hardware(make_config, monkeypatch, has_test, expected):
+    for test in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        if has_test is None:  # another release of torch
+            monkeypatch.delattr(torch.cpu, test, raising=False)
+        else:
+            monkeypatch.setattr(torch.cpu, test, lambda: has_test, raising=False)
+    assert Runtime(make_config(DTYPE="auto"), {}).dtype == expected
+    assert Runtime(make_config(DTYPE="float32"), {}).dtype == torch.float32
+    assert Runtime(make_config(DTYPE="bfloat16"), {}).dtype == torch.bfloat16
+
+
+# Run folder
+
+
+def test_folder_gets_everything_that_was_said(folder, make_config, capsys):
+    config = make_config(SEED=7)
+    folder.log("early \u6d77")
+    folder.create(config, b"the code")
+    folder.log("late")
+    assert folder.path == Path(config.log_dir) / "run"
+    # A run that is killed must leave its lines: they are read before `close`.
+    assert (folder.path / "train.log").read_text(encoding="utf-8") == "early \u6d77\nlate\n"
+    assert capsys.readouterr().out == "early \u6d77\nlate\n"
+    folder.metrics(step=1, loss=2.5)
+    folder.metrics(step=2)
+    folder.close()
+    metrics = (folder.path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in metrics] == [{"step": 1, "loss": 2.5}, {"step": 2}]
+    assert (folder.path / "train_gpt.py").read_bytes() == b"the code"
+    assert "RUN_ID" not in (folder.path / "config.env").read_text()
+    assert not [path for path in folder.path.iterdir() if path.name.endswith(".tmp")]
+
+
+def test_existing_folder_is_left_alone(folder, make_config):
+    config = make_config()
+    path = Path(config.log_dir) / "run"
+    (path / "sub").mkdir(parents=True)
+    (path / "train.log").write_text("of an earlier run")
+    before = contents(path)
+    with pytest.raises(UserError) as caught:
+        folder.create(config, b"")
+    assert str(path) in str(caught.value) and "RUN_ID" in str(caught.value)
+    assert contents(path) == before
+
+
+def test_run_without_a_name_gets_that_of_rank_0(make_config):
+    config = make_config(RUN_ID="")
+    folder = RunFolder(SimpleNamespace(is_master=True, share=lambda value: f"shared_{value}"))
+    folder.create(config, b"")
+    folder.close()
+    assert folder.run_id.startswith("shared_2") and folder.path.name == folder.run_id and folder.path.is_dir()
+
+
+def test_other_ranks_write_nothing(make_config, tmp_path, capsys):
+    folder = RunFolder(fake_runtime(is_master=False))
+    folder.log("early")
+    folder.create(make_config(), b"code")
+    folder.log("late")
+    folder.metrics(step=1)
+    folder.close()
+    assert capsys.readouterr().out == "" and not list(tmp_path.iterdir())
+    assert folder.path.name == "run"  # they know where it is all the same
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_write_is_all_or_nothing(folder, make_config, monkeypatch, failing):
+    folder.create(make_config(), b"")
+    folder.write("model", b"old")
+
+    def fail(*args):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, failing, fail)
+    for name in ("model", "fresh"):
+        with pytest.raises(OSError, match="no space"):
+            folder.write(name, b"new and longer")
+    assert (folder.path / "model").read_bytes() == b"old"
+    assert not (folder.path / "fresh").exists()
+
+
+def test_write_is_on_disk_before_it_gets_its_name(folder, make_config, monkeypatch):
+    folder.create(make_config(), b"")
+    synced, replace = [], os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.fstat(fd).st_size))
+
+    def checked_replace(source, target):
+        assert synced == [5] and Path(source).read_bytes() == b"bytes"
+        assert Path(source).parent == Path(target).parent  # a rename across disks is no rename
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", checked_replace)
+    folder.write("model", b"bytes")
+    assert (folder.path / "model").read_bytes() == b"bytes"
+
+
+# Stopwatch
+
+
+def test_stopwatch_adds_up_to_the_wall_time(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(train_gpt, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def wait(seconds):
+        now[0] += seconds
+
+    watch = Stopwatch(lambda: wait(0.25))  # the device needs a quarter of a second to finish: time of the ending phase
+    wait(1)
+    for phase, seconds in [("compile", 2), ("training", 4), ("evaluation", 8), ("training", 16), ("training", 32)]:
+        watch.switch(phase)
+        wait(seconds)
+    assert watch.elapsed("training") == 4 + 0.25 + 16 + 0.25 + 32
+    assert watch.elapsed("evaluation") == 8.25  # the clock of another phase stands still
+    watch.switch("export")
+    wait(64)
+    watch.switch("export")
+    assert watch.seconds == {"startup": 1.25, "compile": 2.25, "training": 52.75, "evaluation": 8.25, "export": 64.25}
+    assert sum(watch.seconds.values()) == now[0] - 1000
+
+
+# torch.compile or not
+
+
+def broken_compile(error):
+    """A torch.compile that fails as a missing toolchain does: at the first call."""
+
+    def compile_it(function):
+        def call(*args):
+            raise error
+
+        return call
+
+    return compile_it
+
+
+def test_compile_off(make_config, monkeypatch):
+    monkeypatch.setattr(torch, "compile", None)  # no trial is made
+    assert choose_compile(make_config(COMPILE="0"), fake_runtime()) == (False, "COMPILE=0")
+
+
+@pytest.mark.parametrize("setting", ["auto", "1"])
+def test_compile_where_it_works(make_config, monkeypatch, setting):
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    assert choose_compile(make_config(COMPILE=setting), fake_runtime())[0] is True
+
+
+@pytest.mark.parametrize("error, shown", [
+    (RuntimeError("\n  no C++ compiler\nsecond line"), "no C++ compiler"), (FileNotFoundError(2, "g++"), "g++"),
+    (AssertionError(), ""), (NotImplementedError("\n"), ""),
+])  # fmt: skip
+def test_compile_where_it_fails(make_config, monkeypatch, error, shown):
+    monkeypatch.setattr(torch, "compile", broken_compile(error))
+    chosen, reason = choose_compile(make_config(COMPILE="auto"), fake_runtime())
+    assert chosen is False and "failed" in reason and shown in reason and "\n" not in reason
+    with pytest.raises(UserError, match=rf"^COMPILE=1: .*{re.escape(shown)}.*COMPILE=0"):  # asked for: no fallback
+        choose_compile(make_config(COMPILE="1"), fake_runtime())
+
+
+def test_compile_auto_without_a_compiler_for_the_platform(make_config, monkeypatch):
+    monkeypatch.setattr(torch, "compile", None)
+    chosen, reason = choose_compile(make_config(COMPILE="auto"), fake_runtime("mps"))
+    assert not chosen and "mps" in reason
+    monkeypatch.setattr(sys, "platform", "win32")
+    chosen, reason = choose_compile(make_config(COMPILE="auto"), fake_runtime("cpu"))
+    assert not chosen and "win32" in reason
+
+
+# The rules of the file
+
+
+def test_script_is_under_1500_lines():
+    lines = SCRIPT.read_text(encoding="utf-8").splitlines()
+    assert len(lines) < 1500
+    assert max(map(len, lines)) <= 120
+
+
+def test_no_function_over_80_lines():
+    functions = [node for node in ast.walk(ast.parse(SCRIPT.read_text(encoding="utf-8")))
+                 if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]  # fmt: skip
+    long = {node.name: node.end_lineno - node.lineno + 1 for node in functions}
+    assert len(long) > 50
+    assert {name: lines for name, lines in long.items() if lines > 80} == {}
+
+
+def test_no_joined_statements():
+    with open(SCRIPT, "rb") as file:
+        joined = [token.start[0] for token in tokenize.tokenize(file.readline) if token.string == ";"]
+    assert joined == []
+
+
+def test_the_visible_space_is_written_as_an_escape():
+    """A literal U+2581 looks like an underscore; it has been mistaken for one."""
+    sources = [path for folder in ("data", "records", "tests") for path in (ROOT / folder).rglob("*.py")]
+    sources += ROOT.glob("*.py")
+    assert SCRIPT in sources and Path(__file__).resolve() in sources
+    assert [str(path) for path in sources if "\u2581" in path.read_text(encoding="utf-8")] == []
