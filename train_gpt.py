@@ -1035,7 +1035,7 @@ class Trainer:
                 self.step(1.0, self.config.muon_momentum)
                 self.runtime.synchronize()
                 self.folder.log(f"warmup_step:{step}/{self.config.warmup_steps}")
-            if self.config.warmup_steps > 1:  # the first one compiles; the last tells how long the run's first will take
+            if self.config.warmup_steps > 1:  # the first compiles; the last tells how long a step takes
                 self.recent.append(self.watch.elapsed("compile") - began)
             if self.config.warmup_steps:
                 with torch.no_grad():

@@ -231,6 +231,21 @@ def test_audit_refuses_the_tokenizer_of_other_shards(lossless, prefixed, stream_
         lossless.table.audit(stream_of([min(t, lossless.size - 1) for t in tokens], vocab_size), None)
 
 
+def test_audit_with_control_pieces_between_documents(tokenizer, stream_of):
+    model, tokens = tokenizer.model, []
+    for text in DOCUMENTS:
+        tokens += [model.bos_id(), *model.encode(text), model.eos_id(), model.eos_id()]
+    size = sum(len(text.encode()) for text in DOCUMENTS)
+    assert f"decode to the {size} bytes they weigh" in tokenizer.table.audit(stream_of(tokens, tokenizer.size), size)
+
+
+def test_audit_refuses_unknown_tokens(lossless, stream_of):
+    """What the tokenizer could not hold is lost: nobody knows how many bytes it was."""
+    tokens = [lossless.model.bos_id(), *lossless.model.encode("the king"), lossless.model.unk_id()]
+    with pytest.raises(UserError, match="decodes the first"):
+        lossless.table.audit(stream_of(tokens, lossless.size), None)
+
+
 def test_audit_weighs_the_first_token_too(lossless, stream_of):
     """A stream need not begin with a start token."""
     tokens = lossless.model.encode("the king")
@@ -274,6 +289,31 @@ def test_stated_bytes(lossless, stream_of, monkeypatch):
     for wrong in (size - 1, size + 1, 0):
         with pytest.raises(UserError, match=rf"weighs {size} bytes, but manifest.json states {wrong}: .*again"):
             lossless.table.audit(stream, wrong)
+
+
+def test_stated_bytes_of_a_long_text(lossless, monkeypatch):
+    """All is weighed in blocks of 2^24 tokens; none may be lost or lose its context where two blocks meet."""
+    monkeypatch.setattr(TokenBytes, "AUDIT_TOKENS", 100)
+    model = lossless.model
+    period = np.array([model.bos_id(), *model.encode("the king \u6d77 of sea")], dtype=np.uint16)
+    length, size = 2**24 + 1000, len("the king \u6d77 of sea".encode())
+    full, rest = divmod(length, len(period))
+    stated = full * size + weigh(lossless, period[:rest])
+
+    class Stream:
+        pattern = "a long text"
+
+        def __len__(self):
+            return length
+
+        def read(self, start, count):
+            assert 0 <= start < start + count <= length  # the end must not wrap
+            return np.resize(np.roll(period, -start), count)
+
+    stream = Stream()
+    assert f"all {length} tokens weigh the {stated} bytes" in lossless.table.audit(stream, stated)
+    with pytest.raises(UserError, match=f"weighs {stated} bytes"):
+        lossless.table.audit(stream, stated + 1)
 
 
 def test_manifest_is_optional(tmp_path):

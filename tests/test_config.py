@@ -201,15 +201,12 @@ def test_bounds(name, refused, taken):
     kind = type(KNOBS[name].default)
     message = error_of(**{name: refused})
     assert f"{name}={kind(refused)}" in message
-    assert re.search(r"the (least|most) is [\d.e-]+|use a|raise|lower", message)
     assert getattr(load(**{name: taken}), name.lower()) == kind(taken)
-
-
-def test_bounds_named_in_the_message_are_taken():
-    for name, refused, _ in BOUNDS:
-        if advice := re.search(r"the (?:least|most) is (\S+)$", error_of(**{name: refused})):
-            low_or_high = KNOBS[name].metadata["allowed"][:2]
-            assert type(KNOBS[name].default)(advice[1]) in low_or_high, name
+    advised = re.search(r"the (?:least|most) is (\S+)$", message)[1]
+    try:
+        load(**{name: advised})
+    except UserError as error:  # some of the least values need other knobs to follow
+        assert name in ("TRAIN_BATCH_TOKENS", "MODEL_DIM", "NUM_HEADS") and "the least is" not in str(error)
 
 
 @pytest.mark.parametrize("name, choices", [
@@ -343,7 +340,8 @@ def test_config_env_of_a_run_gives_the_same_config(tmp_path, changes):
 
 
 @pytest.mark.parametrize("path", [
-    """it's "b" """, """it's "b" #c""", """'a' "b" #c""", "a\nSEED=3", "a\rb", "a\u2028b", "a\x85b", "a\x1cb", "a\udcffb",
+    """it's "b" """, """it's "b" #c""", """'a' "b" #c""", "a\nSEED=3", "a\rb", "a\u2028b", "a\x85b", "a\x1cb",
+    "a\udcffb",  # a byte of the environment that is not UTF-8
 ])  # fmt: skip
 def test_value_that_is_hard_to_write_is_kept_or_refused(tmp_path, path):
     """Never is another configuration written in silence, or one that cannot be read again."""

@@ -12,6 +12,8 @@ import train_gpt
 from train_gpt import GPT, UserError, blocked_attention, expanded_attention, grouped_attention, rope_tables, rotate
 
 ATTENTIONS = [blocked_attention, expanded_attention, grouped_attention]
+# Blocks of 4, so that a short sequence has several.
+SHORT_ATTENTIONS = [functools.partial(blocked_attention, block=4), expanded_attention, grouped_attention]
 SWITCHES = ("flash", "cudnn", "mem_efficient", "math")
 
 
@@ -99,7 +101,7 @@ def slow_logits(w, tokens_T, config):
     return config.logit_softcap * torch.tanh(z / config.logit_softcap)
 
 
-@pytest.mark.parametrize("attend", ATTENTIONS)
+@pytest.mark.parametrize("attend", SHORT_ATTENTIONS)
 @pytest.mark.parametrize("shape", [
     {"NUM_LAYERS": 1, "NUM_KV_HEADS": 4, "MLP_MULT": 3},
     {"NUM_LAYERS": 2, "TIE_EMBEDDINGS": 0, "LOGIT_SOFTCAP": 4},
@@ -108,7 +110,6 @@ def slow_logits(w, tokens_T, config):
 ])  # fmt: skip
 def test_losses_logits_and_gradients_equal_the_slow_reference(make_config, attend, shape):
     config = make_config(**shape)
-    attend = functools.partial(attend, block=4) if attend is blocked_attention else attend
     model = scatter(GPT(config, attend))
     tokens = random_tokens(config, batch=2, length=11)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
@@ -122,6 +123,8 @@ def test_losses_logits_and_gradients_equal_the_slow_reference(make_config, atten
     torch.testing.assert_close(ours.double(), losses, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(model(inputs).double(), logits, rtol=1e-5, atol=1e-5)
     for name, p in model.named_parameters():
+        if p.numel() == 0:  # one layer has no skips
+            continue
         scale = w[name].grad.abs().max()
         assert scale > 0, f"{name} has no gradient: the reference does not use it"
         assert (p.grad - w[name].grad).abs().max() < 2e-5 * scale, name
@@ -147,7 +150,8 @@ def test_default_model_has_the_reference_names_shapes_and_count(tied):
 def test_untrained_loss_is_log_of_the_vocabulary(make_config, tied, tolerance):
     config = make_config(TIE_EMBEDDINGS=tied)
     tokens = random_tokens(config, batch=8, length=33)
-    loss = GPT(config)(tokens[:, :-1], tokens[:, 1:]).mean()
+    with torch.no_grad():
+        loss = GPT(config)(tokens[:, :-1], tokens[:, 1:]).mean()
     assert float(loss) == pytest.approx(math.log(config.vocab_size), abs=tolerance)
 
 
@@ -162,7 +166,7 @@ def test_losses_are_those_of_a_probability_distribution(make_config):
     torch.testing.assert_close(total, torch.ones(6, dtype=torch.float64), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("attend", [functools.partial(blocked_attention, block=4), expanded_attention, grouped_attention])
+@pytest.mark.parametrize("attend", SHORT_ATTENTIONS)
 def test_no_gradient_comes_from_the_future_and_all_the_past_is_seen(make_config, attend):
     config, length = make_config(), 11
     model, seen = scatter(GPT(config, attend)), []
@@ -174,7 +178,7 @@ def test_no_gradient_comes_from_the_future_and_all_the_past_is_seen(make_config,
         assert reached.tolist() == [i <= t for i in range(length)]
 
 
-@pytest.mark.parametrize("attend", [functools.partial(blocked_attention, block=4), expanded_attention, grouped_attention])
+@pytest.mark.parametrize("attend", SHORT_ATTENTIONS)
 def test_a_changed_token_moves_no_earlier_logit_or_loss(make_config, attend):
     config, length = make_config(), 11
     model = scatter(GPT(config, attend))
@@ -312,10 +316,10 @@ def test_bf16_is_close_to_float32_and_loss_and_gradients_stay_fp32(make_config, 
         losses.append(model(tokens[:, :-1], tokens[:, 1:]))
         losses[-1].mean().backward()
         grads.append({name: p.grad for name, p in model.named_parameters()})
-        assert losses[-1].dtype == model(tokens).dtype == torch.float32
+        assert losses[-1].dtype == model(tokens[:, 1:]).dtype == torch.float32
         assert {grad.dtype for grad in grads[-1].values()} == {torch.float32}
     assert 0 < (losses[0] - losses[1]).abs().max() < 0.2  # not 0: bf16 was really used
-    assert float(losses[0].mean()) == pytest.approx(float(losses[1].mean()), abs=0.01)
+    assert losses[0].mean().item() == pytest.approx(losses[1].mean().item(), abs=0.01)
     for name, grad in grads[0].items():
         cosine = nn.functional.cosine_similarity(grad.flatten(), grads[1][name].flatten(), dim=0)
         assert cosine > 0.99, name

@@ -1,0 +1,158 @@
+"""What only a CUDA device can show: compiled against eager, the attention kernels, the bf16 embedding, memory, the
+clock, two processes on one device."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_gpt
+from train_gpt import GPT, blocked_attention
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+# Heads of 64, as in the reference: the width that every kernel supports.
+SHAPE = {"DEVICE": "cuda", "DTYPE": "bfloat16", "MODEL_DIM": 256, "NUM_HEADS": 4, "NUM_KV_HEADS": 2,
+         "TRAIN_SEQ_LEN": 256, "TRAIN_BATCH_TOKENS": 2048, "VAL_BATCH_SIZE": 2048}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def all_kernels():
+    """choose_attention pins torch's global switches: every test starts and ends with all kernels allowed."""
+
+    def allow():
+        for switch in ("flash", "cudnn", "mem_efficient", "math"):
+            getattr(torch.backends.cuda, f"enable_{switch}_sdp")(True)
+
+    allow()
+    yield
+    allow()
+
+
+@pytest.fixture
+def on_device(make_config):
+    """Function: (config, runtime) of one process on the first GPU, with overrides by knob."""
+
+    def start(**overrides):
+        config = make_config(**SHAPE | overrides)
+        return config, train_gpt.Runtime(config, {})
+
+    return start
+
+
+def scatter(model):
+    """Random values in every parameter: at the initial ones half of the model multiplies by zero or by one."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=generator).to(p.device, p.dtype))
+    return model
+
+
+def losses_and_gradients(forward, model, config):
+    tokens = torch.randint(config.vocab_size, (4, 257), generator=torch.Generator().manual_seed(0)).cuda()
+    model.zero_grad()
+    losses = forward(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+    losses.mean().backward()
+    return losses.detach(), {name: p.grad.float().clone() for name, p in model.named_parameters()}
+
+
+def assert_close_in_bf16(one, other):
+    assert one[0].dtype == other[0].dtype == torch.float32
+    assert float(one[0].mean()) == pytest.approx(float(other[0].mean()), abs=0.01)
+    assert (one[0] - other[0]).abs().max() < 0.2
+    for name, grad in one[1].items():
+        assert torch.nn.functional.cosine_similarity(grad.flatten(), other[1][name].flatten(), dim=0) > 0.99, name
+
+
+def read_run(settings):
+    path = Path(settings["LOG_DIR"]) / "run"
+    metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    result = json.loads((path / "result.json").read_text())
+    return [m["train_loss"] for m in metrics if "train_loss" in m], result, (path / "train.log").read_text()
+
+
+def test_auto_chooses_flash_attention(on_device):
+    config, runtime = on_device()
+    assert train_gpt.choose_attention(config, runtime, 4)[1].startswith("attention:flash by grouped_attention")
+
+
+def test_every_attention_backend_that_runs_agrees_with_our_own(on_device):
+    config, runtime = on_device()
+    expected = scatter(GPT(config, blocked_attention, torch.bfloat16).cuda())
+    expected = losses_and_gradients(expected, expected, config)
+    tried = []
+    for name in ("flash", "cudnn", "efficient", "math"):
+        config, runtime = on_device(ATTENTION=name)
+        try:
+            attend, _ = train_gpt.choose_attention(config, runtime, 4)
+        except train_gpt.UserError:
+            continue  # cuDNN and the others depend on the chip and the build; flash must be there (see above)
+        model = scatter(GPT(config, attend, torch.bfloat16).cuda())
+        assert_close_in_bf16(losses_and_gradients(model, model, config), expected)
+        tried.append(name)
+    assert {"flash", "math"} <= set(tried)
+
+
+def test_compiled_equals_eager(on_device):
+    config, runtime = on_device()
+    attend, _ = train_gpt.choose_attention(config, runtime, 4)
+    model = scatter(GPT(config, attend, torch.bfloat16).cuda())
+    eager = losses_and_gradients(model, model, config)
+    compiled = torch.compile(model, dynamic=False, fullgraph=True)
+    assert_close_in_bf16(losses_and_gradients(compiled, model, config), eager)
+
+
+def test_the_embedding_is_bf16_and_every_other_master_fp32(on_device):
+    config, runtime = on_device()
+    stream = train_gpt.TokenStream(config.data_path, "train", config.vocab_size)
+    loader = train_gpt.TrainLoader(stream, config, runtime, accum_steps=1)
+    watch = train_gpt.Stopwatch(runtime.synchronize)
+    trainer = train_gpt.Trainer(config, runtime, train_gpt.RunFolder(runtime), watch, loader)
+    types = {name: p.dtype for name, p in trainer.model.named_parameters()}
+    assert types.pop("tok_emb.weight") == torch.bfloat16 and set(types.values()) == {torch.float32}
+    assert {p.device.type for p in trainer.model.parameters()} == {"cuda"}
+    losses = [float(trainer.step(1.0, 0.9)) for _ in range(10)]
+    assert losses[-1] < losses[0] - 0.5, "it learns"
+
+
+def test_a_capped_compiled_run_ends_before_its_cap_and_its_artifact_scores_the_same_on_the_cpu(tiny, launch, runtime):
+    settings = SHAPE | {"COMPILE": 1, "MAX_WALLCLOCK_SECONDS": 5, "ITERATIONS": 1_000_000, "WARMUP_STEPS": 3,
+                        "VAL_LOSS_EVERY": 100_000}  # fmt: skip
+    done = launch(**settings)
+    assert done.returncode == 0, done.stderr
+    losses, result, log = read_run(tiny())
+    assert result["seconds"]["training"] <= 5 and len(losses) == result["steps"] > 10
+    assert f"step:{result['steps']}/1000000" in re.search("^stopping_early: wallclock_cap .*$", log, re.MULTILINE)[0]
+    peak, reserved = re.search(r"^peak memory allocated: (\d+) MiB reserved: (\d+) MiB$", log, re.MULTILINE).groups()
+    assert 0 < int(peak) <= int(reserved)
+    assert result["val_bpb"] == pytest.approx(result["pre_quant_val_bpb"], rel=0.02)
+    config = train_gpt.Config.load([], tiny(**settings))
+    model = GPT(config, blocked_attention)  # float32 on the CPU
+    blob = (Path(tiny()["LOG_DIR"]) / "run" / "final_model.int8.ptz").read_bytes()
+    artifact = train_gpt.dequantize(train_gpt.unpack(blob, "artifact"))
+    assert artifact["tok_emb.weight"].dtype == torch.bfloat16
+    model.load_state_dict(artifact)
+    stream = train_gpt.TokenStream(config.data_path, "val", config.vocab_size)
+    token_bytes = train_gpt.TokenBytes(config.tokenizer_path, config.vocab_size)
+    score = train_gpt.Evaluator(stream, token_bytes, config, runtime).score(model)
+    assert (score.tokens, score.bytes) == (result["scored_tokens"], result["scored_bytes"])
+    assert score.bpb == pytest.approx(result["val_bpb"], rel=0.01)
+
+
+def test_two_processes_on_one_device_equal_one(tiny, launch, tmp_path):
+    settings = SHAPE | {"DTYPE": "float32", "COMPILE": 0, "ITERATIONS": 10, "CUDA_VISIBLE_DEVICES": 0,
+                        "GRAD_CLIP_NORM": 0.5}  # fmt: skip
+    runs = []
+    for ranks in (1, 2):
+        folder = tmp_path / f"ranks{ranks}"
+        done = launch(ranks=ranks, **settings, LOG_DIR=folder)
+        assert done.returncode == 0, done.stderr
+        runs.append(read_run({"LOG_DIR": folder}))
+    (losses, result, _), (other_losses, other_result, _) = runs
+    assert (result["world_size"], other_result["world_size"]) == (1, 2)
+    assert len(losses) == 10 and other_losses == pytest.approx(losses, abs=1e-3)
+    assert other_result["val_bpb"] == pytest.approx(result["val_bpb"], abs=1e-3)
+    assert other_result["scored_bytes"] == result["scored_bytes"]

@@ -1,0 +1,422 @@
+"""Training: one step against gradients computed by hand, warm-up without a trace, the clock, what a run logs and leaves
+behind, and that its folder repeats it. Runs are made in this process by main()."""
+
+import copy
+import hashlib
+import itertools
+import json
+import math
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, make_documents
+
+import train_gpt
+from train_gpt import Evaluator, RunFolder, Stopwatch, TokenBytes, TokenStream, Trainer, TrainLoader
+
+
+@pytest.fixture(autouse=True)
+def all_kernels():
+    """A run pins torch's global attention switches: the tests after it need all kernels again."""
+    yield
+    for switch in ("flash", "cudnn", "mem_efficient", "math"):
+        getattr(torch.backends.cuda, f"enable_{switch}_sdp")(True)
+
+
+@pytest.fixture
+def go(monkeypatch, capsys):
+    """Function: main() with exactly these knobs in the environment; (exit code, standard output, standard error)."""
+
+    def start(settings, *args):
+        for name in train_gpt.KNOBS:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in settings.items():
+            monkeypatch.setenv(name, value)
+        code = train_gpt.main([str(arg) for arg in args])
+        return code, *capsys.readouterr()
+
+    return start
+
+
+@pytest.fixture
+def build(runtime):
+    """Function: the Trainer of a configuration."""
+
+    def start(config):
+        stream = TokenStream(config.data_path, "train", config.vocab_size)
+        loader = TrainLoader(stream, config, runtime, config.accumulation_steps(1, "cpu"))
+        return Trainer(config, runtime, RunFolder(runtime), Stopwatch(runtime.synchronize), loader)
+
+    return start
+
+
+@pytest.fixture
+def evaluator(make_config, runtime):
+    config = make_config(VAL_TOKENS_LIMIT=500)
+    stream = TokenStream(config.data_path, "val", config.vocab_size)
+    return Evaluator(stream, TokenBytes(config.tokenizer_path, config.vocab_size), config, runtime)
+
+
+def scatter(model):
+    """Random values in every parameter, so that every one has a gradient."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn(p.shape, generator=generator))
+
+
+class Recorder:
+    """Stands for the optimizers; keeps the gradients of a step."""
+
+    param_groups = ()
+
+    def __init__(self, model):
+        self.model = model
+
+    def step(self):
+        self.grads = {name: p.grad.clone() for name, p in self.model.named_parameters()}
+
+    def zero_grad(self, set_to_none):
+        for p in self.model.parameters():
+            p.grad = None
+
+
+CUTS = [{"GRAD_ACCUM_STEPS": 1}, {"GRAD_ACCUM_STEPS": 4}, {"MICRO_BATCH_TOKENS": 64}]
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("clip", [0, 0.01, 1e6])
+def test_a_step_has_the_gradient_of_the_mean_loss_clipped_once_after_accumulation(make_config, build, cut, clip):
+    trainer = build(make_config(GRAD_CLIP_NORM=clip, **cut))
+    scatter(trainer.model)
+    by_hand = copy.deepcopy(trainer.model)
+    trainer.optimizers = [Recorder(trainer.model)]
+    for start in (0, 256):  # the second step: nothing is left over from the first
+        by_hand.zero_grad()
+        tokens = torch.from_numpy(trainer.loader.stream.read(start, 257).astype("int64"))
+        expected_loss = by_hand(tokens[:-1].view(8, 32), tokens[1:].view(8, 32)).mean()
+        expected_loss.backward()
+        norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in by_hand.parameters()))
+        factor = min(1.0, clip / norm) if clip else 1.0
+        assert factor == 1 or clip == 0.01
+        loss = trainer.step(1.0, 0.9)
+        assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-6)
+        for name, p in by_hand.named_parameters():
+            largest = float(p.grad.abs().max())
+            assert largest > 0
+            error = (trainer.optimizers[0].grads[name] - factor * p.grad).abs().max()
+            assert error <= 2e-5 * factor * largest, name
+
+
+def test_micro_steps_do_not_change_the_losses_of_a_run(make_config, build):
+    losses = []
+    for cut in CUTS:
+        trainer = build(make_config(**cut))
+        losses.append([float(trainer.step(1.0, 0.9)) for _ in range(6)])
+    assert losses[0][-1] < losses[0][0] - 0.5, "it learns"
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and losses[2] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_a_step_sets_the_scheduled_rates_and_momentum(make_config, build):
+    trainer = build(make_config(MATRIX_LR=0.1, TIED_EMBED_LR=0.2, SCALAR_LR=0.3))
+    for scale, momentum in ((0.25, 0.5), (0.5, 0.7)):  # from the full rate each time, not from the last one
+        trainer.step(scale, momentum)
+        adam, muon = trainer.optimizers
+        assert [group["lr"] for group in adam.param_groups] == [0.2 * scale, 0.3 * scale]
+        assert [(group["lr"], group["momentum"]) for group in muon.param_groups] == [(0.1 * scale, momentum)]
+        assert all("momentum" not in group for group in adam.param_groups)
+        assert all(p.grad is None for p in trainer.model.parameters())
+
+
+def test_the_loop_passes_the_schedule_of_each_step(tiny, go, monkeypatch):
+    given = []
+    monkeypatch.setattr(Trainer, "step", lambda self, *args: given.append(args) or torch.tensor(1.0))
+    settings = tiny(ITERATIONS=10, WARMDOWN_FRAC=0.5, MUON_MOMENTUM=0.9, MUON_MOMENTUM_WARMUP_START=0.5,
+                    MUON_MOMENTUM_WARMUP_STEPS=4)  # fmt: skip
+    assert go(settings)[0] == 0
+    assert [scale for scale, _ in given] == pytest.approx([1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
+    assert [momentum for _, momentum in given] == pytest.approx([0.5, 0.6, 0.7, 0.8, *[0.9] * 6])
+
+
+def test_warm_up_leaves_no_trace_and_training_after_it_is_the_same(make_config, build, evaluator, capsys):
+    config = make_config(WARMUP_STEPS=3)
+    warm, cold = build(config), build(config)
+    parts = [warm.model, *warm.optimizers]
+    before, rng = copy.deepcopy([part.state_dict() for part in parts]), torch.get_rng_state()
+    steps, step = [], warm.step
+    warm.step = lambda *args: steps.append(float(step(*args))) or torch.tensor(steps[-1])
+    warm.warm_up(evaluator)
+    assert len(set(steps)) == 3 and steps[2] < steps[0], "the warm-up must really step"
+    assert "warmup_step:1/3\nwarmup_step:2/3\nwarmup_step:3/3\n" in capsys.readouterr().out
+    for part, state in zip(parts, before, strict=True):
+        after = part.state_dict()
+        if part is warm.model:
+            assert all(torch.equal(after[name], state[name]) for name in state)
+        else:
+            assert after == state and after["state"] == {}
+    assert torch.equal(torch.get_rng_state(), rng) and warm.loader.position == 0
+    assert all(p.grad is None for p in warm.model.parameters())
+    for i in range(4):
+        assert step(1.0, 0.9).equal(cold.step(1.0, 0.9)), f"step {i}"
+    for (name, p), q in zip(warm.model.named_parameters(), cold.model.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+# The clock
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that only steps (1 s, or as `steps` says) and evaluations (100 s) move."""
+    fake = SimpleNamespace(now=0.0, steps=itertools.repeat(1.0))
+    step, score = Trainer.step, Evaluator.score
+
+    def timed_step(self, *args):
+        fake.now += next(fake.steps)
+        return step(self, *args)
+
+    def timed_score(self, *args):
+        fake.now += 100.0
+        return score(self, *args)
+
+    monkeypatch.setattr(train_gpt.time, "perf_counter", lambda: fake.now)
+    monkeypatch.setattr(Trainer, "step", timed_step)
+    monkeypatch.setattr(Evaluator, "score", timed_score)
+    return fake
+
+
+def read_run(settings, run_id="run"):
+    path = Path(settings["LOG_DIR"]) / run_id
+    metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return SimpleNamespace(path=path, log=(path / "train.log").read_text(), metrics=metrics,
+                           result=json.loads((path / "result.json").read_text()))  # fmt: skip
+
+
+def test_a_capped_run_ends_before_its_cap_and_validation_does_not_count(tiny, go, clock):
+    settings = tiny(MAX_WALLCLOCK_SECONDS=10, ITERATIONS=1000, VAL_LOSS_EVERY=2, VAL_TOKENS_LIMIT=100, WARMUP_STEPS=2,
+                    WARMDOWN_FRAC=0.5)  # fmt: skip
+    assert go(settings)[0] == 0
+    run = read_run(settings)
+    (line,) = re.findall("^stopping_early: .*", run.log, re.MULTILINE)
+    assert line == "stopping_early: wallclock_cap train_time:9000ms step:9/1000"  # a tenth step would end at the limit
+    validations = re.findall(r"^step:(\d+)/1000 val_loss:\S+ val_bpb:\S+ train_time:(\d+)ms step_avg:(\S+)ms (\S+)$",
+                             run.log, re.MULTILINE)  # fmt: skip
+    assert [(int(step), int(ms)) for step, ms, _, _ in validations] == [(s, 1000 * s) for s in (0, 2, 4, 6, 8, 9)]
+    assert [mean for _, _, mean, _ in validations] == ["0.00", *["1000.00"] * 5]
+    assert {label.split("/")[0] for *_, label in validations} == {"partial:100"}
+    assert re.search(r"^final_int8_zlib_roundtrip_exact .* partial:100/\d+$", run.log, re.MULTILINE)
+    assert run.result["seconds"]["training"] == 9 and run.result["seconds"]["compile"] == 2
+    assert run.result["seconds"]["evaluation"] == 700 and run.result["eval_seconds"] == 100
+    assert run.result["steps"] == 9 and run.result["partial"] is True and run.result["step_avg_ms"] == 1000
+    steps = [m for m in run.metrics if "train_loss" in m]
+    assert [m["train_seconds"] for m in steps] == list(range(1, 10))
+    assert [m["lr_scale"] for m in steps] == pytest.approx([min(1, (1 - s / 10) / 0.5) for s in range(9)])
+
+
+def test_steps_of_uneven_length_still_end_before_the_cap(tiny, go, clock):
+    """No step is slower than the slowest of the 20 before it: then none may end after the limit. Slower ones than that
+    are forgotten (the last case), so that one hiccup does not cost the rest of the run."""
+    durations = [2.0, 1.0, 0.25, 2.0, 1.75, 0.5, *itertools.repeat(0.25, 40)]
+    for limit, steps in ((7, 4), (7.5, 5), (9.25, 6), (11, 12), (15, 35)):
+        clock.steps = iter(durations)
+        settings = tiny(MAX_WALLCLOCK_SECONDS=limit, ITERATIONS=1000, VAL_TOKENS_LIMIT=50, RUN_ID=f"limit{limit}")
+        assert go(settings)[0] == 0
+        result = read_run(settings, f"limit{limit}").result
+        training = result["seconds"]["training"]
+        assert training == sum(durations[: result["steps"]]) and limit - 2 <= training <= limit
+        assert result["steps"] == steps
+
+
+def test_the_warm_up_tells_that_not_even_one_step_fits(tiny, go, clock):
+    clock.steps = itertools.repeat(3.0)
+    settings = tiny(MAX_WALLCLOCK_SECONDS=2.5, WARMUP_STEPS=2, VAL_TOKENS_LIMIT=50)
+    assert go(settings)[0] == 0
+    run = read_run(settings)
+    assert run.result["steps"] == run.result["train_tokens"] == run.result["seconds"]["training"] == 0
+    assert re.search("^stopping_early: wallclock_cap train_time:0ms step:0/5$", run.log, re.MULTILINE)
+
+
+def test_a_run_that_finishes_its_steps_in_time_is_not_stopped_early(tiny, go, clock):
+    settings = tiny(MAX_WALLCLOCK_SECONDS=10, ITERATIONS=4, VAL_LOSS_EVERY=2, VAL_AT_START=0, VAL_TOKENS_LIMIT=50)
+    assert go(settings)[0] == 0
+    run = read_run(settings)
+    assert "stopping_early" not in run.log and run.result["steps"] == 4
+    assert [m["step"] for m in run.metrics if "val_loss" in m] == [2, 4]
+
+
+# Losses that are no numbers
+
+
+@pytest.mark.parametrize("bad_step, value", [(1, math.nan), (3, math.inf)])
+def test_a_non_finite_loss_stops_the_run_and_exports_nothing(tiny, go, monkeypatch, bad_step, value):
+    step, count = Trainer.step, itertools.count(1)
+
+    def poisoned(self, *args):
+        loss = step(self, *args)
+        return torch.full_like(loss, value) if next(count) == bad_step else loss
+
+    monkeypatch.setattr(Trainer, "step", poisoned)
+    settings = tiny()
+    code, _, error = go(settings)
+    assert code == 2 and f"step {bad_step}: the loss is {value}" in error and "MATRIX_LR" in error
+    assert "Traceback" not in error
+    files = {path.name for path in (Path(settings["LOG_DIR"]) / "run").iterdir()}
+    assert files == {"train.log", "metrics.jsonl", "config.env", "train_gpt.py"}
+
+
+def test_a_model_that_overflows_is_noticed_at_once(tiny, go):
+    code, _, error = go(tiny(QK_GAIN_INIT=3e38))
+    assert code == 2 and "step 1: the loss is nan" in error
+
+
+def test_a_run_never_ends_well_with_a_score_that_is_no_number(tiny, go):
+    """Weights can be finite, with finite losses, and yet be more than fp16 holds in the artifact."""
+    settings = tiny(TIED_EMBED_LR=1e9, VAL_TOKENS_LIMIT=50)
+    code, _, error = go(settings)
+    if code == 0:
+        assert math.isfinite(read_run(settings).result["val_loss"])
+    else:
+        assert code == 2 and error.startswith("error: ")
+        assert not (Path(settings["LOG_DIR"]) / "run" / "result.json").exists()
+
+
+# A whole run: its log, its files, its result
+
+_finished = {}
+
+
+@pytest.fixture
+def finished(tiny, go):
+    """One complete run, made for the first test that asks."""
+    if not _finished:
+        settings = tiny(ITERATIONS=14, TRAIN_LOG_EVERY=6, VAL_LOSS_EVERY=5, WARMUP_STEPS=2, SEED=7, NUM_LAYERS=3)
+        code, out, error = go(settings)
+        _finished.update(vars(read_run(settings)), code=code, out=out, error=error, settings=settings)
+    return SimpleNamespace(**_finished)
+
+
+LOSS, BPB, TIME = r"\d+\.\d{4}", r"\d+\.\d{4}", r"train_time:\d+ms step_avg:\d+\.\d\dms"
+EXPECTED_LINES = [
+    r"train_loader:shards pattern=\S+/data/fineweb_train_\*\.bin tokens:\d+",
+    r"val_loader:shards pattern=\S+/data/fineweb_val_\*\.bin tokens:\d+",
+    r"attention:blocked by blocked_attention",
+    r"model_params:\d+", r"seed:7", r"world_size:1 grad_accum_steps:1", r"warmup_step:1/2", r"warmup_step:2/2",
+    rf"step:0/14 val_loss:{LOSS} val_bpb:{BPB} train_time:0ms step_avg:\d+\.\d\dms",
+    *[rf"step:{i}/14 train_loss:{LOSS} {TIME}" for i in (1, 2, 3, 4, 5)],
+    rf"step:5/14 val_loss:{LOSS} val_bpb:{BPB} {TIME}",
+    *[rf"step:{i}/14 train_loss:{LOSS} {TIME}" for i in (6, 7, 8, 9, 10)],
+    rf"step:10/14 val_loss:{LOSS} val_bpb:{BPB} {TIME}",
+    rf"step:12/14 train_loss:{LOSS} {TIME}",
+    rf"step:14/14 val_loss:{LOSS} val_bpb:{BPB} {TIME}",
+    r"Serialized model: \d+ bytes", r"Code size: \d+ bytes", r"Total submission size: \d+ bytes",
+    r"Serialized model int8\+zlib: \d+ bytes \(payload:\d+ raw_torch:\d+ payload_ratio:\d+\.\d\dx\)",
+    r"Total submission size int8\+zlib: \d+ bytes",
+    rf"final_int8_zlib_roundtrip val_loss:{LOSS} val_bpb:{BPB} eval_time:\d+ms",
+    r"final_int8_zlib_roundtrip_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}( .*)?",
+]  # fmt: skip
+
+
+def test_the_log_holds_the_lines_of_the_format_in_order(finished):
+    assert finished.code == 0 and finished.error == ""
+    lines, at = finished.log.splitlines(), 0
+    for pattern in EXPECTED_LINES:
+        matches = [i for i, line in enumerate(lines) if re.fullmatch(pattern, line)]
+        assert len(matches) == 1, f"{pattern} should match one line, not {len(matches)}"
+        assert matches[0] >= at, f"{pattern} comes too early"
+        at = matches[0]
+    steps = [line for line in lines if line.startswith("step:")]
+    assert len(steps) == 15 and not any("stopping_early" in line or "partial" in line for line in lines)
+    assert finished.log == finished.out, "the file says what the screen said"
+
+
+def test_train_log_every_0_logs_no_training_lines_but_keeps_the_metrics(tiny, go):
+    settings = tiny(TRAIN_LOG_EVERY=0, ITERATIONS=3, VAL_TOKENS_LIMIT=50)
+    assert go(settings)[0] == 0
+    run = read_run(settings)
+    assert "train_loss" not in run.log and [m["step"] for m in run.metrics if "train_loss" in m] == [1, 2, 3]
+
+
+def test_the_run_folder_is_complete(finished):
+    files = {path.name for path in finished.path.iterdir()}
+    assert files == {"train.log", "metrics.jsonl", "config.env", "train_gpt.py", "final_model.pt",
+                     "final_model.int8.ptz", "result.json"}  # fmt: skip
+    assert (finished.path / "train_gpt.py").read_bytes() == (ROOT / "train_gpt.py").read_bytes()
+
+
+def test_metrics_have_one_line_per_step_and_one_per_validation(finished):
+    steps = [m for m in finished.metrics if "train_loss" in m]
+    assert [m["step"] for m in steps] == list(range(1, 15))
+    assert all(math.isfinite(m["train_loss"]) and 0 < m["lr_scale"] <= 1 for m in steps)
+    seconds = [m["train_seconds"] for m in steps]
+    assert seconds == sorted(seconds) and seconds[0] > 0
+    validations = [m for m in finished.metrics if "val_loss" in m]
+    assert [m["step"] for m in validations] == [0, 5, 10, 14] and not any(m["partial"] for m in validations)
+    assert len(finished.metrics) == 18
+    for m in steps[:10]:
+        assert f"\nstep:{m['step']}/14 train_loss:{m['train_loss']:.4f} " in finished.log
+    for m in validations:
+        assert f"\nstep:{m['step']}/14 val_loss:{m['val_loss']:.4f} val_bpb:{m['val_bpb']:.4f} " in finished.log
+    assert validations[0]["val_loss"] > validations[-1]["val_loss"] + 0.5
+
+
+def test_the_result_is_complete_and_agrees_with_log_metrics_and_files(finished):
+    result, log, last = finished.result, finished.log, finished.metrics[-1]
+    digest = {name: hashlib.sha256((finished.path / name).read_bytes()).hexdigest()
+              for name in ("train_gpt.py", "final_model.int8.ptz")}  # fmt: skip
+    sizes = {path.name: path.stat().st_size for path in finished.path.iterdir()}
+    expected = {
+        "run_id": "run", "seed": 7, "steps": 14, "train_tokens": 14 * 256, "world_size": 1, "grad_accum_steps": 1,
+        "partial": False, "eval_stride": 0, "dtype": "torch.float32", "torch": torch.__version__,
+        "pre_quant_val_loss": last["val_loss"], "pre_quant_val_bpb": last["val_bpb"],
+        "sha256_code": digest["train_gpt.py"], "sha256_artifact": digest["final_model.int8.ptz"],
+        "bytes_code": sizes["train_gpt.py"], "bytes_model": sizes["final_model.pt"], "bytes_limit": 16_000_000,
+        "bytes_artifact": sizes["final_model.int8.ptz"],
+        "bytes_total": sizes["train_gpt.py"] + sizes["final_model.int8.ptz"],
+        "scored_bytes": sum(len(text.encode()) for text in make_documents(30, seed=2)),
+    }  # fmt: skip
+    assert {name: result[name] for name in expected} == expected
+    assert all(result[name] for name in ("device", "python", "platform", "note"))
+    assert set(result["seconds"]) == {"startup", "compile", "training", "evaluation", "export"}
+    assert all(seconds > 0 for seconds in result["seconds"].values())
+    assert 0 < result["eval_seconds"] <= result["seconds"]["evaluation"]
+    assert result["step_avg_ms"] == pytest.approx(1000 * result["seconds"]["training"] / 14, rel=0.05)
+    assert f"\nmodel_params:{result['model_params']}\n" in log
+    assert f"\nSerialized model: {sizes['final_model.pt']} bytes\nCode size: {sizes['train_gpt.py']} bytes\n" in log
+    assert f"\nTotal submission size int8+zlib: {result['bytes_total']} bytes\n" in log
+    val_tokens = int(re.search(r"^val_loader:.* tokens:(\d+)$", log, re.MULTILINE)[1])
+    assert result["scored_tokens"] == result["val_tokens"] == val_tokens
+    assert f"\nfinal_int8_zlib_roundtrip val_loss:{result['val_loss']:.4f} val_bpb:{result['val_bpb']:.4f} " in log
+    exact = f"val_loss:{result['val_loss']:.8f} val_bpb:{result['val_bpb']:.8f}"
+    assert f"\nfinal_int8_zlib_roundtrip_exact {exact}" in log
+    bits = result["val_loss"] * result["scored_tokens"] / math.log(2)
+    assert result["val_bpb"] == pytest.approx(bits / result["scored_bytes"], rel=1e-9)
+
+
+def test_the_score_of_record_is_that_of_the_file(finished, make_config, runtime):
+    config = train_gpt.Config.load([], finished.settings)
+    artifact = train_gpt.unpack((finished.path / "final_model.int8.ptz").read_bytes(), "file")
+    scores = []
+    for state in (train_gpt.dequantize(artifact), torch.load(finished.path / "final_model.pt", weights_only=True)):
+        model = train_gpt.GPT(config, train_gpt.blocked_attention)
+        model.load_state_dict(state)
+        assert sum(p.numel() for p in model.parameters()) == finished.result["model_params"]
+        stream = TokenStream(config.data_path, "val", config.vocab_size)
+        token_bytes = TokenBytes(config.tokenizer_path, config.vocab_size)
+        scores.append(Evaluator(stream, token_bytes, config, runtime).score(model))
+    assert scores[0].bpb == pytest.approx(finished.result["val_bpb"], rel=1e-9)
+    assert scores[1].bpb == pytest.approx(finished.result["pre_quant_val_bpb"], rel=1e-9)
+    assert scores[0].bpb != scores[1].bpb
+
+
+def test_config_env_runs_again_to_the_same_losses_score_and_artifact(finished, go):
+    code, _, error = go({"RUN_ID": "again"}, finished.path / "config.env")
+    assert (code, error) == (0, "")
+    again = read_run(finished.settings, "again")
+    for first, second in zip(finished.metrics, again.metrics, strict=True):
+        assert first | {"train_seconds": 0} == second | {"train_seconds": 0}
+    same = ("val_loss", "val_bpb", "sha256_artifact", "sha256_code", "scored_bytes", "steps")
+    assert {name: again.result[name] for name in same} == {name: finished.result[name] for name in same}
+    assert (again.path / "config.env").read_bytes() == (finished.path / "config.env").read_bytes()
