@@ -11,7 +11,8 @@ import torch
 import train_gpt
 from train_gpt import GPT, blocked_attention
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+CAPABLE = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not CAPABLE, reason="needs a CUDA device with bf16 and flash")]
 
 # Heads of 64, as in the reference: the width that every kernel supports.
 SHAPE = {"DEVICE": "cuda", "DTYPE": "bfloat16", "MODEL_DIM": 256, "NUM_HEADS": 4, "NUM_KV_HEADS": 2,

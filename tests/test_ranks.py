@@ -60,3 +60,11 @@ def test_ranks_train_and_score_as_one_process(tiny, launch, alone, ranks, settin
     for text in (done.stdout, (path / "train.log").read_text()):
         assert re.findall(r"^step:(\d+)/10 train_loss", text, re.MULTILINE) == [str(step) for step in range(1, 11)]
         assert f"\nworld_size:{ranks} grad_accum_steps:{settings.get('GRAD_ACCUM_STEPS', 1)}\n" in text
+
+
+def test_a_single_layer_without_skips_trains_on_two_ranks(tiny, launch):
+    """Its skip_weights are empty and get no gradient: the reduction over ranks must not wait for one."""
+    done = launch(ranks=2, NUM_LAYERS=1, ITERATIONS=3, VAL_TOKENS_LIMIT=50)
+    assert done.returncode == 0, done.stderr
+    losses = [m["train_loss"] for m in read_run(tiny())[0] if "train_loss" in m]
+    assert len(losses) == 3 and losses[2] < losses[0]
