@@ -143,11 +143,15 @@ class Config:
 
     def check(self):
         """Bounds of each knob, then what must hold between knobs."""
+        require(re.fullmatch(r"[\w+=-][\w.+=-]*|", self.run_id),
+                f"RUN_ID={self.run_id!r} cannot name a folder: use letters, digits and . _ + = -")  # fmt: skip
         for name, field in KNOBS.items():
             value, (low, high, choices) = getattr(self, field.name), field.metadata["allowed"]
             require(not choices or value in choices, f"{name}={value}: expected one of {', '.join(choices)}")
             require(low is None or value >= low, f"{name}={value} is too small: the least is {low}")
             require(high is None or value <= high, f"{name}={value} is too large: the most is {high}")
+            require(not re.search(r"""".*'|'.*"|[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]""", str(value)),
+                    f"{name}={value!r} holds control characters or both kinds of quotes: use another name")  # fmt: skip
         D, H, K = self.model_dim, self.num_heads, self.num_kv_heads
         T, batch = self.train_seq_len, self.train_batch_tokens
         require(D % 2 == 0, f"MODEL_DIM={D} is odd: RoPE needs heads of even width")
@@ -159,8 +163,6 @@ class Config:
                 "GRAD_ACCUM_STEPS and MICRO_BATCH_TOKENS are both given: unset one, both cut the step")  # fmt: skip
         require(not 0 < self.micro_batch_tokens < T, f"MICRO_BATCH_TOKENS={self.micro_batch_tokens} is less than one "
                 f"sequence of TRAIN_SEQ_LEN={T}: raise it")  # fmt: skip
-        require(re.fullmatch(r"[\w+=-][\w.+=-]*|", self.run_id),
-                f"RUN_ID={self.run_id!r} cannot name a folder: use letters, digits and . _ + = -")  # fmt: skip
 
     def texts(self) -> dict[str, str]:
         """{KNOB: text}; read back, it gives this configuration again. WARMDOWN_FRAC yields to WARMDOWN_ITERS; RUN_ID is
@@ -187,7 +189,8 @@ KNOBS = {field.name.upper(): field for field in dataclasses.fields(Config)}
 
 
 def divisors(n: int) -> list[int]:
-    return [k for k in range(1, n + 1) if n % k == 0]
+    small = [k for k in range(1, math.isqrt(n) + 1) if n % k == 0]
+    return sorted({*small, *(n // k for k in small)})
 
 
 def did_you_mean(name: str, cutoff: float) -> str:
@@ -225,7 +228,7 @@ def read_env_file(path: Path) -> dict[str, str]:
     texts = {}
     for number, line in enumerate(lines, 1):
         if line.strip() and not line.lstrip().startswith("#"):
-            match = re.fullmatch(r"""\s*(\w+)\s*=\s*("[^"]*"|'[^']*'|[^"'#\s]?(?:[^#]*[^#\s])?)\s*(?:\s#.*)?""", line)
+            match = re.fullmatch(r"""\s*(\w+)\s*=\s*("[^"]*"|'[^']*'|[^"'#\s](?:[^#]*[^#\s])?|)\s*(?:\s#.*)?""", line)
             require(match, f"{path}:{number}: {line.strip()!r} is not a KEY=VALUE line")
             require(match[1] not in texts, f"{path}:{number}: {match[1]} is given twice: keep one")
             texts[match[1]] = match[2][1:-1] if match[2][:1] in ('"', "'") else match[2]
@@ -312,9 +315,8 @@ class RunFolder:
                 self.path.mkdir(parents=True)
             except FileExistsError:
                 raise UserError(f"run folder {self.path} exists: choose another RUN_ID or move it away") from None
-            quotes = {name: "'" if '"' in text else '"' for name, text in config.texts().items()}
-            lines = (f"{name}={quotes[name]}{text}{quotes[name]}\n" for name, text in config.texts().items())
-            self.write("config.env", "".join(lines).encode())
+            quoted = {name: f"'{text}'" if '"' in text else f'"{text}"' for name, text in config.texts().items()}
+            self.write("config.env", "".join(f"{name}={text}\n" for name, text in quoted.items()).encode())
             self.write("train_gpt.py", code)
             self.log_file = open(self.path / "train.log", "w", encoding="utf-8", buffering=1)
             self.metrics_file = open(self.path / "metrics.jsonl", "w", encoding="utf-8")
@@ -371,7 +373,7 @@ def choose_compile(config: Config, runtime: Runtime) -> tuple[bool, str]:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=runtime.device))
         return True, "a trial compilation worked"
     except Exception as error:  # whatever a missing or broken toolchain raises
-        reason = f"a trial compilation failed: {str(error).strip().splitlines()[0][:120]}"
+        reason = f"a trial compilation failed: {type(error).__name__} {' '.join(str(error).split())[:120]}"
         require(config.compile == "auto", f"COMPILE=1: {reason}: install a C++ compiler or use COMPILE=0")
         return False, reason
 
@@ -402,12 +404,13 @@ class TokenStream:
         self.pattern, self.vocab_size = f"{folder}/fineweb_{split}_*.bin", vocab_size
         require(Path(folder).is_dir(), f"DATA_PATH={folder} is no folder; {NO_DATA_HINT}")
         # Digits only: a glob would also take side files such as fineweb_val_000000_old.bin for validation text.
-        numbered = {int(m[1]): path for path in Path(folder).iterdir()
-                    if (m := re.fullmatch(rf"fineweb_{split}_(\d+)\.bin", path.name))}  # fmt: skip
-        require(numbered, f"DATA_PATH={folder} holds no fineweb_{split}_NNNNNN.bin; {NO_DATA_HINT}")
-        missing = sorted(set(range(min(numbered), max(numbered))) - set(numbered))
-        require(not missing, f"{self.pattern}: shard number {missing[:1]} is missing between others: fetch it again")
-        self.shards = [open_shard(path) for _, path in sorted(numbered.items())]
+        names = re.compile(rf"fineweb_{split}_(\d+)\.bin")
+        found = sorted((int(m[1]), path) for path in Path(folder).iterdir() if (m := names.fullmatch(path.name)))
+        require(found, f"DATA_PATH={folder} holds no fineweb_{split}_NNNNNN.bin; {NO_DATA_HINT}")
+        for expected, (number, path) in enumerate(found, start=found[0][0]):
+            require(number == expected, f"{self.pattern}: shard number {expected} is missing, or {path.name} is there "
+                    "twice: fetch it again or move one away")  # fmt: skip
+        self.shards = [open_shard(path) for _, path in found]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
 
     def __len__(self) -> int:
@@ -489,7 +492,8 @@ class TokenBytes:
         self.path, self.boundary = path, np.array([any(test(token) for test in special) for token in range(size)])
         self.leading_space = np.array([piece.startswith("\u2581") for piece in pieces]) & ~self.boundary
         self.weight = np.array([len(piece.removeprefix("\u2581").replace("\u2581", " ").encode()) for piece in pieces])
-        self.weight[[self.model.is_byte(token) for token in range(size)]] = 1
+        self.is_byte = np.array([self.model.is_byte(token) for token in range(size)])
+        self.weight[self.is_byte] = 1
         self.weight[self.boundary] = 0
 
     def weigh(self, tokens: np.ndarray) -> int:
@@ -501,9 +505,8 @@ class TokenBytes:
         """Prove the table on the first tokens: cut at boundaries and decoded, the text must be as long as the table
         says; and all tokens must weigh the `stated` bytes. Returns what was proved; raises where it does not hold."""
         tokens = stream.read(0, min(self.AUDIT_TOKENS, len(stream)))
-        starts = np.flatnonzero(self.boundary[tokens])
-        if len(tokens) < len(stream) and len(starts) and starts[-1] > 0:
-            tokens = tokens[: starts[-1]]  # whole documents: half a character would not decode
+        if len(tokens) < len(stream):  # not after half a character, which would not decode
+            tokens = tokens[: np.flatnonzero(~self.is_byte[tokens])[-1:].sum() + 1]
         starts = np.flatnonzero(self.boundary[tokens])
         texts = self.model.decode([document.tolist() for document in np.split(tokens, starts)])
         decoded = sum(len(text.encode()) for text in texts)
@@ -525,7 +528,7 @@ def manifest_bytes(folder: str) -> int | None:
     path = Path(folder) / "manifest.json"
     try:
         return int(json.loads(path.read_text(encoding="utf-8"))["splits"]["val"]["bytes"]) if path.is_file() else None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"{path} states no splits.val.bytes: prepare the data again or move the manifest") from error
 
 
@@ -586,7 +589,7 @@ def choose_attention(config: Config, runtime: Runtime, batch: int):
                 attend(*(torch.ones(shape, **options) for shape in shapes)).sum().backward()
                 return attend, f"attention:{name} by {attend.__name__}{failed}"
             except (RuntimeError, NotImplementedError) as error:
-                failed += f"; {name} {attend.__name__} failed: {str(error).splitlines()[0][:80]}"
+                failed += f"; {name} {attend.__name__} failed: {' '.join(str(error).split())[:80]}"
     raise UserError(f"ATTENTION={config.attention} does not run on {runtime.device}: use ATTENTION=auto{failed}")
 
 

@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 
 import train_gpt  # noqa: E402
 
-WORDS = ["the", "king", "of", "sea", "and", "na\u00efve", "caf\u00e9", "night", "\u6d77", "love", "sleeps", "  indented", "\n"]
+WORDS = "the king of sea and na\u00efve caf\u00e9 night \u6d77 love sleeps".split() + ["  indented", "\n"]
 
 
 def write_shard(path, tokens):
@@ -25,14 +25,14 @@ def write_shard(path, tokens):
 
 
 def make_documents(count, seed, words=60):
-    """Documents of pseudo-text with accents, another script, runs of spaces, newlines and an emoji no tokenizer knows."""
+    """Documents of pseudo-text with accents, another script, runs of spaces, newlines and an unknown emoji."""
     rng = random.Random(seed)
     return [" ".join(rng.choices(WORDS, k=words)).strip() + rng.choice(["", " \U0001f600", "\n"]) for _ in range(count)]
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    """Folder with data/ (two training shards, one validation shard) and tok.model, a 320-piece BPE with byte fallback."""
+    """Folder with data/ (two training shards, one of validation) and tok.model, a small BPE with byte fallback."""
     import sentencepiece as spm
 
     folder = tmp_path_factory.mktemp("corpus")
