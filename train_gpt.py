@@ -363,6 +363,10 @@ class Stopwatch:
         return self.seconds[phase] + (time.perf_counter() - self.since if phase == self.phase else 0.0)
 
 
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+
+
 def choose_compile(config: Config, runtime: Runtime) -> tuple[bool, str]:
     """Whether to torch.compile, and why. A tiny function is compiled to find out whether a compiler works here."""
     if config.compile == "0":
@@ -373,7 +377,7 @@ def choose_compile(config: Config, runtime: Runtime) -> tuple[bool, str]:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=runtime.device))
         return True, "a trial compilation worked"
     except Exception as error:  # whatever a missing or broken toolchain raises
-        reason = f"a trial compilation failed: {type(error).__name__} {' '.join(str(error).split())[:120]}"
+        reason = f"a trial compilation failed: {first_line(error)}"
         require(config.compile == "auto", f"COMPILE=1: {reason}: install a C++ compiler or use COMPILE=0")
         return False, reason
 
@@ -589,7 +593,7 @@ def choose_attention(config: Config, runtime: Runtime, batch: int):
                 attend(*(torch.ones(shape, **options) for shape in shapes)).sum().backward()
                 return attend, f"attention:{name} by {attend.__name__}{failed}"
             except (RuntimeError, NotImplementedError) as error:
-                failed += f"; {name} {attend.__name__} failed: {' '.join(str(error).split())[:80]}"
+                failed += f"; {name} {attend.__name__} failed: {first_line(error)}"
     raise UserError(f"ATTENTION={config.attention} does not run on {runtime.device}: use ATTENTION=auto{failed}")
 
 
@@ -673,7 +677,8 @@ class GPT(nn.Module):
         self.dtype, self.softcap, self.pushes = dtype, config.logit_softcap, config.num_layers // 2
         self.tok_emb = nn.Embedding(config.vocab_size, config.model_dim)
         self.blocks = nn.ModuleList(Block(config, attend) for _ in range(config.num_layers))
-        self.skip_weights = nn.Parameter(torch.empty(self.pushes, config.model_dim))
+        # A single block has no skips, and DDP waits for the gradient of every parameter that requires one.
+        self.skip_weights = nn.Parameter(torch.empty(self.pushes, config.model_dim), requires_grad=self.pushes > 0)
         self.lm_head = None if config.tie_embeddings else Linear(config.model_dim, config.vocab_size)
         cos, sin = rope_tables(config.train_seq_len, config.model_dim // config.num_heads, config.rope_base)
         self.register_buffer("cos", cos[:, None], persistent=False)
@@ -820,7 +825,7 @@ def lr_scale(config: Config, step: int, progress: float) -> float:
 
 def muon_momentum(config: Config, step: int) -> float:
     """Linear from MUON_MOMENTUM_WARMUP_START to MUON_MOMENTUM."""
-    share = min(step / max(config.muon_momentum_warmup_steps, 1e-9), 1.0)
+    share = min(step / config.muon_momentum_warmup_steps, 1.0) if config.muon_momentum_warmup_steps else 1.0
     return (1 - share) * config.muon_momentum_warmup_start + share * config.muon_momentum
 
 
@@ -885,6 +890,7 @@ class Evaluator:
         nats, count, weight = self.runtime.sum([nats, count, weight])
         assert count == self.targets, f"scored {count} of {self.targets} targets"
         require(weight > 0, f"{self.stream.pattern}: the scored targets weigh no bytes: raise VAL_TOKENS_LIMIT")
+        require(math.isfinite(nats), f"the validation loss is {nats}: the run diverged: lower the learning rates")
         return Score(nats, int(count), int(weight), self.of)
 
 
@@ -917,7 +923,8 @@ def quantize(state: dict[str, Tensor], config: Config) -> dict:
     quantized, scales, dtypes, passthrough, qmeta, original = (artifact.setdefault(part, {}) for part in parts)
     for name, tensor in state.items():
         tensor, dtype = tensor.detach().cpu().contiguous(), str(tensor.dtype).removeprefix("torch.")
-        require(tensor.isfinite().all(), f"{name} holds non-finite values: nothing was exported: lower the rates")
+        require((tensor.abs() <= 65504).all(), f"{name} holds values that are non-finite or beyond fp16: the run "
+                "diverged, nothing was exported: lower the learning rates")  # fmt: skip
         if tensor.is_floating_point() and tensor.numel() > INT8_MIN_NUMEL:
             rows = tensor.float() if tensor.ndim == 2 else tensor.float().view(1, -1)
             q, scale = quantize_rows(rows, config.int8_scale_floor)

@@ -166,6 +166,10 @@ def test_the_whole_validation_text_weighs_its_true_bytes(evaluate, runtime, trai
     true_bytes = sum(len(text.encode()) for text in make_documents(30, seed=2))
     tokens = evaluator.stream.read(0, len(evaluator.stream))
     assert byte_count(evaluator.token_bytes.model, tokens.tolist()) == true_bytes
+    # Any order of tokens: a piece with a leading space after a boundary, byte pieces, unknowns.
+    anything = np.random.default_rng(0).integers(evaluator.stream.vocab_size, size=5000)
+    anything[::3] = evaluator.token_bytes.model.bos_id()
+    assert evaluator.token_bytes.weigh(anything) == byte_count(evaluator.token_bytes.model, anything.tolist())
     score = evaluator.score(trained)
     assert score.bytes == true_bytes and score.tokens == score.of == len(tokens) - 1
     assert score.bpb == pytest.approx(score.loss * score.tokens / math.log(2) / true_bytes, rel=1e-12)
@@ -210,6 +214,22 @@ def test_evaluation_changes_nothing_and_training_goes_on(evaluate, runtime, trai
     trained(inputs, targets).mean().backward()  # fails if evaluation left inference tensors behind
     for a, p in zip(grads, trained.parameters(), strict=True):
         torch.testing.assert_close(a, p.grad, rtol=1e-6, atol=1e-7)
+
+
+def test_what_a_model_caches_during_evaluation_can_be_trained_through(evaluate, runtime):
+    """Tensors made under inference_mode cannot be: scoring runs under no_grad instead."""
+    weight, cache = torch.ones((), requires_grad=True), []
+
+    def model(inputs, targets):
+        if not cache:
+            cache.append(torch.linspace(0, 1, inputs.size(1)))
+        return (weight * cache[0]).expand(inputs.shape)
+
+    recorded = []
+    evaluate(runtime).score(lambda *batch: recorded.append(model(*batch)) or recorded[-1])
+    assert not any(losses.requires_grad for losses in recorded), "scoring must record nothing for gradients"
+    model(torch.zeros(2, 16), None).sum().backward()
+    assert weight.grad == pytest.approx(16.0)
 
 
 def test_a_long_evaluation_reports_its_progress(evaluate, runtime, trained, monkeypatch):
