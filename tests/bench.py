@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt  # noqa: E402
@@ -50,7 +51,8 @@ class PlainBlock(nn.Module):
         k = train_gpt.rotate(F.rms_norm(k, (self.d,)), cos, sin)
         k, v = (t.repeat_interleave(self.group, dim=2) for t in (k, v))
         q, k, v = (t.transpose(1, 2).to(v.dtype) for t in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, D)
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):  # the trainer has pinned its own choice
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, D)
         x = x + self.scales[0] * self.proj(y)
         return x + self.scales[1] * self.out(F.relu(self.fc(F.rms_norm(x, (D,)))).square())
 

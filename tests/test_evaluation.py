@@ -193,6 +193,12 @@ def test_a_target_that_no_rank_scored_is_noticed(evaluate, runtime, trained):
         evaluate(runtime).score(trained)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_is_refused(evaluate, runtime, value):
+    with pytest.raises(UserError, match=f"validation loss is {value}"):
+        evaluate(runtime).score(lambda inputs, targets: torch.full(inputs.shape, value))
+
+
 def test_the_label_says_partial_only_when_targets_are_left_out(evaluate, runtime, trained):
     everything = evaluate(runtime).of
     labels = {limit: evaluate(runtime, VAL_TOKENS_LIMIT=limit).score(trained).label
