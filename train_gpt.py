@@ -907,8 +907,7 @@ def quantize_rows(w: Tensor, scale_floor: float = 0.0) -> tuple[Tensor, Tensor]:
     """int8 values and fp16 scales [rows] of an fp32 matrix: scale = clip / 127, clip the 99.99984th percentile of the
     row's magnitudes. Rounding uses the scale as stored, so the error is at most half of it wherever |w| <= 127 scales.
     A row of zeros has scale 1."""
-    slices = w.abs().split(max(1, 2**22 // w.size(1)))  # torch.quantile refuses more than 2^24 elements at once
-    clip = torch.cat([torch.quantile(part, INT8_CLIP_QUANTILE, dim=1) for part in slices])
+    clip = torch.quantile(w.abs(), INT8_CLIP_QUANTILE, dim=1)
     least = max(scale_floor, 2.0**-24)  # fp16 holds nothing smaller, and a scale of 0 would divide by zero
     scale = (clip / 127).clamp(min=least).where(clip > 0, 1.0).half()
     return (w / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale
