@@ -89,7 +89,7 @@ class Config:
     # Batch
     train_batch_tokens: int = knob(393_216, "tokens per step, over all ranks and micro-steps", 1)
     train_seq_len: int = knob(4096, "tokens per sequence, in training and in evaluation", 1)
-    grad_accum_steps: int = knob(0, "micro-steps per step; 0: at least 8 / ranks on CUDA, 1 elsewhere", 0)
+    grad_accum_steps: int = knob(0, "micro-steps per step; 0: at least 8 / ranks on GPUs, 1 on CPUs", 0)
     micro_batch_tokens: int = knob(0, "tokens per micro-step and rank at most; 0: unlimited", 0)
     # Logging and validation
     train_log_every: int = knob(200, "steps between training log lines, after the first ten; 0: none", 0)
@@ -122,7 +122,7 @@ class Config:
     muon_backend_steps: int = knob(5, "Newton-Schulz iterations", 1)
     beta1: float = knob(0.9, "Adam's first decay", 0, 0.999999)
     beta2: float = knob(0.95, "Adam's second decay", 0, 0.999999)
-    adam_eps: float = knob(1e-8, "Adam's epsilon", 0)
+    adam_eps: float = knob(1e-8, "Adam's epsilon", 1e-20)
     grad_clip_norm: float = knob(0.0, "the global gradient norm is clipped to this, after reduction; 0: off", 0)
     # Export
     int8_scale_floor: float = knob(0.0, "least scale of an int8 row; raising it trades quality for size", 0)
@@ -173,7 +173,7 @@ class Config:
 
     def accumulation_steps(self, world_size: int, device_type: str) -> int:
         """Micro-steps per step: GRAD_ACCUM_STEPS, or the fewest that cut the batch into whole sequences, are at least
-        8 / world_size on CUDA (so that one GPU takes the micro-batches of eight) and keep to MICRO_BATCH_TOKENS."""
+        8 / world_size on a GPU (so that one GPU takes the micro-batches of eight) and keep to MICRO_BATCH_TOKENS."""
         T, total = self.train_seq_len, self.train_batch_tokens // self.train_seq_len
         fit = -(-total // world_size) * world_size * T
         require(total % world_size == 0, f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} is {total} sequences, which "
@@ -181,7 +181,7 @@ class Config:
         allowed, wanted = divisors(total // world_size), self.grad_accum_steps
         require(wanted == 0 or wanted in allowed, f"GRAD_ACCUM_STEPS={wanted} does not divide the "
                 f"{allowed[-1]} sequences of a rank: use one of {allowed}")  # fmt: skip
-        fewest = max(8 / world_size * (device_type == "cuda"), allowed[-1] * T / (self.micro_batch_tokens or math.inf))
+        fewest = max(8 / world_size * (device_type != "cpu"), allowed[-1] * T / (self.micro_batch_tokens or math.inf))
         return wanted or next((n for n in allowed if n >= fewest), allowed[-1])
 
 
@@ -206,17 +206,15 @@ def typo_warnings(environ) -> list[str]:
 
 def parse(field: dataclasses.Field, text: str):
     """The value of a knob from its text; its type is that of its default."""
-    kind, given = type(field.default), f"{field.name.upper()}={text!r}"
-    if kind is bool:
-        require(text in ("0", "1"), f"{given} is not a switch: use 0 or 1")
-        return text == "1"
+    kind = type(field.default)
     try:
-        value = kind(text)
-        require(kind is not float or math.isfinite(value), f"{given} is not finite: the default is {field.default}")
-        return value
-    except ValueError as error:
-        noun = "a whole number" if kind is int else "a number"
-        raise UserError(f"{given} is not {noun}: the default is {field.default}") from error
+        value = {"0": False, "1": True}[text] if kind is bool else kind(text)
+        if kind is str or math.isfinite(value):
+            return value
+    except (ValueError, KeyError):
+        pass
+    noun = {bool: "a switch: use 0 or 1", int: "a whole number", float: "a finite number"}[kind]
+    raise UserError(f"{field.name.upper()}={text!r} is not {noun}: the default is {field.default}")
 
 
 def read_env_file(path: Path) -> dict[str, str]:
@@ -244,12 +242,16 @@ class Runtime:
     """This process among `world_size` ranks, and its device. Collectives do nothing for one process."""
 
     def __init__(self, config: Config, environ):
-        self.rank, self.world_size = int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1))
+        ranks = [environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"))]
+        require(all(text.isdecimal() for text in ranks) and int(ranks[0]) < int(ranks[1])
+                and (ranks[1] == "1" or "MASTER_ADDR" in environ), "RANK={} WORLD_SIZE={} without a launcher: "
+                "start several ranks with torchrun, or unset both".format(*ranks))  # fmt: skip
+        self.rank, self.world_size = map(int, ranks)
         self.is_master = self.rank == 0
         available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
         kind = next(kind for kind in available if available[kind]) if config.device == "auto" else config.device
         require(available[kind], f"DEVICE={kind}: torch {torch.__version__} sees no such device here: use DEVICE=auto")
-        require(kind != "mps" or self.world_size == 1, f"WORLD_SIZE={self.world_size}: on Apple GPUs use one process")
+        require(kind != "mps" or self.world_size == 1, f"WORLD_SIZE={self.world_size}: use one process, or DEVICE=cpu")
         gpus, local_ranks = torch.cuda.device_count(), int(environ.get("LOCAL_WORLD_SIZE", self.world_size))
         self.device = torch.device(kind, int(environ.get("LOCAL_RANK", 0)) % gpus if kind == "cuda" else None)
         if kind == "cuda":
@@ -273,7 +275,9 @@ class Runtime:
     def device_name(self) -> str:
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
-        return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+        cpuinfo = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+        name = re.search(r"model name\s*: (.*)", cpuinfo)
+        return f"{name[1] if name else platform.processor()}, {torch.get_num_threads()} threads"
 
     def synchronize(self):
         """Wait until the device has done all that was asked of it."""
@@ -313,18 +317,20 @@ class RunFolder:
         if self.runtime.is_master:
             try:
                 self.path.mkdir(parents=True)
-            except FileExistsError:
-                raise UserError(f"run folder {self.path} exists: choose another RUN_ID or move it away") from None
+            except OSError as error:
+                raise UserError(f"LOG_DIR={config.log_dir} RUN_ID={self.run_id}: folder {self.path} cannot be made "
+                                f"({error.strerror}): choose another") from error  # fmt: skip
             quoted = {name: f"'{text}'" if '"' in text else f'"{text}"' for name, text in config.texts().items()}
             self.write("config.env", "".join(f"{name}={text}\n" for name, text in quoted.items()).encode())
             self.write("train_gpt.py", code)
             self.log_file = open(self.path / "train.log", "w", encoding="utf-8", buffering=1)
-            self.metrics_file = open(self.path / "metrics.jsonl", "w", encoding="utf-8")
+            self.metrics_file = open(self.path / "metrics.jsonl", "w", encoding="utf-8", buffering=1)
             self.log_file.writelines(f"{line}\n" for line in self.lines)
 
     def log(self, line: str):
         if self.runtime.is_master:
-            print(line, flush=True)
+            with contextlib.suppress(OSError):  # a terminal or a pipe that is gone must not end the run
+                print(line, flush=True)
             self.log_file.write(f"{line}\n") if self.log_file else self.lines.append(line)
 
     def metrics(self, **values):
@@ -340,6 +346,12 @@ class RunFolder:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, self.path / name)
+
+    def fail(self, line: str):
+        """Note in the log, if there is one, why the run ended."""
+        if self.log_file:
+            self.log_file.write(f"{line}\n")
+        self.close()
 
     def close(self):
         for file in filter(None, (self.log_file, self.metrics_file)):
@@ -411,7 +423,8 @@ class TokenStream:
         names = re.compile(rf"fineweb_{split}_(\d+)\.bin")
         found = sorted((int(m[1]), path) for path in Path(folder).iterdir() if (m := names.fullmatch(path.name)))
         require(found, f"DATA_PATH={folder} holds no fineweb_{split}_NNNNNN.bin; {NO_DATA_HINT}")
-        for expected, (number, path) in enumerate(found, start=found[0][0]):
+        first = found[0][0] if split == "train" else 0  # a validation text without its beginning is another text
+        for expected, (number, path) in enumerate(found, start=first):
             require(number == expected, f"{self.pattern}: shard number {expected} is missing, or {path.name} is there "
                     "twice: fetch it again or move one away")  # fmt: skip
         self.shards = [open_shard(path) for _, path in found]
@@ -483,6 +496,7 @@ class TokenBytes:
         from sentencepiece import SentencePieceProcessor  # late: importing this file must stay light
 
         require(Path(path).is_file(), f"TOKENIZER_PATH={path} does not exist; {NO_DATA_HINT}")
+        self.sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
         try:
             self.model = SentencePieceProcessor(model_file=path)
         except (RuntimeError, OSError) as error:
@@ -507,7 +521,7 @@ class TokenBytes:
 
     def audit(self, stream: TokenStream, stated: int | None) -> str:
         """Prove the table on the first tokens: cut at boundaries and decoded, the text must be as long as the table
-        says; and all tokens must weigh the `stated` bytes. Returns what was proved; raises where it does not hold."""
+        says. Weigh and hash all: they must weigh the `stated` bytes. What was proved, in a line; raises otherwise."""
         tokens = stream.read(0, min(self.AUDIT_TOKENS, len(stream)))
         if len(tokens) < len(stream):  # not after half a character, which would not decode
             tokens = tokens[: np.flatnonzero(~self.is_byte[tokens])[-1:].sum() + 1]
@@ -518,13 +532,17 @@ class TokenBytes:
         require(weighed == decoded, f"{stream.pattern}: {self.path} decodes the first {len(tokens)} tokens to "
                 f"{decoded} bytes, but weighs them as {weighed}: use the tokenizer of the shards")  # fmt: skip
         line = f"byte_audit: {len(tokens)} tokens in {len(starts)} documents decode to the {decoded} bytes they weigh"
+        self.text_bytes, digest = 0, hashlib.sha256()
+        for start in range(0, len(stream), 2**24):
+            chunk = stream.read(start, min(2**24 + 1, len(stream) - start))
+            self.text_bytes += self.weigh(chunk)
+            digest.update(chunk[: 2**24].tobytes())
+        self.text_sha256, source = digest.hexdigest(), "not proved: no manifest.json states the true bytes"
         if stated is not None:
-            reads = range(0, len(stream) - 1, 2**24)
-            weighed = sum(self.weigh(stream.read(at, min(2**24 + 1, len(stream) - at))) for at in reads)
-            require(weighed == stated, f"{stream.pattern}: weighs {weighed} bytes, but manifest.json states {stated}: "
-                    "make or fetch the data again")  # fmt: skip
-            line += f"; all {len(stream)} tokens weigh the {stated} bytes of the manifest"
-        return line
+            require(self.text_bytes == stated, f"{stream.pattern}: weighs {self.text_bytes} bytes, but manifest.json "
+                    f"states {stated}: make or fetch the data again")  # fmt: skip
+            source = "proved: manifest.json states the same"
+        return f"{line}; all {len(stream)} tokens weigh {self.text_bytes} bytes ({source})"
 
 
 def manifest_bytes(folder: str) -> int | None:
@@ -592,6 +610,8 @@ def choose_attention(config: Config, runtime: Runtime, batch: int):
                 options = {"device": runtime.device, "dtype": runtime.dtype, "requires_grad": True}
                 attend(*(torch.ones(shape, **options) for shape in shapes)).sum().backward()
                 return attend, f"attention:{name} by {attend.__name__}{failed}"
+            except torch.OutOfMemoryError:
+                raise
             except (RuntimeError, NotImplementedError) as error:
                 failed += f"; {name} {attend.__name__} failed: {first_line(error)}"
     raise UserError(f"ATTENTION={config.attention} does not run on {runtime.device}: use ATTENTION=auto{failed}")
@@ -602,10 +622,7 @@ def rms_norm(x: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """No bias; the fp32 master weight is cast to the type of the input at use."""
-
-    def __init__(self, fan_in: int, fan_out: int):
-        super().__init__(fan_in, fan_out, bias=False)
+    """The fp32 master weight is cast to the type of the input at use; always made with bias=False."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
@@ -631,7 +648,7 @@ class Attention(nn.Module):
         super().__init__()
         D, self.head_dim, self.attend = config.model_dim, config.model_dim // config.num_heads, attend
         kv_dim = self.head_dim * config.num_kv_heads
-        self.c_q, self.c_k, self.c_v, self.proj = Linear(D, D), Linear(D, kv_dim), Linear(D, kv_dim), Linear(D, D)
+        self.c_q, self.c_k, self.c_v, self.proj = (Linear(D, out, bias=False) for out in (D, kv_dim, kv_dim, D))
         self.q_gain = nn.Parameter(torch.empty(config.num_heads))
 
     def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -645,8 +662,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
-        hidden = config.mlp_mult * config.model_dim
-        self.fc, self.proj = Linear(config.model_dim, hidden), Linear(hidden, config.model_dim)
+        D, hidden = config.model_dim, config.mlp_mult * config.model_dim
+        self.fc, self.proj = Linear(D, hidden, bias=False), Linear(hidden, D, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(F.relu(self.fc(x)).square())
@@ -679,7 +696,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, attend) for _ in range(config.num_layers))
         # A single block has no skips, and DDP waits for the gradient of every parameter that requires one.
         self.skip_weights = nn.Parameter(torch.empty(self.pushes, config.model_dim), requires_grad=self.pushes > 0)
-        self.lm_head = None if config.tie_embeddings else Linear(config.model_dim, config.vocab_size)
+        self.lm_head = None if config.tie_embeddings else Linear(config.model_dim, config.vocab_size, bias=False)
         cos, sin = rope_tables(config.train_seq_len, config.model_dim // config.num_heads, config.rope_base)
         self.register_buffer("cos", cos[:, None], persistent=False)
         self.register_buffer("sin", sin[:, None], persistent=False)
@@ -689,6 +706,8 @@ class GPT(nn.Module):
     def init_weights(self, config: Config):
         """One rule per parameter, drawn on the CPU: every device and every rank starts from the same numbers."""
         generator, tied = torch.Generator().manual_seed(config.seed), config.tie_embeddings
+        constants = {"proj": 0.0, "lm_head": 0.0, "attn_scale": 1.0, "mlp_scale": 1.0, "skip_weights": 1.0,
+                     "resid_mix": torch.eye(2)[:, :1], "q_gain": config.qk_gain_init}  # fmt: skip
         for name, p in self.named_parameters():
             kind = kind_of(name)
             if kind == "tok_emb":
@@ -696,10 +715,8 @@ class GPT(nn.Module):
             elif kind in ("c_q", "c_k", "c_v", "fc"):
                 p.uniform_(-(p.size(1) ** -0.5), p.size(1) ** -0.5, generator=generator)
             else:
-                constant = {"proj": 0.0, "lm_head": 0.0, "attn_scale": 1.0, "mlp_scale": 1.0, "skip_weights": 1.0,
-                            "resid_mix": torch.eye(2)[:, :1], "q_gain": config.qk_gain_init}.get(kind)  # fmt: skip
-                assert constant is not None, f"no initialisation rule covers parameter {name}"
-                p.copy_(torch.as_tensor(constant).expand_as(p))
+                assert kind in constants, f"no initialisation rule covers parameter {name}"
+                p.copy_(torch.as_tensor(constants[kind]).expand_as(p))
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
         """Losses [B, T] in nats where targets are given, softcapped logits [B, T, V] otherwise; both fp32."""
@@ -765,29 +782,26 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            params, world_size = group["params"], self.runtime.world_size
-            sizes = [p.numel() for p in params]
-            total = torch.zeros(sum(sizes), device=params[0].device, dtype=self.runtime.dtype)
-            updates = {p: part.view_as(p) for p, part in zip(params, total.split(sizes), strict=True)}
-            mine = sorted(params[self.runtime.rank :: world_size], key=lambda p: p.shape)
+            params, mu = group["params"], group["momentum"]
+            total = torch.zeros(sum(p.numel() for p in params), device=params[0].device, dtype=self.runtime.dtype)
+            parts = total.split([p.numel() for p in params])
+            updates = {p: part.view_as(p) for p, part in zip(params, parts, strict=True)}
+            mine = sorted(params[self.runtime.rank :: self.runtime.world_size], key=lambda p: p.shape)
             for shape, same in itertools.groupby(mine, key=lambda p: p.shape):
                 same = list(same)
-                stack = self.directions(same, group)
+                for p in same:
+                    if p not in self.state:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                grads, momenta = [p.grad for p in same], [self.state[p]["momentum_buffer"] for p in same]
+                torch._foreach_mul_(momenta, mu)
+                torch._foreach_add_(momenta, grads)
+                stack = torch.stack(torch._foreach_add(grads, momenta, alpha=mu) if group["nesterov"] else momenta)
                 stack = (stack / stack.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)).to(self.runtime.dtype)
                 stack = newton_schulz(stack, group["steps"]) * max(1, shape[0] / shape[1]) ** 0.5
                 torch._foreach_copy_([updates[p] for p in same], list(stack))
-            if world_size > 1:
+            if self.runtime.world_size > 1:
                 dist.all_reduce(total)
             torch._foreach_add_(params, [updates[p].to(p.dtype) for p in params], alpha=-group["lr"])
-
-    def directions(self, params: list[Tensor], group: dict) -> Tensor:
-        """Advance the momenta of same-shaped matrices; what is to be orthogonalised, [n, rows, cols]."""
-        momenta = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
-        grads = [p.grad for p in params]
-        torch._foreach_mul_(momenta, group["momentum"])
-        torch._foreach_add_(momenta, grads)
-        nesterov = torch._foreach_add(grads, momenta, alpha=group["momentum"]) if group["nesterov"] else momenta
-        return torch.stack(nesterov)
 
 
 def build_optimizers(model: GPT, config: Config, runtime: Runtime) -> list[torch.optim.Optimizer]:
@@ -856,21 +870,20 @@ class Evaluator:
         windows = 1 + max(0, math.ceil((self.targets - self.length) / self.stride))
         rank, world_size = runtime.rank, runtime.world_size
         self.windows = range(windows * rank // world_size, windows * (rank + 1) // world_size)
-        self.batch = max(1, min(config.val_batch_size // (self.length * world_size * accum_steps), windows))
+        per_rank = config.val_batch_size // (self.length * world_size * accum_steps)
+        self.batch = max(1, min(per_rank, -(-windows // world_size)))
 
     def batch_at(self, index: int) -> tuple[Tensor, Tensor, Tensor, range]:
         """Inputs, targets and mask of scored targets [batch, T] from window `index` on, and the range of those scored.
         Every batch has one shape; windows beyond this rank's range and tokens beyond the text are padding."""
-        begin, reach = index * self.stride, (self.batch - 1) * self.stride + self.length + 1
-        tokens = self.stream.read(begin, min(reach, self.targets + 1 - begin))
-        tokens = to_device(np.pad(tokens, (0, reach - len(tokens))), self.runtime.device)
-        rows = tokens.unfold(0, self.length + 1, self.stride)
-        last = min(index + self.batch, self.windows.stop) - 1
-        scored = range(begin + self.length - self.stride if index else 0,
-                       min(last * self.stride + self.length, self.targets))  # fmt: skip
-        starts = torch.arange(index, index + self.batch, device=tokens.device)[:, None] * self.stride
-        target = starts + torch.arange(self.length, device=tokens.device)
-        fresh = (starts == 0) | (target >= starts + self.length - self.stride)
+        begin, windows = index * self.stride, min(self.batch, self.windows.stop - index)
+        end = begin + (windows - 1) * self.stride + self.length
+        scored = range(begin + self.length - self.stride if index else 0, min(end, self.targets))
+        tokens = np.zeros((self.batch - 1) * self.stride + self.length + 1, np.uint16)
+        tokens[: scored.stop + 1 - begin] = self.stream.read(begin, scored.stop + 1 - begin)
+        rows = to_device(tokens, self.runtime.device).unfold(0, self.length + 1, self.stride)
+        target = torch.arange(begin, begin + len(tokens) - 1, device=rows.device).unfold(0, self.length, self.stride)
+        fresh = (target >= target[:, :1] + self.length - self.stride) | (target[:, :1] == 0)
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), fresh & (target < scored.stop), scored
 
     @torch.no_grad()  # not inference_mode: tables cached under it would poison the next training step
@@ -888,7 +901,7 @@ class Evaluator:
                 log(f"eval_progress:{done:.0%} eta:{(now - begun) * (1 - done) / done:.0f}s")
                 reported = now
         nats, count, weight = self.runtime.sum([nats, count, weight])
-        assert count == self.targets, f"scored {count} of {self.targets} targets"
+        require(count == self.targets, f"scored {count:.0f} of {self.targets} targets: a fault of this script")
         require(weight > 0, f"{self.stream.pattern}: the scored targets weigh no bytes: raise VAL_TOKENS_LIMIT")
         require(math.isfinite(nats), f"the validation loss is {nats}: the run diverged: lower the learning rates")
         return Score(nats, int(count), int(weight), self.of)
@@ -942,9 +955,8 @@ def dequantize(artifact: dict) -> dict[str, Tensor]:
     """The state dict that an int8 object stands for, each tensor in its original type."""
     state = {}
     for name, q in artifact["quantized"].items():
-        scale = artifact["scales"][name].float()
-        rows = scale.view(-1, *[1] * (q.ndim - 1)) if scale.ndim else scale
-        state[name] = (q.float() * rows).to(getattr(torch, artifact["dtypes"][name]))
+        scale = artifact["scales"][name].float().view(-1, *[1] * (q.ndim - 1))  # one per row, or one in all
+        state[name] = (q.float() * scale).to(getattr(torch, artifact["dtypes"][name]))
     for name, tensor in artifact["passthrough"].items():
         dtype = artifact.get("passthrough_orig_dtypes", {}).get(name)
         state[name] = tensor.to(getattr(torch, dtype)) if dtype else tensor
@@ -971,20 +983,20 @@ def unpack(blob: bytes, source) -> dict:
 def export(state: dict[str, Tensor], config: Config, folder: RunFolder, code_bytes: int) -> dict:
     """Write final_model.pt and final_model.int8.ptz; log the sizes and return them for result.json."""
     raw, artifact = torch_bytes(state), quantize(state, config)
-    folder.write("final_model.pt", raw)
-    folder.log(f"Serialized model: {len(raw)} bytes")
-    folder.log(f"Code size: {code_bytes} bytes")
-    folder.log(f"Total submission size: {len(raw) + code_bytes} bytes")
     packed = torch_bytes(artifact)
     blob = zlib.compress(packed, level=9)
+    folder.write("final_model.pt", raw)
     folder.write("final_model.int8.ptz", blob)
     payload = sum(t.nbytes for part in ("quantized", "scales", "passthrough") for t in artifact[part].values())
     ratio, total = sum(t.nbytes for t in state.values()) / payload, len(blob) + code_bytes
-    folder.log(f"Serialized model int8+zlib: {len(blob)} bytes "
-               f"(payload:{payload} raw_torch:{len(packed)} payload_ratio:{ratio:.2f}x)")  # fmt: skip
-    folder.log(f"Total submission size int8+zlib: {total} bytes")
     verdict = "OK" if total <= SIZE_LIMIT else "TOO LARGE, NOT A VALID SUBMISSION"
-    folder.log(f"size_verdict:{verdict} limit:{SIZE_LIMIT} spare:{SIZE_LIMIT - total}")
+    folder.log(f"Serialized model: {len(raw)} bytes\n"
+               f"Code size: {code_bytes} bytes\n"
+               f"Total submission size: {len(raw) + code_bytes} bytes\n"
+               f"Serialized model int8+zlib: {len(blob)} bytes "
+               f"(payload:{payload} raw_torch:{len(packed)} payload_ratio:{ratio:.2f}x)\n"
+               f"Total submission size int8+zlib: {total} bytes\n"
+               f"size_verdict:{verdict} limit:{SIZE_LIMIT} spare:{SIZE_LIMIT - total}")  # fmt: skip
     return {"bytes_model": len(raw), "bytes_artifact": len(blob), "bytes_code": code_bytes, "bytes_total": total,
             "bytes_limit": SIZE_LIMIT, "sha256_artifact": hashlib.sha256(blob).hexdigest()}  # fmt: skip
 
@@ -1136,7 +1148,8 @@ def run(config: Config, runtime: Runtime, folder: RunFolder):
     folder.log(f"train_loader:shards pattern={train_stream.pattern} tokens:{len(train_stream)}")
     folder.log(f"val_loader:shards pattern={val_stream.pattern} tokens:{len(val_stream) - 1}")
     if runtime.is_master:
-        folder.log(token_bytes.audit(val_stream, manifest_bytes(config.data_path)))
+        stated = manifest_bytes(config.data_path)
+        folder.log(token_bytes.audit(val_stream, stated))
         train_stream.read(0, len(train_stream.shards[0]))  # checks its tokens; later shards as they are read
     evaluator = Evaluator(val_stream, token_bytes, config, runtime, accum_steps)
     trainer = Trainer(config, runtime, folder, watch, TrainLoader(train_stream, config, runtime, accum_steps))
@@ -1151,6 +1164,9 @@ def run(config: Config, runtime: Runtime, folder: RunFolder):
     watch.switch("training")
     steps, before = trainer.train(evaluator)
     watch.switch("export")
+    limit, over = config.max_wallclock_seconds, watch.seconds["training"] - config.max_wallclock_seconds
+    if limit and over > 0:
+        folder.log(f"clock_verdict:{over:.3f}s OVER MAX_WALLCLOCK_SECONDS={limit}, NOT A VALID SUBMISSION")
     if runtime.device.type == "cuda":
         folder.log(f"peak memory allocated: {torch.cuda.max_memory_allocated() >> 20} MiB "
                    f"reserved: {torch.cuda.max_memory_reserved() >> 20} MiB")  # fmt: skip
@@ -1179,28 +1195,42 @@ def run(config: Config, runtime: Runtime, folder: RunFolder):
         "world_size": runtime.world_size, "grad_accum_steps": accum_steps, "device": runtime.device_name(),
         "dtype": str(runtime.dtype), "note": trainer.note, "torch": torch.__version__,
         "python": platform.python_version(), "platform": platform.platform(),
+        "numpy": np.__version__, "cuda": torch.version.cuda, "over_clock": bool(limit and over > 0),
         "sha256_code": hashlib.sha256(code).hexdigest(), **sizes,
     }  # fmt: skip
     if runtime.is_master:
+        result |= {"bytes_proved": stated is not None, "sha256_val_tokens": token_bytes.text_sha256,
+                   "sha256_tokenizer": token_bytes.sha256}  # fmt: skip
+        require(after.label or after.bytes == token_bytes.text_bytes, f"scored {after.bytes} bytes of a text of "
+                f"{token_bytes.text_bytes}: a fault of this script")  # fmt: skip
         folder.write("result.json", (json.dumps(result, indent=1) + "\n").encode())
 
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv in (["-h"], ["--help"]):
-        knobs = [f"{name}={field.default}  {field.metadata['meaning']}" for name, field in KNOBS.items()]
-        print(__doc__, *knobs, sep="\n")
+        print(__doc__)
+        defaults = {"RUN_ID": "", "WARMDOWN_ITERS": "-1"} | Config().texts()
+        for name, field in KNOBS.items():
+            choices = f" ({', '.join(field.metadata['allowed'][2])})" if field.metadata["allowed"][2] else ""
+            print(f"{name}={defaults[name]}  {field.metadata['meaning']}{choices}")
         return 0
-    with contextlib.ExitStack() as stack:
-        try:
-            config = Config.load(argv, os.environ)
-            stack.callback((runtime := Runtime(config, os.environ)).close)
-            stack.callback((folder := RunFolder(runtime)).close)
-            run(config, runtime, folder)
-            return 0
-        except (UserError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            return 2
+    folder = None
+    try:
+        config = Config.load(argv, os.environ)
+        folder = RunFolder(Runtime(config, os.environ))
+        run(config, folder.runtime, folder)
+        folder.close()
+        folder.runtime.close()
+        return 0
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
+        hint = ": lower MICRO_BATCH_TOKENS or VAL_BATCH_SIZE" if isinstance(error, torch.OutOfMemoryError) else ""
+        print(f"error: {error}{hint}", file=sys.stderr, flush=True)
+        if folder:
+            folder.fail(f"error: {error}{hint}")
+            if folder.runtime.world_size > 1:
+                os._exit(2)  # a tidy end would wait for ranks that wait for this one; the launcher stops them
+        return 2
 
 
 if __name__ == "__main__":

@@ -259,7 +259,7 @@ def is_complete(folder: Path, tokenizer: Path, header: dict) -> bool:
 
 
 def build(sdist: bytes, folder: Path, tokenizer: Path, header: dict, args: argparse.Namespace) -> dict:
-    """Make and prove everything in memory, then write: the old manifest goes first, the new one comes last."""
+    """Make and prove everything in memory, then write: a manifest that says incomplete, the rest, the manifest."""
     splits = split_documents(list(read_texts(sdist).values()), args.holdout)
     if args.holdout is None and count_utf8(splits["val"]) != VAL_BYTES:
         raise UserError(f"validation has {count_utf8(splits['val'])} bytes, expected {VAL_BYTES}; nothing was written")
@@ -267,7 +267,8 @@ def build(sdist: bytes, folder: Path, tokenizer: Path, header: dict, args: argpa
     sp = spm.SentencePieceProcessor(model_proto=model)
     streams = {split: encode_split(sp, texts, split) for split, texts in splits.items()}
 
-    (folder / "manifest.json").unlink(missing_ok=True)
+    # Until the last shard is there, the trainer must not take what lies here for a data set.
+    write_file(folder / "manifest.json", b'{"incomplete": "prepare the data again"}\n')
     for stale in folder.glob(SHARD_GLOB):  # more shards of a former run would be read as part of this one
         stale.unlink()
     manifest = dict(header, splits={})

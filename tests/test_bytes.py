@@ -2,6 +2,7 @@
 
 Two tokenizers are trained here: `lossless` adds nothing to the text, `prefixed` puts a space before every document."""
 
+import hashlib
 import json
 import re
 from types import SimpleNamespace
@@ -172,8 +173,10 @@ def test_audit_passes_and_says_what_it_proved(tokenizer, stream_of):
     line = tokenizer.table.audit(stream_of(tokens, tokenizer.size), size)
     assert line.startswith("byte_audit:") and "\n" not in line
     assert f"{len(tokens)} tokens" in line and f"{len(DOCUMENTS)} documents" in line and f"{size} bytes" in line
-    assert "manifest" in line
-    assert "manifest" not in tokenizer.table.audit(stream_of(tokens, tokenizer.size), None)
+    assert "(proved" in line and "manifest" in line
+    assert "(not proved" in tokenizer.table.audit(stream_of(tokens, tokenizer.size), None)
+    assert tokenizer.table.text_bytes == size
+    assert tokenizer.table.text_sha256 == hashlib.sha256(np.array(tokens, dtype="<u2").tobytes()).hexdigest()
 
 
 class SpaceTwice(TokenBytes):
@@ -296,7 +299,7 @@ def test_stated_bytes(lossless, stream_of, monkeypatch):
     tokens, size = tokens_of(lossless, DOCUMENTS), sum(len(text.encode()) for text in DOCUMENTS)
     stream = stream_of(tokens, lossless.size)
     monkeypatch.setattr(TokenBytes, "AUDIT_TOKENS", 20)  # all tokens are weighed however few are decoded
-    assert f"all {len(tokens)} tokens weigh the {size} bytes" in lossless.table.audit(stream, size)
+    assert f"all {len(tokens)} tokens weigh {size} bytes (proved" in lossless.table.audit(stream, size)
     for wrong in (size - 1, size + 1, 0):
         with pytest.raises(UserError, match=rf"weighs {size} bytes, but manifest.json states {wrong}: .*again"):
             lossless.table.audit(stream, wrong)
@@ -322,7 +325,7 @@ def test_stated_bytes_of_a_long_text(lossless, monkeypatch):
             return np.resize(np.roll(period, -start), count)
 
     stream = Stream()
-    assert f"all {length} tokens weigh the {stated} bytes" in lossless.table.audit(stream, stated)
+    assert f"all {length} tokens weigh {stated} bytes (proved" in lossless.table.audit(stream, stated)
     with pytest.raises(UserError, match=f"weighs {stated} bytes"):
         lossless.table.audit(stream, stated + 1)
 

@@ -89,6 +89,15 @@ def test_missing_shard_in_the_middle(tmp_path):
     assert len(TokenStream(str(tmp_path), "train", 65536)) == 3 * 4 + 1
 
 
+def test_validation_text_must_have_its_beginning(tmp_path):
+    """Training may begin anywhere; a validation text without its first shard is another text."""
+    for split in ("train", "val"):
+        write_shard(tmp_path / f"fineweb_{split}_000003.bin", [1, 2])
+    assert len(TokenStream(str(tmp_path), "train", 100)) == 2
+    with pytest.raises(UserError, match="shard number 0 is missing"):
+        TokenStream(str(tmp_path), "val", 100)
+
+
 def test_two_files_with_the_same_number(tmp_path):
     """Neither may be dropped in silence: which of the two is the validation text?"""
     write_shard(tmp_path / "fineweb_val_000000.bin", [1, 2])

@@ -189,7 +189,7 @@ def test_ranks_sum_to_the_score_of_one(evaluate, runtime, trained, world_size, s
 
 def test_a_target_that_no_rank_scored_is_noticed(evaluate, runtime, trained):
     runtime.sum = lambda values: [values[0], values[1] - 1, values[2]]
-    with pytest.raises(AssertionError, match="targets"):
+    with pytest.raises(UserError, match="scored .* targets"):
         evaluate(runtime).score(trained)
 
 

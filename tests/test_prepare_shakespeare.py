@@ -302,6 +302,7 @@ def test_a_killed_run_leaves_nothing_that_looks_complete(shakespeare, corpus, mo
     assert corpus.run() == 0
     whole = snapshot(corpus.root)
     flip_shard(corpus)
+    damaged = snapshot(corpus.root)
     replace, done = shakespeare.os.replace, []
 
     def killed(source, target):
@@ -315,8 +316,13 @@ def test_a_killed_run_leaves_nothing_that_looks_complete(shakespeare, corpus, mo
         with pytest.raises(KeyboardInterrupt):
             corpus.run()
     left = snapshot(corpus.root)
-    assert not any("manifest" in name or name.endswith(".tmp") for name in left)
-    assert all(whole[name] == data for name, data in left.items()), "a file appeared before it was whole"
+    if not done:
+        assert left == damaged, "nothing was begun"
+    else:
+        (manifest,) = (left.pop(name) for name in list(left) if name.endswith("manifest.json"))
+        assert b"incomplete" in manifest and b"splits" not in manifest, "which the trainer refuses"
+        assert not any(name.endswith(".tmp") for name in left)
+        assert all(whole[name] == data for name, data in left.items()), "a file appeared before it was whole"
     assert corpus.run() == 0
     assert snapshot(corpus.root) == whole
 

@@ -78,6 +78,15 @@ def test_one_process(runtime):
     runtime.close()
 
 
+@pytest.mark.parametrize("environ", [{"RANK": "1"}, {"RANK": "x"}, {"WORLD_SIZE": "2"},
+                                     {"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"},
+                                     {"RANK": "0", "WORLD_SIZE": "-1", "MASTER_ADDR": "localhost"}])  # fmt: skip
+def test_ranks_without_a_launcher(make_config, environ):
+    """As the shells of some clusters leave them behind."""
+    with pytest.raises(UserError, match="RANK=.* WORLD_SIZE=.*torchrun.*unset"):
+        Runtime(make_config(), environ)
+
+
 @pytest.mark.parametrize("kind", ["cuda", "mps"])
 def test_device_that_is_not_there(make_config, monkeypatch, kind):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -92,7 +101,7 @@ def test_device_auto_prefers_an_accelerator(make_config, monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert Runtime(make_config(DEVICE="auto"), {}).device.type == "mps"
     with pytest.raises(UserError, match="WORLD_SIZE=2.*use one process"):
-        Runtime(make_config(DEVICE="mps"), {"WORLD_SIZE": "2"})
+        Runtime(make_config(DEVICE="mps"), {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost"})
 
 
 @pytest.mark.parametrize("has_test, expected", [(True, torch.bfloat16), (False, torch.float32), (None, torch.float32)])
