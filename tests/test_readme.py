@@ -1,0 +1,44 @@
+"""The README and the recipes say what the code does."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from train_gpt import KNOBS, Config
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "records" / "recipes").glob("*.env")), ids=lambda path: path.name)
+def test_every_recipe_is_a_valid_configuration(recipe):
+    Config.load([str(recipe)], {})
+
+
+def test_ci_runs_the_two_commands_of_the_readme():
+    commands = re.findall(r"^pip install -r .*", README, flags=re.MULTILINE)
+    assert len(commands) == 2 and commands[1].endswith("python -m pytest")
+    assert "python train_gpt.py records/recipes/demo_cpu.env" in commands[0]
+    assert "grep -E '^pip install -r ' README.md" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def test_knobs_and_defaults_of_the_readme_are_those_of_the_script():
+    named = set(re.findall(r"`([A-Z][A-Z0-9_]+)=?[^`]*`", README))
+    assert named - set(KNOBS) <= {"KEY", "FILE"} and len(named) > 25
+    rows = re.findall(r"^\| (`[A-Z].*?) \| (.*?) \|", README, flags=re.MULTILINE)
+    checked = 0
+    for names, defaults in rows:
+        names = re.findall(r"[A-Z][A-Z0-9_]+", names)
+        defaults = [text.strip("`") for text in defaults.split(", ")]
+        for name, default in zip(names, defaults, strict=False):
+            if default.replace(".", "").isdigit():
+                assert float(KNOBS[name].default) == float(default), name
+                checked += 1
+    assert checked > 12
+
+
+def test_files_that_the_readme_names_exist():
+    for name in re.findall(r"(?:data|tests|records)/[\w/.]+\.(?:py|md|env)", README):
+        assert (ROOT / name).is_file(), name
+    assert "@@" not in README, "an unfilled place"
