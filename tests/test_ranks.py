@@ -68,3 +68,11 @@ def test_a_single_layer_without_skips_trains_on_two_ranks(tiny, launch):
     assert done.returncode == 0, done.stderr
     losses = [m["train_loss"] for m in read_run(tiny())[0] if "train_loss" in m]
     assert len(losses) == 3 and losses[2] < losses[0]
+
+
+def test_an_error_of_rank_0_alone_ends_the_run(launch, tmp_path):
+    """The other rank waits in a collective for it, and must not keep it waiting in turn."""
+    (tmp_path / "logs" / "run").mkdir(parents=True)
+    done = launch(ranks=2, timeout=120)
+    assert done.returncode == 1, "torchrun's own code"
+    assert done.stderr.count("error: LOG_DIR=") == 1 and not list((tmp_path / "logs" / "run").iterdir())
