@@ -4,11 +4,12 @@
     python train_gpt.py records/recipes/demo_cpu.env         a configuration file of KEY=VALUE lines
     SEED=1338 MATRIX_LR=0.03 python train_gpt.py             every knob is an environment variable, which wins
     torchrun --standalone --nproc_per_node=8 train_gpt.py    eight GPUs; any number of ranks and nodes works
+    MODE=check python train_gpt.py                           what would happen, what is missing; no training
+    MODE=eval ARTIFACT=logs/<run_id>/final_model.int8.ptz python train_gpt.py      score it again
+    MODE=sample ARTIFACT=... SAMPLE_PROMPT="To be" python train_gpt.py             let it write
     python train_gpt.py --help                               every knob with its default and meaning
 
-The file reads from top to bottom: Config, Runtime, Data, Bytes, Model, Optimizer, Schedule, Evaluation, Export,
-Training, main. Importing it does nothing.
-
+The file reads from top to bottom; importing it does nothing.
 Dimensions in comments and suffixes: B batch, T time, D model, H query heads, K key-value heads, d head, V vocabulary.
 """
 
@@ -16,7 +17,9 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import functools
 import hashlib
+import importlib
 import io
 import itertools
 import json
@@ -24,8 +27,10 @@ import math
 import os
 import platform
 import re
+import signal
 import sys
 import time
+import zipfile
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +42,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
 
 SIZE_LIMIT = 16_000_000  # bytes of code plus artifact, decimal
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
@@ -44,60 +50,69 @@ NO_DATA_HINT = """two commands bring some data and train on it:
   python data/prepare_shakespeare.py
   python train_gpt.py records/recipes/demo_cpu.env"""
 
-
 class UserError(ValueError):
     """A mistake that the user can mend: shown as a message without a traceback, exit code 2."""
-
 
 def require(ok, message: str):
     if not ok:
         raise UserError(message)
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Config: every knob with its default, meaning and unit; where values come from; what may be combined.
 # ----------------------------------------------------------------------------------------------------------------------
+def knob(default, meaning: str, low=None, high=None, choices=(), free: bool = False):
+    """`low` and `high` are inclusive bounds. What is not `free` shapes the result and stays the same at a resume."""
+    return dataclasses.field(default=default, metadata=dict(meaning=meaning, allowed=(low, high, choices), free=free))
 
-
-def knob(default, meaning: str, low=None, high=None, choices=()):
-    """A field of Config; `low` and `high` are inclusive bounds, `choices` the only values allowed."""
-    return dataclasses.field(default=default, metadata={"meaning": meaning, "allowed": (low, high, choices)})
-
+free = functools.partial(knob, free=True)
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """A field's name in capitals is its environment variable."""
 
-    # Where things are
-    data_path: str = knob("./data/datasets/fineweb10B_sp1024", "folder of fineweb_{train,val}_NNNNNN.bin shards")
-    tokenizer_path: str = knob("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model of the shards")
-    log_dir: str = knob("./logs", "folder of the run folders")
-    run_id: str = knob("", "name of the run folder; empty: a time stamp")
-    seed: int = knob(1337, "seed of the initial weights", 0, 2**63 - 1)
+    # What to do, and where things are
+    mode: str = free("train", "what to do", choices=("train", "check", "eval", "sample"))
+    data_path: str = free("./data/datasets/fineweb10B_sp1024", "folder of fineweb_{train,val}_NNNNNN.bin shards")
+    tokenizer_path: str = free("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model of the shards")
+    log_dir: str = free("./logs", "folder of the run folders")
+    run_id: str = free("", "name of the run folder; empty: a time stamp")
+    seed: int = knob(1337, "seed of the initial weights, and of a sample", 0, 2**63 - 1)
+    # Never lose a run
+    checkpoint_every_seconds: float = free(-1.0, "training seconds between checkpoints; 0: none before the end; "
+                                           "-1: 60 if MAX_WALLCLOCK_SECONDS is over 300, else 0", -1)
+    resume: str = free("auto", "auto: go on in a run folder that exists; never; or the PATH of a checkpoint")
+    resume_force: bool = free(False, "resume although knobs that shape the result differ")
     # What it runs on
-    device: str = knob("auto", "device of every rank", choices=("auto", "cuda", "mps", "cpu"))
+    device: str = free("auto", "device of every rank", choices=("auto", "cuda", "mps", "cpu"))
     dtype: str = knob("auto", "type of activations and matrix products", choices=("auto", "bfloat16", "float32"))
-    compile: str = knob("auto", "torch.compile; auto: on where a compiler works", choices=("auto", "0", "1"))
-    attention: str = knob("auto", "attention backend; blocked is our own, by plain products",
-                          choices=("auto", "flash", "cudnn", "efficient", "math", "blocked"))  # fmt: skip
-    # Length of the run
+    compile: str = free("auto", "torch.compile; auto: on where a compiler works", choices=("auto", "0", "1"))
+    attention: str = free("auto", "attention backend; blocked is our own, by plain products",
+                          choices=("auto", "flash", "cudnn", "efficient", "math", "blocked"))
+    target_world_size: int = free(0, "MODE=check for a run on this many GPUs; 0: for the ranks there are", 0)
+    # Length of the run; more of either is free at a resume
     iterations: int = knob(20_000, "optimizer steps at most", 1)
     max_wallclock_seconds: float = knob(600.0, "training clock in seconds, without validation; 0: none", 0)
     warmdown_frac: float = knob(0.3526, "share of the run over which the rates fall linearly to 0", 0, 1)
     warmdown_iters: int = knob(-1, "the same in steps, instead of WARMDOWN_FRAC; -1: unused", -1)
-    warmup_steps: int = knob(20, "steps that compile and warm up; all state is restored after them", 0)
+    warmup_steps: int = free(20, "steps that compile and warm up; all state is restored after them", 0)
     # Batch
     train_batch_tokens: int = knob(393_216, "tokens per step, over all ranks and micro-steps", 1)
     train_seq_len: int = knob(4096, "tokens per sequence, in training and in evaluation", 1)
-    grad_accum_steps: int = knob(0, "micro-steps per step; 0: at least 8 / ranks on GPUs, 1 on CPUs", 0)
-    micro_batch_tokens: int = knob(0, "tokens per micro-step and rank at most; 0: unlimited", 0)
+    grad_accum_steps: int = free(0, "micro-steps per step; 0: at least 8 / ranks on GPUs, 1 on CPUs", 0)
+    micro_batch_tokens: str = free("auto", "tokens per micro-step and rank at most; auto: what the memory holds")
     # Logging and validation
-    train_log_every: int = knob(200, "steps between training log lines, after the first ten; 0: none", 0)
-    val_loss_every: int = knob(1000, "steps between validations; 0: only at the end", 0)
-    val_at_start: bool = knob(True, "validate before the first step, unless VAL_LOSS_EVERY is 0")
-    val_batch_size: int = knob(524_288, "tokens per validation batch, over all ranks and micro-steps", 1)
-    val_tokens_limit: int = knob(0, "score only the first N targets, labelled partial; 0: all", 0)
-    eval_stride: int = knob(0, "targets scored per sliding window; 0: disjoint windows", 0)
+    train_log_every: int = free(200, "steps between training log lines, after the first ten; 0: none", 0)
+    val_loss_every: int = free(1000, "steps between validations; 0: only at the end", 0)
+    val_at_start: bool = free(True, "validate before the first step, unless VAL_LOSS_EVERY is 0")
+    val_batch_size: int = free(524_288, "tokens per validation batch, over all ranks and micro-steps", 1)
+    val_tokens_limit: int = free(0, "score only the first N targets, labelled partial; 0: all", 0)
+    eval_stride: int = free(0, "targets scored per sliding window; 0: disjoint windows", 0)
+    # MODE=eval and MODE=sample; a run with a prompt ends with a sample
+    artifact: str = free("", "the model: a final_model.int8.ptz or a .pt")
+    sample_prompt: str = free("", r"text to continue; \n is a line break")
+    sample_tokens: int = free(200, "tokens of a sample at most", 1)
+    temperature: float = free(0.8, "of the softmax of a sample; 0: the likeliest token", 0)
+    top_k: int = free(0, "sample from the likeliest k tokens; 0: from all", 0)
     # Model
     vocab_size: int = knob(1024, "tokens in the vocabulary; must match the tokenizer", 2, 65_536)
     num_layers: int = knob(9, "transformer blocks", 1)
@@ -128,15 +143,17 @@ class Config:
     int8_scale_floor: float = knob(0.0, "least scale of an int8 row; raising it trades quality for size", 0)
 
     @staticmethod
-    def load(argv: list[str], environ) -> "Config":
-        """Defaults, then the KEY=VALUE lines of the file in argv (at most one), then the environment, which wins."""
+    def load(argv: list[str], environ, told: dict[str, str] | None = None) -> "Config":
+        """Defaults, then what an artifact has `told` of itself, then the KEY=VALUE lines of the file in argv (at most
+        one), then the environment, which wins."""
         require(len(argv) <= 1, f"arguments {argv}: expected at most one FILE.env; knobs are environment variables")
         texts = read_env_file(Path(argv[0])) if argv else {}
         for name in texts.keys() - KNOBS.keys():
             raise UserError(f"{argv[0]}: {name} is not a knob{did_you_mean(name, 0.6) or ': see --help'}")
         texts |= {name: environ[name] for name in KNOBS if name in environ}
         require("WARMDOWN_FRAC" not in texts or texts.get("WARMDOWN_ITERS", "-1") == "-1",
-                "WARMDOWN_FRAC and WARMDOWN_ITERS are both given: unset one, they set the same thing")  # fmt: skip
+                "WARMDOWN_FRAC and WARMDOWN_ITERS are both given: unset one, they set the same thing")
+        texts = (told or {}) | texts
         config = Config(**{KNOBS[name].name: parse(KNOBS[name], text.strip()) for name, text in texts.items()})
         config.check()
         return config
@@ -144,30 +161,30 @@ class Config:
     def check(self):
         """Bounds of each knob, then what must hold between knobs."""
         require(re.fullmatch(r"[\w+=-][\w.+=-]*|", self.run_id),
-                f"RUN_ID={self.run_id!r} cannot name a folder: use letters, digits and . _ + = -")  # fmt: skip
+                f"RUN_ID={self.run_id!r} cannot name a folder: use letters, digits and . _ + = -")
         for name, field in KNOBS.items():
             value, (low, high, choices) = getattr(self, field.name), field.metadata["allowed"]
             require(not choices or value in choices, f"{name}={value}: expected one of {', '.join(choices)}")
             require(low is None or value >= low, f"{name}={value} is too small: the least is {low}")
             require(high is None or value <= high, f"{name}={value} is too large: the most is {high}")
             require(not re.search(r"""".*'|'.*"|[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]""", str(value)),
-                    f"{name}={value!r} holds control characters or both kinds of quotes: use another name")  # fmt: skip
-        D, H, K = self.model_dim, self.num_heads, self.num_kv_heads
-        T, batch = self.train_seq_len, self.train_batch_tokens
-        require(D % 2 == 0, f"MODEL_DIM={D} is odd: RoPE needs heads of even width")
-        require(D % (2 * H) == 0, f"NUM_HEADS={H} does not cut MODEL_DIM={D} evenly: use one of {divisors(D // 2)}")
+                    f"{name}={value!r} holds control characters or both kinds of quotes: use another name")
+        D, H, K, T = self.model_dim, self.num_heads, self.num_kv_heads, self.train_seq_len
+        batch, micro = self.train_batch_tokens, self.micro_batch_tokens
+        require(D % (2 * H) == 0, f"MODEL_DIM={D} is no multiple of 2 * NUM_HEADS={H}: use {D + -D % (2 * H)}")
         require(H % K == 0, f"NUM_KV_HEADS={K} does not divide NUM_HEADS={H}: use one of {divisors(H)}")
         require(batch % T == 0, f"TRAIN_BATCH_TOKENS={batch} is not whole TRAIN_SEQ_LEN={T}: use {-(-batch // T) * T}")
         require(self.eval_stride <= T, f"EVAL_STRIDE={self.eval_stride} is over TRAIN_SEQ_LEN={T}: lower it")
-        require(not self.grad_accum_steps or not self.micro_batch_tokens,
-                "GRAD_ACCUM_STEPS and MICRO_BATCH_TOKENS are both given: unset one, both cut the step")  # fmt: skip
-        require(not 0 < self.micro_batch_tokens < T, f"MICRO_BATCH_TOKENS={self.micro_batch_tokens} is less than one "
-                f"sequence of TRAIN_SEQ_LEN={T}: raise it")  # fmt: skip
+        require(micro == "auto" or micro.isdecimal() and not 0 < int(micro) < T,
+                f"MICRO_BATCH_TOKENS={micro}: expected auto, 0 (unlimited) or at least one TRAIN_SEQ_LEN={T}")
+        require(not self.grad_accum_steps or micro in ("auto", "0"),
+                "GRAD_ACCUM_STEPS and MICRO_BATCH_TOKENS are both given: unset one, both cut the step")
 
     def texts(self) -> dict[str, str]:
-        """{KNOB: text}; read back, it gives this configuration again. WARMDOWN_FRAC yields to WARMDOWN_ITERS; RUN_ID is
-        left out, since it names one run."""
-        hidden = {"RUN_ID", "WARMDOWN_FRAC" if self.warmdown_iters >= 0 else "WARMDOWN_ITERS"}
+        """{KNOB: text}; read back, it gives this configuration again. WARMDOWN_FRAC yields to WARMDOWN_ITERS; what
+        belongs to one run or one call is left out."""
+        hidden = {"RUN_ID", "MODE", "ARTIFACT", "RESUME", "RESUME_FORCE",
+                  "WARMDOWN_FRAC" if self.warmdown_iters >= 0 else "WARMDOWN_ITERS"}
         values = {name: getattr(self, field.name) for name, field in KNOBS.items() if name not in hidden}
         return {name: str(int(value) if isinstance(value, bool) else value) for name, value in values.items()}
 
@@ -177,32 +194,30 @@ class Config:
         T, total = self.train_seq_len, self.train_batch_tokens // self.train_seq_len
         fit = -(-total // world_size) * world_size * T
         require(total % world_size == 0, f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} is {total} sequences, which "
-                f"{world_size} ranks cannot share: use {fit} tokens, or one of {divisors(total)} ranks")  # fmt: skip
+                f"{world_size} ranks cannot share: use {fit} tokens, or one of {divisors(total)} ranks")
         allowed, wanted = divisors(total // world_size), self.grad_accum_steps
         require(wanted == 0 or wanted in allowed, f"GRAD_ACCUM_STEPS={wanted} does not divide the "
-                f"{allowed[-1]} sequences of a rank: use one of {allowed}")  # fmt: skip
-        fewest = max(8 / world_size * (device_type != "cpu"), allowed[-1] * T / (self.micro_batch_tokens or math.inf))
+                f"{allowed[-1]} sequences of a rank: use one of {allowed}")
+        # A CPU that runs out of memory gets no error to react to; 2**14 tokens keep its cores busy all the same.
+        most = {"auto": 2**14 if device_type == "cpu" else math.inf, "0": math.inf}.get(self.micro_batch_tokens)
+        most = most or int(self.micro_batch_tokens)
+        fewest = max(8 / world_size * (device_type != "cpu"), allowed[-1] * T / most)
         return wanted or next((n for n in allowed if n >= fewest), allowed[-1])
-
 
 KNOBS = {field.name.upper(): field for field in dataclasses.fields(Config)}
 
-
 def divisors(n: int) -> list[int]:
-    small = [k for k in range(1, math.isqrt(n) + 1) if n % k == 0]
-    return sorted({*small, *(n // k for k in small)})
-
+    return sorted({d for k in range(1, math.isqrt(n) + 1) if n % k == 0 for d in (k, n // k)})
 
 def did_you_mean(name: str, cutoff: float) -> str:
     close = difflib.get_close_matches(name.upper(), KNOBS, 1, cutoff)
     return f": did you mean {close[0]}?" if close else ""
 
-
 def typo_warnings(environ) -> list[str]:
-    """One for each environment variable that is almost a knob."""
-    hints = {name: did_you_mean(name, 0.8) for name in sorted(environ.keys() - KNOBS.keys())}
+    """One for each environment variable that is almost a knob; a wrong letter of four leaves 0.75 of a name."""
+    others = sorted(environ.keys() - KNOBS.keys())
+    hints = {name: did_you_mean(name, 0.75 if len(name) < 5 else 0.8) for name in others}
     return [f"warning: the environment variable {name} is no knob{hint}" for name, hint in hints.items() if hint]
-
 
 def parse(field: dataclasses.Field, text: str):
     """The value of a knob from its text; its type is that of its default."""
@@ -215,7 +230,6 @@ def parse(field: dataclasses.Field, text: str):
         pass
     noun = {bool: "a switch: use 0 or 1", int: "a whole number", float: "a finite number"}[kind]
     raise UserError(f"{field.name.upper()}={text!r} is not {noun}: the default is {field.default}")
-
 
 def read_env_file(path: Path) -> dict[str, str]:
     """{KEY: text} of KEY=VALUE lines. `#` starts a comment, a value may stand in quotes, nothing is expanded."""
@@ -232,22 +246,20 @@ def read_env_file(path: Path) -> dict[str, str]:
             texts[match[1]] = match[2][1:-1] if match[2][:1] in ('"', "'") else match[2]
     return texts
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Runtime: the device and the ranks, what they tell each other, the run folder with its log, the one stopwatch.
 # ----------------------------------------------------------------------------------------------------------------------
-
-
 class Runtime:
     """This process among `world_size` ranks, and its device. Collectives do nothing for one process."""
-
     def __init__(self, config: Config, environ):
         ranks = [environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"))]
         require(all(text.isdecimal() for text in ranks) and int(ranks[0]) < int(ranks[1])
                 and (ranks[1] == "1" or "MASTER_ADDR" in environ), "RANK={} WORLD_SIZE={} without a launcher: "
-                "start several ranks with torchrun, or unset both".format(*ranks))  # fmt: skip
+                "start several ranks with torchrun, or unset both".format(*ranks))
         self.rank, self.world_size = map(int, ranks)
         self.is_master = self.rank == 0
+        # What signals have asked for; while `patient`, the wish to leave waits for the end of a step.
+        self.patient, self.save_asked, self.leave = False, False, 0
         available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
         kind = next(kind for kind in available if available[kind]) if config.device == "auto" else config.device
         require(available[kind], f"DEVICE={kind}: torch {torch.__version__} sees no such device here: use DEVICE=auto")
@@ -265,11 +277,9 @@ class Runtime:
 
     def best_dtype(self) -> torch.dtype:
         """bfloat16 where the hardware multiplies it, float32 elsewhere."""
-        if self.device.type == "cuda":
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:  # private tests: a torch that lacks them is taken to say no
-            tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-            native = self.device.type == "cpu" and any(getattr(torch.cpu, test, bool)() for test in tests)
+        cpu_tests = [getattr(torch.cpu, name, bool) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+        native = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False), "mps": bool,
+                  "cpu": lambda: any(test() for test in cpu_tests)}[self.device.type]()
         return torch.bfloat16 if native else torch.float32
 
     def device_name(self) -> str:
@@ -278,6 +288,9 @@ class Runtime:
         cpuinfo = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
         name = re.search(r"model name\s*: (.*)", cpuinfo)
         return f"{name[1] if name else platform.processor()}, {torch.get_num_threads()} threads"
+
+    def note(self) -> str:
+        return f"device:{self.device} ({self.device_name()}) dtype:{str(self.dtype).removeprefix('torch.')}"
 
     def synchronize(self):
         """Wait until the device has done all that was asked of it."""
@@ -298,69 +311,102 @@ class Runtime:
             dist.broadcast_object_list(box, src=0, group=self.hosts)
         return box[0]
 
+    def gather(self, value) -> list:
+        """Every rank's value, in order, on rank 0."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.gather_object(value, values if self.is_master else None, dst=0, group=self.hosts)
+        return values
+
+    def on_signal(self, number, frame):
+        """SIGUSR1 asks for a checkpoint; SIGTERM and SIGINT ask for one and the end, a second of them ends at once."""
+        if number not in (signal.SIGTERM, signal.SIGINT):
+            self.save_asked = True
+        elif self.leave or not self.patient:
+            raise KeyboardInterrupt(number)
+        else:
+            self.leave = number
+
     def close(self):
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
-
 class RunFolder:
     """logs/<run_id>/ and all that a run writes. Only rank 0 writes; lines logged before `create` are kept for it."""
-
     def __init__(self, runtime: Runtime):
-        self.runtime, self.lines, self.log_file, self.metrics_file = runtime, [], None, None
+        self.runtime, self.lines, self.lock = runtime, [], None
+        self.clear = "\r\x1b[K" if sys.stdout.isatty() else ""  # wipes the live line of a terminal
+
+    def locate(self, config: Config, environ):
+        """Name the folder: RUN_ID; or, restarted by torchrun, what the same launch made; or a new time stamp."""
+        launch = environ.get("TORCHELASTIC_RUN_ID", "none")
+        if launch == "none":  # a static rendezvous has no name, but the agent is the same process
+            launch += f" {platform.node()} {os.getppid()}"
+        self.launch, name = f"# launch {launch}\n", f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{os.getpid()}"
+        if environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and self.runtime.is_master:
+            made = Path(config.log_dir).glob("*/config.env")
+            made = [path for path in made if path.read_bytes().startswith(self.launch.encode())]
+            name = max(made, key=lambda path: path.stat().st_mtime).parent.name if made else name
+        self.run_id = self.runtime.share(config.run_id or name)
+        self.path = Path(config.log_dir) / self.run_id
 
     def create(self, config: Config, code: bytes):
-        """Make the folder, which must not exist yet, and put the configuration and the script into it."""
-        stamp = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{os.getpid()}"
-        self.run_id = self.runtime.share(config.run_id or stamp)
-        self.path = Path(config.log_dir) / self.run_id
-        if self.runtime.is_master:
-            try:
-                self.path.mkdir(parents=True)
-            except OSError as error:
-                raise UserError(f"LOG_DIR={config.log_dir} RUN_ID={self.run_id}: folder {self.path} cannot be made "
-                                f"({error.strerror}): choose another") from error  # fmt: skip
-            quoted = {name: f"'{text}'" if '"' in text else f'"{text}"' for name, text in config.texts().items()}
-            self.write("config.env", "".join(f"{name}={text}\n" for name, text in quoted.items()).encode())
-            self.write("train_gpt.py", code)
-            self.log_file = open(self.path / "train.log", "w", encoding="utf-8", buffering=1)
-            self.metrics_file = open(self.path / "metrics.jsonl", "w", encoding="utf-8", buffering=1)
-            self.log_file.writelines(f"{line}\n" for line in self.lines)
+        """Make the folder, or open the one that goes on, for this process alone; put configuration and script in it."""
+        if not self.runtime.is_master:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.path / "train.log", "a", encoding="utf-8")
+            with contextlib.suppress(ImportError):  # Windows has no such locks
+                fcntl = importlib.import_module("fcntl")
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            busy = isinstance(error, BlockingIOError)
+            raise UserError(f"LOG_DIR={config.log_dir} RUN_ID={self.run_id}: folder {self.path} cannot be opened "
+                            f"({'another run is using it' if busy else error.strerror}): choose another") from error
+        quoted = {name: f"'{text}'" if '"' in text else f'"{text}"' for name, text in config.texts().items()}
+        self.write("config.env", (self.launch + "".join(f"{name}={text}\n" for name, text in quoted.items())).encode())
+        self.write("train_gpt.py", code)
+        self.append("train.log", *self.lines)
 
     def log(self, line: str):
         if self.runtime.is_master:
             with contextlib.suppress(OSError):  # a terminal or a pipe that is gone must not end the run
-                print(line, flush=True)
-            self.log_file.write(f"{line}\n") if self.log_file else self.lines.append(line)
+                print(f"{self.clear}{line}", flush=True)
+            self.append("train.log", line) if self.lock else self.lines.append(line)
 
     def metrics(self, **values):
-        """One JSON object a line, for programs."""
         if self.runtime.is_master:
-            self.metrics_file.write(json.dumps(values) + "\n")
+            self.append("metrics.jsonl", json.dumps(values))
+
+    def append(self, name: str, *lines: str):
+        """Lines at the end of a file; a full disk costs the lines and not the run."""
+        with contextlib.suppress(OSError), open(self.path / name, "a", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in lines)
 
     def write(self, name: str, data: bytes):
-        """Write a file of the folder such that it is there whole or not at all."""
+        """Write a file of the folder such that it is there whole and verified, or as it was before."""
         temporary = self.path / f".{name}.tmp"
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path / name)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            if temporary.read_bytes() != data:
+                raise OSError(f"{temporary} does not hold what was written to it: check the disk")
+            os.replace(temporary, self.path / name)
+        finally:
+            temporary.unlink(missing_ok=True)
 
-    def fail(self, line: str):
-        """Note in the log, if there is one, why the run ended."""
-        if self.log_file:
-            self.log_file.write(f"{line}\n")
-        self.close()
-
-    def close(self):
-        for file in filter(None, (self.log_file, self.metrics_file)):
-            file.close()
-
+    def close(self, *last_words: str):
+        """Note in the log, if there is one, why the run ended; let others open the folder."""
+        if self.lock:
+            self.append("train.log", *last_words)
+            self.lock.close()
+            self.lock = None
 
 class Stopwatch:
     """Seconds spent in each phase of a run. One phase runs at a time; the device is drained where two meet."""
-
     def __init__(self, synchronize):
         self.synchronize, self.phase, self.since = synchronize, "startup", time.perf_counter()
         self.seconds = dict.fromkeys(("startup", "compile", "training", "evaluation", "export"), 0.0)
@@ -374,10 +420,11 @@ class Stopwatch:
     def elapsed(self, phase: str) -> float:
         return self.seconds[phase] + (time.perf_counter() - self.since if phase == self.phase else 0.0)
 
-
 def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
 
+def is_out_of_memory(error: Exception) -> bool:
+    return bool(re.search("not enough memory|out of memory", str(error)))  # by CPU, CUDA and MPS
 
 def choose_compile(config: Config, runtime: Runtime) -> tuple[bool, str]:
     """Whether to torch.compile, and why. A tiny function is compiled to find out whether a compiler works here."""
@@ -393,12 +440,9 @@ def choose_compile(config: Config, runtime: Runtime) -> tuple[bool, str]:
         require(config.compile == "auto", f"COMPILE=1: {reason}: install a C++ compiler or use COMPILE=0")
         return False, reason
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Data: the shard format, the order of the stream, its position, the next step read ahead.
 # ----------------------------------------------------------------------------------------------------------------------
-
-
 def open_shard(path: Path) -> np.ndarray:
     """Memory-mapped uint16 tokens of a shard: 256 int32 (magic, version, token count, zeros), then the tokens."""
     size = path.stat().st_size
@@ -406,16 +450,14 @@ def open_shard(path: Path) -> np.ndarray:
     magic, version, count = np.fromfile(path, dtype="<i4", count=3).tolist()
     require((magic, version) == (SHARD_MAGIC, SHARD_VERSION),
             f"shard {path} has magic {magic} version {version}, expected {SHARD_MAGIC} version {SHARD_VERSION}: "
-            "it is damaged or in another format: make or fetch it again")  # fmt: skip
+            "it is damaged or in another format: make or fetch it again")
     require(count > 0 and size == SHARD_HEADER_BYTES + 2 * count,
             f"shard {path} has {size} bytes, but {count} tokens take {SHARD_HEADER_BYTES + 2 * count}: "
-            "it was cut short or damaged: make or fetch it again")  # fmt: skip
+            "it was cut short or damaged: make or fetch it again")
     return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
-
 
 class TokenStream:
     """The shards of one split as one sequence of tokens."""
-
     def __init__(self, folder: str, split: str, vocab_size: int):
         self.pattern, self.vocab_size = f"{folder}/fineweb_{split}_*.bin", vocab_size
         require(Path(folder).is_dir(), f"DATA_PATH={folder} is no folder; {NO_DATA_HINT}")
@@ -426,7 +468,7 @@ class TokenStream:
         first = found[0][0] if split == "train" else 0  # a validation text without its beginning is another text
         for expected, (number, path) in enumerate(found, start=first):
             require(number == expected, f"{self.pattern}: shard number {expected} is missing, or {path.name} is there "
-                    "twice: fetch it again or move one away")  # fmt: skip
+                    "twice: fetch it again or move one away")
         self.shards = [open_shard(path) for _, path in found]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
 
@@ -444,9 +486,8 @@ class TokenStream:
             start += len(pieces[-1])
         tokens = np.concatenate(pieces)
         require(tokens.max() < self.vocab_size, f"{self.pattern}: token {tokens.max()} is outside VOCAB_SIZE="
-                f"{self.vocab_size}: set DATA_PATH, TOKENIZER_PATH and VOCAB_SIZE together")  # fmt: skip
+                f"{self.vocab_size}: set DATA_PATH, TOKENIZER_PATH and VOCAB_SIZE together")
         return tokens
-
 
 def to_device(tokens: np.ndarray, device: torch.device) -> Tensor:
     """int64 tokens on the device; two bytes a token on the wire, copied asynchronously on CUDA."""
@@ -454,17 +495,14 @@ def to_device(tokens: np.ndarray, device: torch.device) -> Tensor:
     wire = wire.pin_memory() if device.type == "cuda" else wire
     return wire.to(device, non_blocking=True).long() & 0xFFFF
 
-
 class TrainLoader:
     """This rank's share of each step; a thread reads the next one ahead. Sequence i of the step at `position` p is
     tokens[p + i*T : p + i*T + T + 1]; ranks and micro-steps take contiguous slices of that list, so that any number of
     them sees the same step. The position is all that a resume has to restore."""
-
     def __init__(self, stream: TokenStream, config: Config, runtime: Runtime, accum_steps: int):
         self.stream, self.batch_tokens, self.device = stream, config.train_batch_tokens, runtime.device
         self.share = self.batch_tokens // runtime.world_size
-        self.sequences = self.share // config.train_seq_len
-        self.offset, self.shape = runtime.rank * self.share, (accum_steps, -1, config.train_seq_len)
+        self.offset, self.accum_steps, self.length = runtime.rank * self.share, accum_steps, config.train_seq_len
         self.reader = ThreadPoolExecutor(max_workers=1)
         self.seek(0)
 
@@ -476,25 +514,18 @@ class TrainLoader:
         """Inputs and targets, [micro-steps, B, T] each."""
         tokens = to_device(self.ahead.result(), self.device)
         self.seek(self.position + self.batch_tokens)
-        return tokens[:-1].view(self.shape), tokens[1:].view(self.shape)
-
+        return tuple(part.view(self.accum_steps, -1, self.length) for part in (tokens[:-1], tokens[1:]))
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Bytes: the tokenizer, and the only place that knows what a token weighs in bytes of text.
 # ----------------------------------------------------------------------------------------------------------------------
-
-
 class TokenBytes:
-    """Bytes of text per token of a SentencePiece model.
-
-    Control, unknown and unused pieces weigh 0 and are boundaries; a byte piece weighs 1; any other weighs its UTF-8
-    text with U+2581 as a space, but a leading U+2581 right after a boundary is the tokenizer's own and weighs 0."""
-
+    """Bytes of text per token. Control, unknown and unused pieces weigh 0 and are boundaries; a byte piece weighs 1;
+    any other its UTF-8 text with U+2581 as a space, but a leading U+2581 right after a boundary adds nothing."""
     AUDIT_TOKENS = 1_000_000
 
     def __init__(self, path: str, vocab_size: int):
         from sentencepiece import SentencePieceProcessor  # late: importing this file must stay light
-
         require(Path(path).is_file(), f"TOKENIZER_PATH={path} does not exist; {NO_DATA_HINT}")
         self.sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
         try:
@@ -503,7 +534,7 @@ class TokenBytes:
             raise UserError(f"TOKENIZER_PATH={path} is no SentencePiece model: make or fetch it again") from error
         size = self.model.vocab_size()
         require(size == vocab_size, f"VOCAB_SIZE={vocab_size}, but TOKENIZER_PATH={path} has {size} pieces: "
-                f"set VOCAB_SIZE={size}, or the tokenizer that made the shards")  # fmt: skip
+                f"set VOCAB_SIZE={size}, or the tokenizer that made the shards")
         special = (self.model.is_control, self.model.is_unknown, self.model.is_unused)
         pieces = [self.model.id_to_piece(token) for token in range(size)]
         require("\u2581" in pieces, f"{path} has no piece for a single space (U+2581): use another tokenizer")
@@ -519,9 +550,16 @@ class TokenBytes:
         before, target = tokens[:-1], tokens[1:]
         return int(self.weight[target].sum() + np.count_nonzero(self.leading_space[target] & ~self.boundary[before]))
 
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a document that begins with the text, start token first."""
+        return [self.model.bos_id(), *self.model.encode(text)]
+
+    def decode(self, tokens: list[int]) -> str:
+        return self.model.decode(tokens)
+
     def audit(self, stream: TokenStream, stated: int | None) -> str:
-        """Prove the table on the first tokens: cut at boundaries and decoded, the text must be as long as the table
-        says. Weigh and hash all: they must weigh the `stated` bytes. What was proved, in a line; raises otherwise."""
+        """Prove the table: cut at boundaries and decoded, the first tokens must be as long as it says, and all together
+        must weigh the `stated` bytes. What was proved, in a line; raises otherwise."""
         tokens = stream.read(0, min(self.AUDIT_TOKENS, len(stream)))
         if len(tokens) < len(stream):  # not after half a character, which would not decode
             tokens = tokens[: np.flatnonzero(~self.is_byte[tokens])[-1:].sum() + 1]
@@ -530,7 +568,7 @@ class TokenBytes:
         decoded = sum(len(text.encode()) for text in texts)
         weighed = self.weigh(np.concatenate([np.flatnonzero(self.boundary)[:1], tokens]))
         require(weighed == decoded, f"{stream.pattern}: {self.path} decodes the first {len(tokens)} tokens to "
-                f"{decoded} bytes, but weighs them as {weighed}: use the tokenizer of the shards")  # fmt: skip
+                f"{decoded} bytes, but weighs them as {weighed}: use the tokenizer of the shards")
         line = f"byte_audit: {len(tokens)} tokens in {len(starts)} documents decode to the {decoded} bytes they weigh"
         self.text_bytes, digest = 0, hashlib.sha256()
         for start in range(0, len(stream), 2**24):
@@ -540,10 +578,9 @@ class TokenBytes:
         self.text_sha256, source = digest.hexdigest(), "not proved: no manifest.json states the true bytes"
         if stated is not None:
             require(self.text_bytes == stated, f"{stream.pattern}: weighs {self.text_bytes} bytes, but manifest.json "
-                    f"states {stated}: make or fetch the data again")  # fmt: skip
+                    f"states {stated}: make or fetch the data again")
             source = "proved: manifest.json states the same"
         return f"{line}; all {len(stream)} tokens weigh {self.text_bytes} bytes ({source})"
-
 
 def manifest_bytes(folder: str) -> int | None:
     """The true bytes of the validation text, where the data has a manifest that states them."""
@@ -553,28 +590,22 @@ def manifest_bytes(folder: str) -> int | None:
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"{path} states no splits.val.bytes: prepare the data again or move the manifest") from error
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Model: attention, the architecture, one initialisation rule per parameter.
 # ----------------------------------------------------------------------------------------------------------------------
-
 CONTROL_TENSORS = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights")
-
 
 def kind_of(name: str) -> str:
     """The last word of a parameter's name, which says what it is: blocks.3.attn.c_q.weight is a c_q."""
     return name.removesuffix(".weight").split(".")[-1]
 
-
 def grouped_attention(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q_BHTd, k_BKTd, v_BKTd, is_causal=True, enable_gqa=True)
-
 
 def expanded_attention(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor) -> Tensor:
     """For kernels without grouped heads."""
     k_BHTd, v_BHTd = (kv.repeat_interleave(q_BHTd.size(1) // kv.size(1), dim=1) for kv in (k_BKTd, v_BKTd))
     return F.scaled_dot_product_attention(q_BHTd, k_BHTd, v_BHTd, is_causal=True)
-
 
 def blocked_attention(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor, block: int = 128) -> Tensor:
     """Plain products, each block of queries against its own past, so that half of the square is never computed. Twice
@@ -591,16 +622,14 @@ def blocked_attention(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor, block: int
         outputs.append((weights @ v_NTd[:, :stop]).unflatten(1, rows))
     return torch.cat(outputs, dim=2).view(B, H, T, d)
 
-
-def choose_attention(config: Config, runtime: Runtime, batch: int):
-    """(function, log line) of the first backend whose kernel runs forward and backward at the real shape.
-
-    SDPA is pinned to it by torch's global switches, which compiled graphs respect."""
+def choose_attention(config: Config, runtime: Runtime):
+    """(function, log line) of the first backend whose kernel runs forward and backward on one real sequence. SDPA is
+    pinned to it by torch's global switches, which compiled graphs respect."""
     switches = {"flash": "flash", "cudnn": "cudnn", "efficient": "mem_efficient", "math": "math"}
     on_cpu = ["blocked"] if config.train_seq_len <= 1024 else ["flash", "math"]
     order = {"cuda": list(switches), "mps": ["math", "blocked"], "cpu": on_cpu}[runtime.device.type]
     heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-    shapes = [(batch, n, config.train_seq_len, config.model_dim // config.num_heads) for n in heads]
+    shapes = [(1, n, config.train_seq_len, config.model_dim // config.num_heads) for n in heads]
     failed = ""
     for name in order if config.attention == "auto" else [config.attention]:
         for attend in [blocked_attention] if name == "blocked" else [grouped_attention, expanded_attention]:
@@ -610,23 +639,17 @@ def choose_attention(config: Config, runtime: Runtime, batch: int):
                 options = {"device": runtime.device, "dtype": runtime.dtype, "requires_grad": True}
                 attend(*(torch.ones(shape, **options) for shape in shapes)).sum().backward()
                 return attend, f"attention:{name} by {attend.__name__}{failed}"
-            except torch.OutOfMemoryError:
-                raise
             except (RuntimeError, NotImplementedError) as error:
                 failed += f"; {name} {attend.__name__} failed: {first_line(error)}"
     raise UserError(f"ATTENTION={config.attention} does not run on {runtime.device}: use ATTENTION=auto{failed}")
 
-
 def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),), eps=2.0**-23)  # computed in fp32, whose own epsilon this is
 
-
 class Linear(nn.Linear):
     """The fp32 master weight is cast to the type of the input at use; always made with bias=False."""
-
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
-
 
 def rope_tables(length: int, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
     """cos and sin [T, d/2] in fp32 from fp32 positions (Su et al., RoFormer): bf16 positions would merge past 256."""
@@ -634,16 +657,13 @@ def rope_tables(length: int, head_dim: int, base: float) -> tuple[Tensor, Tensor
     angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
     return angles.cos(), angles.sin()
 
-
 def rotate(x_BTHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE in halves: dimension i of the first half turns with dimension i of the second. cos, sin: [T, 1, d/2]."""
     a, b = x_BTHd.chunk(2, dim=-1)
     return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
 
-
 class Attention(nn.Module):
     """Causal grouped-query attention (Shazeer 2019; Ainslie et al. 2023) with normalised queries and keys."""
-
     def __init__(self, config: Config, attend):
         super().__init__()
         D, self.head_dim, self.attend = config.model_dim, config.model_dim // config.num_heads, attend
@@ -658,7 +678,6 @@ class Attention(nn.Module):
         y = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return self.proj(y.transpose(1, 2).flatten(2))
 
-
 class MLP(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
@@ -667,7 +686,6 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(F.relu(self.fc(x)).square())
-
 
 class Block(nn.Module):
     def __init__(self, config: Config, attend):
@@ -682,13 +700,10 @@ class Block(nn.Module):
         x = x + self.attn_scale.to(x.dtype) * self.attn(rms_norm(x), cos, sin)
         return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x))
 
-
 class GPT(nn.Module):
-    """A U-net of blocks over a normalised embedding; tied or untied output; softcapped logits.
-
-    Precision: fp32 masters (the embedding is bf16 on accelerators), activations and matrix products in `dtype`, RoPE
-    tables built in fp32 and cast last, norms, softmax and loss in fp32."""
-
+    """A U-net of blocks over a normalised embedding; tied or untied output; softcapped logits. Precision: fp32
+    masters (the embedding is bf16 on accelerators), activations and matrix products in `dtype`, RoPE tables built in
+    fp32 and cast last, norms, softmax and loss in fp32."""
     def __init__(self, config: Config, attend=expanded_attention, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.dtype, self.softcap, self.pushes = dtype, config.logit_softcap, config.num_layers // 2
@@ -707,7 +722,7 @@ class GPT(nn.Module):
         """One rule per parameter, drawn on the CPU: every device and every rank starts from the same numbers."""
         generator, tied = torch.Generator().manual_seed(config.seed), config.tie_embeddings
         constants = {"proj": 0.0, "lm_head": 0.0, "attn_scale": 1.0, "mlp_scale": 1.0, "skip_weights": 1.0,
-                     "resid_mix": torch.eye(2)[:, :1], "q_gain": config.qk_gain_init}  # fmt: skip
+                     "resid_mix": torch.eye(2)[:, :1], "q_gain": config.qk_gain_init}
         for name, p in self.named_parameters():
             kind = kind_of(name)
             if kind == "tok_emb":
@@ -738,12 +753,19 @@ class GPT(nn.Module):
         losses = F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), reduction="none")
         return losses.view_as(targets_BT)
 
+def build_model(config: Config, runtime: Runtime) -> tuple[GPT, nn.Module, str]:
+    """(model, the same compiled where that works, what was chosen and why)."""
+    attend, attention_note = choose_attention(config, runtime)
+    compiled, compile_note = choose_compile(config, runtime)
+    model = GPT(config, attend, runtime.dtype).to(runtime.device)
+    if runtime.device.type != "cpu":
+        model.tok_emb.to(runtime.dtype)
+    scorer = torch.compile(model, dynamic=False, fullgraph=True) if compiled else model
+    return model, scorer, f"{attention_note}\ncompile:{int(compiled)} ({compile_note})"
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Optimizer: the partition of the parameters, Adam for embeddings and vectors, Muon for the matrices of the blocks.
 # ----------------------------------------------------------------------------------------------------------------------
-
-
 def parameter_groups(model: GPT) -> dict[str, list[nn.Parameter]]:
     """Every parameter in exactly one of embed, head, matrix, scalar; raises for one that no rule covers."""
     groups = {"embed": [], "head": [], "matrix": [], "scalar": []}
@@ -753,7 +775,6 @@ def parameter_groups(model: GPT) -> dict[str, list[nn.Parameter]]:
         assert group != "matrix" or (name.startswith("blocks.") and p.ndim == 2), f"no group covers parameter {name}"
         groups[group].append(p)
     return groups
-
 
 def newton_schulz(stack: Tensor, steps: int) -> Tensor:
     """Bring the singular values of each matrix of `stack` [n, rows, cols] near 1 (about 0.7 to 1.2) by quintic
@@ -766,18 +787,18 @@ def newton_schulz(stack: Tensor, steps: int) -> Tensor:
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
 
-
 class Muon(torch.optim.Optimizer):
     """Momentum, then an orthogonalised update, for the matrices inside the blocks; not for embeddings and heads.
-
     m = mu * m + g;  u = g + mu * m (Nesterov) or m;  p -= lr * sqrt(max(1, rows / cols)) * orthogonal(u)
-
     Rank r keeps the momentum of every world_size-th matrix and does their work; the ranks' updates are summed. Matrices
     of one shape are orthogonalised as one batch: fewer launches on a GPU, and faster on a CPU too."""
-
     def __init__(self, params, lr: float, momentum: float, steps: int, runtime: Runtime, nesterov: bool = True):
         super().__init__(params, {"lr": lr, "momentum": momentum, "steps": steps, "nesterov": nesterov})
         self.runtime = runtime
+
+    def owned(self, params: list[nn.Parameter]) -> list[nn.Parameter]:
+        """Those whose momentum and work are this rank's."""
+        return params[self.runtime.rank :: self.runtime.world_size]
 
     @torch.no_grad()
     def step(self):
@@ -786,7 +807,7 @@ class Muon(torch.optim.Optimizer):
             total = torch.zeros(sum(p.numel() for p in params), device=params[0].device, dtype=self.runtime.dtype)
             parts = total.split([p.numel() for p in params])
             updates = {p: part.view_as(p) for p, part in zip(params, parts, strict=True)}
-            mine = sorted(params[self.runtime.rank :: self.runtime.world_size], key=lambda p: p.shape)
+            mine = sorted(self.owned(params), key=lambda p: p.shape)
             for shape, same in itertools.groupby(mine, key=lambda p: p.shape):
                 same = list(same)
                 for p in same:
@@ -803,30 +824,25 @@ class Muon(torch.optim.Optimizer):
                 dist.all_reduce(total)
             torch._foreach_add_(params, [updates[p].to(p.dtype) for p in params], alpha=-group["lr"])
 
-
 def build_optimizers(model: GPT, config: Config, runtime: Runtime) -> list[torch.optim.Optimizer]:
     """[Adam, Muon]; each group keeps its full rate as `base_lr`, which the schedule scales."""
     groups = parameter_groups(model)
     rates = {"embed": config.tied_embed_lr if config.tie_embeddings else config.embed_lr,
-             "head": config.head_lr, "scalar": config.scalar_lr}  # fmt: skip
+             "head": config.head_lr, "scalar": config.scalar_lr}
     adam = torch.optim.Adam([{"params": groups[name], "lr": rate} for name, rate in rates.items() if groups[name]],
-                            betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)  # fmt: skip
+                            betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)
     muon = Muon(groups["matrix"], config.matrix_lr, config.muon_momentum, config.muon_backend_steps, runtime)
     for group in adam.param_groups + muon.param_groups:
         group["base_lr"] = group["lr"]
     return [adam, muon]
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Schedule: pure functions of the step and of progress, the share of the run that is over.
 # ----------------------------------------------------------------------------------------------------------------------
-
-
 def progress_at(config: Config, step: int, elapsed: float) -> float:
     """By steps or by the training clock in seconds, whichever is further; in [0, 1]."""
     by_clock = elapsed / config.max_wallclock_seconds if config.max_wallclock_seconds else 0.0
     return min(max(step / config.iterations, by_clock), 1.0)
-
 
 def lr_scale(config: Config, step: int, progress: float) -> float:
     """1, then linear to 0 over the last WARMDOWN_FRAC of the run, or over the last WARMDOWN_ITERS steps: N steps of the
@@ -836,32 +852,25 @@ def lr_scale(config: Config, step: int, progress: float) -> float:
         warmdown = config.warmdown_iters * (progress / step if step else 1 / config.iterations)
     return min(1.0, (1.0 - progress) / warmdown) if warmdown > 0 else 1.0
 
-
 def muon_momentum(config: Config, step: int) -> float:
     """Linear from MUON_MOMENTUM_WARMUP_START to MUON_MOMENTUM."""
     share = min(step / config.muon_momentum_warmup_steps, 1.0) if config.muon_momentum_warmup_steps else 1.0
     return (1 - share) * config.muon_momentum_warmup_start + share * config.muon_momentum
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Evaluation: loss and bits per byte over the validation text, every target scored exactly once.
 # ----------------------------------------------------------------------------------------------------------------------
-
-
 class Score:
     """From sums over the scored targets: nats, targets, bytes of text. `of` is how many targets the whole text has;
     `label` ends every line that shows a score of fewer."""
-
     def __init__(self, nats: float, tokens: int, bytes: int, of: int):
         self.tokens, self.bytes, self.of = tokens, bytes, of
         self.loss, self.bpb = nats / tokens, nats / math.log(2) / bytes
         self.label = f" partial:{tokens}/{of}" if tokens < of else ""
 
-
 class Evaluator:
     """Windows of T inputs every S = EVAL_STRIDE tokens (0: T, disjoint); target j is token j + 1. The first window
     scores all its targets, a later one its last S, and none what overhangs the end: each target is scored once."""
-
     def __init__(self, stream: TokenStream, token_bytes: TokenBytes, config: Config, runtime: Runtime, accum_steps=1):
         self.stream, self.token_bytes, self.runtime, self.of = stream, token_bytes, runtime, len(stream) - 1
         require(self.of > 0, f"{stream.pattern} holds {len(stream)} tokens: 2 are needed to score one")
@@ -887,11 +896,13 @@ class Evaluator:
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), fresh & (target < scored.stop), scored
 
     @torch.no_grad()  # not inference_mode: tables cached under it would poison the next training step
-    def score(self, model, log=lambda line: None) -> Score:
-        """The Score over all ranks; each takes a contiguous range of the windows."""
+    def score(self, model, log=lambda line: None) -> Score | None:
+        """The Score over all ranks; each takes a contiguous range of the windows. None if a rank was told to leave."""
         nats, count, weight = 0.0, 0, 0
         begun = reported = time.perf_counter()
         for index in self.windows[:: self.batch]:
+            if self.runtime.leave:
+                break
             inputs, targets, mask, scored = self.batch_at(index)
             nats += float(torch.where(mask, model(inputs, targets), 0.0).sum())
             count += len(scored)
@@ -900,21 +911,27 @@ class Evaluator:
             if now - reported > 10 and done < 1:
                 log(f"eval_progress:{done:.0%} eta:{(now - begun) * (1 - done) / done:.0f}s")
                 reported = now
-        nats, count, weight = self.runtime.sum([nats, count, weight])
+        nats, count, weight, leave = self.runtime.sum([nats, count, weight, self.runtime.leave])
+        if leave:
+            return None
         require(count == self.targets, f"scored {count:.0f} of {self.targets} targets: a fault of this script")
         require(weight > 0, f"{self.stream.pattern}: the scored targets weigh no bytes: raise VAL_TOKENS_LIMIT")
         require(math.isfinite(nats), f"the validation loss is {nats}: the run diverged: lower the learning rates")
         return Score(nats, int(count), int(weight), self.of)
 
-
 # ----------------------------------------------------------------------------------------------------------------------
-# Export: int8 weights with an fp16 scale per row, zlib-9, the verdict on the size, and the way back.
+# Export: int8 weights with an fp16 scale per row, zlib-9, a checksum, the verdict on the size, and the way back.
 # ----------------------------------------------------------------------------------------------------------------------
-
 INT8_FORMAT = "int8_clean_per_row_v1"
 INT8_CLIP_QUANTILE = 0.9999984
 INT8_MIN_NUMEL = 65_536  # tensors up to this many elements are kept as floats
+UNPACKED_LIMIT = 2**30  # bytes that an artifact may unpack to: far more than any within SIZE_LIMIT needs
 
+SHAPE_KNOBS = ("VOCAB_SIZE", "NUM_LAYERS", "MODEL_DIM", "NUM_HEADS", "NUM_KV_HEADS", "MLP_MULT", "TIE_EMBEDDINGS")
+MODEL_KNOBS = (*SHAPE_KNOBS, "ROPE_BASE", "LOGIT_SOFTCAP", "TRAIN_SEQ_LEN")
+# What an artifact tells of its configuration: the model, and what its score depends on to the last digit.
+TOLD_KNOBS = (*MODEL_KNOBS, "EVAL_STRIDE", "VAL_BATCH_SIZE", "TRAIN_BATCH_TOKENS", "GRAD_ACCUM_STEPS",
+              "MICRO_BATCH_TOKENS")
 
 def quantize_rows(w: Tensor, scale_floor: float = 0.0) -> tuple[Tensor, Tensor]:
     """int8 values and fp16 scales [rows] of an fp32 matrix: scale = clip / 127, clip the 99.99984th percentile of the
@@ -925,18 +942,16 @@ def quantize_rows(w: Tensor, scale_floor: float = 0.0) -> tuple[Tensor, Tensor]:
     scale = (clip / 127).clamp(min=least).where(clip > 0, 1.0).half()
     return (w / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 
-
 def quantize(state: dict[str, Tensor], config: Config) -> dict:
     """The public reference's int8 object, plus `config`, so that an artifact explains itself."""
-    shape = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "tie_embeddings",
-             "rope_base", "logit_softcap", "train_seq_len")  # fmt: skip
-    artifact = {"__quant_format__": INT8_FORMAT, "config": {name: getattr(config, name) for name in shape}}
+    told = {name.lower(): getattr(config, name.lower()) for name in TOLD_KNOBS}
+    artifact = {"__quant_format__": INT8_FORMAT, "config": told}
     parts = ("quantized", "scales", "dtypes", "passthrough", "qmeta", "passthrough_orig_dtypes")
     quantized, scales, dtypes, passthrough, qmeta, original = (artifact.setdefault(part, {}) for part in parts)
     for name, tensor in state.items():
         tensor, dtype = tensor.detach().cpu().contiguous(), str(tensor.dtype).removeprefix("torch.")
         require((tensor.abs() <= 65504).all(), f"{name} holds values that are non-finite or beyond fp16: the run "
-                "diverged, nothing was exported: lower the learning rates")  # fmt: skip
+                "diverged, nothing was exported: lower the learning rates")
         if tensor.is_floating_point() and tensor.numel() > INT8_MIN_NUMEL:
             rows = tensor.float() if tensor.ndim == 2 else tensor.float().view(1, -1)
             q, scale = quantize_rows(rows, config.int8_scale_floor)
@@ -950,10 +965,10 @@ def quantize(state: dict[str, Tensor], config: Config) -> dict:
             passthrough[name], original[name] = tensor.half(), dtype
     return artifact
 
-
 def dequantize(artifact: dict) -> dict[str, Tensor]:
     """The state dict that an int8 object stands for, each tensor in its original type."""
-    state = {}
+    state, parts = {}, [artifact[part].values() for part in ("quantized", "scales", "passthrough")]
+    require(all(t.is_contiguous() for part in parts for t in part), "a tensor is larger than its data")  # by stride 0
     for name, q in artifact["quantized"].items():
         scale = artifact["scales"][name].float().view(-1, *[1] * (q.ndim - 1))  # one per row, or one in all
         state[name] = (q.float() * scale).to(getattr(torch, artifact["dtypes"][name]))
@@ -962,29 +977,50 @@ def dequantize(artifact: dict) -> dict[str, Tensor]:
         state[name] = tensor.to(getattr(torch, dtype)) if dtype else tensor
     return state
 
-
 def torch_bytes(value) -> bytes:
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
 
+@contextlib.contextmanager
+def reading(source):
+    """Whatever fails while a file is decoded, the file is to blame: its readers need no check of their own for it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # zlib, zip, pickle and torch each raise their own
+        raise UserError(f"{source} is damaged or of another format ({type(error).__name__}: {first_line(error)}): "
+                        "use another file, or make it again") from error
+
+def load_tensors(data: bytes, source) -> dict:
+    """A dictionary saved by torch.save. No pickled code runs, and no compressed entry unpacks to more than there is."""
+    with reading(source):
+        entries = zipfile.ZipFile(io.BytesIO(data)).infolist()
+        require(sum(entry.file_size for entry in entries) <= len(data), f"{source} unpacks to more than it holds")
+        value = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        require(isinstance(value, dict), f"{source} holds a {type(value).__name__}, no dictionary")
+        return value
 
 def unpack(blob: bytes, source) -> dict:
-    """The int8 object in the bytes of an artifact."""
-    try:
-        artifact = torch.load(io.BytesIO(zlib.decompress(blob)), map_location="cpu", weights_only=True)
-    except Exception as error:  # zlib, zip and pickle each raise their own
-        raise UserError(f"{source} is no readable artifact ({type(error).__name__}): export it again") from error
-    require(isinstance(artifact, dict) and artifact.get("__quant_format__") == INT8_FORMAT,
-            f"{source} is no artifact of the format {INT8_FORMAT}: export it again")  # fmt: skip
-    return artifact
-
+    """The int8 object in the bytes of an artifact: a zlib stream, and after ours the sha256 of that stream."""
+    with reading(source):
+        inflater = zlib.decompressobj()
+        packed = inflater.decompress(blob, UNPACKED_LIMIT)
+        require(inflater.eof, f"{source} is cut short, or unpacks to over {UNPACKED_LIMIT} bytes: get it again")
+        artifact, checksum = load_tensors(packed, source), inflater.unused_data
+        require(artifact.get("__quant_format__") == INT8_FORMAT, f"{source} is no artifact of format {INT8_FORMAT}")
+        require(checksum == hashlib.sha256(blob[: len(blob) - len(checksum)]).digest()
+                or ("config" not in artifact and not checksum),  # a foreign file has none
+                f"{source} is damaged: it does not match its checksum: get it again")
+        return artifact
 
 def export(state: dict[str, Tensor], config: Config, folder: RunFolder, code_bytes: int) -> dict:
     """Write final_model.pt and final_model.int8.ptz; log the sizes and return them for result.json."""
     raw, artifact = torch_bytes(state), quantize(state, config)
     packed = torch_bytes(artifact)
     blob = zlib.compress(packed, level=9)
+    blob += hashlib.sha256(blob).digest()  # readers of the reference's format ignore what follows the stream
     folder.write("final_model.pt", raw)
     folder.write("final_model.int8.ptz", blob)
     payload = sum(t.nbytes for part in ("quantized", "scales", "passthrough") for t in artifact[part].values())
@@ -996,34 +1032,148 @@ def export(state: dict[str, Tensor], config: Config, folder: RunFolder, code_byt
                f"Serialized model int8+zlib: {len(blob)} bytes "
                f"(payload:{payload} raw_torch:{len(packed)} payload_ratio:{ratio:.2f}x)\n"
                f"Total submission size int8+zlib: {total} bytes\n"
-               f"size_verdict:{verdict} limit:{SIZE_LIMIT} spare:{SIZE_LIMIT - total}")  # fmt: skip
+               f"size_verdict:{verdict} limit:{SIZE_LIMIT} spare:{SIZE_LIMIT - total}")
     return {"bytes_model": len(raw), "bytes_artifact": len(blob), "bytes_code": code_bytes, "bytes_total": total,
-            "bytes_limit": SIZE_LIMIT, "sha256_artifact": hashlib.sha256(blob).hexdigest()}  # fmt: skip
+            "bytes_limit": SIZE_LIMIT, "sha256_artifact": hashlib.sha256(blob).hexdigest()}
 
+def read_model(blob: bytes, source) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(state dict, {KNOB: text} that the file tells of itself) of an artifact or a .pt; the shape is the tensors'."""
+    with reading(source):
+        artifact = {} if blob[:2] == b"PK" else unpack(blob, source)
+        state = dequantize(artifact) if artifact else load_tensors(blob, source)
+        require(all(tensor.is_contiguous() for tensor in state.values()), "a tensor is larger than its data")
+        told = {name.upper(): str(int(value) if isinstance(value, bool) else value)
+                for name, value in artifact.get("config", {}).items()}
+        require(told.keys() <= set(TOLD_KNOBS), f"{source} tells of {sorted(told.keys() - set(TOLD_KNOBS))}")
+        (V, D), H = state["tok_emb.weight"].shape, len(state["blocks.0.attn.q_gain"])
+        shape = (V, len({name.split(".")[1] for name in state if name.startswith("blocks.")}), D, H,
+                 len(state["blocks.0.attn.c_k.weight"]) * H // D, len(state["blocks.0.mlp.fc.weight"]) // D,
+                 int("lm_head.weight" not in state))
+        return state, told | dict(zip(SHAPE_KNOBS, map(str, shape), strict=True))
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoint: all that a run needs to go on exactly where it was; which knobs may change meanwhile.
+# ----------------------------------------------------------------------------------------------------------------------
+CHECKPOINT_FORMAT = "train_gpt_checkpoint_v1"
+LENGTH_KNOBS = ("ITERATIONS", "MAX_WALLCLOCK_SECONDS")  # more of these is free
+
+def locate_checkpoint(config: Config, folder: RunFolder) -> Path | None:
+    """The file to resume from; None for a new run, or for one that died before its first checkpoint."""
+    own, named = folder.path / "checkpoint.pt", Path(config.resume)
+    if folder.path.exists():
+        hint = f"choose another RUN_ID{f' (and RESUME={own} to go on from it)' if own.exists() else ''}"
+        require(config.resume != "never", f"RESUME=never, but folder {folder.path} exists: {hint}")
+        require(not (folder.path / "result.json").exists(), f"the run in {folder.path} is finished: {hint}")
+        require((folder.path / "train.log").exists(), f"{folder.path} exists and is no run folder: {hint}")
+        if own.exists():
+            return own
+    if config.resume in ("auto", "never"):
+        return None
+    named = named / "checkpoint.pt" if named.is_dir() else named
+    require(named.is_file(), f"RESUME={config.resume}: there is no checkpoint {named}: give a run folder or a file")
+    return named
+
+def read_checkpoint(blob: bytes, source, config: Config, facts: dict[str, str]) -> tuple[dict, list[str]]:
+    """(state, in what its run differed from this one of all that shapes the result). A longer run is no difference."""
+    require(hashlib.sha256(blob[:-32]).digest() == blob[-32:],
+            f"{source} is damaged: it does not match its checksum: resume from another, or remove it to start again")
+    with reading(source):
+        state, differences = load_tensors(blob[:-32], source), []
+        require(state["format"] == CHECKPOINT_FORMAT, f"{source} has format {state['format']}, not {CHECKPOINT_FORMAT}")
+        then, now = state["knobs"], config.texts() | facts
+        for name in sorted(then.keys() | now.keys()):
+            old, new = then.get(name, "unset"), now.get(name, "unset")
+            longer = name in LENGTH_KNOBS and (float(new) or math.inf) >= (float(old) or math.inf)
+            if old != new and not longer and not (name in KNOBS and KNOBS[name].metadata["free"]):
+                differences.append(f"{name} was {old}, is {new}")
+        require(config.resume_force or not differences, f"{source} is of another run: {'; '.join(differences)}: change "
+                "that back, set RESUME_FORCE=1 to go on all the same, or choose another RUN_ID for a new run")
+        return state, differences
+
+def write_checkpoint(state: dict, folder: RunFolder):
+    """checkpoint.pt: torch's format, then the sha256 of it. A full disk costs the checkpoint and not the run."""
+    began, data = time.perf_counter(), torch_bytes(state)
+    try:
+        folder.write("checkpoint.pt", data + hashlib.sha256(data).digest())
+        milliseconds = 1000 * (time.perf_counter() - began)
+        folder.log(f"checkpoint: saved step:{state['steps']} bytes:{len(data) + 32} write_time:{milliseconds:.0f}ms")
+    except OSError as error:
+        folder.log(f"warning: no checkpoint of step {state['steps']} ({error}): the one before it stays")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Training: one step function for the warm-up and for the run, the pace that the clock sets, the loop.
 # ----------------------------------------------------------------------------------------------------------------------
-
+def times(step: int, clock: float) -> str:
+    return f"train_time:{1000 * clock:.0f}ms step_avg:{1000 * clock / max(step, 1):.2f}ms"
 
 class Trainer:
     """Model, optimizers and data of one run, and the loop over them."""
-
     def __init__(self, config: Config, runtime: Runtime, folder: RunFolder, watch: Stopwatch, loader: TrainLoader):
         self.config, self.runtime, self.folder, self.watch, self.loader = config, runtime, folder, watch, loader
-        attend, attention_note = choose_attention(config, runtime, loader.sequences // loader.shape[0])
-        compiled, compile_note = choose_compile(config, runtime)
-        self.note = f"{attention_note}\ncompile:{int(compiled)} ({compile_note})"
-        self.model = GPT(config, attend, runtime.dtype).to(runtime.device)
-        if runtime.device.type != "cpu":
-            self.model.tok_emb.to(runtime.dtype)
-        self.optimizers = build_optimizers(self.model, config, runtime)
-        self.scorer = torch.compile(self.model, dynamic=False, fullgraph=True) if compiled else self.model
-        self.learner = self.scorer
-        # Losses on their way to the host, seconds of the last steps, the training clock when the last of them ended.
-        self.pending, self.recent, self.settled_at = deque(), deque(maxlen=20), 0.0
+        self.model, self.scorer, self.note = build_model(config, runtime)
+        self.optimizers, self.learner = build_optimizers(self.model, config, runtime), self.scorer
         if runtime.world_size > 1:
             self.learner = DistributedDataParallel(self.scorer, broadcast_buffers=False)
+        self.steps, self.finished, self.resumed_at, self.facts = 0, False, [], {}
+        # Losses on their way to the host, seconds of the last steps, the training clock when the last of them ended.
+        self.pending, self.recent, self.settled_at = deque(), deque(maxlen=20), 0.0
+        self.writer, self.written, self.saved_step, self.saved_at = ThreadPoolExecutor(max_workers=1), None, -1, 0.0
+
+    def state(self) -> dict | None:
+        """All that a run needs to go on, copied to the CPU, on rank 0; None on the others. Collective."""
+        names, own = {p: name for name, p in self.model.named_parameters()}, {}
+        for optimizer in self.optimizers:
+            if self.runtime.is_master or isinstance(optimizer, Muon):  # Adam's is the same everywhere
+                own |= {names[p]: values for p, values in optimizer.state.items()}
+        rng = {"cpu": torch.get_rng_state()}
+        if self.runtime.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state()
+        own, model = (tree_map(lambda t: t.detach().to("cpu", copy=True), t) for t in (own, self.model.state_dict()))
+        ranks = self.runtime.gather({"optimizer": own, "rng": rng})
+        if not self.runtime.is_master:
+            return None
+        require(all(tensor.isfinite().all() for tensor in model.values()), f"step {self.steps}: weights are not "
+                "finite: the last good checkpoint stays: lower the learning rates")
+        return {"format": CHECKPOINT_FORMAT, "knobs": self.config.texts() | self.facts, "model": model,
+                "optimizer": {name: values for rank in ranks for name, values in rank["optimizer"].items()},
+                "rng": [rank["rng"] for rank in ranks], "position": self.loader.position, "steps": self.steps,
+                "train_seconds": self.watch.elapsed("training"), "finished": self.finished,
+                "resumed_at": self.resumed_at}
+
+    def restore(self, state: dict):
+        """Go on from a checkpoint. Adam's state goes to every rank, Muon's to the owner of the matrix."""
+        self.model.load_state_dict(state["model"])
+        names = {p: name for name, p in self.model.named_parameters()}
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                for p in optimizer.owned(group["params"]) if isinstance(optimizer, Muon) else group["params"]:
+                    values = state["optimizer"].get(names[p], {})
+                    require(all(value.shape in (p.shape, ()) for value in values.values()), f"wrong shape: {names[p]}")
+                    if values:
+                        optimizer.state[p] = {key: value.to(p.device, torch.float32 if key == "step" else p.dtype)
+                                              for key, value in values.items()}
+        rng = state["rng"][self.runtime.rank % len(state["rng"])]
+        torch.set_rng_state(rng["cpu"])
+        if self.runtime.device.type == "cuda" and "cuda" in rng:
+            torch.cuda.set_rng_state(rng["cuda"])
+        self.loader.seek(state["position"])
+        self.steps = self.saved_step = state["steps"]
+        self.watch.seconds["training"] = self.settled_at = self.saved_at = state["train_seconds"]
+        self.resumed_at = [*state["resumed_at"], self.steps]
+        same_length = all(state["knobs"][name] == self.config.texts()[name] for name in LENGTH_KNOBS)
+        self.finished = state["finished"] and same_length
+
+    def save(self, wait: bool):
+        """Copy the state now, and write it while training goes on, unless told to `wait`."""
+        self.settle(keep=0)  # so that every loss up to here is known to be finite
+        self.folder.log(f"checkpoint: writing step:{self.steps}")
+        state = self.state()
+        if state:
+            self.written.result() if self.written else None
+            self.written = self.writer.submit(write_checkpoint, state, self.folder)
+            self.written.result() if wait else None
+        self.runtime.save_asked, self.saved_step = False, self.steps
+        self.saved_at = self.settled_at = self.watch.elapsed("training")  # the pause is no part of a step's time
 
     def step(self, scale: float, momentum: float) -> Tensor:
         """One optimizer step; returns the mean loss of this rank's micro-steps, still on the device."""
@@ -1046,17 +1196,43 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         return losses.sum()
 
+    def fit_memory(self):
+        """Halve the micro-batch until a micro-step fits the memory of every rank. It runs without DDP: a rank that
+        fails must not leave the others waiting for its gradients."""
+        loader, T, auto = self.loader, self.config.train_seq_len, self.config.micro_batch_tokens == "auto"
+        while True:
+            tokens, lacking = loader.share // loader.accum_steps, False
+            ballast = []
+            try:  # with as much taken as the optimizers and DDP will need
+                ballast += [torch.empty_like(p) for p in self.model.parameters() for _ in range(3)]
+                x = torch.zeros(tokens // T, T, dtype=torch.long, device=self.runtime.device)
+                self.scorer(x, x).mean().backward()
+            except RuntimeError as error:
+                lacking = is_out_of_memory(error)
+                if not lacking:
+                    raise
+            ballast = x = None  # noqa: F841 (given back before the next try)
+            self.model.zero_grad(set_to_none=True)
+            if not self.runtime.sum([lacking])[0]:
+                return
+            require(auto and not self.config.grad_accum_steps and tokens > T, "out of memory with micro-steps of "
+                    f"{tokens} tokens: use MICRO_BATCH_TOKENS=auto without GRAD_ACCUM_STEPS, or a smaller model")
+            self.config = dataclasses.replace(self.config, micro_batch_tokens=str(max(T, tokens // 2)))
+            loader.accum_steps = self.config.accumulation_steps(self.runtime.world_size, self.runtime.device.type)
+            self.folder.log(f"micro_batch: {tokens} tokens per rank do not fit the memory: trying "
+                            f"{loader.share // loader.accum_steps}, grad_accum_steps:{loader.accum_steps}")
+
     def warm_up(self, evaluator: Evaluator):
         """Compile every path with real steps, then put weights, optimizers, RNG and data back exactly as they were."""
         parts, position = [self.model, *self.optimizers], self.loader.position
         before = copy.deepcopy([part.state_dict() for part in parts])
         with torch.random.fork_rng([self.runtime.device] if self.runtime.device.type == "cuda" else []):
-            for step in range(1, self.config.warmup_steps + 1):
+            for step in range(1, (0 if self.finished else self.config.warmup_steps) + 1):
                 began = self.watch.elapsed("compile")
                 self.step(1.0, self.config.muon_momentum)
                 self.runtime.synchronize()
                 self.folder.log(f"warmup_step:{step}/{self.config.warmup_steps}")
-            if self.config.warmup_steps > 1:  # the first compiles; the last tells how long a step takes
+            if self.config.warmup_steps > 1 and not self.finished:  # the first compiles; the last tells a step's time
                 self.recent.append(self.watch.elapsed("compile") - began)
             if self.config.warmup_steps:
                 with torch.no_grad():
@@ -1065,16 +1241,24 @@ class Trainer:
             part.load_state_dict(state)
         self.loader.seek(position)
 
-    def plan(self, step: int) -> tuple[float, bool]:
-        """(learning-rate scale, whether to stop before one more step): rank 0's decision, the same on every rank. The
-        next step must end before the limit; it and any still queued may take as long as the slowest of the last 20."""
-        elapsed, limit = self.watch.elapsed("training"), self.config.max_wallclock_seconds
+    def plan(self) -> tuple[float, bool, bool, bool]:
+        """(learning-rate scale, whether to stop before one more step, to save, to leave), the same on every rank: rank
+        0's decision, and the signals that any rank has received. The next step must end before the limit; it and any
+        still queued may take as long as the slowest of the last 20."""
+        config, runtime, elapsed = self.config, self.runtime, self.watch.elapsed("training")
+        limit, every = config.max_wallclock_seconds, config.checkpoint_every_seconds
+        every = every if every >= 0 else 60.0 * (limit > 300)
         end = elapsed + (1 + len(self.pending)) * max(self.recent, default=0.0)
-        stop = step >= self.config.iterations or bool(limit and end >= limit)
-        return self.runtime.share((lr_scale(self.config, step, progress_at(self.config, step, elapsed)), stop))
+        stop = self.finished or self.steps >= config.iterations or bool(limit and end >= limit)
+        due = every and elapsed - self.saved_at >= every and self.steps > self.saved_step
+        scale = lr_scale(config, self.steps, progress_at(config, self.steps, elapsed))
+        decision = [scale, stop, due and not stop] if runtime.is_master else [0.0, 0.0, 0.0]
+        scale, *flags = runtime.sum([*decision[:2], decision[2] + runtime.save_asked, bool(runtime.leave)])
+        return scale, *map(bool, flags)
 
     def settle(self, keep: int):
         """Log the steps that are done, all but the last `keep` dispatched: their losses arrive while those run."""
+        config = self.config
         while len(self.pending) > keep:
             step, scale, loss, event = self.pending.popleft()
             event.synchronize() if event else None
@@ -1082,156 +1266,242 @@ class Trainer:
             self.recent.append(clock - self.settled_at)
             self.settled_at = clock
             require(math.isfinite(loss), f"step {step}: the loss is {loss}: nothing was exported: lower MATRIX_LR, "
-                    "TIED_EMBED_LR and SCALAR_LR, or set GRAD_CLIP_NORM")  # fmt: skip
-            if self.config.train_log_every and (step <= 10 or step % self.config.train_log_every == 0):
-                self.folder.log(f"step:{step}/{self.config.iterations} train_loss:{loss:.4f} {self.times(step, clock)}")
+                    "TIED_EMBED_LR and SCALAR_LR, or set GRAD_CLIP_NORM")
+            line = f"step:{step}/{config.iterations} train_loss:{loss:.4f} {times(step, clock)}"
+            if config.train_log_every and (step <= 10 or step % config.train_log_every == 0):
+                self.folder.log(line)
+            if self.folder.clear and self.runtime.is_master:
+                left = clock * (1 / max(progress_at(config, step, clock), 1e-9) - 1)
+                speed = step * config.train_batch_tokens / clock
+                print(f"{self.folder.clear}{line} tokens/s:{speed:.0f} eta:{left:.0f}s", end="", flush=True)
             self.folder.metrics(step=step, train_loss=loss, lr_scale=scale, train_seconds=round(clock, 4))
 
-    def times(self, step: int, clock: float) -> str:
-        return f"train_time:{1000 * clock:.0f}ms step_avg:{1000 * clock / max(step, 1):.2f}ms"
-
-    def dispatched(self, step: int, scale: float, loss: Tensor):
-        """Queue the loss of a step for `settle`: averaged over ranks, copied to the host without waiting for it."""
-        if self.runtime.world_size > 1:
-            dist.all_reduce(loss)
-            loss /= self.runtime.world_size
-        event = None
-        if self.runtime.device.type == "cuda":
-            loss, event = torch.empty((), pin_memory=True).copy_(loss, non_blocking=True), torch.cuda.Event()
-            event.record()
-        self.pending.append((step, scale, loss, event))
-
-    def train(self, evaluator: Evaluator) -> tuple[int, Score]:
-        """Validate, plan, step, log, until ITERATIONS or the clock. (Steps done, the last validation.)"""
-        config, folder, step = self.config, self.folder, 0
+    def train(self, evaluator: Evaluator) -> Score:
+        """Plan, save, validate, step, log, until ITERATIONS or the clock. The last validation."""
+        config, folder = self.config, self.folder
         while True:
-            scale, stop = self.plan(step)
+            scale, stop, save, leave = self.plan()
+            if save or leave:
+                self.save(wait=leave)
+                if leave:
+                    raise KeyboardInterrupt(self.runtime.leave or signal.SIGTERM)
+                continue  # the pause may have used up the clock
+            if stop and not self.finished:
+                self.settle(keep=0)
+                self.watch.switch("export")
+                self.finished = True
+                self.save(wait=True)  # a killed validation or export goes on from here
             every = config.val_loss_every
-            if stop or (every and step % every == 0 and (step or config.val_at_start)):
+            if stop or (every and self.steps % every == 0 and (self.steps or config.val_at_start)):
                 self.settle(keep=0)
                 self.watch.switch("evaluation")
                 score = evaluator.score(self.scorer, folder.log)
                 self.watch.switch("training")
                 self.settled_at = clock = self.watch.elapsed("training")
-                folder.log(f"step:{step}/{config.iterations} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} "
-                           f"{self.times(step, clock)}{score.label}")  # fmt: skip
-                folder.metrics(step=step, val_loss=score.loss, val_bpb=score.bpb, partial=bool(score.label))
+                if not score:
+                    continue
+                folder.log(f"step:{self.steps}/{config.iterations} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} "
+                           f"{times(self.steps, clock)}{score.label}")
+                folder.metrics(step=self.steps, val_loss=score.loss, val_bpb=score.bpb, partial=bool(score.label))
             if stop:
-                if step < config.iterations:
+                if self.steps < config.iterations:
                     folder.log(f"stopping_early: wallclock_cap train_time:{1000 * clock:.0f}ms "
-                               f"step:{step}/{config.iterations}")  # fmt: skip
-                return step, score
-            loss = self.step(scale, muon_momentum(config, step))
-            step += 1
-            self.dispatched(step, scale, loss)
+                               f"step:{self.steps}/{config.iterations}")
+                return score
+            loss, event = self.step(scale, muon_momentum(config, self.steps)), None
+            self.steps += 1
+            if self.runtime.world_size > 1:
+                dist.all_reduce(loss)
+                loss /= self.runtime.world_size
+            if self.runtime.device.type == "cuda":  # to the host, without waiting for it
+                loss, event = torch.empty((), pin_memory=True).copy_(loss, non_blocking=True), torch.cuda.Event()
+                event.record()
+            self.pending.append((self.steps, scale, loss, event))
             # A GPU runs behind the host: one step may be queued while the next is prepared. A CPU is done at once.
             self.settle(keep=1 if self.runtime.device.type == "cuda" else 0)
 
-
 # ----------------------------------------------------------------------------------------------------------------------
-# main: wiring only.
+# Modes: train, check, eval, sample.
 # ----------------------------------------------------------------------------------------------------------------------
+def open_text(config: Config, folder: RunFolder) -> tuple[TokenStream, TokenBytes, int | None]:
+    """(validation text, what its tokens weigh, the bytes that a manifest states), audited by rank 0."""
+    stream = TokenStream(config.data_path, "val", config.vocab_size)
+    token_bytes, stated = TokenBytes(config.tokenizer_path, config.vocab_size), manifest_bytes(config.data_path)
+    folder.log(f"val_loader:shards pattern={stream.pattern} tokens:{len(stream) - 1}")
+    if folder.runtime.is_master:
+        folder.log(token_bytes.audit(stream, stated))
+    return stream, token_bytes, stated
 
+def log_final(label: str, score: Score, seconds: float, folder: RunFolder):
+    folder.log(f"{label} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} eval_time:{1000 * seconds:.0f}ms"
+               f"{score.label}\n{label}_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} "
+               f"tokens:{score.tokens} bytes:{score.bytes}{score.label}")
 
-def run(config: Config, runtime: Runtime, folder: RunFolder):
-    """One run, from the checks of all that the user brought to result.json."""
-    watch, code = Stopwatch(runtime.synchronize), Path(__file__).read_bytes()
-    note = f"device:{runtime.device} ({runtime.device_name()}) dtype:{str(runtime.dtype).removeprefix('torch.')}"
-    defaults = Config().texts()
+def prepare(config: Config, folder: RunFolder, code: bytes, watch: Stopwatch):
+    """(trainer, new or resumed, and what open_text returns), after all that the user brought has been checked."""
+    runtime, defaults = folder.runtime, Config().texts()
     for name, text in config.texts().items():
         folder.log(f"{' ' if text == defaults.get(name) else '*'} {name}={text}")
-    for line in [*typo_warnings(os.environ), note]:
+    for line in [*typo_warnings(os.environ), runtime.note()]:
         folder.log(line)
     accum_steps = config.accumulation_steps(runtime.world_size, runtime.device.type)
-    train_stream, val_stream = (TokenStream(config.data_path, split, config.vocab_size) for split in ("train", "val"))
-    token_bytes = TokenBytes(config.tokenizer_path, config.vocab_size)
-    folder.log(f"train_loader:shards pattern={train_stream.pattern} tokens:{len(train_stream)}")
-    folder.log(f"val_loader:shards pattern={val_stream.pattern} tokens:{len(val_stream) - 1}")
+    stream = TokenStream(config.data_path, "train", config.vocab_size)
+    folder.log(f"train_loader:shards pattern={stream.pattern} tokens:{len(stream)}")
     if runtime.is_master:
-        stated = manifest_bytes(config.data_path)
-        folder.log(token_bytes.audit(val_stream, stated))
-        train_stream.read(0, len(train_stream.shards[0]))  # checks its tokens; later shards as they are read
-    evaluator = Evaluator(val_stream, token_bytes, config, runtime, accum_steps)
-    trainer = Trainer(config, runtime, folder, watch, TrainLoader(train_stream, config, runtime, accum_steps))
-    params = sum(p.numel() for p in trainer.model.parameters())
+        stream.read(0, len(stream.shards[0]))  # checks its tokens; later shards as they are read
+    text = open_text(config, folder)
+    folder.locate(config, os.environ)
+    source = locate_checkpoint(config, folder) if runtime.is_master else None
+    source, blob = runtime.share((source, source.read_bytes()) if source else (None, None))
+    facts = {"train_gpt.py": hashlib.sha256(code).hexdigest()[:16], "training tokens": str(len(stream))}
+    state, differences = read_checkpoint(blob, source, config, facts) if source else (None, [])
+    trainer = Trainer(config, runtime, folder, watch, TrainLoader(stream, config, runtime, accum_steps))
+    trainer.facts = facts
+    with reading(source):
+        trainer.restore(state) if state else None
     folder.create(config, code)
-    for line in (trainer.note, f"model_params:{params}", f"seed:{config.seed}", f"run_folder:{folder.path}",
-                 f"world_size:{runtime.world_size} grad_accum_steps:{accum_steps}"):  # fmt: skip
-        folder.log(line)
+    if state:
+        folder.log(f"resumed: step:{trainer.steps} from {source} train_time:{1000 * trainer.saved_at:.0f}ms"
+                   f"{' finished' if trainer.finished else ''}{'; '.join(['', *differences])}")
+    return trainer, *text
 
+def train(config: Config, folder: RunFolder, argv: list[str]):
+    """MODE=train: one run, from the checks to result.json."""
+    runtime, code = folder.runtime, Path(__file__).read_bytes()
+    watch = Stopwatch(runtime.synchronize)
+    trainer, val_stream, token_bytes, stated = prepare(config, folder, code, watch)
     watch.switch("compile")
+    trainer.fit_memory()
+    params, accum_steps = sum(p.numel() for p in trainer.model.parameters()), trainer.loader.accum_steps
+    folder.log(f"{trainer.note}\nmodel_params:{params}\nseed:{config.seed}\nrun_folder:{folder.path}\n"
+               f"world_size:{runtime.world_size} grad_accum_steps:{accum_steps}")
+    evaluator = Evaluator(val_stream, token_bytes, config, runtime, accum_steps)
     trainer.warm_up(evaluator)
     watch.switch("training")
-    steps, before = trainer.train(evaluator)
+    runtime.patient = True
+    before, steps = trainer.train(evaluator), trainer.steps
+    runtime.patient = False
     watch.switch("export")
     limit, over = config.max_wallclock_seconds, watch.seconds["training"] - config.max_wallclock_seconds
     if limit and over > 0:
         folder.log(f"clock_verdict:{over:.3f}s OVER MAX_WALLCLOCK_SECONDS={limit}, NOT A VALID SUBMISSION")
     if runtime.device.type == "cuda":
         folder.log(f"peak memory allocated: {torch.cuda.max_memory_allocated() >> 20} MiB "
-                   f"reserved: {torch.cuda.max_memory_reserved() >> 20} MiB")  # fmt: skip
-    sizes = export(trainer.model.state_dict(), config, folder, len(code)) if runtime.is_master else {}
+                   f"reserved: {torch.cuda.max_memory_reserved() >> 20} MiB")
+    sizes = export(trainer.model.state_dict(), trainer.config, folder, len(code)) if runtime.is_master else {}
     # Rank 0 reads the file back and the others get its bytes: hosts need no common disk to score the artifact.
     artifact = folder.path / "final_model.int8.ptz"
     blob = runtime.share(artifact.read_bytes() if runtime.is_master else None)
     trainer.model.load_state_dict(dequantize(unpack(blob, artifact)))
     watch.switch("evaluation")
-    began = watch.elapsed("evaluation")
+    began = time.perf_counter()
     after = evaluator.score(trainer.scorer, folder.log)
-    eval_seconds = watch.elapsed("evaluation") - began
+    eval_seconds = time.perf_counter() - began
     watch.switch("export")
-    folder.log(f"final_int8_zlib_roundtrip val_loss:{after.loss:.4f} val_bpb:{after.bpb:.4f} "
-               f"eval_time:{1000 * eval_seconds:.0f}ms{after.label}")  # fmt: skip
-    folder.log(f"final_int8_zlib_roundtrip_exact val_loss:{after.loss:.8f} val_bpb:{after.bpb:.8f} "
-               f"tokens:{after.tokens} bytes:{after.bytes}{after.label}")  # fmt: skip
+    log_final("final_int8_zlib_roundtrip", after, eval_seconds, folder)
+    if not runtime.is_master:
+        return
+    require(after.label or after.bytes == token_bytes.text_bytes, f"scored {after.bytes} bytes of a text of "
+            f"{token_bytes.text_bytes}: a fault of this script")
     result = {
-        "run_id": folder.run_id, "seed": config.seed, "steps": steps, "model_params": params,
-        "val_loss": after.loss, "val_bpb": after.bpb,
-        "pre_quant_val_loss": before.loss, "pre_quant_val_bpb": before.bpb, "partial": bool(after.label),
-        "scored_tokens": after.tokens, "scored_bytes": after.bytes, "val_tokens": after.of,
-        "eval_stride": config.eval_stride, "train_tokens": steps * config.train_batch_tokens,
+        "run_id": folder.run_id, "seed": config.seed, "steps": steps, "resumed_at": trainer.resumed_at,
+        "model_params": params, "val_loss": after.loss, "val_bpb": after.bpb, "pre_quant_val_loss": before.loss,
+        "pre_quant_val_bpb": before.bpb, "partial": bool(after.label), "scored_tokens": after.tokens,
+        "scored_bytes": after.bytes, "val_tokens": after.of, "eval_stride": config.eval_stride,
+        "train_tokens": steps * config.train_batch_tokens, "over_clock": bool(limit and over > 0),
         "seconds": {phase: round(seconds, 3) for phase, seconds in watch.seconds.items()},
         "eval_seconds": round(eval_seconds, 3), "step_avg_ms": 1000 * watch.seconds["training"] / max(steps, 1),
         "world_size": runtime.world_size, "grad_accum_steps": accum_steps, "device": runtime.device_name(),
-        "dtype": str(runtime.dtype), "note": trainer.note, "torch": torch.__version__,
-        "python": platform.python_version(), "platform": platform.platform(),
-        "numpy": np.__version__, "cuda": torch.version.cuda, "over_clock": bool(limit and over > 0),
-        "sha256_code": hashlib.sha256(code).hexdigest(), **sizes,
-    }  # fmt: skip
-    if runtime.is_master:
-        result |= {"bytes_proved": stated is not None, "sha256_val_tokens": token_bytes.text_sha256,
-                   "sha256_tokenizer": token_bytes.sha256}  # fmt: skip
-        require(after.label or after.bytes == token_bytes.text_bytes, f"scored {after.bytes} bytes of a text of "
-                f"{token_bytes.text_bytes}: a fault of this script")  # fmt: skip
-        folder.write("result.json", (json.dumps(result, indent=1) + "\n").encode())
+        "dtype": str(runtime.dtype), "note": trainer.note, **sizes, "bytes_proved": stated is not None,
+        "torch": torch.__version__, "python": platform.python_version(), "platform": platform.platform(),
+        "numpy": np.__version__, "cuda": torch.version.cuda,
+        "sha256_code": hashlib.sha256(code).hexdigest(), "sha256_val_tokens": token_bytes.text_sha256,
+        "sha256_tokenizer": token_bytes.sha256,
+    }
+    folder.write("result.json", (json.dumps(result, indent=1) + "\n").encode())
+    if config.sample_prompt:
+        folder.log("".join(["sample: ", *beside("sample").generate(trainer.model, config, token_bytes)]))
 
+def open_model(config: Config, folder: RunFolder, argv: list[str]) -> tuple[Config, GPT, nn.Module]:
+    """ARTIFACT as a model: (the configuration, which what the file tells of itself has completed; model; scorer)."""
+    runtime = folder.runtime
+    require(config.artifact, f"MODE={config.mode} needs ARTIFACT=logs/<run_id>/final_model.int8.ptz, or a .pt")
+    blob = runtime.share(Path(config.artifact).read_bytes() if runtime.is_master else None)
+    state, told = read_model(blob, config.artifact)
+    config = Config.load(argv, os.environ, told)
+    if config.mode == "sample":  # of ever longer texts, each of which would be compiled anew
+        config = dataclasses.replace(config, compile="0")
+    with torch.device("meta"):
+        expected = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
+    odd = sorted(dict({name: tensor.shape for name, tensor in state.items()}.items() ^ expected.items()))
+    require(not odd, f"{config.artifact} and the knobs disagree on {', '.join(odd[:3])}: unset what sets the shape")
+    model, scorer, note = build_model(config, runtime)
+    model.load_state_dict(state)
+    folder.log(f"{runtime.note()}\n{note}\nartifact:{config.artifact} bytes:{len(blob)} "
+               f"sha256:{hashlib.sha256(blob).hexdigest()}\n{' '.join(f'{name}={told[name]}' for name in told)}")
+    assumed = [f"{name}={config.texts()[name]}" for name in MODEL_KNOBS if name not in told]
+    if assumed:
+        folder.log(f"assumed, since the file does not tell: {' '.join(assumed)}")
+    return config, model, scorer
 
+def evaluate(config: Config, folder: RunFolder, argv: list[str]):
+    """MODE=eval: score a model with nothing but this script, the tokenizer and the validation text."""
+    runtime, label = folder.runtime, "final_model" if config.artifact.endswith(".pt") else "final_int8_zlib_roundtrip"
+    config, _, scorer = open_model(config, folder, argv)
+    stream, token_bytes, _ = open_text(config, folder)
+    accum_steps = config.accumulation_steps(runtime.world_size, runtime.device.type)
+    began = time.perf_counter()
+    score = Evaluator(stream, token_bytes, config, runtime, accum_steps).score(scorer, folder.log)
+    log_final(label, score, time.perf_counter() - began, folder)
+
+def beside(mode: str):
+    """The module of MODE=check or MODE=sample, a file beside this script: no submission needs them."""
+    try:
+        return importlib.import_module(mode)
+    except ModuleNotFoundError as error:
+        raise UserError(f"{mode}.py is not beside train_gpt.py: take both from the repository") from error
+
+# ----------------------------------------------------------------------------------------------------------------------
+# main: wiring only.
+# ----------------------------------------------------------------------------------------------------------------------
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv in (["-h"], ["--help"]):
-        print(__doc__)
-        defaults = {"RUN_ID": "", "WARMDOWN_ITERS": "-1"} | Config().texts()
+        print(__doc__ + "\nKnobs; what is [free] does not shape the result, and may differ when a run resumes:")
         for name, field in KNOBS.items():
+            default = int(field.default) if isinstance(field.default, bool) else field.default
             choices = f" ({', '.join(field.metadata['allowed'][2])})" if field.metadata["allowed"][2] else ""
-            print(f"{name}={defaults[name]}  {field.metadata['meaning']}{choices}")
+            print(f"{name}={default}  {field.metadata['meaning']}{choices}{' [free]' * field.metadata['free']}")
         return 0
     folder = None
     try:
         config = Config.load(argv, os.environ)
+        if config.mode == "check" and config.target_world_size:
+            config = dataclasses.replace(config, device="auto")  # the GPUs that are meant need not be here
         folder = RunFolder(Runtime(config, os.environ))
-        run(config, folder.runtime, folder)
+        for name in {"SIGTERM", "SIGINT", "SIGUSR1"} & set(dir(signal)):
+            signal.signal(getattr(signal, name), folder.runtime.on_signal)
+        mode = {"train": train, "eval": evaluate}.get(config.mode) or beside(config.mode).main
+        code = mode(config, folder, argv)
         folder.close()
         folder.runtime.close()
-        return 0
-    except (UserError, OSError, torch.OutOfMemoryError) as error:
-        hint = ": lower MICRO_BATCH_TOKENS or VAL_BATCH_SIZE" if isinstance(error, torch.OutOfMemoryError) else ""
-        print(f"error: {error}{hint}", file=sys.stderr, flush=True)
+        return code or 0
+    except (UserError, OSError, RuntimeError, KeyboardInterrupt) as error:
+        message, code = f"error: {error}", 2
+        if isinstance(error, RuntimeError):
+            if not is_out_of_memory(error):
+                raise
+            message = f"error: {first_line(error)}: lower VAL_BATCH_SIZE, TRAIN_SEQ_LEN or the size of the model"
+        if isinstance(error, KeyboardInterrupt):
+            number = signal.Signals(error.args[0] if error.args else signal.SIGINT)
+            message, code = f"stopped by {number.name}", 128 + number
+            message += f": RUN_ID={folder.run_id} goes on with it" if folder and folder.lock else ""
+        print(message, file=sys.stderr, flush=True)
         if folder:
-            folder.fail(f"error: {error}{hint}")
+            folder.close(message)
             if folder.runtime.world_size > 1:
-                os._exit(2)  # a tidy end would wait for ranks that wait for this one; the launcher stops them
-        return 2
-
+                os._exit(code)  # a tidy end would wait for ranks that wait for this one; the launcher stops them
+        return code
 
 if __name__ == "__main__":
     sys.exit(main())

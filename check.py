@@ -1,0 +1,168 @@
+"""MODE=check of train_gpt.py: what a run would do, need and cost, in seconds and without training.
+
+    MODE=check python train_gpt.py [FILE.env]                              for this machine
+    MODE=check TARGET_WORLD_SIZE=8 python train_gpt.py [FILE.env]          for 8 GPUs, from any machine
+    MODE=check torchrun --standalone --nproc_per_node=8 train_gpt.py       with the ranks that will train
+
+Prints facts, then problems with their remedies, then everything as JSON in one line, `check_json:{...}`. The exit code
+is 1 if there are problems. Data that is missing is a problem among others: the rest is checked all the same.
+"""
+
+import contextlib
+import json
+import math
+import os
+import platform
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+BYTES_PER_PARAMETER = 0.93  # of a fully trained model as int8 + zlib: 15,839,491 / 17,059,912 for the reference
+SAMPLED = 2**16  # tokens read at either end of a training shard
+CPU_TOKENS = 4096  # of the micro-step that a CPU is measured with
+
+
+def schedule(config) -> str:
+    """The learning rate over the run, as a person would say it."""
+    clock, steps = config.max_wallclock_seconds, config.iterations
+    if config.warmdown_iters >= 0:
+        return f"full until {config.warmdown_iters} steps before the end, then linear to 0"
+    full = 1 - config.warmdown_frac
+    by_clock = f"full until {full * clock:.0f} s, then linear to 0 at {clock:.0f} s"
+    by_steps = f"full until step {full * steps:.0f}, then linear to 0 at step {steps}"
+    return f"{by_clock}; or {by_steps}, if that comes first" if clock else by_steps
+
+
+def versions(config, runtime) -> dict:
+    nccl = {name: text for name, text in os.environ.items() if name.startswith("NCCL_")}
+    return {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
+            "numpy": np.__version__, "platform": platform.platform(), "device": runtime.device_name(),
+            "device_type": runtime.device.type, "dtype": str(runtime.dtype).removeprefix("torch."),
+            "ranks": int(runtime.sum([1.0])[0]), "target_ranks": config.target_world_size or runtime.world_size,
+            "nccl_environment": nccl}
+
+
+def training_data(trainer, config) -> dict:
+    """Headers and sizes of all shards; the tokens of each are too many to read whole, so its two ends are."""
+    stream, sampled = trainer.TokenStream(config.data_path, "train", config.vocab_size), 0
+    for end, shard in zip(stream.ends.tolist(), stream.shards, strict=True):
+        for start in {end - len(shard), max(end - len(shard), end - SAMPLED)}:
+            sampled += len(stream.read(start, min(SAMPLED, end - start)))
+    return {"train_shards": len(stream.shards), "train_tokens": len(stream),
+            "train_tokens_checked": f"{min(sampled, len(stream))} of {len(stream)}, at both ends of each shard"}
+
+
+def validation_data(trainer, config, folder) -> dict:
+    """The validation text is read whole: its score is what everything is about."""
+    stream, token_bytes, stated = trainer.open_text(config, folder)
+    facts = {"val_shards": len(stream.shards), "val_tokens": len(stream), "bytes_proved": stated is not None}
+    return facts | ({"val_bytes": token_bytes.text_bytes} if folder.runtime.is_master else {})
+
+
+def activation_bytes(model, tokens) -> int:
+    """What autograd keeps of one sequence, measured on an eager forward; a compiled model keeps less."""
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(tokens, tokens)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    return sum(size for pointer, size in kept.items() if pointer not in weights)
+
+
+def device_memory(device) -> int | None:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None
+
+
+def model_and_step(trainer, config, runtime, problems: list[str]) -> dict:
+    """Build the model, run a real micro-step twice, and reckon from it what a run will take."""
+    T, ranks = config.train_seq_len, config.target_world_size or runtime.world_size
+    kind = "cuda" if config.target_world_size else runtime.device.type
+    here = kind == runtime.device.type
+    accum_steps = config.accumulation_steps(ranks, kind)
+    micro = config.train_batch_tokens // ranks // accum_steps
+    model, scorer, kernels = trainer.build_model(config, runtime)
+    params, code = sum(p.numel() for p in model.parameters()), len(Path(trainer.__file__).read_bytes())
+    projected = round(BYTES_PER_PARAMETER * params)
+    # A GPU gets the whole micro-batch, compiled. A CPU gets a small one, and as its compilation takes far longer than
+    # all the rest together, that is left to COMPILE=1.
+    on_cpu = runtime.device.type == "cpu"
+    learner = model if on_cpu and config.compile != "1" else scorer
+    rows = max(1, min(micro, CPU_TOKENS) // T) if on_cpu else micro // T
+    tokens = torch.zeros(rows, T, dtype=torch.long, device=runtime.device)
+    for _ in range(2):  # the first compiles
+        runtime.synchronize()
+        began = time.perf_counter()
+        learner(tokens, tokens).mean().backward()
+        runtime.synchronize()
+    per_token = (time.perf_counter() - began) / tokens.numel()
+    # Weights, gradients, optimizers, the reduced gradients of DDP; then what a micro-batch keeps for its backward.
+    estimate = 5 * sum(p.nbytes for p in model.parameters()) + activation_bytes(model, tokens[:1]) * (micro // T)
+    memory = device_memory(runtime.device) if here else None
+    facts = {
+        "model_params": params, "kernels": kernels.replace("\n", "; "), "micro_step": f"{rows} sequences of {T} tokens, "
+        f"{'eager' if learner is model else 'compiled'}: runs", "seconds_per_token": per_token,
+        "tokens_per_step": config.train_batch_tokens, "grad_accum_steps": accum_steps, "micro_batch_tokens": micro,
+        "memory_estimate_mib": estimate >> 20, "memory_mib": memory and memory >> 20, "schedule": schedule(config),
+        "bytes_artifact_projected": projected, "bytes_code": code, "bytes_total_projected": projected + code,
+        "bytes_limit": trainer.SIZE_LIMIT,
+    }
+    if projected + code > trainer.SIZE_LIMIT:
+        problems.append(f"{params} parameters will take about {projected} bytes as int8+zlib, {projected + code} with "
+                        f"the code, over {trainer.SIZE_LIMIT}: lower MODEL_DIM, NUM_LAYERS, MLP_MULT or VOCAB_SIZE")
+    if memory and estimate > memory:
+        problems.append(f"a micro-step of {micro} tokens needs about {estimate >> 20} MiB, the device has "
+                        f"{memory >> 20}: set a lower MICRO_BATCH_TOKENS")
+    if not here:
+        return facts | {"seconds_per_step": None, "steps_in_budget": f"unknown: no {kind} device here to measure on"}
+    step = per_token * config.train_batch_tokens / ranks
+    clock = config.max_wallclock_seconds or math.inf
+    if step > clock:
+        problems.append(f"one step takes about {step:.0f} s, the clock is {clock:.0f} s: lower TRAIN_BATCH_TOKENS or "
+                        "raise MAX_WALLCLOCK_SECONDS")
+    return facts | {"seconds_per_step": step, "steps_in_budget": int(min(config.iterations, clock / step))}
+
+
+def disk(config, params: int) -> dict:
+    """A run writes its model and its artifact, and a checkpoint beside the one before it."""
+    path = Path(config.log_dir).absolute()
+    place = next(parent for parent in (path, *path.parents) if parent.exists())
+    free, need = shutil.disk_usage(place).free, 30 * params + 2**24
+    if not os.access(place, os.W_OK):
+        raise OSError(f"LOG_DIR={config.log_dir}: {place} cannot be written to: choose another")
+    if free < need:
+        raise OSError(f"LOG_DIR={config.log_dir} has {free >> 20} MiB free, a run needs {need >> 20}: make room")
+    return {"disk_free_mib": free >> 20, "disk_need_mib": need >> 20}
+
+
+def main(config, folder, argv: list[str]) -> int:
+    """The exit code: 1 if there are problems."""
+    trainer, runtime, problems = sys.modules[type(config).__module__], folder.runtime, []
+    for warning in trainer.typo_warnings(os.environ):
+        folder.log(warning)
+    facts = versions(config, runtime)
+    parts = (lambda: training_data(trainer, config), lambda: validation_data(trainer, config, folder),
+             lambda: model_and_step(trainer, config, runtime, problems),
+             lambda: disk(config, facts.get("model_params", 0)))
+    for part in parts:
+        try:
+            facts |= part()
+        except (trainer.UserError, OSError, RuntimeError) as error:
+            problems.append(str(error))
+    if runtime.is_master:
+        problems = list(dict.fromkeys(problems))  # what both splits lack is said once
+        with contextlib.suppress(BrokenPipeError):
+            lines = [f"{name}: {value}" for name, value in facts.items()]
+            lines += [f"problem {number}: {text}" for number, text in enumerate(problems, 1)]
+            print(*lines, sep="\n")
+            print("check_json:" + json.dumps(facts | {"problems": problems}), flush=True)
+    return 1 if problems else 0

@@ -1,0 +1,51 @@
+"""MODE=sample of train_gpt.py: text from a trained model, streamed.
+
+    MODE=sample ARTIFACT=logs/<run_id>/final_model.int8.ptz SAMPLE_PROMPT="To be" python train_gpt.py
+
+SAMPLE_TOKENS, TEMPERATURE, TOP_K and SEED shape it; DATA_PATH is not needed, TOKENIZER_PATH is. A run with a
+SAMPLE_PROMPT ends with a sample in its log.
+"""
+
+import contextlib
+import math
+import sys
+
+import torch
+
+
+@torch.no_grad()
+def generate(model, config, token_bytes):
+    """Yield the prompt, then pieces of the text that the model continues it with; ends with the document.
+
+    Each token is a forward pass over the last TRAIN_SEQ_LEN tokens: simple, and fast enough for a few hundred."""
+    prompt, generator = config.sample_prompt.replace("\\n", "\n"), torch.Generator().manual_seed(config.seed)
+    device, T = next(model.parameters()).device, config.train_seq_len
+    tokens = token_bytes.encode(prompt)
+    shown = token_bytes.decode(tokens)
+    yield prompt
+    for _ in range(config.sample_tokens):
+        window = tokens[-T:]
+        padding = [0] * min(-len(window) % 64, T - len(window))  # few lengths for the kernels; the past is blind to it
+        logits = model(torch.tensor([window + padding], device=device))[0, len(window) - 1].float().cpu()
+        if config.top_k:
+            logits[logits < logits.topk(min(config.top_k, len(logits))).values[-1]] = -math.inf
+        weights = (logits / config.temperature).softmax(-1) if config.temperature else (logits == logits.max()).float()
+        tokens.append(int(weights.multinomial(1, generator=generator)))
+        if token_bytes.boundary[tokens[-1]]:
+            return
+        text = token_bytes.decode(tokens)
+        if not text.endswith("\ufffd"):  # a part of a character waits for its other bytes
+            yield text[len(shown) :]
+            shown = text
+
+
+def main(config, folder, argv: list[str]):
+    """The text alone goes to standard output; what is known of the model goes to standard error."""
+    trainer = sys.modules[type(config).__module__]
+    with contextlib.redirect_stdout(sys.stderr):
+        config, model, _ = trainer.open_model(config, folder, argv)
+    token_bytes = trainer.TokenBytes(config.tokenizer_path, config.vocab_size)
+    if folder.runtime.is_master:
+        for piece in generate(model, config, token_bytes):
+            print(piece, end="", flush=True)
+        print()
