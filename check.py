@@ -93,8 +93,8 @@ def model_and_step(trainer, config, runtime, problems: list[str]) -> dict:
     model, scorer, kernels = trainer.build_model(config, runtime)
     params, code = sum(p.numel() for p in model.parameters()), len(Path(trainer.__file__).read_bytes())
     projected = round(BYTES_PER_PARAMETER * params)
-    # A GPU gets the whole micro-batch, compiled. A CPU gets a small one, and as its compilation takes far longer than
-    # all the rest together, that is left to COMPILE=1.
+    # A GPU gets the whole micro-batch, compiled. A CPU gets a small one; its compilation takes far longer than all
+    # the rest together, and is left to COMPILE=1.
     on_cpu = runtime.device.type == "cpu"
     learner = model if on_cpu and config.compile != "1" else scorer
     rows = max(1, min(micro, CPU_TOKENS) // T) if on_cpu else micro // T
