@@ -72,10 +72,6 @@ class Unreachable(Exception):
     """The hub did not answer, or not now; what is here may still be proved by the record of an earlier run."""
 
 
-class Cancelled(Exception):
-    """Ends a worker after another one failed."""
-
-
 def require(ok, message: str):
     if not ok:
         raise UserError(message)
@@ -411,18 +407,14 @@ class Progress:
     def __init__(self, description: str, total: int):
         self.bar = tqdm(total=total, desc=description, unit="B", unit_scale=True, disable=None)
         self.lock = threading.Lock()
-        self.cancelled = threading.Event()
 
     def __enter__(self) -> "Progress":
         return self
 
     def __exit__(self, *_):
-        self.cancelled.set()
         self.bar.close()
 
     def add(self, count: int):
-        if self.cancelled.is_set():
-            raise Cancelled
         with self.lock:
             self.bar.update(count)
 
@@ -465,13 +457,8 @@ def part_of(item: Wanted) -> Path:
 
 
 def part_size(item: Wanted) -> int:
-    """Bytes that have arrived; a part that is too long is no beginning of the file, and is deleted."""
     part = part_of(item)
-    size = part.stat().st_size if part.exists() else 0
-    if size > item.remote.size:
-        part.unlink()
-        size = 0
-    return size
+    return part.stat().st_size if part.exists() else 0
 
 
 def check_disk(missing: list[Wanted]):

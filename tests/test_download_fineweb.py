@@ -4,6 +4,7 @@ The script runs as its users run it, in a process of its own with HF_ENDPOINT se
 part of the hub's protocol that is needed; that huggingface_hub's own download understands it too is a test below.
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -37,7 +38,6 @@ SCRIPT = Path(__file__).resolve().parents[1] / "data" / "download_fineweb.py"
 REPO = "willdepueoai/parameter-golf"
 NAME = "fineweb10B_sp1024"
 SHARD_TOKENS = 150_000
-HOSTS = "127.0.0.1", "localhost"  # of the hub and of its large files: two names, as theirs are
 CHUNK = 100_000  # bytes of a shard of 301,024 that arrive before its connection is cut
 
 
@@ -113,7 +113,8 @@ class Hub:
         for server in self.servers:
             server.daemon_threads = True
             threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        self.url, self.cdn = (f"http://{host}:{server.server_port}" for host, server in zip(HOSTS, self.servers, strict=True))
+        hub, cdn = (server.server_port for server in self.servers)
+        self.url, self.cdn = f"http://127.0.0.1:{hub}", f"http://localhost:{cdn}"  # two hosts, as theirs are
 
     def close(self):
         self.release.set()
@@ -508,14 +509,18 @@ def test_a_connection_that_stays_dead_ends_the_run_and_the_next_one_goes_on(hub,
 
 @pytest.fixture
 def stalled(hub, launch, root):
-    """A run whose first training shard has stopped after CHUNK bytes, all others being there; released afterwards."""
+    """A run whose first training shard has stopped after CHUNK bytes, all other files being there."""
+
+    def sizes(pattern):
+        for path in root.rglob(pattern):
+            with contextlib.suppress(FileNotFoundError):  # it has just got its name
+                yield path.stat().st_size
+
     hub.stalls.add(FIRST)
     process = launch()
-    folder, deadline = root / "datasets" / NAME, time.monotonic() + 30
-    while time.monotonic() < deadline:
-        sizes = [path.stat().st_size for path in folder.glob("fineweb_train_000000.bin.*.part")]
-        if sizes == [CHUNK] and len(list(root.rglob("*.bin"))) == 4 and len(list(root.rglob("*bpe*"))) == 2:
-            break
+    deadline = time.monotonic() + 60
+    while [*sizes("*.part")] != [CHUNK] or len([*sizes("*/fineweb_*_*")]) != 7:
+        assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
     yield process
     process.kill()
