@@ -130,7 +130,7 @@ class Hub:
 
     def explain(self, error: Exception, path: str | None = None) -> Exception:
         """The error of a request as one that says what to do: Unreachable where trying later may help."""
-        what = f"{self.host} refused {path or self.repo_id}" if path else f"{self.host}, asked for {self.repo_id}"
+        what = f"{self.host}, asked for {path or self.repo_id}"
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
         if status in (401, 403):
             return UserError(
@@ -314,14 +314,14 @@ def tokenizer_files(manifest: dict, dataset: dict, files: dict[str, Remote]) -> 
     return found
 
 
-def plan(listing: Listing, hub: Hub, args: argparse.Namespace) -> tuple[list[Wanted], list[str]]:
-    """Every file that the arguments ask for, and lines that say what was chosen."""
+def plan(listing: Listing, hub: Hub, args: argparse.Namespace) -> tuple[list[Wanted], str]:
+    """Every file that the arguments ask for, and a line that says what was chosen."""
     dataset = find_dataset(listing.manifest, args.variant, hub.repo_id)
     name, counts = dataset["name"], count_shards(dataset)
     train = min(args.train_shards, counts["train"])
-    lines = [f"{name}: {train} of {counts['train']} training shards, all {counts['val']} of validation"]
+    chosen = f"{name}: {train} of {counts['train']} training shards, all {counts['val']} of validation"
     if train < args.train_shards:
-        lines[0] += f" (the repository has no {args.train_shards} training shards)"
+        chosen += f" (--train-shards {args.train_shards} is more than there are)"
 
     wanted = []
     for split, count in {"val": counts["val"], "train": train}.items():
@@ -338,7 +338,10 @@ def plan(listing: Listing, hub: Hub, args: argparse.Namespace) -> tuple[list[Wan
         require(DOCS in docs, f"--with-docs: {hub.repo_id} has no {DOCS} beside its manifest; leave the option out")
         safe = [file for file in docs if SAFE_NAME.fullmatch(file)]
         wanted += [Wanted(listing.files[file], args.out / "downloads" / file) for file in sorted(safe)]
-    return wanted, lines
+    wanted = list(dict.fromkeys(wanted))
+    twice = [str(target) for target, count in Counter(item.target for item in wanted).items() if count > 1]
+    require(not twice, f"the manifest of {hub.repo_id} has two files for {', '.join(twice)}: refused")
+    return wanted, chosen
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -419,8 +422,9 @@ class Progress:
             self.bar.update(count)
 
     def say(self, line: str):
-        if self.bar.disable:
-            print(line, flush=True)
+        with self.lock:  # a line and its end are written one after the other
+            if self.bar.disable:
+                print(line, flush=True)
 
 
 def in_parallel(function: Callable, items: list, workers: int) -> Iterable:
@@ -566,8 +570,8 @@ def run(args: argparse.Namespace):
         require(listing, f"{offline}; and no earlier run has left a record of {hub.repo_id} in {record.parent}: "
                 "connect, set HF_ENDPOINT to a mirror that can be reached, or unset HF_HUB_OFFLINE")  # fmt: skip
         print(f"offline: {offline}; going by the record of commit {listing.commit}")
-    wanted, lines = plan(listing, hub, args)
-    print(*lines, sep="\n", flush=True)
+    wanted, chosen = plan(listing, hub, args)
+    print(chosen, flush=True)
     strangers = find_strangers(wanted, listing, args.out)
     if not offline:
         write_record(record, listing)

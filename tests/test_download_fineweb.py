@@ -103,9 +103,10 @@ class Hub:
         self.content = {}  # path -> what is sent instead of the bytes that the listing describes
         self.status = {}  # what a URL contains -> (status, headers, body) that answer it
         self.entry = {}  # path -> what the listing says instead
-        self.cuts = {}  # path -> how many answers end after CHUNK bytes
+        self.cuts = {}  # path -> how many answers end after `chunk` bytes
+        self.chunk = CHUNK
         self.reset = False  # whether a connection is cut by a reset, and not by its end
-        self.stalls = set()  # paths whose answers stop after CHUNK bytes until `release`
+        self.stalls = set()  # paths whose answers stop after `chunk` bytes until `release`
         self.release = threading.Event()
         self.ranges = True
         self.log = []  # (path asked for, Range, Authorization)
@@ -213,7 +214,7 @@ class Hub:
                 cut, stall = hub.cuts.get(path, 0) > 0, path in hub.stalls
                 hub.cuts[path] = hub.cuts.get(path, 0) - cut
                 try:
-                    self.wfile.write(data[start : start + CHUNK] if cut or stall else data[start:])
+                    self.wfile.write(data[start : start + hub.chunk] if cut or stall else data[start:])
                     if cut and hub.reset:
                         linger = struct.pack("ii", 1, 0)  # close() resets
                         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
@@ -360,7 +361,7 @@ def test_a_fresh_download_is_what_the_hub_has_and_the_trainer_reads_it(hub, laun
     done = finish(launch())
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert snapshot(root) == expected_files(hub)
-    assert "3 of 3 training shards, all 2 of validation (the repository has no 80 training shards)" in done.stdout
+    assert "3 of 3 training shards, all 2 of validation (--train-shards 80 is more than there are)" in done.stdout
     assert f"{REPO} at commit {hub.commit}" in done.stdout and "0 of 7 files are in place" in done.stdout
     knobs = f"DATA_PATH={root}/datasets/{NAME} TOKENIZER_PATH={root}/tokenizers/fineweb_1024_bpe.model VOCAB_SIZE=1024"
     assert f"next: {knobs} python train_gpt.py" in done.stdout
@@ -468,6 +469,13 @@ def test_a_cut_connection_is_taken_up_where_it_ended(hub, run, root):
     hub.cuts[FIRST] = 2
     assert run().returncode == 0
     assert hub.ranges_of("train_000000.bin") == [None, f"bytes={CHUNK}-", f"bytes={2 * CHUNK}-"]
+    assert snapshot(root) == expected_files(hub)
+
+
+def test_a_connection_may_be_cut_ever_so_often_if_each_brings_something(hub, run, root):
+    hub.cuts[FIRST], hub.chunk = 15, 20_000
+    assert run().returncode == 0
+    assert hub.ranges_of("train_000000.bin") == [None, *(f"bytes={20_000 * i}-" for i in range(1, 16))]
     assert snapshot(root) == expected_files(hub)
 
 
@@ -628,6 +636,13 @@ def test_a_file_that_arrives_damaged_is_not_put_in_place(hub, run, root, damage,
     hub.content.clear()
     assert run().returncode == 0
     assert snapshot(root) == expected_files(hub)
+
+
+def test_a_manifest_other_than_the_listing_says_is_refused(hub, run, root):
+    hub.content["datasets/manifest.json"] = json.dumps(make_manifest(val=1)).encode()
+    right, wrong = (git_oid(files["datasets/manifest.json"]) for files in (hub.files, hub.content))
+    assert_error(run(), "datasets/manifest.json", right, wrong)
+    assert not root.exists()
 
 
 def test_a_wrong_hash_is_named(hub, run):
@@ -877,6 +892,17 @@ def test_a_hostile_manifest_is_refused_before_anything_is_written(hub, run, root
     assert {path.name for path in tmp_path.iterdir()} <= {"hf"}
 
 
+def test_two_files_never_have_one_place(hub, run, root):
+    model = "tokenizers/fineweb_1024_bpe.model"
+    hub.publish(change([*FIRST_TOKENIZER, "vocab_path"], "old/fineweb_1024_bpe.model"))
+    hub.files["datasets/old/fineweb_1024_bpe.model"] = b"another"
+    assert_error(run(), "manifest", str(root / model))
+    assert not root.exists()
+    hub.publish(change([*FIRST_TOKENIZER, "vocab_path"], model))
+    assert run("--train-shards", "0").returncode == 0
+    assert hub.fetched().count("fineweb_1024_bpe.model") == 1
+
+
 @pytest.mark.parametrize("entry", [
     {"lfs": {"oid": "../../x", "size": 1, "pointerSize": 1}}, {"lfs": {"oid": "0" * 64, "size": "1", "pointerSize": 1}},
     {"lfs": {"oid": "0" * 64, "size": -1, "pointerSize": 1}}, {"lfs": {"oid": None, "size": 1, "pointerSize": 1}},
@@ -920,6 +946,7 @@ def test_no_manifest_leads_out_of_the_data_root(script, datasets, tokenizers, da
         wanted, _ = script.plan(listing, SimpleNamespace(repo_id="a/b"), args)
     except script.UserError:
         return
+    assert len({item.target for item in wanted}) == len(wanted)
     for item in wanted:
         resolved = Path(os.path.normpath(item.target))
         below = resolved.relative_to("/root/data").parts
