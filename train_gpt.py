@@ -270,8 +270,11 @@ class Runtime:
             torch.cuda.set_device(self.device)
         self.dtype = self.best_dtype() if config.dtype == "auto" else getattr(torch, config.dtype)
         if self.world_size > 1:
-            # NCCL refuses two ranks on one GPU.
-            dist.init_process_group("nccl" if kind == "cuda" and local_ranks <= gpus else "gloo")
+            store, rank, world_size = next(dist.rendezvous("env://"))
+            if environ.get("GROUP_WORLD_SIZE") == "1":  # at a restart torchrun's store still holds dead ranks' keys
+                store = dist.PrefixStore(f"attempt_{environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+            backend = "nccl" if kind == "cuda" and local_ranks <= gpus else "gloo"  # NCCL refuses two ranks on one GPU
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
             # Decisions and float64 sums travel between the hosts: they must not wait for what is queued on the device.
             self.hosts = dist.new_group(backend="gloo")
 
