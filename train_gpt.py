@@ -1135,8 +1135,8 @@ class Trainer:
         ranks = self.runtime.gather({"optimizer": own, "rng": rng})
         if not self.runtime.is_master:
             return None
-        require(all(tensor.isfinite().all() for tensor in model.values()), f"step {self.steps}: weights are not "
-                "finite: the last good checkpoint stays: lower the learning rates")
+        require(math.isfinite(sum(float(tensor.sum()) for tensor in model.values())), f"step {self.steps}: weights are "
+                "not finite: the last good checkpoint stays: lower the learning rates")
         return {"format": CHECKPOINT_FORMAT, "knobs": self.config.texts() | self.facts, "model": model,
                 "optimizer": {name: values for rank in ranks for name, values in rank["optimizer"].items()},
                 "rng": [rank["rng"] for rank in ranks], "position": self.loader.position, "steps": self.steps,
