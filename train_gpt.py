@@ -57,9 +57,7 @@ def require(ok, message: str):
     if not ok:
         raise UserError(message)
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Config: every knob with its default, meaning and unit; where values come from; what may be combined.
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------- Config: every knob with its default, meaning and unit; where values come from; what may be combined -------
 def knob(default, meaning: str, low=None, high=None, choices=(), free: bool = False):
     """`low` and `high` are inclusive bounds. What is not `free` shapes the result and stays the same at a resume."""
     return dataclasses.field(default=default, metadata=dict(meaning=meaning, allowed=(low, high, choices), free=free))
@@ -246,9 +244,7 @@ def read_env_file(path: Path) -> dict[str, str]:
             texts[match[1]] = match[2][1:-1] if match[2][:1] in ('"', "'") else match[2]
     return texts
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Runtime: the device and the ranks, what they tell each other, the run folder with its log, the one stopwatch.
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------- Runtime: device and ranks, what they tell each other, the run folder with its log, the one stopwatch ------
 class Runtime:
     """This process among `world_size` ranks, and its device. Collectives do nothing for one process."""
     def __init__(self, config: Config, environ):
@@ -443,9 +439,7 @@ def choose_compile(config: Config, runtime: Runtime) -> tuple[bool, str]:
         require(config.compile == "auto", f"COMPILE=1: {reason}: install a C++ compiler or use COMPILE=0")
         return False, reason
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Data: the shard format, the order of the stream, its position, the next step read ahead.
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------- Data: the shard format, the order of the stream, its position, the next step read ahead -------------------
 def open_shard(path: Path) -> np.ndarray:
     """Memory-mapped uint16 tokens of a shard: 256 int32 (magic, version, token count, zeros), then the tokens."""
     size = path.stat().st_size
@@ -519,9 +513,7 @@ class TrainLoader:
         self.seek(self.position + self.batch_tokens)
         return tuple(part.view(self.accum_steps, -1, self.length) for part in (tokens[:-1], tokens[1:]))
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Bytes: the tokenizer, and the only place that knows what a token weighs in bytes of text.
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------- Bytes: the tokenizer, and the only place that knows what a token weighs in bytes of text ------------------
 class TokenBytes:
     """Bytes of text per token. Control, unknown and unused pieces weigh 0 and are boundaries; a byte piece weighs 1;
     any other its UTF-8 text with U+2581 as a space, but a leading U+2581 right after a boundary adds nothing."""
@@ -593,9 +585,7 @@ def manifest_bytes(folder: str) -> int | None:
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"{path} states no splits.val.bytes: prepare the data again or move the manifest") from error
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Model: attention, the architecture, one initialisation rule per parameter.
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------- Model: attention, the architecture, one initialisation rule per parameter ---------------------------------
 CONTROL_TENSORS = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights")
 
 def kind_of(name: str) -> str:
@@ -766,9 +756,7 @@ def build_model(config: Config, runtime: Runtime) -> tuple[GPT, nn.Module, str]:
     scorer = torch.compile(model, dynamic=False, fullgraph=True) if compiled else model
     return model, scorer, f"{attention_note}\ncompile:{int(compiled)} ({compile_note})"
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Optimizer: the partition of the parameters, Adam for embeddings and vectors, Muon for the matrices of the blocks.
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------- Optimizer: the partition of the parameters, Adam for embeddings and vectors, Muon for matrices ------------
 def parameter_groups(model: GPT) -> dict[str, list[nn.Parameter]]:
     """Every parameter in exactly one of embed, head, matrix, scalar; raises for one that no rule covers."""
     groups = {"embed": [], "head": [], "matrix": [], "scalar": []}
@@ -839,9 +827,7 @@ def build_optimizers(model: GPT, config: Config, runtime: Runtime) -> list[torch
         group["base_lr"] = group["lr"]
     return [adam, muon]
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Schedule: pure functions of the step and of progress, the share of the run that is over.
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------- Schedule: pure functions of the step and of progress, the share of the run that is over -------------------
 def progress_at(config: Config, step: int, elapsed: float) -> float:
     """By steps or by the training clock in seconds, whichever is further; in [0, 1]."""
     by_clock = elapsed / config.max_wallclock_seconds if config.max_wallclock_seconds else 0.0
@@ -860,9 +846,7 @@ def muon_momentum(config: Config, step: int) -> float:
     share = min(step / config.muon_momentum_warmup_steps, 1.0) if config.muon_momentum_warmup_steps else 1.0
     return (1 - share) * config.muon_momentum_warmup_start + share * config.muon_momentum
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Evaluation: loss and bits per byte over the validation text, every target scored exactly once.
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------- Evaluation: loss and bits per byte over the validation text, every target scored exactly once -------------
 class Score:
     """From sums over the scored targets: nats, targets, bytes of text. `of` is how many targets the whole text has;
     `label` ends every line that shows a score of fewer."""
@@ -922,9 +906,7 @@ class Evaluator:
         require(math.isfinite(nats), f"the validation loss is {nats}: the run diverged: lower the learning rates")
         return Score(nats, int(count), int(weight), self.of)
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Export: int8 weights with an fp16 scale per row, zlib-9, a checksum, the verdict on the size, and the way back.
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------- Export: int8 with an fp16 scale per row, zlib-9, a checksum, the verdict on the size, the way back --------
 INT8_FORMAT = "int8_clean_per_row_v1"
 INT8_CLIP_QUANTILE = 0.9999984
 INT8_MIN_NUMEL = 65_536  # tensors up to this many elements are kept as floats
@@ -1054,9 +1036,7 @@ def read_model(blob: bytes, source) -> tuple[dict[str, Tensor], dict[str, str]]:
                  int("lm_head.weight" not in state))
         return state, told | dict(zip(SHAPE_KNOBS, map(str, shape), strict=True))
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Checkpoint: all that a run needs to go on exactly where it was; which knobs may change meanwhile.
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------- Checkpoint: all that a run needs to go on exactly where it was; which knobs may change meanwhile ----------
 CHECKPOINT_FORMAT = "train_gpt_checkpoint_v1"
 LENGTH_KNOBS = ("ITERATIONS", "MAX_WALLCLOCK_SECONDS")  # more of these is free
 
@@ -1103,9 +1083,7 @@ def write_checkpoint(state: dict, folder: RunFolder):
     except OSError as error:
         folder.log(f"warning: no checkpoint of step {state['steps']} ({error}): the one before it stays")
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Training: one step function for the warm-up and for the run, the pace that the clock sets, the loop.
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------- Training: one step function for the warm-up and for the run, the pace that the clock sets, the loop -------
 def times(step: int, clock: float) -> str:
     return f"train_time:{1000 * clock:.0f}ms step_avg:{1000 * clock / max(step, 1):.2f}ms"
 
@@ -1323,9 +1301,7 @@ class Trainer:
             # A GPU runs behind the host: one step may be queued while the next is prepared. A CPU is done at once.
             self.settle(keep=1 if self.runtime.device.type == "cuda" else 0)
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Modes: train, check, eval, sample.
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------- Modes: train, check, eval, sample -------------------------------------------------------------------------
 def open_text(config: Config, folder: RunFolder) -> tuple[TokenStream, TokenBytes, int | None]:
     """(validation text, what its tokens weigh, the bytes that a manifest states), audited by rank 0."""
     stream = TokenStream(config.data_path, "val", config.vocab_size)
@@ -1464,9 +1440,7 @@ def beside(mode: str):
     except ModuleNotFoundError as error:
         raise UserError(f"{mode}.py is not beside train_gpt.py: take both from the repository") from error
 
-# ----------------------------------------------------------------------------------------------------------------------
-# main: wiring only.
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------- main: wiring only -----------------------------------------------------------------------------------------
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv in (["-h"], ["--help"]):
