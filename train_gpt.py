@@ -69,7 +69,7 @@ class Config:
     """A field's name in capitals is its environment variable."""
 
     # What to do, and where things are
-    mode: str = free("train", "what to do", choices=("train", "check", "eval", "sample"))
+    mode: str = free("train", "what this call does", choices=("train", "check", "eval", "sample"))
     data_path: str = free("./data/datasets/fineweb10B_sp1024", "folder of fineweb_{train,val}_NNNNNN.bin shards")
     tokenizer_path: str = free("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model of the shards")
     log_dir: str = free("./logs", "folder of the run folders")
@@ -197,8 +197,8 @@ class Config:
         require(wanted == 0 or wanted in allowed, f"GRAD_ACCUM_STEPS={wanted} does not divide the "
                 f"{allowed[-1]} sequences of a rank: use one of {allowed}")
         # A CPU that runs out of memory gets no error to react to; 2**14 tokens keep its cores busy all the same.
-        most = {"auto": 2**14 if device_type == "cpu" else math.inf, "0": math.inf}.get(self.micro_batch_tokens)
-        most = most or int(self.micro_batch_tokens)
+        most = 2**14 if device_type == "cpu" else math.inf
+        most = most if self.micro_batch_tokens == "auto" else int(self.micro_batch_tokens) or math.inf
         fewest = max(8 / world_size * (device_type != "cpu"), allowed[-1] * T / most)
         return wanted or next((n for n in allowed if n >= fewest), allowed[-1])
 
@@ -212,9 +212,9 @@ def did_you_mean(name: str, cutoff: float) -> str:
     return f": did you mean {close[0]}?" if close else ""
 
 def typo_warnings(environ) -> list[str]:
-    """One for each environment variable that is almost a knob; a wrong letter of four leaves 0.75 of a name."""
+    """One for each environment variable that is almost a knob; a wrong letter of n leaves 1 - 1/n of a name."""
     others = sorted(environ.keys() - KNOBS.keys())
-    hints = {name: did_you_mean(name, 0.75 if len(name) < 5 else 0.8) for name in others}
+    hints = {name: did_you_mean(name, min(max(0.75, 1 - 1 / len(name)), 0.85)) for name in others}
     return [f"warning: the environment variable {name} is no knob{hint}" for name, hint in hints.items() if hint]
 
 def parse(field: dataclasses.Field, text: str):
@@ -860,7 +860,6 @@ class Evaluator:
     scores all its targets, a later one its last S, and none what overhangs the end: each target is scored once."""
     def __init__(self, stream: TokenStream, token_bytes: TokenBytes, config: Config, runtime: Runtime, accum_steps=1):
         self.stream, self.token_bytes, self.runtime, self.of = stream, token_bytes, runtime, len(stream) - 1
-        require(self.of > 0, f"{stream.pattern} holds {len(stream)} tokens: 2 are needed to score one")
         self.targets, self.length = min(config.val_tokens_limit or self.of, self.of), config.train_seq_len
         self.stride = config.eval_stride or self.length
         windows = 1 + max(0, math.ceil((self.targets - self.length) / self.stride))
@@ -1305,6 +1304,7 @@ class Trainer:
 def open_text(config: Config, folder: RunFolder) -> tuple[TokenStream, TokenBytes, int | None]:
     """(validation text, what its tokens weigh, the bytes that a manifest states), audited by rank 0."""
     stream = TokenStream(config.data_path, "val", config.vocab_size)
+    require(len(stream) > 1, f"{stream.pattern} holds {len(stream)} tokens: 2 are needed to score one")
     token_bytes, stated = TokenBytes(config.tokenizer_path, config.vocab_size), manifest_bytes(config.data_path)
     folder.log(f"val_loader:shards pattern={stream.pattern} tokens:{len(stream) - 1}")
     if folder.runtime.is_master:

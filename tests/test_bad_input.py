@@ -169,12 +169,17 @@ def test_exit_code_of_missing_data(launch, tmp_path):
     assert not (tmp_path / "logs").exists()
 
 
-def test_exit_code_of_an_existing_run(launch, tmp_path):
-    """The last thing that can be refused."""
+@pytest.mark.parametrize("names, said", [
+    (("train.log", "result.json"), "is finished"), (("notes.txt",), "is no run folder"), ((), "is no run folder"),
+])  # fmt: skip
+def test_exit_code_of_a_folder_that_cannot_go_on(launch, tmp_path, names, said):
+    """One that is finished, or that no run made. The last thing that can be refused."""
     (tmp_path / "logs" / "run").mkdir(parents=True)
-    (tmp_path / "logs" / "run" / "train.log").write_text("of an earlier run")
+    for name in names:
+        (tmp_path / "logs" / "run" / name).write_text("of an earlier run")
     before = files(tmp_path)
     done = launch()
     message = the_message(done.stdout, done.stderr)
-    assert done.returncode == 2 and str(tmp_path / "logs" / "run") in message and "RUN_ID" in message
+    assert done.returncode == 2 and str(tmp_path / "logs" / "run") in message and said in message
+    assert "choose another RUN_ID" in message and "checkpoint.pt" not in message, "there is none to go on from"
     assert files(tmp_path) == before

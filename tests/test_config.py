@@ -63,8 +63,11 @@ def test_default_is_the_reference(name):
 
 def test_extras_over_the_reference_are_off():
     config = load()
-    assert (config.run_id, config.warmdown_iters, config.grad_accum_steps, config.micro_batch_tokens) == ("", -1, 0, 0)
+    assert (config.run_id, config.warmdown_iters, config.grad_accum_steps, config.micro_batch_tokens) == (
+        "", -1, 0, "auto")  # fmt: skip
     assert (config.val_tokens_limit, config.eval_stride, config.int8_scale_floor) == (0, 0, 0.0)
+    assert (config.mode, config.resume, config.resume_force) == ("train", "auto", False)
+    assert (config.artifact, config.sample_prompt, config.target_world_size) == ("", "", 0)
     assert {config.device, config.dtype, config.compile, config.attention} == {"auto"}
 
 
@@ -88,6 +91,7 @@ def test_help_prints_every_knob(flag, capsys):
         default = int(field.default) if isinstance(field.default, bool) else field.default
         (line,) = (line for line in out.splitlines() if line.startswith(f"{name}="))
         assert line.startswith(f"{name}={default} ") and field.metadata["meaning"] in line
+        assert line.endswith(" [free]") == field.metadata["free"], "which knobs may change at a resume"
         assert all(choice in line for choice in field.metadata["allowed"][2])
     assert "torchrun" in out and ".env" in out
 
@@ -185,7 +189,9 @@ BOUNDS = [  # knob, first value that is refused, nearest that is taken
     ("SEED", "-1", "0"), ("SEED", str(2**63), str(2**63 - 1)), ("ITERATIONS", "0", "1"),
     ("MAX_WALLCLOCK_SECONDS", "-0.5", "0"), ("WARMDOWN_FRAC", "-0.1", "0"), ("WARMDOWN_FRAC", "1.01", "1"),
     ("WARMDOWN_ITERS", "-2", "-1"), ("WARMUP_STEPS", "-1", "0"), ("TRAIN_BATCH_TOKENS", "0", "4096"),
-    ("TRAIN_SEQ_LEN", "0", "1"), ("GRAD_ACCUM_STEPS", "-1", "0"), ("MICRO_BATCH_TOKENS", "-1", "0"),
+    ("TRAIN_SEQ_LEN", "0", "1"), ("GRAD_ACCUM_STEPS", "-1", "0"),
+    ("CHECKPOINT_EVERY_SECONDS", "-1.5", "-1"), ("TARGET_WORLD_SIZE", "-1", "0"), ("SAMPLE_TOKENS", "0", "1"),
+    ("TEMPERATURE", "-0.1", "0"), ("TOP_K", "-1", "0"),
     ("TRAIN_LOG_EVERY", "-1", "0"), ("VAL_LOSS_EVERY", "-1", "0"), ("VAL_BATCH_SIZE", "0", "1"),
     ("VAL_TOKENS_LIMIT", "-1", "0"), ("EVAL_STRIDE", "-1", "0"), ("VOCAB_SIZE", "1", "2"),
     ("VOCAB_SIZE", "65537", "65536"), ("NUM_LAYERS", "0", "1"), ("MODEL_DIM", "0", "16"), ("NUM_HEADS", "0", "4"),
@@ -214,7 +220,7 @@ def test_bounds(name, refused, taken):
 
 @pytest.mark.parametrize("name, choices", [
     ("DEVICE", "auto cuda mps cpu"), ("DTYPE", "auto bfloat16 float32"), ("COMPILE", "auto 0 1"),
-    ("ATTENTION", "auto flash cudnn efficient math blocked"),
+    ("ATTENTION", "auto flash cudnn efficient math blocked"), ("MODE", "train check eval sample"),
 ])  # fmt: skip
 def test_choices(name, choices):
     for choice in choices.split():
@@ -252,14 +258,14 @@ def numbers_after(words: str, message: str) -> list[int]:
 
 
 def test_heads_must_cut_the_width_and_the_advice_works():
-    message = error_of(NUM_HEADS="7")
-    assert "NUM_HEADS=7" in message and "MODEL_DIM=512" in message
-    advised = numbers_after("use one of", message)
-    assert advised == [1, 2, 4, 8, 16, 32, 64, 128, 256]  # 512 heads of width 1 cannot be rotated
-    for heads in advised:
+    for width, heads in ((512, 7), (512, 3), (512, 512), (511, 7), (2, 512)):  # 512 heads of width 1 cannot be rotated
+        message = error_of(MODEL_DIM=str(width), NUM_HEADS=str(heads), NUM_KV_HEADS="1")
+        assert f"MODEL_DIM={width}" in message and f"NUM_HEADS={heads}" in message
+        (advised,) = numbers_after("use", message)
+        assert 0 < advised - width < 2 * heads, "the least that is wider"
+        load(MODEL_DIM=str(advised), NUM_HEADS=str(heads), NUM_KV_HEADS="1")
+    for heads in (1, 2, 4, 8, 16, 32, 64, 128, 256):
         load(NUM_HEADS=str(heads), NUM_KV_HEADS="1")
-    assert "NUM_HEADS=512" in error_of(NUM_HEADS="512")
-    assert "MODEL_DIM=511" in error_of(MODEL_DIM="511", NUM_HEADS="7")
 
 
 def test_kv_heads_must_divide_the_heads_and_the_advice_works():
@@ -287,12 +293,17 @@ def test_stride_over_the_sequence():
 
 
 def test_micro_batch_under_a_sequence():
-    message = error_of(MICRO_BATCH_TOKENS="4095")
-    assert "MICRO_BATCH_TOKENS=4095" in message and "TRAIN_SEQ_LEN=4096" in message and "raise" in message
-    assert load(MICRO_BATCH_TOKENS="4096").micro_batch_tokens == 4096
+    for wrong in ("4095", "1", "-1", "-4096", "4096.0", "4e3", "", "AUTO", "none", "\u00b2"):
+        message = error_of(MICRO_BATCH_TOKENS=wrong)
+        assert f"MICRO_BATCH_TOKENS={wrong}: expected auto, 0 (unlimited) or at least" in message
+        assert "TRAIN_SEQ_LEN=4096" in message
+    for text in ("4096", "4097", "0", "auto", "00", "04096"):
+        config = load(MICRO_BATCH_TOKENS=text)
+        assert config.micro_batch_tokens == text and config.accumulation_steps(1, "cuda") >= 8
 
 
 def test_knobs_that_exclude_each_other(env_file):
+    load(GRAD_ACCUM_STEPS="2", MICRO_BATCH_TOKENS="0"), load(GRAD_ACCUM_STEPS="2", MICRO_BATCH_TOKENS="auto")
     message = error_of(GRAD_ACCUM_STEPS="2", MICRO_BATCH_TOKENS="8192")
     assert "GRAD_ACCUM_STEPS" in message and "MICRO_BATCH_TOKENS" in message and "unset one" in message
     for frac in ({"argv": [env_file("WARMDOWN_FRAC=0.5\n")]}, {"WARMDOWN_FRAC": "0.3526"}):  # even at its default
@@ -319,16 +330,22 @@ def test_run_id_that_is_fine():
 def write_folder(config: Config, log_dir) -> str:
     """config.env as a run writes it."""
     runtime = SimpleNamespace(is_master=True, share=lambda value: value)
-    folder = train_gpt.RunFolder(runtime)
-    folder.create(dataclasses.replace(config, log_dir=str(log_dir), run_id="run"), b"")
+    folder, config = train_gpt.RunFolder(runtime), dataclasses.replace(config, log_dir=str(log_dir), run_id="run")
+    folder.locate(config, {})
+    folder.create(config, b"")
     folder.close()
     return str(log_dir / "run" / "config.env")
 
 
+ONE_CALL = {"run_id": "", "mode": "train", "artifact": "", "resume": "auto", "resume_force": False}
+
+
 def test_texts_leave_out_what_must_not_be_repeated():
-    assert KNOBS.keys() - load(RUN_ID="x").texts().keys() == {"RUN_ID", "WARMDOWN_ITERS"}
+    one_call = {name.upper() for name in ONE_CALL}
+    changed = {"RUN_ID": "x", "MODE": "eval", "ARTIFACT": "y", "RESUME": "z", "RESUME_FORCE": "1"}
+    assert KNOBS.keys() - load(**changed).texts().keys() == one_call | {"WARMDOWN_ITERS"}
     texts = load(WARMDOWN_ITERS="0").texts()
-    assert KNOBS.keys() - texts.keys() == {"RUN_ID", "WARMDOWN_FRAC"} and texts["WARMDOWN_ITERS"] == "0"
+    assert KNOBS.keys() - texts.keys() == one_call | {"WARMDOWN_FRAC"} and texts["WARMDOWN_ITERS"] == "0"
     assert texts["TIE_EMBEDDINGS"] == "1" and load(TIE_EMBEDDINGS="0").texts()["TIE_EMBEDDINGS"] == "0"
 
 
@@ -395,16 +412,18 @@ def test_any_config_survives_its_config_env(environ, tmp_path_factory):
     path = write_folder(config, log_dir)
     again = load([path])
     shutil.rmtree(log_dir)
-    assert dataclasses.replace(again, log_dir=config.log_dir) == config
+    repeated = dataclasses.replace(config, **ONE_CALL)  # all but what belongs to one run or one call
+    assert dataclasses.replace(again, log_dir=config.log_dir) == repeated
     # As an environment, too: an export of texts() starts the same run.
-    assert load(**config.texts()) == config
+    assert load(**config.texts()) == repeated
 
 
 # Micro-steps
 
 
-def brute_force(sequences: int, T: int, world: int, device: str, wanted: int, micro: int) -> int | None:
+def brute_force(sequences: int, T: int, world: int, device: str, wanted: int, micro: str) -> int | None:
     """Micro-steps by trying all; None where the batch or GRAD_ACCUM_STEPS does not divide."""
+    micro = (16_384 if device == "cpu" else 0) if micro == "auto" else int(micro)
     fitting = [n for n in range(1, sequences + 1) if sequences % (world * n) == 0]
     if wanted or not fitting:
         return wanted if wanted in fitting else None
@@ -413,16 +432,22 @@ def brute_force(sequences: int, T: int, world: int, device: str, wanted: int, mi
     return min(enough, default=max(fitting))  # too few sequences for 8 micro-batches: one sequence each
 
 
-def test_accumulation_steps_against_brute_force():
+CUTS = [(0, "auto"), (0, "0"), (1, "auto"), (2, "0"), (3, "auto"), (8, "0"), (0, "7"), (0, "8"), (0, "20"), (0, "21"),
+        (0, "1000000")]  # fmt: skip
+
+
+@pytest.mark.parametrize("T", [7, 2048, 5000, 20_000])  # on a CPU, auto holds many, 8, 3, not even 1
+def test_accumulation_steps_against_brute_force(T):
     seen = set()
     for sequences in (*range(1, 26), 96, 100):
         for world in (1, 2, 3, 4, 5, 8, 16):
-            for wanted, micro in [(0, 0), (1, 0), (2, 0), (3, 0), (8, 0), (0, 7), (0, 8), (0, 20), (0, 21), (0, 10**6)]:
-                config = Config(train_seq_len=7, train_batch_tokens=7 * sequences, grad_accum_steps=wanted,
+            for wanted, micro in CUTS:
+                micro = str(int(micro) * T // 7) if micro.isdecimal() else micro
+                config = Config(train_seq_len=T, train_batch_tokens=T * sequences, grad_accum_steps=wanted,
                                 micro_batch_tokens=micro)  # fmt: skip
                 config.check()
                 for device in ("cpu", "cuda", "mps"):
-                    expected = brute_force(sequences, 7, world, device, wanted, micro)
+                    expected = brute_force(sequences, T, world, device, wanted, micro)
                     try:
                         steps = config.accumulation_steps(world, device)
                     except UserError:
@@ -435,7 +460,10 @@ def test_accumulation_steps_against_brute_force():
 def test_reference_micro_steps():
     config = Config()
     assert [config.accumulation_steps(n, "cuda") for n in (1, 2, 4, 8, 16, 32)] == [8, 4, 2, 1, 1, 1]
-    assert [config.accumulation_steps(n, "cpu") for n in (1, 2, 8)] == [1, 1, 1]
+    assert [config.accumulation_steps(n, "cpu") for n in (1, 2, 8)] == [24, 12, 3]  # 4 sequences are 2**14 tokens
+    unlimited = Config(micro_batch_tokens="0")
+    assert [unlimited.accumulation_steps(n, "cpu") for n in (1, 2, 8)] == [1, 1, 1]
+    assert [unlimited.accumulation_steps(n, "cuda") for n in (1, 2, 8)] == [8, 4, 1]
 
 
 @pytest.mark.parametrize("sequences, world", [(96, 5), (96, 7), (96, 64), (1, 2), (10, 8), (7, 3)])
@@ -470,7 +498,7 @@ def test_advice_for_micro_steps_that_do_not_divide_works():
 @pytest.mark.parametrize("name, nearest", [
     ("ITERATION", "ITERATIONS"), ("SEEDS", "SEED"), ("MATRXI_LR", "MATRIX_LR"), ("iterations", "ITERATIONS"),
     ("NUM_LAYER", "NUM_LAYERS"), ("MAX_WALLCLOCK_SECOND", "MAX_WALLCLOCK_SECONDS"),
-    ("TRAIN_SEQ_LENGTH", "TRAIN_SEQ_LEN"),
+    ("TRAIN_SEQ_LENGTH", "TRAIN_SEQ_LEN"), ("MOXE", "MODE"), ("DTYPF", "DTYPE"), ("RESUNE", "RESUME"),
 ])  # fmt: skip
 def test_typo_draws_a_warning(name, nearest):
     (warning,) = typo_warnings({name: "1", "HOME": "/root", "SEED": "2"})

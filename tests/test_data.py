@@ -178,7 +178,7 @@ def step_of(loaders) -> list[tuple[list[int], list[int]]]:
     for loader in loaders:
         inputs, targets = loader.next_step()
         assert inputs.dtype == targets.dtype == torch.int64 and inputs.shape == targets.shape
-        assert inputs.shape[0] == loader.shape[0] and inputs.ndim == 3
+        assert inputs.shape[0] == loader.accum_steps and inputs.shape[2] == loader.length
         sequences += zip(inputs.flatten(0, 1).tolist(), targets.flatten(0, 1).tolist(), strict=True)
     return sequences
 

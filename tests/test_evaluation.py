@@ -90,12 +90,12 @@ def test_the_sums_over_ranks_are_those_of_all_targets(make_config, runtime, tmp_
                                      val_tokens_limit=limit)  # fmt: skip
         wanted, given = range(1, min(limit or targets, targets) + 1), []
         for fake in ranks_of(runtime, world_size):
-            fake.sum = lambda values: given.append(values) or [1.0, len(wanted), 1]  # noqa: B023
+            fake.sum = lambda values: given.append(values) or [1.0, len(wanted), 1, 0]  # noqa: B023
             Evaluator(stream, POSITIONS, config, fake, accum).score(model)
         contexts = [target - first_seen(target, T, stride or T) for target in wanted]
         expected = sum(math.sin(t) + math.cos(3 * c) for t, c in zip(wanted, contexts, strict=True))
-        nats, tokens, weight = (sum(column) for column in zip(*given, strict=True))
-        assert len(given) == world_size and tokens == len(wanted) and weight == sum(wanted), case
+        nats, tokens, weight, leave = (sum(column) for column in zip(*given, strict=True))
+        assert len(given) == world_size and tokens == len(wanted) and weight == sum(wanted) and not leave, case
         assert nats == pytest.approx(expected, abs=1e-9), case
 
 
@@ -179,16 +179,16 @@ def test_the_whole_validation_text_weighs_its_true_bytes(evaluate, runtime, trai
 def test_ranks_sum_to_the_score_of_one(evaluate, runtime, trained, world_size, stride, accum):
     alone, parts = evaluate(runtime, EVAL_STRIDE=stride).score(trained), []
     for fake in ranks_of(runtime, world_size):
-        fake.sum = lambda values: parts.append(values) or [1.0, alone.tokens, 1]
+        fake.sum = lambda values: parts.append(values) or [1.0, alone.tokens, 1, 0]
         evaluate(fake, accum, EVAL_STRIDE=stride).score(trained)
-    nats, tokens, weight = (sum(column) for column in zip(*parts, strict=True))
-    assert (tokens, weight) == (alone.tokens, alone.bytes)
+    nats, tokens, weight, leave = (sum(column) for column in zip(*parts, strict=True))
+    assert (tokens, weight, leave) == (alone.tokens, alone.bytes, 0)
     assert nats / tokens == pytest.approx(alone.loss, rel=1e-6)
     assert min(part[1] for part in parts) > 0.8 * tokens / world_size, "the work is shared evenly"
 
 
 def test_a_target_that_no_rank_scored_is_noticed(evaluate, runtime, trained):
-    runtime.sum = lambda values: [values[0], values[1] - 1, values[2]]
+    runtime.sum = lambda values: [values[0], values[1] - 1, *values[2:]]
     with pytest.raises(UserError, match="scored .* targets"):
         evaluate(runtime).score(trained)
 
@@ -256,5 +256,6 @@ def test_targets_without_bytes_or_no_targets_at_all_are_refused(make_config, run
     weightless = SimpleNamespace(weigh=lambda tokens: 0)
     with pytest.raises(UserError, match="VAL_TOKENS_LIMIT"):
         Evaluator(counting_stream(tmp_path / "some", 20), weightless, config, runtime).score(trained)
+    counting_stream(tmp_path / "none", 0)
     with pytest.raises(UserError, match="2 are needed"):
-        Evaluator(counting_stream(tmp_path / "none", 0), POSITIONS, config, runtime)
+        train_gpt.open_text(make_config(DATA_PATH=tmp_path / "none"), train_gpt.RunFolder(runtime))

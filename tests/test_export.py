@@ -127,12 +127,14 @@ def test_the_object_has_the_keys_and_types_of_the_format(make_config):
         small = name in ("a.weight", "e.weight")
         assert tensor.dtype == (torch.float16 if small else torch.int64 if name == "counter" else torch.float32)
         assert torch.equal(tensor, state[name].half() if small else state[name])
-    assert artifact["config"]["num_layers"] == config.num_layers
-    assert artifact["config"]["rope_base"] == config.rope_base
+    assert artifact["config"] == {name.lower(): getattr(config, name.lower()) for name in train_gpt.TOLD_KNOBS}
+    assert {"NUM_LAYERS", "NUM_HEADS", "ROPE_BASE", "LOGIT_SOFTCAP", "EVAL_STRIDE"} <= set(train_gpt.TOLD_KNOBS)
 
 
 def packed(artifact):
-    return zlib.compress(train_gpt.torch_bytes(artifact), level=9)
+    """The file: ours ends in the checksum of its stream; one without `config`, as of the public reference, does not."""
+    stream = zlib.compress(train_gpt.torch_bytes(artifact), level=9)
+    return stream + hashlib.sha256(stream).digest() * ("config" in list(artifact))
 
 
 def test_every_tensor_comes_back_in_its_type_within_half_a_scale(make_config):
@@ -219,20 +221,24 @@ class Evil:
 def test_unpack_refuses_what_is_no_artifact_and_runs_no_code(tmp_path):
     good = packed(foreign_artifact())
     trap = packed({**foreign_artifact(), "config": Evil(tmp_path / "trapped")})
+    ours = packed(foreign_artifact() | {"config": {}})
     unnamed = {name: part for name, part in foreign_artifact().items() if name != "__quant_format__"}
     for number, blob in enumerate([
         b"", b"garbage", good[:-20], good[: len(good) // 2], zlib.compress(b"garbage"), trap, packed([1, 2]),
         packed(torch.ones(3)), packed(foreign_artifact() | {"__quant_format__": "int4"}), packed(unnamed),
+        ours[:-1], ours[:-32], ours[:-1] + bytes([ours[-1] ^ 1]), ours + b"\0", good + b"\0",
     ]):  # fmt: skip
-        with pytest.raises(UserError, match=f"file{number} is no .*artifact"):
+        with pytest.raises(UserError, match=f"^file{number} (is|holds) [^\n]*$"):
             unpack(blob, f"file{number}")
+    unpack(ours, "ours"), unpack(good, "of the reference")
     assert not (tmp_path / "trapped").exists()
-    torch.load(io.BytesIO(zlib.decompress(trap)), weights_only=False)
+    torch.load(io.BytesIO(zlib.decompressobj().decompress(trap)), weights_only=False)
     assert (tmp_path / "trapped").exists(), "the trap would have worked"
 
 
 def exported(config, runtime, state, code_bytes):
     folder = RunFolder(runtime)
+    folder.locate(config, {})
     folder.create(config, b"code")
     sizes = export(state, config, folder, code_bytes)
     folder.close()
@@ -259,7 +265,8 @@ def test_the_logged_sizes_are_those_of_the_files(make_config, runtime):
     artifact = unpack(blob, path)
     tensors = [*artifact["quantized"].values(), *artifact["scales"].values(), *artifact["passthrough"].values()]
     assert int(payload) == sum(t.numel() * t.element_size() for t in tensors)
-    assert int(raw_torch) == len(zlib.decompress(blob))
+    assert int(raw_torch) == len(zlib.decompress(blob[:-32]))
+    assert hashlib.sha256(blob[:-32]).digest() == blob[-32:], "the stream, then its checksum"
     assert float(ratio) == pytest.approx(sum(4 * t.numel() for t in state.values()) / int(payload), abs=0.005)
     assert re.search(rf"^size_verdict:OK limit:16000000 spare:{16_000_000 - len(blob) - 1234}$", log, re.MULTILINE)
     assert sizes == {"bytes_model": len(raw), "bytes_artifact": len(blob), "bytes_code": 1234,

@@ -77,7 +77,7 @@ def read_run(settings):
 
 def test_auto_chooses_flash_attention(on_device):
     config, runtime = on_device()
-    assert train_gpt.choose_attention(config, runtime, 4)[1].startswith("attention:flash by grouped_attention")
+    assert train_gpt.choose_attention(config, runtime)[1].startswith("attention:flash by grouped_attention")
 
 
 def test_every_attention_backend_that_runs_agrees_with_our_own(on_device):
@@ -88,7 +88,7 @@ def test_every_attention_backend_that_runs_agrees_with_our_own(on_device):
     for name in ("flash", "cudnn", "efficient", "math"):
         config, runtime = on_device(ATTENTION=name)
         try:
-            attend, _ = train_gpt.choose_attention(config, runtime, 4)
+            attend, _ = train_gpt.choose_attention(config, runtime)
         except train_gpt.UserError:
             continue  # cuDNN and the others depend on the chip and the build; flash must be there (see above)
         model = scatter(GPT(config, attend, torch.bfloat16).cuda())
@@ -99,7 +99,7 @@ def test_every_attention_backend_that_runs_agrees_with_our_own(on_device):
 
 def test_compiled_equals_eager(on_device):
     config, runtime = on_device()
-    attend, _ = train_gpt.choose_attention(config, runtime, 4)
+    attend, _ = train_gpt.choose_attention(config, runtime)
     model = scatter(GPT(config, attend, torch.bfloat16).cuda())
     eager = losses_and_gradients(model, model, config)
     compiled = torch.compile(model, dynamic=False, fullgraph=True)

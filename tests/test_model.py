@@ -341,10 +341,10 @@ def test_each_attention_backend_on_the_cpu_works_or_is_a_user_error(make_config,
     config = make_config(ATTENTION=name)
     if not works:
         with pytest.raises(UserError, match=f"ATTENTION={name} .*cpu.*{name} grouped_attention failed: .+") as error:
-            train_gpt.choose_attention(config, runtime, 2)
+            train_gpt.choose_attention(config, runtime)
         assert f"{name} expanded_attention failed: " in str(error.value)
         return
-    attend, note = train_gpt.choose_attention(config, runtime, 2)
+    attend, note = train_gpt.choose_attention(config, runtime)
     chosen = "blocked" if name == "auto" else name  # the fastest on a CPU at this length
     assert note.startswith(f"attention:{chosen} by {attend.__name__}")
     enabled = [switch for switch in SWITCHES if getattr(torch.backends.cuda, f"{switch}_sdp_enabled")()]
@@ -355,7 +355,7 @@ def test_each_attention_backend_on_the_cpu_works_or_is_a_user_error(make_config,
 
 def test_auto_on_the_cpu_avoids_quadratic_memory_for_long_sequences(make_config, runtime):
     config = make_config(TRAIN_SEQ_LEN=1088, TRAIN_BATCH_TOKENS=1088)
-    assert train_gpt.choose_attention(config, runtime, 1)[1].startswith("attention:flash")
+    assert train_gpt.choose_attention(config, runtime)[1].startswith("attention:flash")
 
 
 class FailsBackward(torch.autograd.Function):
@@ -376,10 +376,10 @@ def test_a_backend_that_fails_is_passed_over_and_the_log_says_why(make_config, r
         return FailsBackward.apply(expanded_attention(q, k, v))
 
     monkeypatch.setattr(train_gpt, "grouped_attention", broken)
-    attend, note = train_gpt.choose_attention(make_config(ATTENTION="math"), runtime, 3)
+    attend, note = train_gpt.choose_attention(make_config(ATTENTION="math"), runtime)
     assert attend is train_gpt.expanded_attention
     assert note == "attention:math by expanded_attention; math broken failed: no backward kernel"
-    assert tried == [((3, 4, 32, 8), (3, 2, 32, 8), (3, 2, 32, 8), torch.float32)], "proved at the real shape"
+    assert tried == [((1, 4, 32, 8), (1, 2, 32, 8), (1, 2, 32, 8), torch.float32)], "proved on one real sequence"
 
 
 @pytest.mark.parametrize("attend", [blocked_attention, expanded_attention])
