@@ -109,8 +109,8 @@ def model_and_step(trainer, config, runtime, problems: list[str]) -> dict:
     estimate = 5 * sum(p.nbytes for p in model.parameters()) + activation_bytes(model, tokens[:1]) * (micro // T)
     memory = device_memory(runtime.device) if here else None
     facts = {
-        "model_params": params, "kernels": kernels.replace("\n", "; "), "micro_step": f"{rows} sequences of {T} tokens, "
-        f"{'eager' if learner is model else 'compiled'}: runs", "seconds_per_token": per_token,
+        "model_params": params, "kernels": kernels.replace("\n", "; "), "seconds_per_token": per_token,
+        "micro_step": f"{rows} sequences of {T} tokens, {'eager' if learner is model else 'compiled'}: runs",
         "tokens_per_step": config.train_batch_tokens, "grad_accum_steps": accum_steps, "micro_batch_tokens": micro,
         "memory_estimate_mib": estimate >> 20, "memory_mib": memory and memory >> 20, "schedule": schedule(config),
         "bytes_artifact_projected": projected, "bytes_code": code, "bytes_total_projected": projected + code,
