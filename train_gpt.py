@@ -60,6 +60,7 @@ def require(ok, message: str):
 # ---------- Config: every knob with its default, meaning and unit; where values come from; what may be combined -------
 def knob(default, meaning: str, low=None, high=None, choices=(), free: bool = False):
     """`low` and `high` are inclusive bounds. What is not `free` shapes the result and stays the same at a resume."""
+    high = 2**32 if type(default) is int and high is None else high  # more of anything is a slip, and would hang
     return dataclasses.field(default=default, metadata=dict(meaning=meaning, allowed=(low, high, choices), free=free))
 
 free = functools.partial(knob, free=True)
@@ -158,8 +159,8 @@ class Config:
 
     def check(self):
         """Bounds of each knob, then what must hold between knobs."""
-        require(re.fullmatch(r"[\w+=-][\w.+=-]*|", self.run_id),
-                f"RUN_ID={self.run_id!r} cannot name a folder: use letters, digits and . _ + = -")
+        require(re.fullmatch(r"[\w+=-][\w.+=-]{0,99}|", self.run_id),
+                f"RUN_ID={self.run_id!r} cannot name a folder: use letters, digits and . _ + = -, at most 100")
         for name, field in KNOBS.items():
             value, (low, high, choices) = getattr(self, field.name), field.metadata["allowed"]
             require(not choices or value in choices, f"{name}={value}: expected one of {', '.join(choices)}")
@@ -173,7 +174,7 @@ class Config:
         require(H % K == 0, f"NUM_KV_HEADS={K} does not divide NUM_HEADS={H}: use one of {divisors(H)}")
         require(batch % T == 0, f"TRAIN_BATCH_TOKENS={batch} is not whole TRAIN_SEQ_LEN={T}: use {-(-batch // T) * T}")
         require(self.eval_stride <= T, f"EVAL_STRIDE={self.eval_stride} is over TRAIN_SEQ_LEN={T}: lower it")
-        require(micro == "auto" or micro.isdecimal() and not 0 < int(micro) < T,
+        require(re.fullmatch("auto|0|[1-9][0-9]{,14}", micro) and (micro in ("auto", "0") or int(micro) >= T),
                 f"MICRO_BATCH_TOKENS={micro}: expected auto, 0 (unlimited) or at least one TRAIN_SEQ_LEN={T}")
         require(not self.grad_accum_steps or micro in ("auto", "0"),
                 "GRAD_ACCUM_STEPS and MICRO_BATCH_TOKENS are both given: unset one, both cut the step")
@@ -224,7 +225,7 @@ def parse(field: dataclasses.Field, text: str):
         value = {"0": False, "1": True}[text] if kind is bool else kind(text)
         if kind is str or math.isfinite(value):
             return value
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         pass
     noun = {bool: "a switch: use 0 or 1", int: "a whole number", float: "a finite number"}[kind]
     raise UserError(f"{field.name.upper()}={text!r} is not {noun}: the default is {field.default}")
@@ -392,8 +393,10 @@ class RunFolder:
                 file.flush()
                 os.fsync(file.fileno())
             if temporary.read_bytes() != data:
-                raise OSError(f"{temporary} does not hold what was written to it: check the disk")
+                raise OSError("it does not hold what was written to it: check the disk")
             os.replace(temporary, self.path / name)
+        except OSError as error:
+            raise OSError(f"{self.path / name} cannot be written ({error}): make room, or move LOG_DIR") from error
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -423,7 +426,7 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
 
 def is_out_of_memory(error: Exception) -> bool:
-    return bool(re.search("not enough memory|out of memory", str(error)))  # by CPU, CUDA and MPS
+    return bool(re.search("(not enough|can't allocate|out of) memory", str(error)))  # by CPU, CUDA and MPS
 
 def choose_compile(config: Config, runtime: Runtime) -> tuple[bool, str]:
     """Whether to torch.compile, and why. A tiny function is compiled to find out whether a compiler works here."""
@@ -570,6 +573,7 @@ class TokenBytes:
             chunk = stream.read(start, min(2**24 + 1, len(stream) - start))
             self.text_bytes += self.weigh(chunk)
             digest.update(chunk[: 2**24].tobytes())
+        require(self.text_bytes, f"{stream.pattern}: {len(stream)} tokens weigh no bytes: make or fetch it again")
         self.text_sha256, source = digest.hexdigest(), "not proved: no manifest.json states the true bytes"
         if stated is not None:
             require(self.text_bytes == stated, f"{stream.pattern}: weighs {self.text_bytes} bytes, but manifest.json "
@@ -634,7 +638,8 @@ def choose_attention(config: Config, runtime: Runtime):
                 return attend, f"attention:{name} by {attend.__name__}{failed}"
             except (RuntimeError, NotImplementedError) as error:
                 failed += f"; {name} {attend.__name__} failed: {first_line(error)}"
-    raise UserError(f"ATTENTION={config.attention} does not run on {runtime.device}: use ATTENTION=auto{failed}")
+    raise UserError(f"ATTENTION={config.attention} does not run on {runtime.device}: use ATTENTION=auto, or a "
+                    f"smaller MODEL_DIM or TRAIN_SEQ_LEN{failed}")
 
 def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),), eps=2.0**-23)  # computed in fp32, whose own epsilon this is
@@ -951,11 +956,12 @@ def quantize(state: dict[str, Tensor], config: Config) -> dict:
 
 def dequantize(artifact: dict) -> dict[str, Tensor]:
     """The state dict that an int8 object stands for, each tensor in its original type."""
-    state, parts = {}, [artifact[part].values() for part in ("quantized", "scales", "passthrough")]
-    require(all(t.is_contiguous() for part in parts for t in part), "a tensor is larger than its data")  # by stride 0
+    state, tensors = {}, [t for part in ("quantized", "scales", "passthrough") for t in artifact[part].values()]
+    require(all(t.is_contiguous() for t in tensors) and sum(t.nbytes for t in tensors) <= UNPACKED_LIMIT,
+            "its tensors are larger than its data")  # by stride 0, or by many of one storage
     for name, q in artifact["quantized"].items():
         scale = artifact["scales"][name].float().view(-1, *[1] * (q.ndim - 1))  # one per row, or one in all
-        state[name] = (q.float() * scale).to(getattr(torch, artifact["dtypes"][name]))
+        state[name] = q.float().mul_(scale).to(getattr(torch, artifact["dtypes"][name]))
     for name, tensor in artifact["passthrough"].items():
         dtype = artifact.get("passthrough_orig_dtypes", {}).get(name)
         state[name] = tensor.to(getattr(torch, dtype)) if dtype else tensor
@@ -971,9 +977,9 @@ def reading(source):
     """Whatever fails while a file is decoded, the file is to blame: its readers need no check of their own for it."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:  # zlib, zip, pickle and torch each raise their own
+        if isinstance(error, UserError) and str(source) in str(error):
+            raise
         raise UserError(f"{source} is damaged or of another format ({type(error).__name__}: {first_line(error)}): "
                         "use another file, or make it again") from error
 
@@ -1025,15 +1031,23 @@ def read_model(blob: bytes, source) -> tuple[dict[str, Tensor], dict[str, str]]:
     with reading(source):
         artifact = {} if blob[:2] == b"PK" else unpack(blob, source)
         state = dequantize(artifact) if artifact else load_tensors(blob, source)
-        require(all(tensor.is_contiguous() for tensor in state.values()), "a tensor is larger than its data")
-        told = {name.upper(): str(int(value) if isinstance(value, bool) else value)
-                for name, value in artifact.get("config", {}).items()}
-        require(told.keys() <= set(TOLD_KNOBS), f"{source} tells of {sorted(told.keys() - set(TOLD_KNOBS))}")
+        odd = [name for name, t in state.items()
+               if not (t.is_floating_point() and t.is_contiguous() and t.isfinite().all())]
+        require(not odd, f"{', '.join(odd[:3])}: not finite numbers, or larger than the data")
+        told = artifact.get("config", {})
+        odd = [name for name, value in told.items()
+               if name.upper() not in TOLD_KNOBS or type(value) not in (bool, int, float, str)]
+        require(not odd, f"its config tells of {', '.join(odd)}")
+        told = {name.upper(): str(int(value) if isinstance(value, bool) else value) for name, value in told.items()}
         (V, D), H = state["tok_emb.weight"].shape, len(state["blocks.0.attn.q_gain"])
         shape = (V, len({name.split(".")[1] for name in state if name.startswith("blocks.")}), D, H,
                  len(state["blocks.0.attn.c_k.weight"]) * H // D, len(state["blocks.0.mlp.fc.weight"]) // D,
                  int("lm_head.weight" not in state))
-        return state, told | dict(zip(SHAPE_KNOBS, map(str, shape), strict=True))
+        shape = dict(zip(SHAPE_KNOBS, map(str, shape), strict=True))
+        odd = [f"{name}={told[name]}, not {text}" for name, text in shape.items() if told.get(name, text) != text]
+        require(not odd, f"its config contradicts its tensors: {'; '.join(odd)}")
+        Config.load([], told | shape)
+        return state, told | shape
 
 # ---------- Checkpoint: all that a run needs to go on exactly where it was; which knobs may change meanwhile ----------
 CHECKPOINT_FORMAT = "train_gpt_checkpoint_v1"
@@ -1061,8 +1075,9 @@ def read_checkpoint(blob: bytes, source, config: Config, facts: dict[str, str]) 
             f"{source} is damaged: it does not match its checksum: resume from another, or remove it to start again")
     with reading(source):
         state, differences = load_tensors(blob[:-32], source), []
-        require(state["format"] == CHECKPOINT_FORMAT, f"{source} has format {state['format']}, not {CHECKPOINT_FORMAT}")
+        require(state["format"] == CHECKPOINT_FORMAT, f"{source} is no checkpoint of format {CHECKPOINT_FORMAT}")
         then, now = state["knobs"], config.texts() | facts
+        require(all(type(text) is str for text in then.values()), "its knobs are no texts")
         for name in sorted(then.keys() | now.keys()):
             old, new = then.get(name, "unset"), now.get(name, "unset")
             longer = name in LENGTH_KNOBS and (float(new) or math.inf) >= (float(old) or math.inf)
@@ -1122,13 +1137,18 @@ class Trainer:
 
     def restore(self, state: dict):
         """Go on from a checkpoint. Adam's state goes to every rank, Muon's to the owner of the matrix."""
+        kinds = [type(state[name]) for name in ("steps", "position", "train_seconds")]
+        require(kinds == [int, int, float], "wrong types of numbers")
         self.model.load_state_dict(state["model"])
         names = {p: name for name, p in self.model.named_parameters()}
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 for p in optimizer.owned(group["params"]) if isinstance(optimizer, Muon) else group["params"]:
                     values = state["optimizer"].get(names[p], {})
-                    require(all(value.shape in (p.shape, ()) for value in values.values()), f"wrong shape: {names[p]}")
+                    keys = ("momentum_buffer",) if isinstance(optimizer, Muon) else ("step", "exp_avg", "exp_avg_sq")
+                    shapes = {key: () if key == "step" else p.shape for key in keys}
+                    require({key: value.shape for key, value in values.items()} == shapes or not values
+                            and not (state["steps"] and p.requires_grad), f"wrong or no state of {names[p]}")
                     if values:
                         optimizer.state[p] = {key: value.to(p.device, torch.float32 if key == "step" else p.dtype)
                                               for key, value in values.items()}

@@ -1,0 +1,112 @@
+"""Small runs for tests, in this process; their files taken apart and put together again with checksums that hold."""
+
+import contextlib
+import hashlib
+import io
+import os
+import signal
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_gpt
+
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_RESTART_COUNT")
+# What belongs to the machine, and where the data is: all that MODE=eval may need beside ARTIFACT.
+MACHINE = ("DEVICE", "DTYPE", "COMPILE", "DATA_PATH", "TOKENIZER_PATH")
+
+
+def tiny_settings(corpus: Path, **overrides) -> dict[str, str]:
+    """The environment of a run of a second, whose artifact is scored with every knob that it must tell of set."""
+    base = {
+        "DATA_PATH": corpus / "data", "TOKENIZER_PATH": corpus / "tok.model", "RUN_ID": "run", "LOG_DIR": "logs",
+        "VOCAB_SIZE": (corpus / "vocab_size").read_text(), "DEVICE": "cpu", "DTYPE": "float32", "COMPILE": "0",
+        "MAX_WALLCLOCK_SECONDS": 0, "ITERATIONS": 4, "NUM_LAYERS": 2, "MODEL_DIM": 32, "NUM_HEADS": 4,
+        "NUM_KV_HEADS": 2, "TRAIN_SEQ_LEN": 32, "TRAIN_BATCH_TOKENS": 256, "VAL_BATCH_SIZE": 512, "WARMUP_STEPS": 0,
+        "VAL_LOSS_EVERY": 0, "ROPE_BASE": 5000, "LOGIT_SOFTCAP": 20,
+    }  # fmt: skip
+    return {name: str(value) for name, value in (base | overrides).items()}
+
+
+def machine_settings(corpus: Path, **overrides) -> dict[str, str]:
+    """Of `tiny_settings`, what is left for MODE=eval and MODE=sample."""
+    return {name: text for name, text in tiny_settings(corpus).items() if name in MACHINE} | {
+        name: str(value) for name, value in overrides.items()}  # fmt: skip
+
+
+@contextlib.contextmanager
+def environment(values: dict[str, str]):
+    """No knob and no launcher's variable in the environment, but for these."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in (*train_gpt.KNOBS, *LAUNCHER):
+            patch.delenv(name, raising=False)
+        for name, value in values.items():
+            patch.setenv(name, value)
+        yield
+
+
+@contextlib.contextmanager
+def signals_restored():
+    """main() takes over some signals, as a program may."""
+    names = {"SIGTERM", "SIGINT", "SIGUSR1"} & set(dir(signal))
+    handlers = {name: signal.getsignal(getattr(signal, name)) for name in names}
+    try:
+        yield
+    finally:
+        for name, handler in handlers.items():
+            signal.signal(getattr(signal, name), handler)
+
+
+def call_main(values: dict[str, str], *args) -> int:
+    """The exit code of main() in this environment."""
+    with environment(values), signals_restored():
+        return train_gpt.main([str(arg) for arg in args])
+
+
+def train_tiny(corpus: Path, folder: Path, **overrides) -> Path:
+    """The folder of a finished run, some of whose tensors are int8, small as they are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_gpt, "INT8_MIN_NUMEL", 1500)
+        assert call_main(tiny_settings(corpus, LOG_DIR=folder / "logs", **overrides)) == 0
+    return folder / "logs" / "run"
+
+
+def torch_bytes(value, **options) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer, **options)
+    return buffer.getvalue()
+
+
+def load(data: bytes):
+    return torch.load(io.BytesIO(data), weights_only=True)
+
+
+def seal(packed: bytes) -> bytes:
+    """An artifact of these bytes: zlib, and the checksum of that."""
+    blob = zlib.compress(packed, 9)
+    return blob + hashlib.sha256(blob).digest()
+
+
+def open_artifact(path: Path) -> dict:
+    return load(zlib.decompressobj().decompress(path.read_bytes()))
+
+
+def seal_checkpoint(state) -> bytes:
+    data = torch_bytes(state)
+    return data + hashlib.sha256(data).digest()
+
+
+def open_checkpoint(path: Path) -> dict:
+    return load(path.read_bytes()[:-32])
+
+
+class Canary:
+    """A pickle that makes a folder when it is loaded by a reader that runs what it reads."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
