@@ -8,6 +8,7 @@ SAMPLE_PROMPT ends with a sample in its log.
 
 import contextlib
 import math
+import os
 import sys
 
 import torch
@@ -20,20 +21,21 @@ def generate(model, config, token_bytes):
     Each token is a forward pass over the last TRAIN_SEQ_LEN tokens: simple, and fast enough for a few hundred."""
     prompt, generator = config.sample_prompt.replace("\\n", "\n"), torch.Generator().manual_seed(config.seed)
     device, T = next(model.parameters()).device, config.train_seq_len
-    tokens = token_bytes.encode(prompt)
-    shown = token_bytes.decode(tokens)
+    tokens = [token_bytes.start, *token_bytes.encode(prompt)]
+    shown = token_bytes.decode(tokens[1:]).decode(errors="replace")
     yield prompt
     for _ in range(config.sample_tokens):
         window = tokens[-T:]
         padding = [0] * min(-len(window) % 64, T - len(window))  # few lengths for the kernels; the past is blind to it
         logits = model(torch.tensor([window + padding], device=device))[0, len(window) - 1].float().cpu()
+        logits[token_bytes.size :] = -math.inf  # ids that only fill the vocabulary up
         if config.top_k:
             logits[logits < logits.topk(min(config.top_k, len(logits))).values[-1]] = -math.inf
         weights = (logits / config.temperature).softmax(-1) if config.temperature else (logits == logits.max()).float()
         tokens.append(int(weights.multinomial(1, generator=generator)))
         if token_bytes.boundary[tokens[-1]]:
             return
-        text = token_bytes.decode(tokens)
+        text = token_bytes.decode(tokens[1:]).decode(errors="replace")
         if not text.endswith("\ufffd"):  # a part of a character waits for its other bytes
             yield text[len(shown) :]
             shown = text
@@ -41,6 +43,7 @@ def generate(model, config, token_bytes):
 
 def main(config, folder, argv: list[str]):
     """The text alone goes to standard output; what is known of the model goes to standard error."""
+    os.environ["COMPILE"] = "0"  # the lengths of a growing text would each be compiled anew
     trainer = sys.modules[type(config).__module__]
     with contextlib.redirect_stdout(sys.stderr):
         config, model, _ = trainer.open_model(config, folder, argv)

@@ -4,9 +4,8 @@
     python train_gpt.py records/recipes/demo_cpu.env         a configuration file of KEY=VALUE lines
     SEED=1338 MATRIX_LR=0.03 python train_gpt.py             every knob is an environment variable, which wins
     torchrun --standalone --nproc_per_node=8 train_gpt.py    eight GPUs; any number of ranks and nodes works
-    MODE=check python train_gpt.py                           what would happen, what is missing; no training
-    MODE=eval ARTIFACT=logs/<run_id>/final_model.int8.ptz python train_gpt.py      score it again
-    MODE=sample ARTIFACT=... SAMPLE_PROMPT="To be" python train_gpt.py             let it write
+    MODE=check python train_gpt.py                           what would happen and what is missing, without training
+    MODE=eval ARTIFACT=logs/<run_id>/final_model.int8.ptz python train_gpt.py      MODE=sample lets it write
     python train_gpt.py --help                               every knob with its default and meaning
 
 The file reads from top to bottom; importing it does nothing.
@@ -45,6 +44,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
 SIZE_LIMIT = 16_000_000  # bytes of code plus artifact, decimal
+FINEWEB_TARGETS, FINEWEB_BYTES = 62_021_632, 151_080_363  # the challenge's validation text in its 1,024 pieces
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 NO_DATA_HINT = """two commands bring some data and train on it:
   python data/prepare_shakespeare.py
@@ -72,7 +72,8 @@ class Config:
     # What to do, and where things are
     mode: str = free("train", "what this call does", choices=("train", "check", "eval", "sample"))
     data_path: str = free("./data/datasets/fineweb10B_sp1024", "folder of fineweb_{train,val}_NNNNNN.bin shards")
-    tokenizer_path: str = free("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model of the shards")
+    tokenizer_path: str = free("./data/tokenizers/fineweb_1024_bpe.model",
+                               "tokenizer of the shards: a SentencePiece .model, gpt2 or another of tiktoken, or bytes")
     log_dir: str = free("./logs", "folder of the run folders")
     run_id: str = free("", "name of the run folder; empty: a time stamp")
     seed: int = knob(1337, "seed of the initial weights, and of a sample", 0, 2**63 - 1)
@@ -94,7 +95,6 @@ class Config:
     warmdown_frac: float = knob(0.3526, "share of the run over which the rates fall linearly to 0", 0, 1)
     warmdown_iters: int = knob(-1, "the same in steps, instead of WARMDOWN_FRAC; -1: unused", -1)
     warmup_steps: int = free(20, "steps that compile and warm up; all state is restored after them", 0)
-    # Batch
     train_batch_tokens: int = knob(393_216, "tokens per step, over all ranks and micro-steps", 1)
     train_seq_len: int = knob(4096, "tokens per sequence, in training and in evaluation", 1)
     grad_accum_steps: int = free(0, "micro-steps per step; 0: at least 8 / ranks on GPUs, 1 on CPUs", 0)
@@ -106,7 +106,7 @@ class Config:
     val_batch_size: int = free(524_288, "tokens per validation batch, over all ranks and micro-steps", 1)
     val_tokens_limit: int = free(0, "score only the first N targets, labelled partial; 0: all", 0)
     eval_stride: int = free(0, "targets scored per sliding window; 0: disjoint windows", 0)
-    # MODE=eval and MODE=sample; a run with a prompt ends with a sample
+    # MODE=eval, MODE=sample; a run with a prompt ends with a sample
     artifact: str = free("", "the model: a final_model.int8.ptz or a .pt")
     sample_prompt: str = free("", r"text to continue; \n is a line break")
     sample_tokens: int = free(200, "tokens of a sample at most", 1)
@@ -124,7 +124,6 @@ class Config:
     rope_base: float = knob(10_000.0, "base of the rotary frequencies", 1)
     qk_gain_init: float = knob(1.5, "initial gain of every query head")
     logit_softcap: float = knob(30.0, "logits are squeezed smoothly into +- this", 1e-3)
-    # Optimizers
     embed_lr: float = knob(0.6, "Adam rate of an untied embedding", 0)
     head_lr: float = knob(0.008, "Adam rate of an untied output projection", 0)
     tied_embed_lr: float = knob(0.03, "Adam rate of the tied embedding", 0)
@@ -138,13 +137,11 @@ class Config:
     beta2: float = knob(0.95, "Adam's second decay", 0, 0.999999)
     adam_eps: float = knob(1e-8, "Adam's epsilon", 1e-20)
     grad_clip_norm: float = knob(0.0, "the global gradient norm is clipped to this, after reduction; 0: off", 0)
-    # Export
     int8_scale_floor: float = knob(0.0, "least scale of an int8 row; raising it trades quality for size", 0)
 
     @staticmethod
     def load(argv: list[str], environ, told: dict[str, str] | None = None) -> "Config":
-        """Defaults, then what an artifact has `told` of itself, then the KEY=VALUE lines of the file in argv (at most
-        one), then the environment, which wins."""
+        """Defaults < what an artifact has `told` of itself < KEY=VALUE lines of the one file in argv < environment."""
         require(len(argv) <= 1, f"arguments {argv}: expected at most one FILE.env; knobs are environment variables")
         texts = read_env_file(Path(argv[0])) if argv else {}
         for name in texts.keys() - KNOBS.keys():
@@ -180,16 +177,15 @@ class Config:
                 "GRAD_ACCUM_STEPS and MICRO_BATCH_TOKENS are both given: unset one, both cut the step")
 
     def texts(self) -> dict[str, str]:
-        """{KNOB: text}; read back, it gives this configuration again. WARMDOWN_FRAC yields to WARMDOWN_ITERS; what
-        belongs to one run or one call is left out."""
+        """{KNOB: text}, which read back gives this configuration, but for what belongs to one run or one call."""
         hidden = {"RUN_ID", "MODE", "ARTIFACT", "RESUME", "RESUME_FORCE",
                   "WARMDOWN_FRAC" if self.warmdown_iters >= 0 else "WARMDOWN_ITERS"}
         values = {name: getattr(self, field.name) for name, field in KNOBS.items() if name not in hidden}
         return {name: str(int(value) if isinstance(value, bool) else value) for name, value in values.items()}
 
     def accumulation_steps(self, world_size: int, device_type: str) -> int:
-        """Micro-steps per step: GRAD_ACCUM_STEPS, or the fewest that cut the batch into whole sequences, are at least
-        8 / world_size on a GPU (so that one GPU takes the micro-batches of eight) and keep to MICRO_BATCH_TOKENS."""
+        """Micro-steps per step: GRAD_ACCUM_STEPS, or the fewest that cut the batch into whole sequences, keep to
+        MICRO_BATCH_TOKENS and are at least 8 / world_size on a GPU: one GPU takes the micro-batches of eight."""
         T, total = self.train_seq_len, self.train_batch_tokens // self.train_seq_len
         fit = -(-total // world_size) * world_size * T
         require(total % world_size == 0, f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} is {total} sequences, which "
@@ -221,12 +217,10 @@ def typo_warnings(environ) -> list[str]:
 def parse(field: dataclasses.Field, text: str):
     """The value of a knob from its text; its type is that of its default."""
     kind = type(field.default)
-    try:
+    with contextlib.suppress(ValueError, KeyError, OverflowError):
         value = {"0": False, "1": True}[text] if kind is bool else kind(text)
         if kind is str or math.isfinite(value):
             return value
-    except (ValueError, KeyError, OverflowError):
-        pass
     noun = {bool: "a switch: use 0 or 1", int: "a whole number", float: "a finite number"}[kind]
     raise UserError(f"{field.name.upper()}={text!r} is not {noun}: the default is {field.default}")
 
@@ -340,8 +334,7 @@ class RunFolder:
     def locate(self, config: Config, environ):
         """Name the folder: RUN_ID; or, restarted by torchrun, what the same launch made; or a new time stamp."""
         launch = environ.get("TORCHELASTIC_RUN_ID", "none")
-        if launch == "none":  # a static rendezvous has no name, but the agent is the same process
-            launch += f" {platform.node()} {os.getppid()}"
+        launch += f" of {os.getppid()}" if launch == "none" else ""  # a static rendezvous has no name of its own
         self.launch, name = f"# launch {launch}\n", f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{os.getpid()}"
         if environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and self.runtime.is_master:
             made = Path(config.log_dir).glob("*/config.env")
@@ -422,23 +415,19 @@ class Stopwatch:
     def elapsed(self, phase: str) -> float:
         return self.seconds[phase] + (time.perf_counter() - self.since if phase == self.phase else 0.0)
 
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-
 def is_out_of_memory(error: Exception) -> bool:
     return bool(re.search("(not enough|can't allocate|out of) memory", str(error)))  # by CPU, CUDA and MPS
 
 def choose_compile(config: Config, runtime: Runtime) -> tuple[bool, str]:
     """Whether to torch.compile, and why. A tiny function is compiled to find out whether a compiler works here."""
-    if config.compile == "0":
-        return False, "COMPILE=0"
-    if config.compile == "auto" and (runtime.device.type == "mps" or sys.platform == "win32"):
-        return False, f"no reliable compiler for {runtime.device.type} on {sys.platform}"
+    unreliable = runtime.device.type == "mps" or sys.platform == "win32"
+    if config.compile == "0" or (config.compile == "auto" and unreliable):
+        return False, f"COMPILE={config.compile} on {runtime.device.type}, {sys.platform}"
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=runtime.device))
         return True, "a trial compilation worked"
     except Exception as error:  # whatever a missing or broken toolchain raises
-        reason = f"a trial compilation failed: {first_line(error)}"
+        reason = f"a trial compilation failed: {error!r:.120}"
         require(config.compile == "auto", f"COMPILE=1: {reason}: install a C++ compiler or use COMPILE=0")
         return False, reason
 
@@ -448,12 +437,10 @@ def open_shard(path: Path) -> np.ndarray:
     size = path.stat().st_size
     require(size >= SHARD_HEADER_BYTES, f"shard {path} has {size} bytes, less than a header: make or fetch it again")
     magic, version, count = np.fromfile(path, dtype="<i4", count=3).tolist()
-    require((magic, version) == (SHARD_MAGIC, SHARD_VERSION),
-            f"shard {path} has magic {magic} version {version}, expected {SHARD_MAGIC} version {SHARD_VERSION}: "
-            "it is damaged or in another format: make or fetch it again")
-    require(count > 0 and size == SHARD_HEADER_BYTES + 2 * count,
-            f"shard {path} has {size} bytes, but {count} tokens take {SHARD_HEADER_BYTES + 2 * count}: "
-            "it was cut short or damaged: make or fetch it again")
+    require((magic, version) == (SHARD_MAGIC, SHARD_VERSION), f"shard {path} has magic {magic} version {version}, "
+            f"expected {SHARD_MAGIC} version {SHARD_VERSION}: it is damaged or foreign: make or fetch it again")
+    require(count > 0 and size == SHARD_HEADER_BYTES + 2 * count, f"shard {path} has {size} bytes, but {count} tokens "
+            f"take {SHARD_HEADER_BYTES + 2 * count}: it was cut short or damaged: make or fetch it again")
     return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
 
 class TokenStream:
@@ -497,8 +484,7 @@ def to_device(tokens: np.ndarray, device: torch.device) -> Tensor:
 
 class TrainLoader:
     """This rank's share of each step; a thread reads the next one ahead. Sequence i of the step at `position` p is
-    tokens[p + i*T : p + i*T + T + 1]; ranks and micro-steps take contiguous slices of that list, so that any number of
-    them sees the same step. The position is all that a resume has to restore."""
+    tokens[p + i*T : p + i*T + T + 1]; ranks and micro-steps take contiguous slices: their number does not matter."""
     def __init__(self, stream: TokenStream, config: Config, runtime: Runtime, accum_steps: int):
         self.stream, self.batch_tokens, self.device = stream, config.train_batch_tokens, runtime.device
         self.share = self.batch_tokens // runtime.world_size
@@ -518,75 +504,105 @@ class TrainLoader:
 
 # ---------- Bytes: the tokenizer, and the only place that knows what a token weighs in bytes of text ------------------
 class TokenBytes:
-    """Bytes of text per token. Control, unknown and unused pieces weigh 0 and are boundaries; a byte piece weighs 1;
-    any other its UTF-8 text with U+2581 as a space, but a leading U+2581 right after a boundary adds nothing."""
+    """Bytes of text per token, for three kinds of tokenizer: a SentencePiece .model, a name that tiktoken knows, bytes.
+    Special tokens, and ids beyond the tokenizer's own, weigh 0 and are boundaries. A SentencePiece byte piece weighs 1,
+    any other piece its UTF-8 text with U+2581 as a space, but a leading U+2581 right after a boundary adds nothing."""
     AUDIT_TOKENS = 1_000_000
 
     def __init__(self, path: str, vocab_size: int):
-        from sentencepiece import SentencePieceProcessor  # late: importing this file must stay light
-        require(Path(path).is_file(), f"TOKENIZER_PATH={path} does not exist; {NO_DATA_HINT}")
-        self.sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-        try:
-            self.model = SentencePieceProcessor(model_file=path)
-        except (RuntimeError, OSError) as error:
-            raise UserError(f"TOKENIZER_PATH={path} is no SentencePiece model: make or fetch it again") from error
-        size = self.model.vocab_size()
-        require(size == vocab_size, f"VOCAB_SIZE={vocab_size}, but TOKENIZER_PATH={path} has {size} pieces: "
-                f"set VOCAB_SIZE={size}, or the tokenizer that made the shards")
-        special = (self.model.is_control, self.model.is_unknown, self.model.is_unused)
-        pieces = [self.model.id_to_piece(token) for token in range(size)]
-        require("\u2581" in pieces, f"{path} has no piece for a single space (U+2581): use another tokenizer")
-        self.path, self.boundary = path, np.array([any(test(token) for test in special) for token in range(size)])
-        self.leading_space = np.array([piece.startswith("\u2581") for piece in pieces]) & ~self.boundary
-        self.weight = np.array([len(piece.removeprefix("\u2581").replace("\u2581", " ").encode()) for piece in pieces])
-        self.is_byte = np.array([self.model.is_byte(token) for token in range(size)])
-        self.weight[self.is_byte] = 1
-        self.weight[self.boundary] = 0
+        self.path, leading, is_byte, padding = path, [], [], 1024
+        if re.fullmatch(r"bytes|(.*\W)?\w*byte_?260\w*(\.json)?", path):  # pad, bos, eos, unk, then byte b as id b + 4
+            raw, self.start, padding = [None] * 4 + [bytes([byte]) for byte in range(256)], 1, 0
+            self.encode = lambda text: [byte + 4 for byte in text.encode()]
+            self.decode = lambda tokens: bytes(token - 4 for token in tokens if token >= 4)
+        elif re.fullmatch(r"\w+", path):
+            model = load_tiktoken(path)
+            special, self.start = set(map(model.encode_single_token, model.special_tokens_set)), model.eot_token
+            raw = [None if i in special else model.decode_single_token_bytes(i) for i in range(model.n_vocab)]
+            self.encode = model.encode_ordinary
+            self.decode = lambda tokens: model.decode_bytes([token for token in tokens if token not in special])
+        else:
+            model = load_sentencepiece(path)
+            ids, self.start, padding = range(model.vocab_size()), model.bos_id(), 0
+            pieces, is_byte = [model.id_to_piece(token) for token in ids], [model.is_byte(token) for token in ids]
+            require("\u2581" in pieces, f"{path} has no piece for a single space (U+2581): use another tokenizer")
+            special = {i for i in ids if model.is_control(i) or model.is_unknown(i) or model.is_unused(i)}
+            leading = [piece.startswith("\u2581") and i not in special for i, piece in enumerate(pieces)]
+            raw = [piece.removeprefix("\u2581").replace("\u2581", " ").encode() for piece in pieces]
+            raw = [None if i in special else b"?" if is_byte[i] else text for i, text in enumerate(raw)]
+            self.encode, self.decode = model.encode, lambda tokens: model.decode(tokens).encode()
+        self.size, content = len(raw), Path(path).read_bytes() if is_byte else repr(raw).encode()
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        require(0 <= vocab_size - self.size <= padding, f"VOCAB_SIZE={vocab_size}, but TOKENIZER_PATH={path} has "
+                f"{self.size} pieces: set VOCAB_SIZE={self.size}, or the tokenizer that made the shards")
+        self.boundary, self.leading_space, self.is_byte = np.ones(vocab_size, bool), *np.zeros((2, vocab_size), bool)
+        self.boundary[: self.size] = [piece is None for piece in raw]
+        self.leading_space[: len(leading)], self.is_byte[: len(is_byte)] = leading, is_byte
+        self.weight = np.array([len(piece or b"") for piece in raw] + [0] * (vocab_size - self.size))
 
     def weigh(self, tokens: np.ndarray) -> int:
         """Bytes of tokens[1:], each in the context of the token before it."""
         before, target = tokens[:-1], tokens[1:]
         return int(self.weight[target].sum() + np.count_nonzero(self.leading_space[target] & ~self.boundary[before]))
 
-    def encode(self, text: str) -> list[int]:
-        """The tokens of a document that begins with the text, start token first."""
-        return [self.model.bos_id(), *self.model.encode(text)]
-
-    def decode(self, tokens: list[int]) -> str:
-        return self.model.decode(tokens)
-
-    def audit(self, stream: TokenStream, stated: int | None) -> str:
-        """Prove the table: cut at boundaries and decoded, the first tokens must be as long as it says, and all together
-        must weigh the `stated` bytes. What was proved, in a line; raises otherwise."""
+    def audit(self, stream: TokenStream, stated: dict | None) -> str:
+        """Prove that the first tokens decode to what they weigh, and that all weigh what a manifest states: a line."""
         tokens = stream.read(0, min(self.AUDIT_TOKENS, len(stream)))
         if len(tokens) < len(stream):  # not after half a character, which would not decode
             tokens = tokens[: np.flatnonzero(~self.is_byte[tokens])[-1:].sum() + 1]
         starts = np.flatnonzero(self.boundary[tokens])
-        texts = self.model.decode([document.tolist() for document in np.split(tokens, starts)])
-        decoded = sum(len(text.encode()) for text in texts)
+        decoded = sum(len(self.decode(document.tolist())) for document in np.split(tokens, starts))
         weighed = self.weigh(np.concatenate([np.flatnonzero(self.boundary)[:1], tokens]))
         require(weighed == decoded, f"{stream.pattern}: {self.path} decodes the first {len(tokens)} tokens to "
                 f"{decoded} bytes, but weighs them as {weighed}: use the tokenizer of the shards")
         line = f"byte_audit: {len(tokens)} tokens in {len(starts)} documents decode to the {decoded} bytes they weigh"
-        self.text_bytes, digest = 0, hashlib.sha256()
+        self.text_bytes, digest, most = 0, hashlib.sha256(), 0
         for start in range(0, len(stream), 2**24):
             chunk = stream.read(start, min(2**24 + 1, len(stream) - start))
-            self.text_bytes += self.weigh(chunk)
+            self.text_bytes, most = self.text_bytes + self.weigh(chunk), max(most, int(chunk.max()))
             digest.update(chunk[: 2**24].tobytes())
+        self.text_sha256 = digest.hexdigest()
+        require(most < self.size, f"{stream.pattern}: {self.path} has no token {most}: use the tokenizer of the shards")
         require(self.text_bytes, f"{stream.pattern}: {len(stream)} tokens weigh no bytes: make or fetch it again")
-        self.text_sha256, source = digest.hexdigest(), "not proved: no manifest.json states the true bytes"
-        if stated is not None:
-            require(self.text_bytes == stated, f"{stream.pattern}: weighs {self.text_bytes} bytes, but manifest.json "
-                    f"states {stated}: make or fetch the data again")
-            source = "proved: manifest.json states the same"
+        published = self.weigh(stream.read(0, min(FINEWEB_TARGETS + 1, len(stream)))) == FINEWEB_BYTES
+        fineweb = published if self.size == 1024 else abs(self.text_bytes - 151.08e6) < 6e3
+        source = f"{'' if fineweb else 'not '}canonical FineWeb, not proved: no manifest.json states the true bytes"
+        if stated:
+            require(self.text_bytes == stated["token_bytes"], f"{stream.pattern}: weighs {self.text_bytes} bytes, but "
+                    f"manifest.json states {stated['token_bytes']}: make or fetch the data again")
+            lossy = stated["token_bytes"] != stated["bytes"]
+            source = f"bytes:lossy: of {stated['bytes']} in the text" if lossy else "bytes:proved by manifest.json"
         return f"{line}; all {len(stream)} tokens weigh {self.text_bytes} bytes ({source})"
 
-def manifest_bytes(folder: str) -> int | None:
-    """The true bytes of the validation text, where the data has a manifest that states them."""
+def load_sentencepiece(path: str):
+    from sentencepiece import SentencePieceProcessor  # late: importing this file must stay light
+    require(Path(path).is_file(), f"TOKENIZER_PATH={path} does not exist; {NO_DATA_HINT}")
+    try:
+        return SentencePieceProcessor(model_file=path)
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"TOKENIZER_PATH={path} is no SentencePiece model: make or fetch it again") from error
+
+def load_tiktoken(name: str):
+    """An encoding of tiktoken; gpt2 comes from GPT2_BPE_DIR, a folder with vocab.bpe and encoder.json, if it is set."""
+    try:
+        import tiktoken.load
+        from tiktoken_ext.openai_public import r50k_pat_str
+        if name != "gpt2" or not (folder := os.environ.get("GPT2_BPE_DIR")):
+            return tiktoken.get_encoding(name)
+        ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(f"{folder}/vocab.bpe", f"{folder}/encoder.json")
+        special = {"<|endoftext|>": 50256}
+        return tiktoken.Encoding(name, pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
+    except Exception as error:  # of names, files and the network
+        raise UserError(f"TOKENIZER_PATH={name} is nothing tiktoken can load ({error!r:.120}): give a .model, gpt2 or "
+                        "bytes; without a network set TIKTOKEN_CACHE_DIR, or for gpt2 GPT2_BPE_DIR") from error
+
+def manifest_bytes(folder: str) -> dict[str, int] | None:
+    """The `bytes` of the validation text, and the `token_bytes` that its tokenizer keeps, if a manifest states them."""
     path = Path(folder) / "manifest.json"
     try:
-        return int(json.loads(path.read_text(encoding="utf-8"))["splits"]["val"]["bytes"]) if path.is_file() else None
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        split = json.loads(path.read_text(encoding="utf-8"))["splits"]["val"] if path.is_file() else None
+        return split and {"bytes": int(split["bytes"]), "token_bytes": int(split.get("token_bytes", split["bytes"]))}
+    except (ValueError, KeyError, TypeError, OverflowError, AttributeError) as error:
         raise UserError(f"{path} states no splits.val.bytes: prepare the data again or move the manifest") from error
 
 # ---------- Model: attention, the architecture, one initialisation rule per parameter ---------------------------------
@@ -620,8 +636,7 @@ def blocked_attention(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor, block: int
     return torch.cat(outputs, dim=2).view(B, H, T, d)
 
 def choose_attention(config: Config, runtime: Runtime):
-    """(function, log line) of the first backend whose kernel runs forward and backward on one real sequence. SDPA is
-    pinned to it by torch's global switches, which compiled graphs respect."""
+    """(function, log line) of the first backend that trains on one real sequence; torch's switches pin SDPA to it."""
     switches = {"flash": "flash", "cudnn": "cudnn", "efficient": "mem_efficient", "math": "math"}
     on_cpu = ["blocked"] if config.train_seq_len <= 1024 else ["flash", "math"]
     order = {"cuda": list(switches), "mps": ["math", "blocked"], "cpu": on_cpu}[runtime.device.type]
@@ -637,7 +652,7 @@ def choose_attention(config: Config, runtime: Runtime):
                 attend(*(torch.ones(shape, **options) for shape in shapes)).sum().backward()
                 return attend, f"attention:{name} by {attend.__name__}{failed}"
             except (RuntimeError, NotImplementedError) as error:
-                failed += f"; {name} {attend.__name__} failed: {first_line(error)}"
+                failed += f"; {name} {attend.__name__} failed: {error!r:.120}"
     raise UserError(f"ATTENTION={config.attention} does not run on {runtime.device}: use ATTENTION=auto, or a "
                     f"smaller MODEL_DIM or TRAIN_SEQ_LEN{failed}")
 
@@ -699,9 +714,8 @@ class Block(nn.Module):
         return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x))
 
 class GPT(nn.Module):
-    """A U-net of blocks over a normalised embedding; tied or untied output; softcapped logits. Precision: fp32
-    masters (the embedding is bf16 on accelerators), activations and matrix products in `dtype`, RoPE tables built in
-    fp32 and cast last, norms, softmax and loss in fp32."""
+    """A U-net of blocks over a normalised embedding. Precision: fp32 masters (the embedding is bf16 on accelerators),
+    activations and products in `dtype`, RoPE tables built in fp32 and cast last, norms, softmax and loss in fp32."""
     def __init__(self, config: Config, attend=expanded_attention, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.dtype, self.softcap, self.pushes = dtype, config.logit_softcap, config.num_layers // 2
@@ -786,8 +800,7 @@ def newton_schulz(stack: Tensor, steps: int) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum, then an orthogonalised update, for the matrices inside the blocks; not for embeddings and heads.
     m = mu * m + g;  u = g + mu * m (Nesterov) or m;  p -= lr * sqrt(max(1, rows / cols)) * orthogonal(u)
-    Rank r keeps the momentum of every world_size-th matrix and does their work; the ranks' updates are summed. Matrices
-    of one shape are orthogonalised as one batch: fewer launches on a GPU, and faster on a CPU too."""
+    Rank r owns every world_size-th matrix; the updates are summed. Those of one shape are one batch: it is faster."""
     def __init__(self, params, lr: float, momentum: float, steps: int, runtime: Runtime, nesterov: bool = True):
         super().__init__(params, {"lr": lr, "momentum": momentum, "steps": steps, "nesterov": nesterov})
         self.runtime = runtime
@@ -839,8 +852,7 @@ def progress_at(config: Config, step: int, elapsed: float) -> float:
     return min(max(step / config.iterations, by_clock), 1.0)
 
 def lr_scale(config: Config, step: int, progress: float) -> float:
-    """1, then linear to 0 over the last WARMDOWN_FRAC of the run, or over the last WARMDOWN_ITERS steps: N steps of the
-    mean length so far are a share N * progress / step of the run, with a clock and without."""
+    """1, then linear to 0 over the last WARMDOWN_FRAC of the run, or over WARMDOWN_ITERS steps of the mean length."""
     warmdown = config.warmdown_frac
     if config.warmdown_iters >= 0:
         warmdown = config.warmdown_iters * (progress / step if step else 1 / config.iterations)
@@ -853,8 +865,7 @@ def muon_momentum(config: Config, step: int) -> float:
 
 # ---------- Evaluation: loss and bits per byte over the validation text, every target scored exactly once -------------
 class Score:
-    """From sums over the scored targets: nats, targets, bytes of text. `of` is how many targets the whole text has;
-    `label` ends every line that shows a score of fewer."""
+    """From sums over scored targets; `label` ends every line that shows a score of fewer than the text has (`of`)."""
     def __init__(self, nats: float, tokens: int, bytes: int, of: int):
         self.tokens, self.bytes, self.of = tokens, bytes, of
         self.loss, self.bpb = nats / tokens, nats / math.log(2) / bytes
@@ -874,8 +885,7 @@ class Evaluator:
         self.batch = max(1, min(per_rank, -(-windows // world_size)))
 
     def batch_at(self, index: int) -> tuple[Tensor, Tensor, Tensor, range]:
-        """Inputs, targets and mask of scored targets [batch, T] from window `index` on, and the range of those scored.
-        Every batch has one shape; windows beyond this rank's range and tokens beyond the text are padding."""
+        """Inputs, targets, mask of the scored [batch, T] from window `index` on, padded to one shape; their range."""
         begin, windows = index * self.stride, min(self.batch, self.windows.stop - index)
         end = begin + (windows - 1) * self.stride + self.length
         scored = range(begin + self.length - self.stride if index else 0, min(end, self.targets))
@@ -911,11 +921,9 @@ class Evaluator:
         return Score(nats, int(count), int(weight), self.of)
 
 # ---------- Export: int8 with an fp16 scale per row, zlib-9, a checksum, the verdict on the size, the way back --------
-INT8_FORMAT = "int8_clean_per_row_v1"
-INT8_CLIP_QUANTILE = 0.9999984
+INT8_FORMAT, INT8_CLIP_QUANTILE = "int8_clean_per_row_v1", 0.9999984
 INT8_MIN_NUMEL = 65_536  # tensors up to this many elements are kept as floats
 UNPACKED_LIMIT = 2**30  # bytes that an artifact may unpack to: far more than any within SIZE_LIMIT needs
-
 SHAPE_KNOBS = ("VOCAB_SIZE", "NUM_LAYERS", "MODEL_DIM", "NUM_HEADS", "NUM_KV_HEADS", "MLP_MULT", "TIE_EMBEDDINGS")
 MODEL_KNOBS = (*SHAPE_KNOBS, "ROPE_BASE", "LOGIT_SOFTCAP", "TRAIN_SEQ_LEN")
 # What an artifact tells of its configuration: the model, and what its score depends on to the last digit.
@@ -924,8 +932,7 @@ TOLD_KNOBS = (*MODEL_KNOBS, "EVAL_STRIDE", "VAL_BATCH_SIZE", "TRAIN_BATCH_TOKENS
 
 def quantize_rows(w: Tensor, scale_floor: float = 0.0) -> tuple[Tensor, Tensor]:
     """int8 values and fp16 scales [rows] of an fp32 matrix: scale = clip / 127, clip the 99.99984th percentile of the
-    row's magnitudes. Rounding uses the scale as stored, so the error is at most half of it wherever |w| <= 127 scales.
-    A row of zeros has scale 1."""
+    row's magnitudes, 1 for a row of zeros. Rounding uses the scale as stored: it errs by at most half of it within."""
     clip = torch.quantile(w.abs(), INT8_CLIP_QUANTILE, dim=1)
     least = max(scale_floor, 2.0**-24)  # fp16 holds nothing smaller, and a scale of 0 would divide by zero
     scale = (clip / 127).clamp(min=least).where(clip > 0, 1.0).half()
@@ -980,7 +987,7 @@ def reading(source):
     except Exception as error:  # zlib, zip, pickle and torch each raise their own
         if isinstance(error, UserError) and str(source) in str(error):
             raise
-        raise UserError(f"{source} is damaged or of another format ({type(error).__name__}: {first_line(error)}): "
+        raise UserError(f"{source} is damaged or of another format ({error!r:.120}): "
                         "use another file, or make it again") from error
 
 def load_tensors(data: bytes, source) -> dict:
@@ -1016,8 +1023,7 @@ def export(state: dict[str, Tensor], config: Config, folder: RunFolder, code_byt
     payload = sum(t.nbytes for part in ("quantized", "scales", "passthrough") for t in artifact[part].values())
     ratio, total = sum(t.nbytes for t in state.values()) / payload, len(blob) + code_bytes
     verdict = "OK" if total <= SIZE_LIMIT else "TOO LARGE, NOT A VALID SUBMISSION"
-    folder.log(f"Serialized model: {len(raw)} bytes\n"
-               f"Code size: {code_bytes} bytes\n"
+    folder.log(f"Serialized model: {len(raw)} bytes\nCode size: {code_bytes} bytes\n"
                f"Total submission size: {len(raw) + code_bytes} bytes\n"
                f"Serialized model int8+zlib: {len(blob)} bytes "
                f"(payload:{payload} raw_torch:{len(packed)} payload_ratio:{ratio:.2f}x)\n"
@@ -1034,18 +1040,15 @@ def read_model(blob: bytes, source) -> tuple[dict[str, Tensor], dict[str, str]]:
         odd = [name for name, t in state.items()
                if not (t.is_floating_point() and t.is_contiguous() and t.isfinite().all())]
         require(not odd, f"{', '.join(odd[:3])}: not finite numbers, or larger than the data")
-        told = artifact.get("config", {})
-        odd = [name for name, value in told.items()
-               if name.upper() not in TOLD_KNOBS or type(value) not in (bool, int, float, str)]
-        require(not odd, f"its config tells of {', '.join(odd)}")
-        told = {name.upper(): str(int(value) if isinstance(value, bool) else value) for name, value in told.items()}
         (V, D), H = state["tok_emb.weight"].shape, len(state["blocks.0.attn.q_gain"])
         shape = (V, len({name.split(".")[1] for name in state if name.startswith("blocks.")}), D, H,
                  len(state["blocks.0.attn.c_k.weight"]) * H // D, len(state["blocks.0.mlp.fc.weight"]) // D,
                  int("lm_head.weight" not in state))
         shape = dict(zip(SHAPE_KNOBS, map(str, shape), strict=True))
-        odd = [f"{name}={told[name]}, not {text}" for name, text in shape.items() if told.get(name, text) != text]
-        require(not odd, f"its config contradicts its tensors: {'; '.join(odd)}")
+        told = {name.upper(): str(int(value) if isinstance(value, bool) else value)
+                for name, value in artifact.get("config", {}).items()}
+        odd = [f"{k}={text}" for k, text in told.items() if k not in TOLD_KNOBS or shape.get(k, text) != text]
+        require(not odd, f"its config tells {', '.join(odd)}, which its tensors or this script contradict")
         Config.load([], told | shape)
         return state, told | shape
 
@@ -1120,9 +1123,8 @@ class Trainer:
         for optimizer in self.optimizers:
             if self.runtime.is_master or isinstance(optimizer, Muon):  # Adam's is the same everywhere
                 own |= {names[p]: values for p, values in optimizer.state.items()}
-        rng = {"cpu": torch.get_rng_state()}
-        if self.runtime.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state()
+        on_gpu = self.runtime.device.type == "cuda"
+        rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if on_gpu else None}
         own, model = (tree_map(lambda t: t.detach().to("cpu", copy=True), t) for t in (own, self.model.state_dict()))
         ranks = self.runtime.gather({"optimizer": own, "rng": rng})
         if not self.runtime.is_master:
@@ -1154,7 +1156,7 @@ class Trainer:
                                               for key, value in values.items()}
         rng = state["rng"][self.runtime.rank % len(state["rng"])]
         torch.set_rng_state(rng["cpu"])
-        if self.runtime.device.type == "cuda" and "cuda" in rng:
+        if self.runtime.device.type == "cuda" and rng["cuda"] is not None:
             torch.cuda.set_rng_state(rng["cuda"])
         self.loader.seek(state["position"])
         self.steps = self.saved_step = state["steps"]
@@ -1196,31 +1198,30 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         return losses.sum()
 
-    def fit_memory(self):
-        """Halve the micro-batch until a micro-step fits the memory of every rank. It runs without DDP: a rank that
-        fails must not leave the others waiting for its gradients."""
-        loader, T, auto = self.loader, self.config.train_seq_len, self.config.micro_batch_tokens == "auto"
-        while True:
-            tokens, lacking = loader.share // loader.accum_steps, False
-            ballast = []
-            try:  # with as much taken as the optimizers and DDP will need
-                ballast += [torch.empty_like(p) for p in self.model.parameters() for _ in range(3)]
-                x = torch.zeros(tokens // T, T, dtype=torch.long, device=self.runtime.device)
-                self.scorer(x, x).mean().backward()
-            except RuntimeError as error:
-                lacking = is_out_of_memory(error)
-                if not lacking:
-                    raise
-            ballast = x = None  # noqa: F841 (given back before the next try)
-            self.model.zero_grad(set_to_none=True)
-            if not self.runtime.sum([lacking])[0]:
-                return
-            require(auto and not self.config.grad_accum_steps and tokens > T, "out of memory with micro-steps of "
-                    f"{tokens} tokens: use MICRO_BATCH_TOKENS=auto without GRAD_ACCUM_STEPS, or a smaller model")
-            self.config = dataclasses.replace(self.config, micro_batch_tokens=str(max(T, tokens // 2)))
-            loader.accum_steps = self.config.accumulation_steps(self.runtime.world_size, self.runtime.device.type)
-            self.folder.log(f"micro_batch: {tokens} tokens per rank do not fit the memory: trying "
-                            f"{loader.share // loader.accum_steps}, grad_accum_steps:{loader.accum_steps}")
+    def fit_memory(self, auto: bool):
+        """Halve the micro-batch, if `auto`, until a micro-step fits the memory of every rank. It runs without DDP: a
+        rank that fails must not leave the others waiting for its gradients."""
+        loader, T, lacking, ballast = self.loader, self.config.train_seq_len, False, []
+        tokens = loader.share // loader.accum_steps
+        try:  # with as much taken as the optimizers and DDP will need
+            ballast += [torch.empty_like(p) for p in self.model.parameters() for _ in range(3)]
+            x = torch.zeros(tokens // T, T, dtype=torch.long, device=self.runtime.device)
+            self.scorer(x, x).mean().backward()
+        except RuntimeError as error:
+            lacking = is_out_of_memory(error)
+            if not lacking:
+                raise
+        self.model.zero_grad(set_to_none=True)
+        if not self.runtime.sum([lacking])[0]:
+            return
+        del ballast
+        require(auto and tokens > T, f"out of memory with micro-steps of {tokens} tokens: use MICRO_BATCH_TOKENS=auto "
+                "without GRAD_ACCUM_STEPS, or a smaller model")
+        self.config = dataclasses.replace(self.config, micro_batch_tokens=str(max(T, tokens // 2)))
+        loader.accum_steps = self.config.accumulation_steps(self.runtime.world_size, self.runtime.device.type)
+        self.folder.log(f"micro_batch: {tokens} tokens per rank do not fit the memory: trying "
+                        f"{loader.share // loader.accum_steps}, grad_accum_steps:{loader.accum_steps}")
+        self.fit_memory(auto)
 
     def warm_up(self, evaluator: Evaluator):
         """Compile every path with real steps, then put weights, optimizers, RNG and data back exactly as they were."""
@@ -1242,9 +1243,8 @@ class Trainer:
         self.loader.seek(position)
 
     def plan(self) -> tuple[float, bool, bool, bool]:
-        """(learning-rate scale, whether to stop before one more step, to save, to leave), the same on every rank: rank
-        0's decision, and the signals that any rank has received. The next step must end before the limit; it and any
-        still queued may take as long as the slowest of the last 20."""
+        """(learning-rate scale, whether to stop before one more step, to save, to leave): rank 0's decision, and any
+        rank's signals. The next step, if it takes as long as the slowest of the last 20, must end before the limit."""
         config, runtime, elapsed = self.config, self.runtime, self.watch.elapsed("training")
         limit, every = config.max_wallclock_seconds, config.checkpoint_every_seconds
         every = every if every >= 0 else 60.0 * (limit > 300)
@@ -1271,9 +1271,9 @@ class Trainer:
             if config.train_log_every and (step <= 10 or step % config.train_log_every == 0):
                 self.folder.log(line)
             if self.folder.clear and self.runtime.is_master:
-                left = clock * (1 / max(progress_at(config, step, clock), 1e-9) - 1)
-                speed = step * config.train_batch_tokens / clock
-                print(f"{self.folder.clear}{line} tokens/s:{speed:.0f} eta:{left:.0f}s", end="", flush=True)
+                speed, done = step * config.train_batch_tokens / clock, max(progress_at(config, step, clock), 1e-9)
+                line += f" tokens/s:{speed:.0f} eta:{clock / done - clock:.0f}s"
+                print(self.folder.clear + line, end="", flush=True)
             self.folder.metrics(step=step, train_loss=loss, lr_scale=scale, train_seconds=round(clock, 4))
 
     def train(self, evaluator: Evaluator) -> Score:
@@ -1321,7 +1321,7 @@ class Trainer:
             self.settle(keep=1 if self.runtime.device.type == "cuda" else 0)
 
 # ---------- Modes: train, check, eval, sample -------------------------------------------------------------------------
-def open_text(config: Config, folder: RunFolder) -> tuple[TokenStream, TokenBytes, int | None]:
+def open_text(config: Config, folder: RunFolder) -> tuple[TokenStream, TokenBytes, dict | None]:
     """(validation text, what its tokens weigh, the bytes that a manifest states), audited by rank 0."""
     stream = TokenStream(config.data_path, "val", config.vocab_size)
     require(len(stream) > 1, f"{stream.pattern} holds {len(stream)} tokens: 2 are needed to score one")
@@ -1339,10 +1339,8 @@ def log_final(label: str, score: Score, seconds: float, folder: RunFolder):
 def prepare(config: Config, folder: RunFolder, code: bytes, watch: Stopwatch):
     """(trainer, new or resumed, and what open_text returns), after all that the user brought has been checked."""
     runtime, defaults = folder.runtime, Config().texts()
-    for name, text in config.texts().items():
-        folder.log(f"{' ' if text == defaults.get(name) else '*'} {name}={text}")
-    for line in [*typo_warnings(os.environ), runtime.note()]:
-        folder.log(line)
+    knobs = [f"{' ' if text == defaults.get(name) else '*'} {name}={text}" for name, text in config.texts().items()]
+    folder.log("\n".join([*knobs, *typo_warnings(os.environ), runtime.note()]))
     accum_steps = config.accumulation_steps(runtime.world_size, runtime.device.type)
     stream = TokenStream(config.data_path, "train", config.vocab_size)
     folder.log(f"train_loader:shards pattern={stream.pattern} tokens:{len(stream)}")
@@ -1370,7 +1368,7 @@ def train(config: Config, folder: RunFolder, argv: list[str]):
     watch = Stopwatch(runtime.synchronize)
     trainer, val_stream, token_bytes, stated = prepare(config, folder, code, watch)
     watch.switch("compile")
-    trainer.fit_memory()
+    trainer.fit_memory(config.micro_batch_tokens == "auto" and not config.grad_accum_steps)
     params, accum_steps = sum(p.numel() for p in trainer.model.parameters()), trainer.loader.accum_steps
     folder.log(f"{trainer.note}\nmodel_params:{params}\nseed:{config.seed}\nrun_folder:{folder.path}\n"
                f"world_size:{runtime.world_size} grad_accum_steps:{accum_steps}")
@@ -1411,7 +1409,8 @@ def train(config: Config, folder: RunFolder, argv: list[str]):
         "seconds": {phase: round(seconds, 3) for phase, seconds in watch.seconds.items()},
         "eval_seconds": round(eval_seconds, 3), "step_avg_ms": 1000 * watch.seconds["training"] / max(steps, 1),
         "world_size": runtime.world_size, "grad_accum_steps": accum_steps, "device": runtime.device_name(),
-        "dtype": str(runtime.dtype), "note": trainer.note, **sizes, "bytes_proved": stated is not None,
+        "dtype": str(runtime.dtype), "note": trainer.note, **sizes,
+        "bytes_proved": bool(stated) and stated["bytes"] == token_bytes.text_bytes,
         "torch": torch.__version__, "python": platform.python_version(), "platform": platform.platform(),
         "numpy": np.__version__, "cuda": torch.version.cuda,
         "sha256_code": hashlib.sha256(code).hexdigest(), "sha256_val_tokens": token_bytes.text_sha256,
@@ -1428,8 +1427,6 @@ def open_model(config: Config, folder: RunFolder, argv: list[str]) -> tuple[Conf
     blob = runtime.share(Path(config.artifact).read_bytes() if runtime.is_master else None)
     state, told = read_model(blob, config.artifact)
     config = Config.load(argv, os.environ, told)
-    if config.mode == "sample":  # of ever longer texts, each of which would be compiled anew
-        config = dataclasses.replace(config, compile="0")
     with torch.device("meta"):
         expected = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
     odd = sorted(dict({name: tensor.shape for name, tensor in state.items()}.items() ^ expected.items()))
@@ -1488,7 +1485,7 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(error, RuntimeError):
             if not is_out_of_memory(error):
                 raise
-            message = f"error: {first_line(error)}: lower VAL_BATCH_SIZE, TRAIN_SEQ_LEN or the size of the model"
+            message = f"error: {error!r:.120}: lower VAL_BATCH_SIZE, TRAIN_SEQ_LEN or the size of the model"
         if isinstance(error, KeyboardInterrupt):
             number = signal.Signals(error.args[0] if error.args else signal.SIGINT)
             message, code = f"stopped by {number.name}", 128 + number
