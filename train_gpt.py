@@ -210,8 +210,8 @@ def did_you_mean(name: str, cutoff: float) -> str:
 
 def typo_warnings(environ) -> list[str]:
     """One for each environment variable that is almost a knob; a wrong letter of n leaves 1 - 1/n of a name."""
-    others = sorted(environ.keys() - KNOBS.keys())
-    hints = {name: did_you_mean(name, min(max(0.75, 1 - 1 / len(name)), 0.85)) for name in others}
+    others = sorted(name for name in environ.keys() - KNOBS.keys() if name.isprintable())
+    hints = {name: did_you_mean(name, min(0.85, 1 - 1 / max(len(name), 4))) for name in others}
     return [f"warning: the environment variable {name} is no knob{hint}" for name, hint in hints.items() if hint]
 
 def parse(field: dataclasses.Field, text: str):
@@ -1468,6 +1468,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{name}={default}  {field.metadata['meaning']}{choices}{' [free]' * field.metadata['free']}")
         return 0
     folder = None
+    with contextlib.suppress(AttributeError):  # of what stands in for a terminal
+        sys.stdout.reconfigure(errors="replace")  # letters that it lacks must not end the run
     try:
         config = Config.load(argv, os.environ)
         if config.mode == "check" and config.target_world_size:
