@@ -106,8 +106,7 @@ class Config:
     val_batch_size: int = free(524_288, "tokens per validation batch, over all ranks and micro-steps", 1)
     val_tokens_limit: int = free(0, "score only the first N targets, labelled partial; 0: all", 0)
     eval_stride: int = free(0, "targets scored per sliding window; 0: disjoint windows", 0)
-    # MODE=eval, MODE=sample; a run with a prompt ends with a sample
-    artifact: str = free("", "the model: a final_model.int8.ptz or a .pt")
+    artifact: str = free("", "the model of MODE=eval and MODE=sample: a final_model.int8.ptz or a .pt")
     sample_prompt: str = free("", r"text to continue; \n is a line break")
     sample_tokens: int = free(200, "tokens of a sample at most", 1)
     temperature: float = free(0.8, "of the softmax of a sample; 0: the likeliest token", 0)
@@ -394,7 +393,6 @@ class RunFolder:
             temporary.unlink(missing_ok=True)
 
     def close(self, *last_words: str):
-        """Note in the log, if there is one, why the run ended; let others open the folder."""
         if self.lock:
             self.append("train.log", *last_words)
             self.lock.close()
@@ -516,13 +514,13 @@ class TokenBytes:
             self.encode = lambda text: [byte + 4 for byte in text.encode()]
             self.decode = lambda tokens: bytes(token - 4 for token in tokens if token >= 4)
         elif re.fullmatch(r"\w+", path):
-            model = load_tiktoken(path)
+            model = self.model = load_tiktoken(path)
             special, self.start = set(map(model.encode_single_token, model.special_tokens_set)), model.eot_token
             raw = [None if i in special else model.decode_single_token_bytes(i) for i in range(model.n_vocab)]
             self.encode = model.encode_ordinary
             self.decode = lambda tokens: model.decode_bytes([token for token in tokens if token not in special])
         else:
-            model = load_sentencepiece(path)
+            model = self.model = load_sentencepiece(path)
             ids, self.start, padding = range(model.vocab_size()), model.bos_id(), 0
             pieces, is_byte = [model.id_to_piece(token) for token in ids], [model.is_byte(token) for token in ids]
             require("\u2581" in pieces, f"{path} has no piece for a single space (U+2581): use another tokenizer")
@@ -600,8 +598,10 @@ def manifest_bytes(folder: str) -> dict[str, int] | None:
     """The `bytes` of the validation text, and the `token_bytes` that its tokenizer keeps, if a manifest states them."""
     path = Path(folder) / "manifest.json"
     try:
-        split = json.loads(path.read_text(encoding="utf-8"))["splits"]["val"] if path.is_file() else None
-        return split and {"bytes": int(split["bytes"]), "token_bytes": int(split.get("token_bytes", split["bytes"]))}
+        split = json.loads(path.read_text(encoding="utf-8"))["splits"]["val"]
+        return {"bytes": int(split["bytes"]), "token_bytes": int(split.get("token_bytes", split["bytes"]))}
+    except FileNotFoundError:
+        return None
     except (ValueError, KeyError, TypeError, OverflowError, AttributeError) as error:
         raise UserError(f"{path} states no splits.val.bytes: prepare the data again or move the manifest") from error
 
@@ -1045,10 +1045,10 @@ def read_model(blob: bytes, source) -> tuple[dict[str, Tensor], dict[str, str]]:
                  len(state["blocks.0.attn.c_k.weight"]) * H // D, len(state["blocks.0.mlp.fc.weight"]) // D,
                  int("lm_head.weight" not in state))
         shape = dict(zip(SHAPE_KNOBS, map(str, shape), strict=True))
-        told = {name.upper(): str(int(value) if isinstance(value, bool) else value)
-                for name, value in artifact.get("config", {}).items()}
-        odd = [f"{k}={text}" for k, text in told.items() if k not in TOLD_KNOBS or shape.get(k, text) != text]
-        require(not odd, f"its config tells {', '.join(odd)}, which its tensors or this script contradict")
+        plain = {bool: int, int: int, float: float, str: str}  # of anything else, only the type is told
+        told = {k.upper(): str(plain.get(type(v), type)(v)) for k, v in artifact.get("config", {}).items()}
+        odd = [k for k, text in told.items() if k not in TOLD_KNOBS or shape.get(k, text) != text]
+        require(not odd, f"its tensors or this script contradict its config: {', '.join(odd)}")
         Config.load([], told | shape)
         return state, told | shape
 

@@ -168,13 +168,18 @@ def test_any_text_weighs_its_bytes(lossless, prefixed, texts):
 # The audit
 
 
+def states(size, kept=None):
+    """What a manifest says of the validation text."""
+    return {"bytes": size, "token_bytes": size if kept is None else kept}
+
+
 def test_audit_passes_and_says_what_it_proved(tokenizer, stream_of):
     tokens, size = tokens_of(tokenizer, DOCUMENTS), sum(len(text.encode()) for text in DOCUMENTS)
-    line = tokenizer.table.audit(stream_of(tokens, tokenizer.size), size)
+    line = tokenizer.table.audit(stream_of(tokens, tokenizer.size), states(size))
     assert line.startswith("byte_audit:") and "\n" not in line
     assert f"{len(tokens)} tokens" in line and f"{len(DOCUMENTS)} documents" in line and f"{size} bytes" in line
-    assert "(proved" in line and "manifest" in line
-    assert "(not proved" in tokenizer.table.audit(stream_of(tokens, tokenizer.size), None)
+    assert "(bytes:proved by manifest.json)" in line
+    assert "(not canonical FineWeb, not proved" in tokenizer.table.audit(stream_of(tokens, tokenizer.size), None)
     assert tokenizer.table.text_bytes == size
     assert tokenizer.table.text_sha256 == hashlib.sha256(np.array(tokens, dtype="<u2").tobytes()).hexdigest()
 
@@ -240,7 +245,7 @@ def test_audit_with_control_pieces_between_documents(tokenizer, stream_of):
     for text in DOCUMENTS:
         tokens += [model.bos_id(), *model.encode(text), model.eos_id(), model.eos_id()]
     size = sum(len(text.encode()) for text in DOCUMENTS)
-    assert f"decode to the {size} bytes they weigh" in tokenizer.table.audit(stream_of(tokens, tokenizer.size), size)
+    assert f"decode to the {size} bytes they weigh" in tokenizer.table.audit(stream_of(tokens, tokenizer.size), states(size))
 
 
 def test_audit_refuses_unknown_tokens(lossless, stream_of):
@@ -299,10 +304,10 @@ def test_stated_bytes(lossless, stream_of, monkeypatch):
     tokens, size = tokens_of(lossless, DOCUMENTS), sum(len(text.encode()) for text in DOCUMENTS)
     stream = stream_of(tokens, lossless.size)
     monkeypatch.setattr(TokenBytes, "AUDIT_TOKENS", 20)  # all tokens are weighed however few are decoded
-    assert f"all {len(tokens)} tokens weigh {size} bytes (proved" in lossless.table.audit(stream, size)
+    assert f"all {len(tokens)} tokens weigh {size} bytes (bytes:proved" in lossless.table.audit(stream, states(size))
     for wrong in (size - 1, size + 1, 0):
         with pytest.raises(UserError, match=rf"weighs {size} bytes, but manifest.json states {wrong}: .*again"):
-            lossless.table.audit(stream, wrong)
+            lossless.table.audit(stream, states(wrong))
 
 
 def test_stated_bytes_of_a_long_text(lossless, monkeypatch):
@@ -325,15 +330,18 @@ def test_stated_bytes_of_a_long_text(lossless, monkeypatch):
             return np.resize(np.roll(period, -start), count)
 
     stream = Stream()
-    assert f"all {length} tokens weigh {stated} bytes (proved" in lossless.table.audit(stream, stated)
+    assert f"all {length} tokens weigh {stated} bytes (bytes:proved" in lossless.table.audit(stream, states(stated))
     with pytest.raises(UserError, match=f"weighs {stated} bytes"):
-        lossless.table.audit(stream, stated + 1)
+        lossless.table.audit(stream, states(stated + 1))
 
 
 def test_manifest_is_optional(tmp_path):
     assert manifest_bytes(str(tmp_path)) is None
     (tmp_path / "manifest.json").write_text(json.dumps({"splits": {"val": {"bytes": 123, "tokens": 5}, "train": {}}}))
-    assert manifest_bytes(str(tmp_path)) == 123
+    assert manifest_bytes(str(tmp_path)) == {"bytes": 123, "token_bytes": 123}
+    lossy = {"splits": {"val": {"bytes": 123, "token_bytes": 120}}}
+    (tmp_path / "manifest.json").write_text(json.dumps(lossy))
+    assert manifest_bytes(str(tmp_path)) == {"bytes": 123, "token_bytes": 120}
 
 
 @pytest.mark.parametrize("text", [

@@ -378,7 +378,8 @@ def test_a_backend_that_fails_is_passed_over_and_the_log_says_why(make_config, r
     monkeypatch.setattr(train_gpt, "grouped_attention", broken)
     attend, note = train_gpt.choose_attention(make_config(ATTENTION="math"), runtime)
     assert attend is train_gpt.expanded_attention
-    assert note == "attention:math by expanded_attention; math broken failed: no backward kernel"
+    assert note == (
+        "attention:math by expanded_attention; math broken failed: RuntimeError('no backward kernel\\nfor this')")
     assert tried == [((1, 4, 32, 8), (1, 2, 32, 8), (1, 2, 32, 8), torch.float32)], "proved on one real sequence"
 
 

@@ -272,7 +272,7 @@ def broken_compile(error):
 
 def test_compile_off(make_config, monkeypatch):
     monkeypatch.setattr(torch, "compile", None)  # no trial is made
-    assert choose_compile(make_config(COMPILE="0"), fake_runtime()) == (False, "COMPILE=0")
+    assert choose_compile(make_config(COMPILE="0"), fake_runtime()) == (False, "COMPILE=0 on cpu, linux")
 
 
 @pytest.mark.parametrize("setting", ["auto", "1"])
