@@ -361,7 +361,7 @@ class RunFolder:
                 fcntl = importlib.import_module("fcntl")
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            busy = isinstance(error, BlockingIOError)
+            self.lock, busy = None, isinstance(error, BlockingIOError)
             raise UserError(f"LOG_DIR={config.log_dir} RUN_ID={self.run_id}: folder {self.path} cannot be opened "
                             f"({'another run is using it' if busy else error.strerror}): choose another") from error
         quoted = {name: f"'{text}'" if '"' in text else f'"{text}"' for name, text in config.texts().items()}
@@ -1137,7 +1137,7 @@ class Trainer:
                 "optimizer": {name: values for rank in ranks for name, values in rank["optimizer"].items()},
                 "rng": [rank["rng"] for rank in ranks], "position": self.loader.position, "steps": self.steps,
                 "train_seconds": self.watch.elapsed("training"), "finished": self.finished,
-                "resumed_at": self.resumed_at}
+                "resumed_at": self.resumed_at, "recent": list(self.recent)}
 
     def restore(self, state: dict):
         """Go on from a checkpoint. Adam's state goes to every rank, Muon's to the owner of the matrix."""
@@ -1156,8 +1156,9 @@ class Trainer:
         if self.runtime.device.type == "cuda" and "cuda" in rng:
             torch.cuda.set_rng_state(rng["cuda"])
         self.loader.seek(state["position"])
-        self.steps = self.saved_step = state["steps"]
-        self.watch.seconds["training"] = self.settled_at = self.saved_at = state["train_seconds"]
+        self.steps = self.saved_step = int(state["steps"])
+        self.watch.seconds["training"] = self.settled_at = self.saved_at = float(state["train_seconds"])
+        self.recent.extend(map(float, state["recent"]))
         self.resumed_at = [*state["resumed_at"], self.steps]
         same_length = all(state["knobs"][name] == self.config.texts()[name] for name in LENGTH_KNOBS)
         self.finished = state["finished"] and same_length
@@ -1170,7 +1171,7 @@ class Trainer:
         if state:
             self.written.result() if self.written else None
             self.written = self.writer.submit(write_checkpoint, state, self.folder)
-            self.written.result() if wait else None
+        self.runtime.share(self.written and self.written.result()) if wait else None  # before any rank leaves
         self.runtime.save_asked, self.saved_step = False, self.steps
         self.saved_at = self.settled_at = self.watch.elapsed("training")  # the pause is no part of a step's time
 
@@ -1200,8 +1201,7 @@ class Trainer:
         fails must not leave the others waiting for its gradients."""
         loader, T, auto = self.loader, self.config.train_seq_len, self.config.micro_batch_tokens == "auto"
         while True:
-            tokens, lacking = loader.share // loader.accum_steps, False
-            ballast = []
+            tokens, lacking, ballast = loader.share // loader.accum_steps, False, []
             try:  # with as much taken as the optimizers and DDP will need
                 ballast += [torch.empty_like(p) for p in self.model.parameters() for _ in range(3)]
                 x = torch.zeros(tokens // T, T, dtype=torch.long, device=self.runtime.device)
@@ -1249,9 +1249,9 @@ class Trainer:
         every = every if every >= 0 else 60.0 * (limit > 300)
         end = elapsed + (1 + len(self.pending)) * max(self.recent, default=0.0)
         stop = self.finished or self.steps >= config.iterations or bool(limit and end >= limit)
-        due = every and elapsed - self.saved_at >= every and self.steps > self.saved_step
+        due = every and self.saved_at + every <= elapsed < (limit or math.inf) - every / 2
         scale = lr_scale(config, self.steps, progress_at(config, self.steps, elapsed))
-        decision = [scale, stop, due and not stop] if runtime.is_master else [0.0, 0.0, 0.0]
+        decision = [scale, stop, due and not stop and self.steps > self.saved_step] if runtime.is_master else [0.0] * 3
         scale, *flags = runtime.sum([*decision[:2], decision[2] + runtime.save_asked, bool(runtime.leave)])
         return scale, *map(bool, flags)
 
