@@ -137,7 +137,7 @@ def disk(config, params: int) -> dict:
     path = Path(config.log_dir).absolute()
     place = next(parent for parent in (path, *path.parents) if parent.exists())
     free, need = shutil.disk_usage(place).free, 30 * params + 2**24
-    if not os.access(place, os.W_OK):
+    if not (place.is_dir() and os.access(place, os.W_OK)):
         raise OSError(f"LOG_DIR={config.log_dir}: {place} cannot be written to: choose another")
     if free < need:
         raise OSError(f"LOG_DIR={config.log_dir} has {free >> 20} MiB free, a run needs {need >> 20}: make room")

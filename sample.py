@@ -20,8 +20,9 @@ def generate(model, config, token_bytes):
 
     Each token is a forward pass over the last TRAIN_SEQ_LEN tokens: simple, and fast enough for a few hundred."""
     prompt, generator = config.sample_prompt.replace("\\n", "\n"), torch.Generator().manual_seed(config.seed)
-    device, T = next(model.parameters()).device, config.train_seq_len
-    tokens = [token_bytes.start, *token_bytes.encode(prompt)]
+    device, T, trainer = next(model.parameters()).device, config.train_seq_len, sys.modules[type(config).__module__]
+    start = token_bytes.start if token_bytes.start >= 0 else int(token_bytes.boundary.argmax())  # another boundary
+    tokens = [start, *token_bytes.encode(prompt)]
     shown = token_bytes.decode(tokens[1:]).decode(errors="replace")
     yield prompt
     for _ in range(config.sample_tokens):
@@ -29,9 +30,11 @@ def generate(model, config, token_bytes):
         padding = [0] * min(-len(window) % 64, T - len(window))  # few lengths for the kernels; the past is blind to it
         logits = model(torch.tensor([window + padding], device=device))[0, len(window) - 1].float().cpu()
         logits[token_bytes.size :] = -math.inf  # ids that only fill the vocabulary up
+        trainer.require(not logits.isnan().any(), "the model's logits are not numbers: use another ARTIFACT")
         if config.top_k:
             logits[logits < logits.topk(min(config.top_k, len(logits))).values[-1]] = -math.inf
-        weights = (logits / config.temperature).softmax(-1) if config.temperature else (logits == logits.max()).float()
+        logits -= logits.max()  # so that no temperature makes them infinite
+        weights = (logits / max(config.temperature, 1e-9)).softmax(-1)
         tokens.append(int(weights.multinomial(1, generator=generator)))
         if token_bytes.boundary[tokens[-1]]:
             return

@@ -82,7 +82,6 @@ class Config:
                                            "-1: 60 if MAX_WALLCLOCK_SECONDS is over 300, else 0", -1)
     resume: str = free("auto", "auto: go on in a run folder that exists; never; or the PATH of a checkpoint")
     resume_force: bool = free(False, "resume although knobs that shape the result differ")
-    # What it runs on
     device: str = free("auto", "device of every rank", choices=("auto", "cuda", "mps", "cpu"))
     dtype: str = knob("auto", "type of activations and matrix products", choices=("auto", "bfloat16", "float32"))
     compile: str = free("auto", "torch.compile; auto: on where a compiler works", choices=("auto", "0", "1"))
@@ -99,7 +98,6 @@ class Config:
     train_seq_len: int = knob(4096, "tokens per sequence, in training and in evaluation", 1)
     grad_accum_steps: int = free(0, "micro-steps per step; 0: at least 8 / ranks on GPUs, 1 on CPUs", 0)
     micro_batch_tokens: str = free("auto", "tokens per micro-step and rank at most; auto: what the memory holds")
-    # Logging and validation
     train_log_every: int = free(200, "steps between training log lines, after the first ten; 0: none", 0)
     val_loss_every: int = free(1000, "steps between validations; 0: only at the end", 0)
     val_at_start: bool = free(True, "validate before the first step, unless VAL_LOSS_EVERY is 0")
@@ -353,7 +351,7 @@ class RunFolder:
                 fcntl = importlib.import_module("fcntl")
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            busy = isinstance(error, BlockingIOError)
+            self.lock, busy = None, isinstance(error, BlockingIOError)
             raise UserError(f"LOG_DIR={config.log_dir} RUN_ID={self.run_id}: folder {self.path} cannot be opened "
                             f"({'another run is using it' if busy else error.strerror}): choose another") from error
         quoted = {name: f"'{text}'" if '"' in text else f'"{text}"' for name, text in config.texts().items()}
@@ -506,7 +504,6 @@ class TokenBytes:
     Special tokens, and ids beyond the tokenizer's own, weigh 0 and are boundaries. A SentencePiece byte piece weighs 1,
     any other piece its UTF-8 text with U+2581 as a space, but a leading U+2581 right after a boundary adds nothing."""
     AUDIT_TOKENS = 1_000_000
-
     def __init__(self, path: str, vocab_size: int):
         self.path, leading, is_byte, padding = path, [], [], 1024
         if re.fullmatch(r"bytes|(.*\W)?\w*byte_?260\w*(\.json)?", path):  # pad, bos, eos, unk, then byte b as id b + 4
@@ -638,8 +635,8 @@ def blocked_attention(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor, block: int
 def choose_attention(config: Config, runtime: Runtime):
     """(function, log line) of the first backend that trains on one real sequence; torch's switches pin SDPA to it."""
     switches = {"flash": "flash", "cudnn": "cudnn", "efficient": "mem_efficient", "math": "math"}
-    on_cpu = ["blocked"] if config.train_seq_len <= 1024 else ["flash", "math"]
-    order = {"cuda": list(switches), "mps": ["math", "blocked"], "cpu": on_cpu}[runtime.device.type]
+    order = {"cuda": list(switches), "mps": ["math", "blocked"],
+             "cpu": ["blocked"] if config.train_seq_len <= 1024 else ["flash", "math"]}[runtime.device.type]
     heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
     shapes = [(1, n, config.train_seq_len, config.model_dim // config.num_heads) for n in heads]
     failed = ""
@@ -1135,7 +1132,7 @@ class Trainer:
                 "optimizer": {name: values for rank in ranks for name, values in rank["optimizer"].items()},
                 "rng": [rank["rng"] for rank in ranks], "position": self.loader.position, "steps": self.steps,
                 "train_seconds": self.watch.elapsed("training"), "finished": self.finished,
-                "resumed_at": self.resumed_at}
+                "resumed_at": self.resumed_at, "recent": list(self.recent)}
 
     def restore(self, state: dict):
         """Go on from a checkpoint. Adam's state goes to every rank, Muon's to the owner of the matrix."""
@@ -1159,8 +1156,9 @@ class Trainer:
         if self.runtime.device.type == "cuda" and rng["cuda"] is not None:
             torch.cuda.set_rng_state(rng["cuda"])
         self.loader.seek(state["position"])
-        self.steps = self.saved_step = state["steps"]
-        self.watch.seconds["training"] = self.settled_at = self.saved_at = state["train_seconds"]
+        self.steps = self.saved_step = int(state["steps"])
+        self.watch.seconds["training"] = self.settled_at = self.saved_at = float(state["train_seconds"])
+        self.recent.extend(map(float, state["recent"]))
         self.resumed_at = [*state["resumed_at"], self.steps]
         same_length = all(state["knobs"][name] == self.config.texts()[name] for name in LENGTH_KNOBS)
         self.finished = state["finished"] and same_length
@@ -1173,7 +1171,7 @@ class Trainer:
         if state:
             self.written.result() if self.written else None
             self.written = self.writer.submit(write_checkpoint, state, self.folder)
-            self.written.result() if wait else None
+        self.runtime.share(self.written and self.written.result()) if wait else None  # before any rank leaves
         self.runtime.save_asked, self.saved_step = False, self.steps
         self.saved_at = self.settled_at = self.watch.elapsed("training")  # the pause is no part of a step's time
 
@@ -1198,30 +1196,29 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         return losses.sum()
 
-    def fit_memory(self, auto: bool):
-        """Halve the micro-batch, if `auto`, until a micro-step fits the memory of every rank. It runs without DDP: a
-        rank that fails must not leave the others waiting for its gradients."""
-        loader, T, lacking, ballast = self.loader, self.config.train_seq_len, False, []
-        tokens = loader.share // loader.accum_steps
-        try:  # with as much taken as the optimizers and DDP will need
-            ballast += [torch.empty_like(p) for p in self.model.parameters() for _ in range(3)]
-            x = torch.zeros(tokens // T, T, dtype=torch.long, device=self.runtime.device)
-            self.scorer(x, x).mean().backward()
-        except RuntimeError as error:
-            lacking = is_out_of_memory(error)
-            if not lacking:
-                raise
-        self.model.zero_grad(set_to_none=True)
-        if not self.runtime.sum([lacking])[0]:
-            return
-        del ballast
-        require(auto and tokens > T, f"out of memory with micro-steps of {tokens} tokens: use MICRO_BATCH_TOKENS=auto "
-                "without GRAD_ACCUM_STEPS, or a smaller model")
-        self.config = dataclasses.replace(self.config, micro_batch_tokens=str(max(T, tokens // 2)))
-        loader.accum_steps = self.config.accumulation_steps(self.runtime.world_size, self.runtime.device.type)
-        self.folder.log(f"micro_batch: {tokens} tokens per rank do not fit the memory: trying "
-                        f"{loader.share // loader.accum_steps}, grad_accum_steps:{loader.accum_steps}")
-        self.fit_memory(auto)
+    def fit_memory(self):
+        """Halve the micro-batch until a micro-step fits the memory of every rank. It runs without DDP: a rank that
+        fails must not leave the others waiting for its gradients."""
+        loader, T, auto = self.loader, self.config.train_seq_len, self.config.micro_batch_tokens == "auto"
+        while True:
+            tokens, lacking, ballast = loader.share // loader.accum_steps, False, []
+            try:  # with as much taken as the optimizers and DDP will need
+                ballast += [torch.empty_like(p) for p in self.model.parameters() for _ in range(3)]
+                x = torch.zeros(tokens // T, T, dtype=torch.long, device=self.runtime.device)
+                self.scorer(x, x).mean().backward()
+            except RuntimeError as error:
+                if not (lacking := is_out_of_memory(error)):
+                    raise
+            ballast = x = None  # noqa: F841 (given back before the next try)
+            self.model.zero_grad(set_to_none=True)
+            if not self.runtime.sum([lacking])[0]:
+                return
+            require(auto and not self.config.grad_accum_steps and tokens > T, "out of memory with micro-steps of "
+                    f"{tokens} tokens: use MICRO_BATCH_TOKENS=auto without GRAD_ACCUM_STEPS, or a smaller model")
+            self.config = dataclasses.replace(self.config, micro_batch_tokens=str(max(T, tokens // 2)))
+            loader.accum_steps = self.config.accumulation_steps(self.runtime.world_size, self.runtime.device.type)
+            self.folder.log(f"micro_batch: {tokens} tokens per rank do not fit the memory: trying "
+                            f"{loader.share // loader.accum_steps}, grad_accum_steps:{loader.accum_steps}")
 
     def warm_up(self, evaluator: Evaluator):
         """Compile every path with real steps, then put weights, optimizers, RNG and data back exactly as they were."""
@@ -1250,9 +1247,9 @@ class Trainer:
         every = every if every >= 0 else 60.0 * (limit > 300)
         end = elapsed + (1 + len(self.pending)) * max(self.recent, default=0.0)
         stop = self.finished or self.steps >= config.iterations or bool(limit and end >= limit)
-        due = every and elapsed - self.saved_at >= every and self.steps > self.saved_step
+        due = every and self.saved_at + every <= elapsed < (limit or math.inf) - every / 2
         scale = lr_scale(config, self.steps, progress_at(config, self.steps, elapsed))
-        decision = [scale, stop, due and not stop] if runtime.is_master else [0.0, 0.0, 0.0]
+        decision = [scale, stop, due and not stop and self.steps > self.saved_step] if runtime.is_master else [0.0] * 3
         scale, *flags = runtime.sum([*decision[:2], decision[2] + runtime.save_asked, bool(runtime.leave)])
         return scale, *map(bool, flags)
 
@@ -1368,7 +1365,7 @@ def train(config: Config, folder: RunFolder, argv: list[str]):
     watch = Stopwatch(runtime.synchronize)
     trainer, val_stream, token_bytes, stated = prepare(config, folder, code, watch)
     watch.switch("compile")
-    trainer.fit_memory(config.micro_batch_tokens == "auto" and not config.grad_accum_steps)
+    trainer.fit_memory()
     params, accum_steps = sum(p.numel() for p in trainer.model.parameters()), trainer.loader.accum_steps
     folder.log(f"{trainer.note}\nmodel_params:{params}\nseed:{config.seed}\nrun_folder:{folder.path}\n"
                f"world_size:{runtime.world_size} grad_accum_steps:{accum_steps}")

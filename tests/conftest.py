@@ -85,13 +85,15 @@ def runtime(make_config):
 
 @pytest.fixture
 def launch(tiny, tmp_path_factory):
-    """Function: run train_gpt.py in a process of its own (under torchrun with ranks > 1); the CompletedProcess."""
+    """Function: run train_gpt.py (or another script) in a process of its own, under torchrun with ranks > 1; the
+    CompletedProcess."""
 
-    def start(ranks=1, args=(), timeout=300, **overrides):
+    def start(ranks=1, args=(), timeout=300, script=ROOT / "train_gpt.py", max_restarts=0, **overrides):
         environ = {k: v for k, v in os.environ.items() if k not in train_gpt.KNOBS} | tiny(**overrides)
         environ["TMPDIR"] = str(tmp_path_factory.mktemp("launch"))  # where torchrun leaves folders behind
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-        command = [sys.executable, *torchrun, str(ROOT / "train_gpt.py"), *map(str, args)]
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
+                    f"--max-restarts={max_restarts}"] if ranks > 1 else []  # fmt: skip
+        command = [sys.executable, *torchrun, str(script), *map(str, args)]
         return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=timeout, check=False)
 
     return start

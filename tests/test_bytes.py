@@ -245,7 +245,8 @@ def test_audit_with_control_pieces_between_documents(tokenizer, stream_of):
     for text in DOCUMENTS:
         tokens += [model.bos_id(), *model.encode(text), model.eos_id(), model.eos_id()]
     size = sum(len(text.encode()) for text in DOCUMENTS)
-    assert f"decode to the {size} bytes they weigh" in tokenizer.table.audit(stream_of(tokens, tokenizer.size), states(size))
+    stream = stream_of(tokens, tokenizer.size)
+    assert f"decode to the {size} bytes they weigh" in tokenizer.table.audit(stream, states(size))
 
 
 def test_audit_refuses_unknown_tokens(lossless, stream_of):
