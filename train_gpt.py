@@ -47,8 +47,7 @@ SIZE_LIMIT = 16_000_000  # bytes of code plus artifact, decimal
 FINEWEB_TARGETS, FINEWEB_BYTES = 62_021_632, 151_080_363  # the challenge's validation text in its 1,024 pieces
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 NO_DATA_HINT = """two commands bring some data and train on it:
-  python data/prepare_shakespeare.py
-  python train_gpt.py records/recipes/demo_cpu.env"""
+  python data/prepare_shakespeare.py\n  python train_gpt.py records/recipes/demo_cpu.env"""
 
 class UserError(ValueError):
     """A mistake that the user can mend: shown as a message without a traceback, exit code 2."""
