@@ -1119,8 +1119,9 @@ class Trainer:
         for optimizer in self.optimizers:
             if self.runtime.is_master or isinstance(optimizer, Muon):  # Adam's is the same everywhere
                 own |= {names[p]: values for p, values in optimizer.state.items()}
-        on_gpu = self.runtime.device.type == "cuda"
-        rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if on_gpu else None}
+        rng = {"cpu": torch.get_rng_state()}
+        if self.runtime.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state()
         own, model = (tree_map(lambda t: t.detach().to("cpu", copy=True), t) for t in (own, self.model.state_dict()))
         ranks = self.runtime.gather({"optimizer": own, "rng": rng})
         if not self.runtime.is_master:
@@ -1152,7 +1153,7 @@ class Trainer:
                                               for key, value in values.items()}
         rng = state["rng"][self.runtime.rank % len(state["rng"])]
         torch.set_rng_state(rng["cpu"])
-        if self.runtime.device.type == "cuda" and rng["cuda"] is not None:
+        if self.runtime.device.type == "cuda" and "cuda" in rng:
             torch.cuda.set_rng_state(rng["cuda"])
         self.loader.seek(state["position"])
         self.steps = self.saved_step = int(state["steps"])
@@ -1346,7 +1347,8 @@ def prepare(config: Config, folder: RunFolder, code: bytes, watch: Stopwatch):
     folder.locate(config, os.environ)
     source = locate_checkpoint(config, folder) if runtime.is_master else None
     source, blob = runtime.share((source, source.read_bytes()) if source else (None, None))
-    facts = {"train_gpt.py": hashlib.sha256(code).hexdigest()[:16], "training tokens": str(len(stream))}
+    digests = [hashlib.sha256(part).hexdigest()[:16] for part in (code, stream.read(0, min(2**20, len(stream))))]
+    facts = {"train_gpt.py": digests[0], "training data": f"{len(stream)} tokens {digests[1]}"}
     state, differences = read_checkpoint(blob, source, config, facts) if source else (None, [])
     trainer = Trainer(config, runtime, folder, watch, TrainLoader(stream, config, runtime, accum_steps))
     trainer.facts = facts
@@ -1374,6 +1376,7 @@ def train(config: Config, folder: RunFolder, argv: list[str]):
     runtime.patient = True
     before, steps = trainer.train(evaluator), trainer.steps
     runtime.patient = False
+    signal.raise_signal(runtime.leave) if runtime.leave else None  # one that came after the last validation
     watch.switch("export")
     limit, over = config.max_wallclock_seconds, watch.seconds["training"] - config.max_wallclock_seconds
     if limit and over > 0:

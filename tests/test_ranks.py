@@ -111,7 +111,7 @@ def slow(state, folder):
 train_gpt.Trainer.step, train_gpt.write_checkpoint = disturbed, slow
 dist = train_gpt.dist
 init, destroy = dist.init_process_group, dist.destroy_process_group
-dist.init_process_group = lambda backend: dist.is_initialized() or init(backend)
+dist.init_process_group = lambda backend, **options: dist.is_initialized() or init(backend, **options)
 dist.destroy_process_group = lambda: None
 for run in json.loads(os.environ.get("RUNS", "[{{}}]")):  # several with the same processes: to start them takes longest
     os.environ.update(run)
