@@ -29,13 +29,8 @@ def generate(model, config, token_bytes):
         window = tokens[-T:]
         padding = [0] * min(-len(window) % 64, T - len(window))  # few lengths for the kernels; the past is blind to it
         logits = model(torch.tensor([window + padding], device=device))[0, len(window) - 1].float().cpu()
-<<<<<<< Updated upstream
         logits[token_bytes.size :] = -math.inf  # ids that only fill the vocabulary up
         trainer.require(not logits.isnan().any(), "the model's logits are not numbers: use another ARTIFACT")
-=======
-        sys.modules[type(config).__module__].require(logits.isfinite().all(), "the model's logits are not finite: it "
-                                                     "diverged, or its file is damaged: use another ARTIFACT")
->>>>>>> Stashed changes
         if config.top_k:
             logits[logits < logits.topk(min(config.top_k, len(logits))).values[-1]] = -math.inf
         logits -= logits.max()  # so that no temperature makes them infinite

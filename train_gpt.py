@@ -540,22 +540,8 @@ class TokenBytes:
         before, target = tokens[:-1], tokens[1:]
         return int(self.weight[target].sum() + np.count_nonzero(self.leading_space[target] & ~self.boundary[before]))
 
-<<<<<<< Updated upstream
     def audit(self, stream: TokenStream, stated: dict | None) -> str:
         """Prove that the first tokens decode to what they weigh, and that all weigh what a manifest states: a line."""
-=======
-    def encode(self, text: str) -> list[int]:
-        """The tokens of a document that begins with the text, start token first, or else another boundary."""
-        bos = self.model.bos_id()
-        return [bos if bos >= 0 else int(self.boundary.argmax()), *self.model.encode(text)]
-
-    def decode(self, tokens: list[int]) -> str:
-        return self.model.decode(tokens)
-
-    def audit(self, stream: TokenStream, stated: int | None) -> str:
-        """Prove the table: cut at boundaries and decoded, the first tokens must be as long as it says, and all together
-        must weigh the `stated` bytes. What was proved, in a line; raises otherwise."""
->>>>>>> Stashed changes
         tokens = stream.read(0, min(self.AUDIT_TOKENS, len(stream)))
         if len(tokens) < len(stream):  # not after half a character, which would not decode
             tokens = tokens[: np.flatnonzero(~self.is_byte[tokens])[-1:].sum() + 1]
@@ -1511,4 +1497,8 @@ def main(argv: list[str] | None = None) -> int:
         return code
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        sys.stdout.flush()
+        os._exit(status)  # gloo's threads may outlive the interpreter, whose end then aborts a rank that is done
+    sys.exit(status)

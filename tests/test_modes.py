@@ -335,6 +335,21 @@ def test_what_is_streamed_is_what_the_tokens_decode_to(words, data, prompt):
     assert expected.endswith("\ufffd") or streamed == expected
 
 
+@CHECKED
+@given(data=st.binary(min_size=1, max_size=20), prompt=st.sampled_from(["", "na\u00efve"]))
+@example(data="\U0001f600".encode()[:3] + "\u6d77".encode(), prompt="")
+def test_any_bytes_of_a_model_of_bytes(data, prompt):
+    """Without a tokenizer every byte is a token, and text is whatever they make together."""
+    letters = TokenBytes("bytes", 260)
+    config = Config(sample_prompt=prompt, sample_tokens=len(data), train_seq_len=32, train_batch_tokens=32)
+    script = Script([byte + 4 for byte in data], 260)
+    streamed = "".join(sample.generate(script, config, letters))
+    expected = prompt + data.decode(errors="replace")
+    assert expected.startswith(streamed) and not expected[len(streamed) :].strip("\ufffd")
+    assert expected.endswith("\ufffd") or streamed == expected
+    assert script.heard[0][: 1 + len(prompt.encode())] == [1, *(byte + 4 for byte in prompt.encode())]
+
+
 @pytest.mark.parametrize("end", ["<s>", "</s>", "<unk>"])
 def test_it_ends_with_the_document(words, end):
     king = words.model.encode("the king")
@@ -392,10 +407,10 @@ def test_tokens_are_drawn_from_the_softmax(words, temperature, top_k):
 
 
 def test_logits_that_are_not_numbers_are_an_error(words):
-    for logits in (torch.full((320,), math.nan), torch.full((320,), math.inf)):
-        config = Config(train_seq_len=32, train_batch_tokens=32)
-        with pytest.raises(train_gpt.UserError, match="not finite"):
-            list(sample.generate(Dice(logits), config, words))
+    for temperature in (0.0, 1.0):
+        config = Config(train_seq_len=32, train_batch_tokens=32, temperature=temperature)
+        with pytest.raises(train_gpt.UserError, match="not numbers.*use another ARTIFACT"):
+            list(sample.generate(Dice(torch.full((320,), math.nan)), config, words))
 
 
 def test_a_tokenizer_without_a_start_token(tmp_path):
