@@ -1499,4 +1499,8 @@ def main(argv: list[str] | None = None) -> int:
         return code
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        sys.stdout.flush()
+        os._exit(status)  # gloo's threads may outlive the interpreter, whose end then aborts a rank that is done
+    sys.exit(status)
