@@ -183,6 +183,8 @@ def find_files(inputs: list[str], form: str | None, **how) -> list[TextFile]:
         if not files:
             raise UserError(f"{given}: no text found, expected {SUFFIXES}; name the files themselves")
         for file in files:
+            if file.exists() and not file.is_file():
+                raise UserError(f"{file}: is no file that can be read twice; give it as standard input, with -")
             kind = classify(file)
             if form:
                 packing = next((p for p in PACKINGS[1:] if file.name.lower().endswith(p)), "")
@@ -330,7 +332,7 @@ def read_chunks(files: Iterable[TextFile], progress: Progress) -> Iterator[Chunk
         read = read_parquet if file.form == "parquet" else split_records
         for record in read(file, progress):
             records.append(record)
-            size += len(record)
+            size += len(record) + 1  # so that nothing but empty lines comes to an end, too
             position += len(record) + len(file.separator) if file.form == "txt" else 1
             if size >= BLOCK_BYTES:
                 yield Chunk(file, number, start, records)
@@ -615,7 +617,7 @@ def train_sentencepiece(documents: list[bytes], vocab_size: int, option: str) ->
     length beyond which the trainer silently drops a sentence is that of the longest document.
     """
     options = dict(TOKENIZER_OPTIONS, vocab_size=vocab_size, num_threads=1, minloglevel=2)
-    options["max_sentence_length"] = max(map(len, documents))
+    options["max_sentence_length"] = max(10, *map(len, documents))  # 10 is the least that it takes
     for extra in {}, {"required_chars": SPACE_MARK}:  # the second where spaces are too rare to be learned
         model, texts = io.BytesIO(), (raw.decode("utf-8") for raw in documents)
         try:
@@ -1195,7 +1197,7 @@ def record_command(args: argparse.Namespace) -> str:
     options = {"--val-docs": args.val_docs, "--val-share": args.val_share, "--field": args.field, "--separator": cut,
                "--format": args.format, "--name": args.name, "--shard-tokens": args.shard_tokens,
                "--train-bytes": args.train_bytes}  # fmt: skip
-    parts += [str(part) for option, value in options.items() if value for part in (option, value)]
+    parts += [f"{option}={value}" for option, value in options.items() if value]  # a value may begin with a dash
     return shlex.join([*parts, *(["--val", *args.val] if args.val else [])])
 
 
