@@ -54,8 +54,8 @@ MAX_VOCAB = 65536  # tokens are uint16
 BLOCK_BYTES = 2**20  # read at a time, and the text that a worker gets at a time
 MAX_DOCUMENT_BYTES = 2**26  # so that memory is bounded
 MAX_FLIGHT_BYTES = 2**26  # text that workers hold at one time, unless one document is larger
-PART_CHARACTERS = 2**20  # of a long document, encoded at a time
-CACHED_WORDS = 2**18  # about 50 MB in every worker
+PART_CHARACTERS = 2**19  # of a long document, encoded at a time; at most twice as many
+CACHED_WORDS, CACHED_LENGTH = 2**18, 64  # words and their most characters; about 50 MB in every worker
 
 FORMS = {".txt": "txt", ".jsonl": "jsonl", ".parquet": "parquet"}
 PACKINGS = "", ".gz", ".xz", ".zst"
@@ -401,7 +401,7 @@ def parse_record(chunk: Chunk, index: int) -> tuple[str, bytes] | None:
 
 
 class Tokenizer:
-    """`encode(text)` gives native uint16 tokens as bytes, without the start token. `describe` is for the manifest.
+    """`encode(text)` gives native uint16 tokens as bytes, without the token `start`, which stands before a document.
 
     pieces: bytes of text per token, empty for a boundary; leading: tokens that lose their first byte, a space, right
     after a boundary; boundary: tokens that stand for no text.
@@ -434,25 +434,28 @@ class Tokenizer:
 
 
 def cut_parts(text: str) -> Iterator[str]:
-    """A long text in parts, which bounds the memory of encoding it. The cuts are where a space follows something else:
-    no token of GPT-2, and none of a model that splits by whitespace, reaches across."""
-    start = 0
-    while len(text) - start > PART_CHARACTERS:
-        cut = re.compile(r"(?<! ) ").search(text, start + PART_CHARACTERS)
-        if cut is None:
-            break
-        yield text[start : cut.start()]
-        start = cut.start()
+    """A long text in parts, which bounds the memory of encoding it. The cuts are where a space follows what is no
+    whitespace: no token of GPT-2, and none of a model that splits by whitespace, reaches across. Where there is no such
+    place for long, they are elsewhere, which may give other tokens, but of the same text."""
+    start, place = 0, re.compile(r"(?<=\S) ")
+    while len(text) - start > 2 * PART_CHARACTERS:
+        cut = place.search(text, start + PART_CHARACTERS, start + 2 * PART_CHARACTERS)
+        end = cut.start() if cut else start + 2 * PART_CHARACTERS
+        yield text[start:end]
+        start = end
     yield text[start:]
 
 
 class WordCache(dict):
-    """The values of a function of words, each computed once until there are too many of them."""
+    """The values of a function of words, each computed once until there are too many of them. Long words, which texts
+    without spaces consist of, are not kept."""
 
     def __init__(self, function: Callable[[str], bytes]):
         self.function = function
 
     def __missing__(self, word: str) -> bytes:
+        if len(word) > CACHED_LENGTH:
+            return self.function(word)
         if len(self) >= CACHED_WORDS:
             self.clear()
         tokens = self[word] = self.function(word)
@@ -720,7 +723,7 @@ def take_survey(files: list[TextFile], val_docs: int, share: float, sample_bytes
     than that takes. The sample is the documents of the smallest hashes that fit `sample_bytes`, but at least one."""
     rule, documents = Rule(below=int(share * 2**128)), {"train": 0, "val": 0}
     heap, sampled = [], 0  # (minus the hash as a number, order, document): the largest hash is on top
-    smallest = 2**128
+    smallest = beyond = 2**128  # hashes from `beyond` on have no place in the sample
     if not sample_bytes and not val_docs and not any(file.held_out for file in files):
         return rule, [], 0
     with Progress("survey", files) as progress:
@@ -739,11 +742,12 @@ def take_survey(files: list[TextFile], val_docs: int, share: float, sample_bytes
                 smallest = min(smallest, key)
                 if split is not None:
                     documents[split] += 1
-                if split == "train" and sample_bytes and (sampled + size <= sample_bytes or key < -heap[0][0]):
+                if split == "train" and sample_bytes and key < beyond:
                     heapq.heappush(heap, (-key, documents["train"], parse_record(chunk, index)[1]))
                     sampled += size
                     while sampled > sample_bytes and len(heap) > 1:
-                        sampled -= len(heapq.heappop(heap)[2])
+                        largest, _, raw = heapq.heappop(heap)
+                        beyond, sampled = -largest, sampled - len(raw)
     if share and not documents["val"]:
         rule.below = smallest + 1
     kept = sorted((order, raw) for key, order, raw in heap if -key >= rule.below)

@@ -7,7 +7,7 @@ Prints, for pairs of runs one after the other (so that what else the machine doe
 `SentencePieceProcessor.encode(documents, num_threads=2)` on documents in memory, the same of the whole command with two
 workers (start, reading, unpacking, encoding, proof, writing), their ratio, and the command's peak memory, which is the
 largest sum of the resident memory of all its processes, looked at 50 times a second (Linux only). The processor time of
-both is the better measure where other work takes turns on the same cores. Then whether one worker makes the same shards.
+both is the better measure where other work takes turns on the cores. Then whether one worker makes the same shards.
 """
 
 import argparse

@@ -439,11 +439,23 @@ def test_unigrams_are_not_cut_into_words():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_long_text_is_encoded_in_parts_to_the_same_tokens(tokenizers, kind, monkeypatch):
-    tokenizer, text = tokenizers[kind], "  \n\n   lead" + "".join(make_documents(20, seed=3)) + "   \n  end  "
+    tokenizer = tokenizers[kind]
+    text = "  \n\n   lead" + "\n   x\t  y".join(make_documents(20, seed=3)) + "   \n  end  "
     whole = tokenizer.encode(text)
-    monkeypatch.setattr(tt, "PART_CHARACTERS", 7)
-    assert len(list(tt.cut_parts(text))) > 100 and "".join(tt.cut_parts(text)) == text
-    assert tokenizer.encode(text) == whole
+    for part in range(20, 40):
+        monkeypatch.setattr(tt, "PART_CHARACTERS", part)
+        assert len(list(tt.cut_parts(text))) > 100 and "".join(tt.cut_parts(text)) == text
+        assert tokenizer.encode(text) == whole
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("text", [" " * 99, "\u6d77" * 99, f"x{MARK}" * 50 + "\n" * 9, "ab" * 45 + " " * 45 + "c d"])
+def test_a_long_text_without_a_place_to_cut_comes_back(tokenizers, kind, text, monkeypatch):
+    monkeypatch.setattr(tt, "PART_CHARACTERS", 10)
+    assert max(map(len, tt.cut_parts(text))) <= 20
+    encoded = tt.encode_documents(tokenizers[kind], [(text, text.encode())])
+    assert encoded.lossy_documents == 0 and encoded.token_bytes == len(text.encode())
+    assert decode(tokenizers[kind], encoded.tokens[1:].tolist()) == text
 
 
 def test_the_word_cache_may_overflow(own_model, monkeypatch):
@@ -451,7 +463,13 @@ def test_the_word_cache_may_overflow(own_model, monkeypatch):
     whole = tt.SentencePiece(own_model).encode(text)
     monkeypatch.setattr(tt, "CACHED_WORDS", 3)
     tokenizer = tt.SentencePiece(own_model)
-    assert tokenizer.encode(text) == whole and len(tokenizer.cache) <= 3
+    assert tokenizer.encode(text) == whole and 0 < len(tokenizer.cache) <= 3
+
+
+def test_the_word_cache_keeps_no_long_words(own_model):
+    tokenizer = tt.SentencePiece(own_model)
+    assert len(tokenizer.encode("\u6d77" * 10_000 + " sea")) > 4
+    assert sum(map(len, tokenizer.cache)) <= 64
 
 
 def test_long_streams_are_spelled_across_blocks(tokenizers):
@@ -533,8 +551,11 @@ def test_a_tokenizer_learns_from_training_documents_only_and_from_no_more_than_a
     assert about == {"documents": len(fed[1]), "bytes": sum(len(text.encode()) for text in fed[1])}
     longest = max(len(text.encode()) for text in documents)
     assert 5000 - longest < about["bytes"] <= 5000
+    assert run(tmp_path / "one", source, *options, "--train-bytes", 1) == 0
     smallest = sorted(documents[20:], key=lambda text: hashlib.blake2b(text.encode(), digest_size=16).digest())
-    assert set(fed[1]) == set(smallest[: len(fed[1])])
+    assert set(fed[1]) == set(smallest[: len(fed[1])]), "the documents of the smallest hashes"
+    assert about["bytes"] + len(smallest[len(fed[1])].encode()) > 5000, "as many of them as fit"
+    assert fed[2] == smallest[:1], "at least one"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
