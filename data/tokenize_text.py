@@ -52,8 +52,8 @@ SPLITS = "train", "val"
 MAX_VOCAB = 65536  # tokens are uint16
 
 BLOCK_BYTES = 2**20  # read at a time, and the text that a worker gets at a time
-MAX_DOCUMENT_BYTES = 2**26  # so that memory is bounded
-MAX_FLIGHT_BYTES = 2**26  # text that workers hold at one time, unless one document is larger
+MAX_DOCUMENT_BYTES = 2**25  # so that memory is bounded
+MAX_FLIGHT_BYTES = 2**25  # text that workers hold at one time, unless one document is larger
 PART_CHARACTERS = 2**19  # of a long document, encoded at a time; at most twice as many
 CACHED_WORDS, CACHED_LENGTH = 2**18, 64  # words and their most characters; about 50 MB in every worker
 
