@@ -483,12 +483,13 @@ def test_the_word_cache_may_overflow(own_model, monkeypatch):
     monkeypatch.setattr(tt, "CACHED_WORDS", 3)
     tokenizer = tt.SentencePiece(own_model)
     assert tokenizer.encode(text) == whole and 0 < len(tokenizer.cache) <= 3
+    assert tokenizer.encode(" ".join(text.split())) and 0 < len(tokenizer.spaced) <= 3
 
 
 def test_the_word_cache_keeps_no_long_words(own_model):
     tokenizer = tt.SentencePiece(own_model)
-    assert len(tokenizer.encode("\u6d77" * 10_000 + " sea")) > 4
-    assert sum(map(len, tokenizer.cache)) <= 64
+    assert len(tokenizer.encode("sea " + "\u6d77" * 10_000 + " sea")) > 4
+    assert [*tokenizer.cache, *tokenizer.spaced] == ["sea", "sea"]
 
 
 def test_long_streams_are_spelled_across_blocks(tokenizers):
