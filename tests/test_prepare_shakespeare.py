@@ -6,6 +6,7 @@ import io
 import json
 import random
 import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -17,6 +18,7 @@ SCRIPT = Path(__file__).resolve().parents[1] / "data" / "prepare_shakespeare.py"
 MARK = "\u2581"
 VOCAB = 400
 EMOJI = "\U0001f600"
+sys.path.insert(0, str(SCRIPT.parent))  # where the script finds tokenize_text.py
 
 
 @pytest.fixture
@@ -146,13 +148,17 @@ def test_tokenizer_learns_from_training_documents_only(shakespeare, corpus, monk
 
 def test_a_document_beyond_the_trainers_usual_limit_is_learned_from(shakespeare):
     long = "zqzq zqzq\n" * 2000  # 20,000 bytes; SentencePiece drops sentences over 4,192 unless told otherwise
-    sp = spm.SentencePieceProcessor(model_proto=shakespeare.train_tokenizer(["etaoin shrdlu " * 20, long], 290))
+    documents = [b"etaoin shrdlu " * 20, long.encode()]
+    sp = spm.SentencePieceProcessor(model_proto=shakespeare.train_sentencepiece(documents, 290, ""))
     assert len(sp.encode(long)) < len(long) / 2
 
 
+def train(shakespeare) -> bytes:
+    return shakespeare.train_sentencepiece([text.encode() for text in make_texts().values()], VOCAB, "--vocab-size")
+
+
 def test_training_is_deterministic(shakespeare):
-    documents = list(make_texts().values())
-    assert shakespeare.train_tokenizer(documents, VOCAB) == shakespeare.train_tokenizer(documents, VOCAB)
+    assert train(shakespeare) == train(shakespeare)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -161,8 +167,12 @@ def test_training_is_deterministic(shakespeare):
 
 
 @pytest.fixture
-def sp(shakespeare):
-    return spm.SentencePieceProcessor(model_proto=shakespeare.train_tokenizer(list(make_texts().values()), VOCAB))
+def tokenizer(shakespeare):
+    return shakespeare.SentencePiece(train(shakespeare))
+
+
+def weigh(tokenizer, tokens) -> int:
+    return int(tokenizer.spell(np.array(tokens, dtype=np.uint16))[1].sum())
 
 
 AWKWARD = ["", " ", "  ", " x", "\n", "\n x", "\r\n\ty", " \n \n ", "a" + " " * 33 + "b ", "\ufeffx", "\0"]
@@ -171,41 +181,43 @@ AWKWARD += [MARK, f"{MARK} {MARK}{MARK} a{MARK}b", f" {MARK}"]
 
 
 @pytest.mark.parametrize("text", AWKWARD, ids=ascii)
-def test_a_document_decodes_and_weighs_exactly(shakespeare, sp, text):
-    tokens = shakespeare.encode_document(sp, text)
+def test_a_document_decodes_and_weighs_exactly(shakespeare, tokenizer, text):
+    sp, encoded = tokenizer.sp, shakespeare.encode_documents(tokenizer, [(text, text.encode())])
+    tokens = encoded.tokens.tolist()
     assert tokens[0] == sp.bos_id() and sp.bos_id() not in tokens[1:] and sp.unk_id() not in tokens
     assert sp.decode(tokens[1:]) == text
     assert spell(sp, tokens) == text.encode()
-    assert shakespeare.count_token_bytes(sp, np.array(tokens)) == len(text.encode())
+    assert weigh(tokenizer, tokens) == encoded.bytes == encoded.token_bytes == len(text.encode())
+    assert encoded.lossy_documents == 0
 
 
-def test_a_first_space_would_lose_its_byte_without_the_byte_piece(shakespeare, sp):
-    naive = np.array([sp.bos_id(), *sp.encode(" et")])
-    assert shakespeare.count_token_bytes(sp, naive) == 2
-    assert shakespeare.encode_document(sp, " et")[1] == sp.piece_to_id("<0x20>")
+def test_a_first_space_would_lose_its_byte_without_the_byte_piece(tokenizer):
+    sp = tokenizer.sp
+    assert weigh(tokenizer, [sp.bos_id(), *sp.encode(" et")]) == 2
+    assert np.frombuffer(tokenizer.encode(" et"), np.uint16)[0] == sp.piece_to_id("<0x20>")
 
 
-def test_weights_follow_the_written_rule(shakespeare, sp):
+def test_weights_follow_the_written_rule(tokenizer):
+    sp = tokenizer.sp
     bos, unk, space, mark = sp.bos_id(), sp.unk_id(), sp.piece_to_id("<0x20>"), sp.piece_to_id(MARK)
     run = next(i for i in range(sp.vocab_size()) if sp.id_to_piece(i) == MARK * 4)
     cases = {(bos,): 0, (bos, unk): 0, (bos, space, mark): 2, (bos, mark): 0, (unk, mark): 0, (bos, mark, mark): 1}
     cases |= {(bos, run): 3, (bos, space, run): 5, (mark, sp.eos_id(), run): 3}
     for tokens, weight in cases.items():
-        assert shakespeare.count_token_bytes(sp, np.array(tokens)) == weight, tokens
+        assert weigh(tokenizer, tokens) == weight, tokens
 
 
 @pytest.mark.parametrize("loss", ["bytes", "text"])
 def test_a_lossy_encoder_is_caught_before_anything_is_written(shakespeare, corpus, monkeypatch, capsys, loss):
-    encode = shakespeare.encode_document
+    encode = shakespeare.SentencePiece.encode
 
-    def lossy(sp, text):
-        tokens = encode(sp, text)
-        return tokens[:-1] if loss == "bytes" else [tokens[0], *tokens[:0:-1]]
+    def lossy(self, text):
+        tokens = np.frombuffer(encode(self, text), np.uint16)
+        return (tokens[:-1] if loss == "bytes" else tokens[::-1]).tobytes()
 
-    monkeypatch.setattr(shakespeare, "encode_document", lossy)
-    monkeypatch.setattr(shakespeare, "count_token_bytes", lambda sp, tokens: len(spell(sp, tokens)))
+    monkeypatch.setattr(shakespeare.SentencePiece, "encode", lossy)
     assert corpus.run() == 2
-    assert_one_line(capsys, "weigh" if loss == "bytes" else "decode", "nothing was written")
+    assert_one_line(capsys, "weigh", "decode", "nothing was written")
     assert not corpus.root.exists()
 
 
@@ -250,7 +262,7 @@ def test_the_files_are_what_the_manifest_says_and_the_manifest_is_true(corpus, o
 def test_a_second_run_changes_nothing(shakespeare, corpus, monkeypatch, capsys):
     assert corpus.run() == 0
     before = {path: path.stat().st_mtime_ns for path in corpus.root.rglob("*")}
-    monkeypatch.setattr(shakespeare, "train_tokenizer", None)
+    monkeypatch.setattr(shakespeare, "train_sentencepiece", None)
     capsys.readouterr()
     assert corpus.run() == 0
     assert "nothing to do" in capsys.readouterr().out
