@@ -68,7 +68,6 @@ free = functools.partial(knob, free=True)
 class Config:
     """A field's name in capitals is its environment variable."""
 
-    # What to do, and where things are
     mode: str = free("train", "what this call does", choices=("train", "check", "eval", "sample"))
     data_path: str = free("./data/datasets/fineweb10B_sp1024", "folder of fineweb_{train,val}_NNNNNN.bin shards")
     tokenizer_path: str = free("./data/tokenizers/fineweb_1024_bpe.model",
@@ -76,7 +75,6 @@ class Config:
     log_dir: str = free("./logs", "folder of the run folders")
     run_id: str = free("", "name of the run folder; empty: a time stamp")
     seed: int = knob(1337, "seed of the initial weights, and of a sample", 0, 2**63 - 1)
-    # Never lose a run
     checkpoint_every_seconds: float = free(-1.0, "training seconds between checkpoints; 0: none before the end; "
                                            "-1: 60 if MAX_WALLCLOCK_SECONDS is over 300, else 0", -1)
     resume: str = free("auto", "auto: go on in a run folder that exists; never; or the PATH of a checkpoint")
@@ -278,9 +276,6 @@ class Runtime:
         cpuinfo = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
         name = re.search(r"model name\s*: (.*)", cpuinfo)
         return f"{name[1] if name else platform.processor()}, {torch.get_num_threads()} threads"
-
-    def note(self) -> str:
-        return f"device:{self.device} ({self.device_name()}) dtype:{str(self.dtype).removeprefix('torch.')}"
 
     def synchronize(self):
         """Wait until the device has done all that was asked of it."""
@@ -769,7 +764,8 @@ def build_model(config: Config, runtime: Runtime) -> tuple[GPT, nn.Module, str]:
     if runtime.device.type != "cpu":
         model.tok_emb.to(runtime.dtype)
     scorer = torch.compile(model, dynamic=False, fullgraph=True) if compiled else model
-    return model, scorer, f"{attention_note}\ncompile:{int(compiled)} ({compile_note})"
+    device_note = f"device:{runtime.device} ({runtime.device_name()}) dtype:{str(runtime.dtype).removeprefix('torch.')}"
+    return model, scorer, f"{device_note}\n{attention_note}\ncompile:{int(compiled)} ({compile_note})"
 
 # ---------- Optimizer: the partition of the parameters, Adam for embeddings and vectors, Muon for matrices ------------
 def parameter_groups(model: GPT) -> dict[str, list[nn.Parameter]]:
@@ -1337,7 +1333,7 @@ def prepare(config: Config, folder: RunFolder, code: bytes, watch: Stopwatch):
     """(trainer, new or resumed, and what open_text returns), after all that the user brought has been checked."""
     runtime, defaults = folder.runtime, Config().texts()
     knobs = [f"{' ' if text == defaults.get(name) else '*'} {name}={text}" for name, text in config.texts().items()]
-    folder.log("\n".join([*knobs, *typo_warnings(os.environ), runtime.note()]))
+    folder.log("\n".join([*knobs, *typo_warnings(os.environ)]))
     accum_steps = config.accumulation_steps(runtime.world_size, runtime.device.type)
     stream = TokenStream(config.data_path, "train", config.vocab_size)
     folder.log(f"train_loader:shards pattern={stream.pattern} tokens:{len(stream)}")
@@ -1432,7 +1428,7 @@ def open_model(config: Config, folder: RunFolder, argv: list[str]) -> tuple[Conf
     require(not odd, f"{config.artifact} and the knobs disagree on {', '.join(odd[:3])}: unset what sets the shape")
     model, scorer, note = build_model(config, runtime)
     model.load_state_dict(state)
-    folder.log(f"{runtime.note()}\n{note}\nartifact:{config.artifact} bytes:{len(blob)} "
+    folder.log(f"{note}\nartifact:{config.artifact} bytes:{len(blob)} "
                f"sha256:{hashlib.sha256(blob).hexdigest()}\n{' '.join(f'{name}={told[name]}' for name in told)}")
     assumed = [f"{name}={config.texts()[name]}" for name in MODEL_KNOBS if name not in told]
     if assumed:
@@ -1492,15 +1488,12 @@ def main(argv: list[str] | None = None) -> int:
             message, code = f"stopped by {number.name}", 128 + number
             message += f": RUN_ID={folder.run_id} goes on with it" if folder and folder.lock else ""
         print(message, file=sys.stderr, flush=True)
-        if folder:
-            folder.close(message)
-            if folder.runtime.world_size > 1:
-                os._exit(code)  # a tidy end would wait for ranks that wait for this one; the launcher stops them
+        folder.close(message) if folder else None
         return code
 
 if __name__ == "__main__":
     status = main()
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # a tidy end waits for ranks that wait, and gloo's threads may abort it
         sys.stdout.flush()
-        os._exit(status)  # gloo's threads may outlive the interpreter, whose end then aborts a rank that is done
+        os._exit(status)
     sys.exit(status)
