@@ -1493,7 +1493,7 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     status = main()
-    if os.environ.get("WORLD_SIZE", "1") != "1":  # a tidy end waits for ranks that wait, and gloo's threads may abort it
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # a tidy end waits for ranks that wait, and gloo may abort it
         sys.stdout.flush()
         os._exit(status)
     sys.exit(status)
