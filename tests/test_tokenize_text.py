@@ -663,7 +663,8 @@ def test_the_manifest_is_true_and_the_trainer_reads_the_shards(tmp_path, source,
     assert str(tmp_path) not in json.dumps(manifest | {"command": ""})
     assert manifest["corpus"]["files"] == [{"file": "text.jsonl", "bytes": source.stat().st_size,
                                             "sha256": hashlib.sha256(source.read_bytes()).hexdigest()}]  # fmt: skip
-    assert train_gpt.manifest_bytes(str(folder)) == len("".join(documents[:20]).encode())
+    size = len("".join(documents[:20]).encode())
+    assert train_gpt.manifest_bytes(str(folder)) == {"bytes": size, "token_bytes": size}
     for split, texts in {"val": documents[:20], "train": documents[20:]}.items():
         entry, stream = manifest["splits"][split], train_gpt.TokenStream(str(folder), split, about["vocab_size"])
         tokens = stream.read(0, len(stream))
