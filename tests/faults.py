@@ -153,8 +153,8 @@ def undisturbed(logs: Path, ranks: int, nodes: int, recipe: Path) -> tuple[dict,
 
 
 def disturbed(logs: Path, name: str, arguments, longest: dict, rng: random.Random, phases: list[str]):
-    """Kill a run once in each phase, start it again where nobody else does, let it end. (Kills, folders of the runs: one,
-    and another for each that ended before a kill hit it.)"""
+    """Kill a run once in each phase, start it again where nobody else does, let it end. (Kills, folders of the runs:
+    one, and another for each that ended before a kill hit it.)"""
     folders, kills, processes = [logs / f"{name}_0"], 0, []
 
     def go_on():
