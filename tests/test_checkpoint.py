@@ -322,6 +322,31 @@ def test_each_rank_gets_its_own_generator_and_the_momenta_that_it_owns(make_conf
         assert sorted(held) == sorted(muon), "each matrix has one owner"
 
 
+def test_the_step_count_of_adam_stays_exact_beside_bf16_moments(make_config, build):
+    """bfloat16 holds no 257; the embedding is bfloat16 on accelerators, and its moments with it."""
+    trainer, other = build(make_config()), build(make_config())
+    for one in (trainer, other):
+        one.model.tok_emb.to(torch.bfloat16)
+    trainer.step(1.0, 0.9)
+    trainer.steps = 257
+    adam = trainer.optimizers[0].state[trainer.model.tok_emb.weight]
+    adam["step"].fill_(257)
+    assert adam["exp_avg"].dtype == torch.bfloat16
+    other.restore(trainer.state())
+    assert_same(all_of(other), all_of(trainer))
+    assert other.optimizers[0].state[other.model.tok_emb.weight]["step"] == 257
+    other.step(1.0, 0.9)
+
+
+def test_a_loss_that_is_still_on_its_way_is_awaited_before_a_checkpoint(make_config, build):
+    """On a GPU the last one may be, and may be no number."""
+    trainer = build(make_config())
+    trainer.pending.append((1, 1.0, torch.tensor(math.nan), None))
+    with pytest.raises(UserError, match="step 1: the loss is nan"):
+        trainer.save(wait=True)
+    assert trainer.written is None
+
+
 def test_a_copy_is_saved_and_not_what_training_goes_on_with(make_config, build):
     """The file is written while the next steps change the weights."""
     trainer = build(make_config())
@@ -571,6 +596,7 @@ def test_free_knobs_may_change(go, stopped, whole):
     run = go(TRAIN_LOG_EVERY=1, VAL_LOSS_EVERY=5, CHECKPOINT_EVERY_SECONDS=1e-9, WARMUP_STEPS=1)
     assert_ended_well(run, like=whole)
     assert [m["step"] for m in run.metrics if "val_loss" in m] == [0, 2, 5, 6]
+    assert re.findall("saved step:(.)", run.log) == ["3", "4", "5", "6"], "what it came from is not saved again"
 
 
 def test_another_model_is_refused_even_by_force(go, stopped):
