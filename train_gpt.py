@@ -736,8 +736,8 @@ class GPT(nn.Module):
                 assert kind in constants, f"no initialisation rule covers parameter {name}"
                 p.copy_(torch.as_tensor(constants[kind]).expand_as(p))
 
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
-        """Losses [B, T] in nats where targets are given, softcapped logits [B, T, V] otherwise; both fp32."""
+    def features(self, tokens_BT: Tensor) -> Tensor:
+        """[B, T, D] in `dtype`: what the output projection sees."""
         T = tokens_BT.size(1)
         cos, sin = self.cos[:T].to(self.dtype), self.sin[:T].to(self.dtype)
         x = x0 = rms_norm(self.tok_emb(tokens_BT).to(self.dtype))
@@ -748,7 +748,11 @@ class GPT(nn.Module):
             x = block(x, x0, cos, sin)
             if i < self.pushes:
                 skips.append(x)
-        x = rms_norm(x)
+        return rms_norm(x)
+
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
+        """Losses [B, T] in nats where targets are given, softcapped logits [B, T, V] otherwise; both fp32."""
+        x = self.features(tokens_BT)
         logits = F.linear(x, self.tok_emb.weight.to(x.dtype)) if self.lm_head is None else self.lm_head(x)
         logits = self.softcap * torch.tanh(logits.float() / self.softcap)
         if targets_BT is None:
