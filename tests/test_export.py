@@ -238,7 +238,7 @@ def test_unpack_refuses_what_is_no_artifact_and_runs_no_code(tmp_path):
 
 def exported(config, runtime, state, code_bytes):
     folder = RunFolder(runtime)
-    folder.locate(config, {})
+    folder.locate(config)
     folder.create(config, b"code")
     sizes = export(state, config, folder, code_bytes)
     folder.close()

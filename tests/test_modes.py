@@ -23,6 +23,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import check
+import eval as eval_mode
 import sample
 import train_gpt
 from train_gpt import GPT, KNOBS, Config, TokenBytes
@@ -206,7 +207,7 @@ def words(corpus):
 @pytest.fixture(scope="module")
 def model(trained):
     """(model, configuration) of the artifact, with longer texts than it was trained on."""
-    state, told = eval.read_model((trained / "final_model.int8.ptz").read_bytes(), "artifact")
+    state, told = eval_mode.read_model((trained / "final_model.int8.ptz").read_bytes(), "artifact", train_gpt)
     config = Config.load([], told | {"TRAIN_SEQ_LEN": "160", "TRAIN_BATCH_TOKENS": "160"})
     gpt = GPT(config, train_gpt.blocked_attention)  # which no switch of torch turns off
     gpt.load_state_dict(state)
