@@ -22,7 +22,7 @@ REFERENCE = {
     "SEED": 1337, "VAL_BATCH_SIZE": 524288, "VAL_LOSS_EVERY": 1000, "TRAIN_LOG_EVERY": 200, "ITERATIONS": 20000,
     "WARMDOWN_FRAC": 0.3526, "WARMUP_STEPS": 20, "TRAIN_BATCH_TOKENS": 393216, "TRAIN_SEQ_LEN": 4096,
     "MAX_WALLCLOCK_SECONDS": 600.0, "QK_GAIN_INIT": 1.5, "VOCAB_SIZE": 1024, "NUM_LAYERS": 9, "MODEL_DIM": 512,
-    "NUM_HEADS": 8, "NUM_KV_HEADS": 4, "MLP_MULT": 2, "TIE_EMBEDDINGS": True, "ROPE_BASE": 10000.0,
+    "NUM_HEADS": 8, "NUM_KV_HEADS": 4, "MLP_MULT": 2.0, "TIE_EMBEDDINGS": True, "ROPE_BASE": 10000.0,
     "LOGIT_SOFTCAP": 30.0, "EMBED_LR": 0.6, "HEAD_LR": 0.008, "TIED_EMBED_LR": 0.03, "TIED_EMBED_INIT_STD": 0.005,
     "MATRIX_LR": 0.02, "SCALAR_LR": 0.02, "MUON_MOMENTUM": 0.99, "MUON_BACKEND_STEPS": 5,
     "MUON_MOMENTUM_WARMUP_START": 0.92, "MUON_MOMENTUM_WARMUP_STEPS": 1500, "BETA1": 0.9, "BETA2": 0.95,
@@ -195,7 +195,7 @@ BOUNDS = [  # knob, first value that is refused, nearest that is taken
     ("TRAIN_LOG_EVERY", "-1", "0"), ("VAL_LOSS_EVERY", "-1", "0"), ("VAL_BATCH_SIZE", "0", "1"),
     ("VAL_TOKENS_LIMIT", "-1", "0"), ("EVAL_STRIDE", "-1", "0"), ("VOCAB_SIZE", "1", "2"),
     ("VOCAB_SIZE", "65537", "65536"), ("NUM_LAYERS", "0", "1"), ("MODEL_DIM", "0", "16"), ("NUM_HEADS", "0", "4"),
-    ("NUM_KV_HEADS", "0", "1"), ("MLP_MULT", "0", "1"), ("TIED_EMBED_INIT_STD", "-0.1", "0"), ("ROPE_BASE", "0.5", "1"),
+    ("NUM_KV_HEADS", "0", "1"), ("MLP_MULT", "0", "0.01"), ("TIED_EMBED_INIT_STD", "-0.1", "0"), ("ROPE_BASE", "0.5", "1"),
     ("LOGIT_SOFTCAP", "0", "0.001"), ("EMBED_LR", "-1", "0"), ("HEAD_LR", "-1", "0"), ("TIED_EMBED_LR", "-1", "0"),
     ("SCALAR_LR", "-1", "0"), ("MATRIX_LR", "-1", "0"), ("MUON_MOMENTUM", "-0.1", "0"), ("MUON_MOMENTUM", "1", "0.999"),
     ("MUON_MOMENTUM_WARMUP_START", "-0.1", "0"), ("MUON_MOMENTUM_WARMUP_START", "1", "0.999"),
@@ -398,6 +398,12 @@ def configs(draw):
     environ |= {"TRAIN_SEQ_LEN": str(T), "TRAIN_BATCH_TOKENS": str(T * sequences), "NUM_KV_HEADS": str(kv_heads)}
     environ |= {"NUM_HEADS": str(kv_heads * groups), "MODEL_DIM": str(2 * pairs * kv_heads * groups)}
     environ |= {"EVAL_STRIDE": str(draw(st.integers(0, T))), "MICRO_BATCH_TOKENS": str(T * draw(st.integers(1, 3)))}
+    environ |= {"ROPE_DIMS": str(2 * draw(st.integers(0, pairs))), "MLP_MULT": str(draw(st.floats(1, 1024)))}
+    layers, clip = int(environ["NUM_LAYERS"]), str(draw(st.floats(0.5, 50)))
+    first = draw(st.integers(0, min(layers, 9999) - 1))
+    environ |= {"LOOP_LAYERS": f"{first}-{draw(st.integers(first, min(layers, 9999) - 1))}" if layers > 1 else ""}
+    environ |= {"START_TOKEN": str(draw(st.integers(0, int(environ["VOCAB_SIZE"]) - 1)))}
+    environ |= dict.fromkeys(("CLIP_ATTN", "CLIP_MLP", "CLIP_EMBED"), clip) if environ["FIT_SIZE"] == "1" else {}
     del environ[draw(st.sampled_from(["WARMDOWN_FRAC", "WARMDOWN_ITERS"]))]
     del environ[draw(st.sampled_from(["GRAD_ACCUM_STEPS", "MICRO_BATCH_TOKENS"]))]
     return environ
