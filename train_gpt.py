@@ -977,7 +977,7 @@ def collect_hessians(model: GPT, batches, runtime: Runtime) -> dict[str, Tensor]
 def gptq_round(w: Tensor, scale: Tensor, hessian: Tensor, qmax: int, block: int = 128) -> Tensor:
     """int8 values [rows, in], on the device of the Hessian [in, in]: column after column is rounded, and those that
     follow make up for its error as the Hessian of the layer's squared error says (Frantar et al. 2022, GPTQ)."""
-    order = hessian.diagonal().argsort(descending=True)
+    order = hessian.diagonal().argsort(descending=True, stable=True)
     H, columns = hessian.float()[order][:, order], w.to(hessian.device, torch.float32).mT[order]  # [in, rows]
     q, scale, unused = torch.empty_like(columns, dtype=torch.int8), scale.to(H.device).float(), H.diagonal() == 0
     H.diagonal()[unused], columns[unused] = 1.0, 0.0
