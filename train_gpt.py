@@ -1052,7 +1052,7 @@ def rans_decode(words: np.ndarray, classes: np.ndarray, tables: np.ndarray, step
     states, position = words[: 2 * lanes].view("<u4").astype(np.int64), 2 * lanes
     for begin in range(0, len(classes), lanes):
         x = states[: len(classes) - begin]
-        slot = slots[begin : begin + lanes] = (classes[begin : begin + lanes] << 14) + (x & 0x3FFF)
+        slot = slots[begin : begin + lanes] = (classes[begin : begin + lanes].astype(np.int64) << 14) + (x & 0x3FFF)
         x[:] = (x >> 14) * freq_at[slot] + rest_at[slot]
         low = np.flatnonzero(x < 2**16)
         x[low] = x[low] << 16 | words[position : position + len(low)]
@@ -1086,7 +1086,7 @@ def rans_unpack(artifact: dict) -> dict[str, Tensor]:
     require(all(part.is_contiguous() for part in parts) and 4 * sizes.sum(dtype=float) <= UNPACKED_LIMIT
             and (0 <= rows).all() and (rows <= sizes).all() and rows.sum() == len(scales) and tables.shape == (3, 256)
             and (tables >= 0).all() and (tables.sum(1) == 2**14).all(), "its layout and its tensors do not fit")
-    symbols = rans_decode(stream.numpy().view("<u2"), np.repeat(classes, sizes * (rows > 0)), tables.numpy())
+    symbols = rans_decode(stream.numpy().view("<u2"), np.repeat(np.uint8(classes), sizes * (rows > 0)), tables.numpy())
     values = symbols.view(np.int8) * np.repeat(scales.float().numpy(), np.repeat(sizes // np.maximum(rows, 1), rows))
     numbers = zip(layout, torch.cat([torch.from_numpy(values), kept.float()]).split(sizes.tolist()), strict=True)
     return {name: part.view(shape).to(getattr(torch, dtype)) for (name, *_, dtype, shape), part in numbers}
