@@ -999,7 +999,7 @@ def collect_hessians(model: GPT, batches, runtime: Runtime) -> dict[str, Tensor]
 def gptq_round(w: Tensor, scale: Tensor, hessian: Tensor, qmax: int, block: int = 128) -> Tensor:
     """int8 values [rows, in], on the device of the Hessian [in, in]: column after column is rounded, and those that
     follow make up for its error as the Hessian of the layer's squared error says (Frantar et al. 2022, GPTQ)."""
-    order = hessian.diagonal().argsort(descending=True)
+    order = hessian.diagonal().argsort(descending=True, stable=True)
     H, columns = hessian.float()[order][:, order], w.to(hessian.device, torch.float32).mT[order]  # [in, rows]
     q, scale, unused = torch.empty_like(columns, dtype=torch.int8), scale.to(H.device).float(), H.diagonal() == 0
     H.diagonal()[unused], columns[unused] = 1.0, 0.0
@@ -1074,7 +1074,7 @@ def rans_decode(words: np.ndarray, classes: np.ndarray, tables: np.ndarray, step
     states, position = words[: 2 * lanes].view("<u4").astype(np.int64), 2 * lanes
     for begin in range(0, len(classes), lanes):
         x = states[: len(classes) - begin]
-        slot = slots[begin : begin + lanes] = (classes[begin : begin + lanes] << 14) + (x & 0x3FFF)
+        slot = slots[begin : begin + lanes] = (classes[begin : begin + lanes].astype(np.int64) << 14) + (x & 0x3FFF)
         x[:] = (x >> 14) * freq_at[slot] + rest_at[slot]
         low = np.flatnonzero(x < 2**16)
         x[low] = x[low] << 16 | words[position : position + len(low)]
@@ -1108,7 +1108,7 @@ def rans_unpack(artifact: dict) -> dict[str, Tensor]:
     require(all(part.is_contiguous() for part in parts) and 4 * sizes.sum(dtype=float) <= UNPACKED_LIMIT
             and (0 <= rows).all() and (rows <= sizes).all() and rows.sum() == len(scales) and tables.shape == (3, 256)
             and (tables >= 0).all() and (tables.sum(1) == 2**14).all(), "its layout and its tensors do not fit")
-    symbols = rans_decode(stream.numpy().view("<u2"), np.repeat(classes, sizes * (rows > 0)), tables.numpy())
+    symbols = rans_decode(stream.numpy().view("<u2"), np.repeat(np.uint8(classes), sizes * (rows > 0)), tables.numpy())
     values = symbols.view(np.int8) * np.repeat(scales.float().numpy(), np.repeat(sizes // np.maximum(rows, 1), rows))
     numbers = zip(layout, torch.cat([torch.from_numpy(values), kept.float()]).split(sizes.tolist()), strict=True)
     return {name: part.view(shape).to(getattr(torch, dtype)) for (name, *_, dtype, shape), part in numbers}

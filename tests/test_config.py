@@ -202,6 +202,9 @@ BOUNDS = [  # knob, first value that is refused, nearest that is taken
     ("MUON_MOMENTUM_WARMUP_STEPS", "-1", "0"), ("MUON_BACKEND_STEPS", "0", "1"), ("BETA1", "-0.1", "0"),
     ("BETA1", "1", "0.999"), ("BETA2", "-0.1", "0"), ("BETA2", "1", "0.999"), ("ADAM_EPS", "0", "1e-20"),
     ("GRAD_CLIP_NORM", "-1", "0"), ("INT8_SCALE_FLOOR", "-1", "0"),
+    ("WEIGHT_BITS", "1", "2"), ("WEIGHT_BITS", "9", "8"), ("EMBED_BITS", "1", "2"), ("EMBED_BITS", "9", "8"),
+    ("CLIP_ATTN", "-1", "0"), ("CLIP_MLP", "-1", "0"), ("CLIP_EMBED", "-1", "0"), ("GPTQ_BATCHES", "-1", "0"),
+    ("SIZE_LIMIT", "0", "1"),
 ]  # fmt: skip
 
 
@@ -221,6 +224,7 @@ def test_bounds(name, refused, taken):
 @pytest.mark.parametrize("name, choices", [
     ("DEVICE", "auto cuda mps cpu"), ("DTYPE", "auto bfloat16 float32"), ("COMPILE", "auto 0 1"),
     ("ATTENTION", "auto flash cudnn efficient math blocked"), ("MODE", "train check eval sample"),
+    ("CODEC", "zlib rans"),
 ])  # fmt: skip
 def test_choices(name, choices):
     for choice in choices.split():
@@ -246,7 +250,9 @@ def test_not_a_finite_number(name, text):
 
 @pytest.mark.parametrize("name", [name for name, field in KNOBS.items() if type(field.default) is bool])
 def test_switches(name):
-    assert [getattr(load(**{name: text}), name.lower()) for text in ("0", "1", " 1 ")] == [False, True, True]
+    needed = {"FIT_SIZE": {"CLIP_ATTN": "13", "CLIP_MLP": "12", "CLIP_EMBED": "15"}}.get(name, {})
+    values = [getattr(load(**{name: text}, **needed), name.lower()) for text in ("0", "1", " 1 ")]
+    assert values == [False, True, True]
     for wrong in ("", "2", "true", "False", "yes", "01"):
         message = error_of(**{name: wrong})
         assert f"{name}={wrong!r}" in message and "0 or 1" in message
