@@ -201,7 +201,7 @@ class Config:
     def texts(self) -> dict[str, str]:
         """{KNOB: text}, which read back gives this configuration, but for what belongs to one run or one call."""
         values = {name: getattr(self, field.name) for name, field in KNOBS.items()
-                  if name not in ("RUN_ID", "MODE", "ARTIFACT", "RESUME", "RESUME_FORCE", "TARGET_WORLD_SIZE")}
+                  if name not in ("RUN_ID", "MODE", "ARTIFACT", "RESUME", "RESUME_FORCE")}
         return {name: str(int(value) if isinstance(value, bool) else value) for name, value in values.items()}
 
     def accumulation_steps(self, world_size: int, device_type: str) -> int:
@@ -263,8 +263,8 @@ class Runtime:
         # What signals have asked for; while `patient`, the wish to leave waits for the end of a step.
         self.patient, self.save_asked, self.leave = False, False, 0
         available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-        anywhere = config.device == "auto" or config.target_world_size  # the GPUs that it means need not be here
-        kind = next(kind for kind in available if available[kind]) if anywhere else config.device
+        meant = config.mode == "check" and config.target_world_size  # the GPUs of which need not be here
+        kind = next(kind for kind in available if available[kind]) if config.device == "auto" or meant else config.device
         require(available[kind], f"DEVICE={kind}: torch {torch.__version__} sees no such device here: use DEVICE=auto")
         require(kind != "mps" or self.world_size == 1, f"WORLD_SIZE={self.world_size}: use one process, or DEVICE=cpu")
         gpus, local_ranks = torch.cuda.device_count(), int(environ.get("LOCAL_WORLD_SIZE", self.world_size))

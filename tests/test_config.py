@@ -11,8 +11,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import check
 import train_gpt
-from train_gpt import KNOBS, Config, UserError, typo_warnings
+from train_gpt import KNOBS, Config, UserError
 
 CHECKED = settings(database=None, deadline=None, derandomize=True)  # the same examples on every machine
 
@@ -350,14 +351,13 @@ ONE_CALL = {"run_id": "", "mode": "train", "artifact": "", "resume": "auto", "re
 def test_texts_leave_out_what_must_not_be_repeated():
     one_call = {name.upper() for name in ONE_CALL}
     changed = {"RUN_ID": "x", "MODE": "eval", "ARTIFACT": "y", "RESUME": "z", "RESUME_FORCE": "1"}
-    assert KNOBS.keys() - load(**changed).texts().keys() == one_call | {"WARMDOWN_ITERS"}
-    texts = load(WARMDOWN_ITERS="0").texts()
-    assert KNOBS.keys() - texts.keys() == one_call | {"WARMDOWN_FRAC"} and texts["WARMDOWN_ITERS"] == "0"
+    texts = load(**changed).texts()
+    assert KNOBS.keys() - texts.keys() == one_call
     assert texts["TIE_EMBEDDINGS"] == "1" and load(TIE_EMBEDDINGS="0").texts()["TIE_EMBEDDINGS"] == "0"
 
 
 @pytest.mark.parametrize("changes", [
-    {}, {"WARMDOWN_ITERS": "3000"}, {"WARMDOWN_ITERS": "0"}, {"WARMDOWN_FRAC": "0.1"}, {"TIE_EMBEDDINGS": "0"},
+    {}, {"LOOP_LAYERS": "3-5"}, {"WARMDOWN_FRAC": "0.1"}, {"TIE_EMBEDDINGS": "0"},
     {"DATA_PATH": "/a b/#1"}, {"DATA_PATH": ""}, {"ADAM_EPS": "1e-19"},
 ])  # fmt: skip
 def test_config_env_of_a_run_gives_the_same_config(tmp_path, changes):
@@ -411,7 +411,6 @@ def configs(draw):
     environ |= {"LOOP_LAYERS": f"{first}-{draw(st.integers(first, min(layers, 9999) - 1))}" if layers > 1 else ""}
     environ |= {"START_TOKEN": str(draw(st.integers(0, int(environ["VOCAB_SIZE"]) - 1)))}
     environ |= dict.fromkeys(("CLIP_ATTN", "CLIP_MLP", "CLIP_EMBED"), clip) if environ["FIT_SIZE"] == "1" else {}
-    del environ[draw(st.sampled_from(["WARMDOWN_FRAC", "WARMDOWN_ITERS"]))]
     del environ[draw(st.sampled_from(["GRAD_ACCUM_STEPS", "MICRO_BATCH_TOKENS"]))]
     return environ
 
@@ -514,8 +513,15 @@ def test_advice_for_micro_steps_that_do_not_divide_works():
     ("TRAIN_SEQ_LENGTH", "TRAIN_SEQ_LEN"), ("MOXE", "MODE"), ("DTYPF", "DTYPE"), ("RESUNE", "RESUME"),
 ])  # fmt: skip
 def test_typo_draws_a_warning(name, nearest):
-    (warning,) = typo_warnings({name: "1", "HOME": "/root", "SEED": "2"})
+    (warning,) = check.typo_warnings({name: "1", "HOME": "/root", "SEED": "2"}, KNOBS)
     assert warning.startswith("warning:") and f" {name} " in warning and f"did you mean {nearest}?" in warning
+
+
+@pytest.mark.parametrize("name, remedy", [("WARMDOWN_ITERS", "WARMDOWN_FRAC"), ("MUON_WD", "MUON_WEIGHT_DECAY"),
+                                          ("XSA_LAST_N", "XSA_LAYERS"), ("INT8_SCALE_FLOOR", "CLIP_MLP")])  # fmt: skip
+def test_a_knob_of_other_trainers_draws_a_warning(name, remedy):
+    (warning,) = check.typo_warnings({name: "1"}, KNOBS)
+    assert f" {name} is no knob: set" in warning and remedy in warning
 
 
 def test_ordinary_variables_draw_no_warning():
@@ -526,7 +532,7 @@ def test_ordinary_variables_draw_no_warning():
         MASTER_ADDR MASTER_PORT TORCHELASTIC_RUN_ID TORCHELASTIC_MAX_RESTARTS TORCHELASTIC_RESTART_COUNT
         TORCHELASTIC_ERROR_FILE NCCL_DEBUG NCCL_P2P_DISABLE TORCH_LOGS SLURM_JOB_ID SLURM_NTASKS SLURM_PROCID CI
         GITHUB_ACTIONS XDG_RUNTIME_DIR SSH_CLIENT SSH_TTY""".split()
-    assert typo_warnings(dict.fromkeys([*ordinary, *KNOBS], "1")) == []
+    assert check.typo_warnings(dict.fromkeys([*ordinary, *KNOBS], "1"), KNOBS) == []
 
 
 def test_the_environment_of_this_machine_is_not_read_by_load(monkeypatch):
