@@ -49,7 +49,7 @@ def main(config, folder, argv: list[str]):
     os.environ["COMPILE"] = "0"  # the lengths of a growing text would each be compiled anew
     trainer = sys.modules[type(config).__module__]
     with contextlib.redirect_stdout(sys.stderr):
-        config, model, _ = trainer.open_model(config, folder, argv)
+        config, model, _ = trainer.beside("eval").open_model(config, folder, argv)
     token_bytes = trainer.TokenBytes(config.tokenizer_path, config.vocab_size)
     if folder.runtime.is_master:
         for piece in generate(model, config, token_bytes):

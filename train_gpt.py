@@ -41,7 +41,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_map
 
 SIZE_LIMIT = 16_000_000  # bytes of code plus artifact, decimal
 FINEWEB_TARGETS, FINEWEB_BYTES = 62_021_632, 151_080_363  # the challenge's validation text in its 1,024 pieces
@@ -90,6 +89,9 @@ class Config:
     max_wallclock_seconds: float = knob(600.0, "training clock in seconds, without validation; 0: none", 0)
     warmdown_frac: float = knob(0.3526, "share of the run over which the rates fall linearly to 0", 0, 1)
     warmdown_iters: int = knob(-1, "the same in steps, instead of WARMDOWN_FRAC; -1: unused", -1)
+    lr_floor: float = knob(0.0, "least share of the rates in the warmdown; wants EMA_DECAY", 0, 1)
+    loader: str = knob("stream", "order of the training text: as it stands, or shuffled sequences",
+                       choices=("stream", "shuffle"))
     warmup_steps: int = free(20, "steps that compile and warm up; all state is restored after them", 0)
     train_batch_tokens: int = knob(393_216, "tokens per step, over all ranks and micro-steps", 1)
     train_seq_len: int = knob(4096, "tokens per sequence, in training and in evaluation", 1)
@@ -112,12 +114,25 @@ class Config:
     model_dim: int = knob(512, "width D of the residual stream", 2)
     num_heads: int = knob(8, "query heads H", 1)
     num_kv_heads: int = knob(4, "key-value heads K; divides NUM_HEADS", 1)
-    mlp_mult: int = knob(2, "hidden width of the MLP over MODEL_DIM", 1)
+    mlp_mult: float = knob(2.0, "hidden width of the MLP over MODEL_DIM, rounded to whole channels", 2**-10, 2**10)
+    mlp_slope: float = knob(0.0, "slope below 0 of the MLP's leaky ReLU, which is squared", 0, 1)
     tie_embeddings: bool = knob(True, "the output projection is the embedding")
     tied_embed_init_std: float = knob(0.005, "standard deviation of the initial tied embedding", 0)
     rope_base: float = knob(10_000.0, "base of the rotary frequencies", 1)
+    rope_dims: int = knob(0, "dimensions of a head that rotate, the first ones; 0: all", 0)
     qk_gain_init: float = knob(1.5, "initial gain of every query head")
     logit_softcap: float = knob(30.0, "logits are squeezed smoothly into +- this", 1e-3)
+    x0_mix: bool = knob(True, "every block mixes its input with the embedding, by learned vectors")
+    ln_scale: bool = knob(False, "what a block's norms give is divided by the root of its number, from 1")
+    xsa_layers: int = knob(0, "in the last n blocks attention leaves out each token's own value (XSA)", 0)
+    attn_gate: bool = knob(False, "a gate on what each attention head gives")
+    gated_skips: bool = knob(False, "learned gates between the stream and what the U-net's skips bring")
+    parallel_from: int = knob(-1, "from this block on, counted from 0, attention and MLP read the same; -1: none", -1)
+    smear_gate: bool = knob(False, "a gate lets each embedding take some of the one before it in the document")
+    start_token: int = knob(1, "id that begins a document, where SMEAR_GATE=1 takes nothing", 0)
+    loop_layers: str = knob("", "first-last blocks, from 0, that run several times (depth recurrence); empty: none")
+    loop_passes: int = knob(3, "times that LOOP_LAYERS run", 2, 100)
+    loop_start: float = knob(0.35, "share of the run from which on LOOP_LAYERS run several times", 0, 1)
     embed_lr: float = knob(0.6, "Adam rate of an untied embedding", 0)
     head_lr: float = knob(0.008, "Adam rate of an untied output projection", 0)
     tied_embed_lr: float = knob(0.03, "Adam rate of the tied embedding", 0)
@@ -127,11 +142,17 @@ class Config:
     muon_momentum_warmup_start: float = knob(0.92, "Muon momentum at step 0", 0, 0.99999)
     muon_momentum_warmup_steps: int = knob(1500, "steps of the linear momentum warm-up", 0)
     muon_backend_steps: int = knob(5, "Newton-Schulz iterations", 1)
+    muon_weight_decay: float = knob(0.0, "a step takes this times the rate off the matrices", 0)
+    muon_row_norm: bool = knob(False, "rows of Muon's update are normalised before it is orthogonalised")
+    embed_weight_decay: float = knob(0.0, "AdamW's decay of the embedding and the output projection", 0)
+    scalar_weight_decay: float = knob(0.0, "AdamW's decay of vectors, scales and gains", 0)
+    ema_decay: float = knob(0.0, "decay of the average of the weights that is exported; 0: no average", 0, 1)
     beta1: float = knob(0.9, "Adam's first decay", 0, 0.999999)
     beta2: float = knob(0.95, "Adam's second decay", 0, 0.999999)
     adam_eps: float = knob(1e-8, "Adam's epsilon", 1e-20)
     grad_clip_norm: float = knob(0.0, "the global gradient norm is clipped to this, after reduction; 0: off", 0)
     int8_scale_floor: float = knob(0.0, "least scale of an int8 row; raising it trades quality for size", 0)
+    gptq_batches: int = knob(0, "batches of training text that calibrate GPTQ; 0: plain rounding", 0)
 
     @staticmethod
     def load(argv: list[str], environ, told: dict[str, str] | None = None) -> "Config":
@@ -163,6 +184,13 @@ class Config:
         batch, micro = self.train_batch_tokens, self.micro_batch_tokens
         require(D % (2 * H) == 0, f"MODEL_DIM={D} is no multiple of 2 * NUM_HEADS={H}: use {D + -D % (2 * H)}")
         require(H % K == 0, f"NUM_KV_HEADS={K} does not divide NUM_HEADS={H}: use one of {divisors(H)}")
+        require(round(self.mlp_mult * D), f"MLP_MULT={self.mlp_mult} of MODEL_DIM={D} is nothing: raise it")
+        require(self.rope_dims % 2 == 0 and self.rope_dims <= D // H, f"ROPE_DIMS={self.rope_dims}: expected an even "
+                f"number up to the width of a head, {D // H}")
+        loop = re.fullmatch("([0-9]{1,4})-([0-9]{1,4})|", self.loop_layers)
+        require(loop and (not loop[1] or int(loop[1]) <= int(loop[2]) < self.num_layers and self.num_layers > 1),
+                f"LOOP_LAYERS={self.loop_layers}: expected FIRST-LAST of 2 or more blocks 0 to {self.num_layers - 1}")
+        require(self.start_token < self.vocab_size, f"START_TOKEN={self.start_token} is outside VOCAB_SIZE")
         require(batch % T == 0, f"TRAIN_BATCH_TOKENS={batch} is not whole TRAIN_SEQ_LEN={T}: use {-(-batch // T) * T}")
         require(self.eval_stride <= T, f"EVAL_STRIDE={self.eval_stride} is over TRAIN_SEQ_LEN={T}: lower it")
         require(re.fullmatch("auto|0|[1-9][0-9]{,14}", micro) and (micro in ("auto", "0") or int(micro) >= T),
@@ -319,19 +347,12 @@ class Runtime:
 class RunFolder:
     """logs/<run_id>/ and all that a run writes. Only rank 0 writes; lines logged before `create` are kept for it."""
     def __init__(self, runtime: Runtime):
-        self.runtime, self.lines, self.lock = runtime, [], None
-        self.clear = "\r\x1b[K" if sys.stdout.isatty() else ""  # wipes the live line of a terminal
+        self.runtime, self.lines, self.lock, self.header = runtime, [], None, ""
 
-    def locate(self, config: Config, environ):
-        """Name the folder: RUN_ID; or, restarted by torchrun, what the same launch made; or a new time stamp."""
-        launch = environ.get("TORCHELASTIC_RUN_ID", "none")
-        launch += f" of {os.getppid()}" if launch == "none" else ""  # a static rendezvous has no name of its own
-        self.launch, name = f"# launch {launch}\n", f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{os.getpid()}"
-        if environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and self.runtime.is_master:
-            made = Path(config.log_dir).glob("*/config.env")
-            made = [path for path in made if path.read_bytes().startswith(self.launch.encode())]
-            name = max(made, key=lambda path: path.stat().st_mtime).parent.name if made else name
-        self.run_id = self.runtime.share(config.run_id or name)
+    def locate(self, config: Config, name: str = ""):
+        """Choose the folder: RUN_ID, or `name`, or a new time stamp."""
+        name = config.run_id or name or f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{os.getpid()}"
+        self.run_id = self.runtime.share(name)
         self.path = Path(config.log_dir) / self.run_id
 
     def create(self, config: Config, code: bytes):
@@ -349,14 +370,14 @@ class RunFolder:
             raise UserError(f"LOG_DIR={config.log_dir} RUN_ID={self.run_id}: folder {self.path} cannot be opened "
                             f"({'another run is using it' if busy else error.strerror}): choose another") from error
         quoted = {name: f"'{text}'" if '"' in text else f'"{text}"' for name, text in config.texts().items()}
-        self.write("config.env", (self.launch + "".join(f"{name}={text}\n" for name, text in quoted.items())).encode())
+        self.write("config.env", (self.header + "".join(f"{name}={text}\n" for name, text in quoted.items())).encode())
         self.write("train_gpt.py", code)
         self.append("train.log", *self.lines)
 
     def log(self, line: str):
         if self.runtime.is_master:
             with contextlib.suppress(OSError):  # a terminal or a pipe that is gone must not end the run
-                print(f"{self.clear}{line}", flush=True)
+                print(line, flush=True)
             self.append("train.log", line) if self.lock else self.lines.append(line)
 
     def metrics(self, **values):
@@ -473,24 +494,43 @@ def to_device(tokens: np.ndarray, device: torch.device) -> Tensor:
     return wire.to(device, non_blocking=True).long() & 0xFFFF
 
 class TrainLoader:
-    """This rank's share of each step; a thread reads the next one ahead. Sequence i of the step at `position` p is
-    tokens[p + i*T : p + i*T + T + 1]; ranks and micro-steps take contiguous slices: their number does not matter."""
+    """This rank's share of each step; a thread reads the next one ahead. Ranks and micro-steps take contiguous slices
+    of a step's sequences: their number does not matter. LOADER=stream: sequence i of the step at `position` p is
+    tokens[p + i*T : p + i*T + T + 1]. LOADER=shuffle: it is number p / T + i of an order that takes every piece of the
+    text once an epoch; each epoch has a permutation and a phase, where its first piece begins, of its own."""
     def __init__(self, stream: TokenStream, config: Config, runtime: Runtime, accum_steps: int):
         self.stream, self.batch_tokens, self.device = stream, config.train_batch_tokens, runtime.device
-        self.share = self.batch_tokens // runtime.world_size
-        self.offset, self.accum_steps, self.length = runtime.rank * self.share, accum_steps, config.train_seq_len
-        self.reader = ThreadPoolExecutor(max_workers=1)
+        self.share, self.length = self.batch_tokens // runtime.world_size, config.train_seq_len
+        self.offset, self.accum_steps = runtime.rank * self.share, accum_steps
+        self.seed = config.seed if config.loader == "shuffle" else None
+        self.pieces = max(1, (len(stream) - 1) // self.length - 1)  # of an epoch; one fewer leaves room for the phase
+        self.epoch, self.reader = -1, ThreadPoolExecutor(max_workers=1)
         self.seek(0)
 
     def seek(self, position: int):
-        self.position = position % len(self.stream)
-        self.ahead = self.reader.submit(self.stream.read, self.position + self.offset, self.share + 1)
+        self.position = position % len(self.stream) if self.seed is None else position
+        self.ahead = self.reader.submit(self.read, self.position + self.offset)
+
+    def read(self, position: int) -> np.ndarray:
+        """[B, T + 1] tokens: each sequence with the target of its last token."""
+        starts = range(position, position + self.share, self.length)
+        if self.seed is not None:
+            starts = map(self.shuffled, starts)
+        return np.stack([self.stream.read(start, self.length + 1) for start in starts])
+
+    def shuffled(self, position: int) -> int:
+        """Where in the text the sequence at this position of the order begins."""
+        epoch, index = divmod(position // self.length, self.pieces)
+        if epoch != self.epoch:
+            random = np.random.default_rng((self.seed, epoch))
+            self.epoch, self.phase, self.order = epoch, random.integers(self.length), random.permutation(self.pieces)
+        return int(self.phase + self.order[index] * self.length)
 
     def next_step(self) -> tuple[Tensor, Tensor]:
         """Inputs and targets, [micro-steps, B, T] each."""
         tokens = to_device(self.ahead.result(), self.device)
         self.seek(self.position + self.batch_tokens)
-        return tuple(part.view(self.accum_steps, -1, self.length) for part in (tokens[:-1], tokens[1:]))
+        return tuple(part.reshape(self.accum_steps, -1, self.length) for part in (tokens[:, :-1], tokens[:, 1:]))
 
 # ---------- Bytes: the tokenizer, and the only place that knows what a token weighs in bytes of text ------------------
 class TokenBytes:
@@ -597,7 +637,8 @@ def manifest_bytes(folder: str) -> dict[str, int] | None:
         raise UserError(f"{path} states no splits.val.bytes: prepare the data again or move the manifest") from error
 
 # ---------- Model: attention, the architecture, one initialisation rule per parameter ---------------------------------
-CONTROL_TENSORS = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights")
+CONTROL_TENSORS = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights", "skip_gates", "gate", "smear")
+GATE_INPUTS = 12  # channels that a gate looks at
 
 def kind_of(name: str) -> str:
     """The last word of a parameter's name, which says what it is: blocks.3.attn.c_q.weight is a c_q."""
@@ -662,60 +703,83 @@ def rope_tables(length: int, head_dim: int, base: float) -> tuple[Tensor, Tensor
     return angles.cos(), angles.sin()
 
 def rotate(x_BTHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE in halves: dimension i of the first half turns with dimension i of the second. cos, sin: [T, 1, d/2]."""
-    a, b = x_BTHd.chunk(2, dim=-1)
-    return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
+    """RoPE in halves: dimension i of the first half turns with dimension i of the second. cos, sin: [T, 1, r/2], and
+    dimensions from r on stay as they are."""
+    a, b, rest = x_BTHd.tensor_split((cos.size(-1), 2 * cos.size(-1)), dim=-1)
+    return torch.cat([a * cos + b * sin, b * cos - a * sin, rest], dim=-1)
 
 class Attention(nn.Module):
     """Causal grouped-query attention (Shazeer 2019; Ainslie et al. 2023) with normalised queries and keys."""
-    def __init__(self, config: Config, attend):
+    def __init__(self, config: Config, attend, layer: int):
         super().__init__()
         D, self.head_dim, self.attend = config.model_dim, config.model_dim // config.num_heads, attend
         kv_dim = self.head_dim * config.num_kv_heads
         self.c_q, self.c_k, self.c_v, self.proj = (Linear(D, out, bias=False) for out in (D, kv_dim, kv_dim, D))
         self.q_gain = nn.Parameter(torch.empty(config.num_heads))
+        gate = torch.empty(config.num_heads, min(GATE_INPUTS, D))
+        self.gate = nn.Parameter(gate) if config.attn_gate else None
+        self.exclusive = layer >= config.num_layers - config.xsa_layers
 
     def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = (c(x_BTD).unflatten(-1, (-1, self.head_dim)) for c in (self.c_q, self.c_k, self.c_v))
         q = rotate(rms_norm(q), cos, sin) * self.q_gain.to(q.dtype)[:, None]
         k = rotate(rms_norm(k), cos, sin)
-        y = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        return self.proj(y.transpose(1, 2).flatten(2))
+        y = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+        if self.exclusive:  # XSA: each group of heads leaves out the direction of the token's own value
+            y_BTKGd, own_BTK1d = y.unflatten(2, (v.size(2), -1)), F.normalize(v, dim=-1)[..., None, :]
+            y = (y_BTKGd - (y_BTKGd * own_BTK1d).sum(-1, keepdim=True) * own_BTK1d).flatten(2, 3)
+        if self.gate is not None:
+            gate_BTH = 2 * torch.sigmoid(F.linear(x_BTD[..., :GATE_INPUTS], self.gate.to(y.dtype)))
+            y = y * gate_BTH[..., None]
+        return self.proj(y.flatten(2))
 
 class MLP(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
-        D, hidden = config.model_dim, config.mlp_mult * config.model_dim
+        D, hidden, self.slope = config.model_dim, round(config.mlp_mult * config.model_dim), config.mlp_slope
         self.fc, self.proj = Linear(D, hidden, bias=False), Linear(hidden, D, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(F.relu(self.fc(x)).square())
+        return self.proj(F.leaky_relu(self.fc(x), self.slope).square())
 
 class Block(nn.Module):
-    def __init__(self, config: Config, attend):
+    def __init__(self, config: Config, attend, layer: int):
         super().__init__()
-        self.attn, self.mlp = Attention(config, attend), MLP(config)
-        self.attn_scale, self.mlp_scale = (nn.Parameter(torch.empty(config.model_dim)) for _ in range(2))
-        self.resid_mix = nn.Parameter(torch.empty(2, config.model_dim))
+        D, self.attn, self.mlp = config.model_dim, Attention(config, attend, layer), MLP(config)
+        self.attn_scale, self.mlp_scale = (nn.Parameter(torch.empty(D)) for _ in range(2))
+        self.resid_mix = nn.Parameter(torch.empty(2, D)) if config.x0_mix else None
+        self.norm_scale = (layer + 1) ** -0.5 if config.ln_scale else 1.0
+        self.parallel = 0 <= config.parallel_from <= layer
 
     def forward(self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        mix = self.resid_mix.to(x.dtype)
-        x = mix[0] * x + mix[1] * x0
-        x = x + self.attn_scale.to(x.dtype) * self.attn(rms_norm(x), cos, sin)
-        return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x))
+        if self.resid_mix is not None:
+            mix = self.resid_mix.to(x.dtype)
+            x = mix[0] * x + mix[1] * x0
+        y = x + self.attn_scale.to(x.dtype) * self.attn(rms_norm(x) * self.norm_scale, cos, sin)
+        mlp_input = rms_norm(x if self.parallel else y) * self.norm_scale
+        return y + self.mlp_scale.to(x.dtype) * self.mlp(mlp_input)
 
 class GPT(nn.Module):
     """A U-net of blocks over a normalised embedding. Precision: fp32 masters (the embedding is bf16 on accelerators),
     activations and products in `dtype`, RoPE tables built in fp32 and cast last, norms, softmax and loss in fp32."""
     def __init__(self, config: Config, attend=expanded_attention, dtype: torch.dtype = torch.float32):
         super().__init__()
-        self.dtype, self.softcap, self.pushes = dtype, config.logit_softcap, config.num_layers // 2
+        self.dtype, self.softcap, self.start_token = dtype, config.logit_softcap, config.start_token
         self.tok_emb = nn.Embedding(config.vocab_size, config.model_dim)
-        self.blocks = nn.ModuleList(Block(config, attend) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, attend, layer) for layer in range(config.num_layers))
+        # The order of the blocks, without and with depth recurrence; `looping` says which, from LOOP_START on.
+        self.straight, self.looping = list(range(config.num_layers)), bool(config.loop_layers)
+        first, last = map(int, config.loop_layers.split("-")) if self.looping else (0, -1)
+        again = self.straight[first : last + 1] * (config.loop_passes - 1)
+        self.looped = self.straight[: last + 1] + again + self.straight[last + 1 :]
+        skips = torch.empty(len(self.looped) // 2, config.model_dim)
         # A single block has no skips, and DDP waits for the gradient of every parameter that requires one.
-        self.skip_weights = nn.Parameter(torch.empty(self.pushes, config.model_dim), requires_grad=self.pushes > 0)
+        self.skip_weights = nn.Parameter(skips, requires_grad=len(skips) > 0)
+        self.skip_gates = nn.Parameter(skips.clone(), requires_grad=len(skips) > 0) if config.gated_skips else None
+        self.smear = nn.Parameter(torch.empty(1 + min(GATE_INPUTS, config.model_dim))) if config.smear_gate else None
         self.lm_head = None if config.tie_embeddings else Linear(config.model_dim, config.vocab_size, bias=False)
-        cos, sin = rope_tables(config.train_seq_len, config.model_dim // config.num_heads, config.rope_base)
+        turning = config.rope_dims or config.model_dim // config.num_heads
+        cos, sin = rope_tables(config.train_seq_len, turning, config.rope_base)
         self.register_buffer("cos", cos[:, None], persistent=False)
         self.register_buffer("sin", sin[:, None], persistent=False)
         self.init_weights(config)
@@ -724,8 +788,9 @@ class GPT(nn.Module):
     def init_weights(self, config: Config):
         """One rule per parameter, drawn on the CPU: every device and every rank starts from the same numbers."""
         generator, tied = torch.Generator().manual_seed(config.seed), config.tie_embeddings
-        constants = {"proj": 0.0, "lm_head": 0.0, "attn_scale": 1.0, "mlp_scale": 1.0, "skip_weights": 1.0,
-                     "resid_mix": torch.eye(2)[:, :1], "q_gain": config.qk_gain_init}
+        constants = dict.fromkeys(("proj", "lm_head", "skip_gates", "gate", "smear"), 0.0)
+        constants |= dict.fromkeys(("attn_scale", "mlp_scale", "skip_weights"), 1.0)
+        constants |= {"resid_mix": torch.eye(2)[:, :1], "q_gain": config.qk_gain_init}
         for name, p in self.named_parameters():
             kind = kind_of(name)
             if kind == "tok_emb":
@@ -740,13 +805,20 @@ class GPT(nn.Module):
         """[B, T, D] in `dtype`: what the output projection sees."""
         T = tokens_BT.size(1)
         cos, sin = self.cos[:T].to(self.dtype), self.sin[:T].to(self.dtype)
-        x = x0 = rms_norm(self.tok_emb(tokens_BT).to(self.dtype))
-        skips = []
-        for i, block in enumerate(self.blocks):
-            if i >= self.pushes and skips:
-                x = x + self.skip_weights[i - self.pushes].to(x.dtype) * skips.pop()
-            x = block(x, x0, cos, sin)
-            if i < self.pushes:
+        x = rms_norm(self.tok_emb(tokens_BT).to(self.dtype))
+        if self.smear is not None:
+            share, weights = self.smear[0].to(x.dtype), self.smear[1:].to(x.dtype)
+            gate_BT = share * torch.sigmoid(x[:, 1:, :GATE_INPUTS] @ weights) * (tokens_BT[:, 1:] != self.start_token)
+            x = torch.cat([x[:, :1], x[:, 1:] + gate_BT[..., None] * x[:, :-1]], dim=1)
+        x0, skips, order = x, [], self.looped if self.looping else self.straight
+        pushes = len(order) // 2
+        for i, layer in enumerate(order):
+            if i >= pushes and skips:
+                skip = self.skip_weights[i - pushes].to(x.dtype) * skips.pop()
+                gates = self.skip_gates
+                x = x + skip if gates is None else torch.lerp(skip, x, torch.sigmoid(gates[i - pushes]).to(x.dtype))
+            x = self.blocks[layer](x, x0, cos, sin)
+            if i < pushes:
                 skips.append(x)
         return rms_norm(x)
 
@@ -796,9 +868,12 @@ def newton_schulz(stack: Tensor, steps: int) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum, then an orthogonalised update, for the matrices inside the blocks; not for embeddings and heads.
     m = mu * m + g;  u = g + mu * m (Nesterov) or m;  p -= lr * sqrt(max(1, rows / cols)) * orthogonal(u)
+    Before that, `row_norm` brings the rows of u to norm 1, and `weight_decay` (decoupled) takes lr * weight_decay * p.
     Rank r owns every world_size-th matrix; the updates are summed. Those of one shape are one batch: it is faster."""
-    def __init__(self, params, lr: float, momentum: float, steps: int, runtime: Runtime, nesterov: bool = True):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "steps": steps, "nesterov": nesterov})
+    def __init__(self, params, lr: float, momentum: float, steps: int, runtime: Runtime, nesterov: bool = True,
+                 row_norm: bool = False, weight_decay: float = 0.0):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "steps": steps, "nesterov": nesterov,
+                                  "row_norm": row_norm, "weight_decay": weight_decay})
         self.runtime = runtime
 
     def owned(self, params: list[nn.Parameter]) -> list[nn.Parameter]:
@@ -822,21 +897,29 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_mul_(momenta, mu)
                 torch._foreach_add_(momenta, grads)
                 stack = torch.stack(torch._foreach_add(grads, momenta, alpha=mu) if group["nesterov"] else momenta)
+                if group["row_norm"]:
+                    stack = stack / stack.norm(dim=2, keepdim=True).clamp_min(1e-7)
                 stack = (stack / stack.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)).to(self.runtime.dtype)
                 stack = newton_schulz(stack, group["steps"]) * max(1, shape[0] / shape[1]) ** 0.5
                 torch._foreach_copy_([updates[p] for p in same], list(stack))
             if self.runtime.world_size > 1:
                 dist.all_reduce(total)
+            if group["weight_decay"]:
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(params, [updates[p].to(p.dtype) for p in params], alpha=-group["lr"])
 
 def build_optimizers(model: GPT, config: Config, runtime: Runtime) -> list[torch.optim.Optimizer]:
-    """[Adam, Muon]; each group keeps its full rate as `base_lr`, which the schedule scales."""
+    """[AdamW, Muon]; each group keeps its full rate as `base_lr`, which the schedule scales."""
     groups = parameter_groups(model)
     rates = {"embed": config.tied_embed_lr if config.tie_embeddings else config.embed_lr,
              "head": config.head_lr, "scalar": config.scalar_lr}
-    adam = torch.optim.Adam([{"params": groups[name], "lr": rate} for name, rate in rates.items() if groups[name]],
-                            betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)
-    muon = Muon(groups["matrix"], config.matrix_lr, config.muon_momentum, config.muon_backend_steps, runtime)
+    decays = {"embed": config.embed_weight_decay, "head": config.embed_weight_decay,
+              "scalar": config.scalar_weight_decay}
+    adam = torch.optim.AdamW([{"params": groups[name], "lr": rate, "weight_decay": decays[name]}
+                              for name, rate in rates.items() if groups[name]],
+                             betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)
+    muon = Muon(groups["matrix"], config.matrix_lr, config.muon_momentum, config.muon_backend_steps, runtime,
+                row_norm=config.muon_row_norm, weight_decay=config.muon_weight_decay)
     for group in adam.param_groups + muon.param_groups:
         group["base_lr"] = group["lr"]
     return [adam, muon]
@@ -848,11 +931,12 @@ def progress_at(config: Config, step: int, elapsed: float) -> float:
     return min(max(step / config.iterations, by_clock), 1.0)
 
 def lr_scale(config: Config, step: int, progress: float) -> float:
-    """1, then linear to 0 over the last WARMDOWN_FRAC of the run, or over WARMDOWN_ITERS steps of the mean length."""
+    """1, then on a line to 0, but not below LR_FLOOR, over the last WARMDOWN_FRAC of the run, or over WARMDOWN_ITERS
+    steps of the mean length."""
     warmdown = config.warmdown_frac
     if config.warmdown_iters >= 0:
         warmdown = config.warmdown_iters * (progress / step if step else 1 / config.iterations)
-    return min(1.0, (1.0 - progress) / warmdown) if warmdown > 0 else 1.0
+    return min(1.0, max((1.0 - progress) / warmdown, config.lr_floor)) if warmdown > 0 else 1.0
 
 def muon_momentum(config: Config, step: int) -> float:
     """Linear from MUON_MOMENTUM_WARMUP_START to MUON_MOMENTUM."""
@@ -920,8 +1004,10 @@ class Evaluator:
 INT8_FORMAT, INT8_CLIP_QUANTILE = "int8_clean_per_row_v1", 0.9999984
 INT8_MIN_NUMEL = 65_536  # tensors up to this many elements are kept as floats
 UNPACKED_LIMIT = 2**30  # bytes that an artifact may unpack to: far more than any within SIZE_LIMIT needs
-SHAPE_KNOBS = ("VOCAB_SIZE", "NUM_LAYERS", "MODEL_DIM", "NUM_HEADS", "NUM_KV_HEADS", "MLP_MULT", "TIE_EMBEDDINGS")
-MODEL_KNOBS = (*SHAPE_KNOBS, "ROPE_BASE", "LOGIT_SOFTCAP", "TRAIN_SEQ_LEN")
+MODEL_KNOBS = ("VOCAB_SIZE", "NUM_LAYERS", "MODEL_DIM", "NUM_HEADS", "NUM_KV_HEADS", "MLP_MULT", "TIE_EMBEDDINGS",
+               "ROPE_BASE", "LOGIT_SOFTCAP", "TRAIN_SEQ_LEN", "MLP_SLOPE", "ROPE_DIMS", "X0_MIX", "LN_SCALE",
+               "XSA_LAYERS", "ATTN_GATE", "GATED_SKIPS", "PARALLEL_FROM", "SMEAR_GATE", "START_TOKEN", "LOOP_LAYERS",
+               "LOOP_PASSES")
 # What an artifact tells of its configuration: the model, and what its score depends on to the last digit.
 TOLD_KNOBS = (*MODEL_KNOBS, "EVAL_STRIDE", "VAL_BATCH_SIZE", "TRAIN_BATCH_TOKENS", "GRAD_ACCUM_STEPS",
               "MICRO_BATCH_TOKENS")
@@ -1028,152 +1114,30 @@ def export(state: dict[str, Tensor], config: Config, folder: RunFolder, code_byt
     return {"bytes_model": len(raw), "bytes_artifact": len(blob), "bytes_code": code_bytes, "bytes_total": total,
             "bytes_limit": SIZE_LIMIT, "sha256_artifact": hashlib.sha256(blob).hexdigest()}
 
-def read_model(blob: bytes, source) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(state dict, {KNOB: text} that the file tells of itself) of an artifact or a .pt; the shape is the tensors'."""
-    with reading(source):
-        artifact = {} if blob[:2] == b"PK" else unpack(blob, source)
-        state = dequantize(artifact) if artifact else load_tensors(blob, source)
-        odd = [name for name, t in state.items()
-               if not (t.is_floating_point() and t.is_contiguous() and t.isfinite().all())]
-        require(not odd, f"{', '.join(odd[:3])}: not finite numbers, or larger than the data")
-        (V, D), H = state["tok_emb.weight"].shape, len(state["blocks.0.attn.q_gain"])
-        shape = (V, len({name.split(".")[1] for name in state if name.startswith("blocks.")}), D, H,
-                 len(state["blocks.0.attn.c_k.weight"]) * H // D, len(state["blocks.0.mlp.fc.weight"]) // D,
-                 int("lm_head.weight" not in state))
-        shape = dict(zip(SHAPE_KNOBS, map(str, shape), strict=True))
-        plain = {bool: int, int: int, float: float, str: str}  # of anything else, only the type is told
-        told = {k.upper(): str(plain.get(type(v), type)(v)) for k, v in artifact.get("config", {}).items()}
-        odd = [k for k, text in told.items() if k not in TOLD_KNOBS or shape.get(k, text) != text]
-        require(not odd, f"its tensors or this script contradict its config: {', '.join(odd)}")
-        Config.load([], told | shape)
-        return state, told | shape
-
-# ---------- Checkpoint: all that a run needs to go on exactly where it was; which knobs may change meanwhile ----------
-CHECKPOINT_FORMAT = "train_gpt_checkpoint_v1"
-LENGTH_KNOBS = ("ITERATIONS", "MAX_WALLCLOCK_SECONDS")  # more of these is free
-
-def locate_checkpoint(config: Config, folder: RunFolder) -> Path | None:
-    """The file to resume from; None for a new run, or for one that died before its first checkpoint."""
-    own, named = folder.path / "checkpoint.pt", Path(config.resume)
-    if folder.path.exists():
-        hint = f"choose another RUN_ID{f' (and RESUME={own} to go on from it)' if own.exists() else ''}"
-        require(config.resume != "never", f"RESUME=never, but folder {folder.path} exists: {hint}")
-        require(not (folder.path / "result.json").exists(), f"the run in {folder.path} is finished: {hint}")
-        require((folder.path / "train.log").exists(), f"{folder.path} exists and is no run folder: {hint}")
-        if own.exists():
-            return own
-    if config.resume in ("auto", "never"):
-        return None
-    named = named / "checkpoint.pt" if named.is_dir() else named
-    require(named.is_file(), f"RESUME={config.resume}: there is no checkpoint {named}: give a run folder or a file")
-    return named
-
-def read_checkpoint(blob: bytes, source, config: Config, facts: dict[str, str]) -> tuple[dict, list[str]]:
-    """(state, in what its run differed from this one of all that shapes the result). A longer run is no difference."""
-    require(hashlib.sha256(blob[:-32]).digest() == blob[-32:],
-            f"{source} is damaged: it does not match its checksum: resume from another, or remove it to start again")
-    with reading(source):
-        state, differences = load_tensors(blob[:-32], source), []
-        require(state["format"] == CHECKPOINT_FORMAT, f"{source} is no checkpoint of format {CHECKPOINT_FORMAT}")
-        then, now = state["knobs"], config.texts() | facts
-        require(all(type(text) is str for text in then.values()), "its knobs are no texts")
-        for name in sorted(then.keys() | now.keys()):
-            old, new = then.get(name, "unset"), now.get(name, "unset")
-            longer = name in LENGTH_KNOBS and (float(new) or math.inf) >= (float(old) or math.inf)
-            if old != new and not longer and not (name in KNOBS and KNOBS[name].metadata["free"]):
-                differences.append(f"{name} was {old}, is {new}")
-        require(config.resume_force or not differences, f"{source} is of another run: {'; '.join(differences)}: change "
-                "that back, set RESUME_FORCE=1 to go on all the same, or choose another RUN_ID for a new run")
-        return state, differences
-
-def write_checkpoint(state: dict, folder: RunFolder):
-    """checkpoint.pt: torch's format, then the sha256 of it. A full disk costs the checkpoint and not the run."""
-    began, data = time.perf_counter(), torch_bytes(state)
-    try:
-        folder.write("checkpoint.pt", data + hashlib.sha256(data).digest())
-        milliseconds = 1000 * (time.perf_counter() - began)
-        folder.log(f"checkpoint: saved step:{state['steps']} bytes:{len(data) + 32} write_time:{milliseconds:.0f}ms")
-    except OSError as error:
-        folder.log(f"warning: no checkpoint of step {state['steps']} ({error}): the one before it stays")
-
 # ---------- Training: one step function for the warm-up and for the run, the pace that the clock sets, the loop -------
 def times(step: int, clock: float) -> str:
     return f"train_time:{1000 * clock:.0f}ms step_avg:{1000 * clock / max(step, 1):.2f}ms"
 
 class Trainer:
     """Model, optimizers and data of one run, and the loop over them."""
-    def __init__(self, config: Config, runtime: Runtime, folder: RunFolder, watch: Stopwatch, loader: TrainLoader):
+    def __init__(self, config: Config, runtime: Runtime, folder: RunFolder, watch: Stopwatch, loader: TrainLoader,
+                 lifeline=None):
         self.config, self.runtime, self.folder, self.watch, self.loader = config, runtime, folder, watch, loader
+        self.lifeline = lifeline  # what makes and restores checkpoints, if there are to be any
         self.model, self.scorer, self.note = build_model(config, runtime)
         self.optimizers, self.learner = build_optimizers(self.model, config, runtime), self.scorer
         if runtime.world_size > 1:
             self.learner = DistributedDataParallel(self.scorer, broadcast_buffers=False)
-        self.steps, self.finished, self.resumed_at, self.facts = 0, False, [], {}
+        self.steps, self.finished, self.exporting, self.reserve, self.hessians = 0, False, False, 0.0, {}
+        self.average = [p.detach().float().clone() for p in self.model.parameters() if config.ema_decay]
         # Losses on their way to the host, seconds of the last steps, the training clock when the last of them ended.
         self.pending, self.recent, self.settled_at = deque(), deque(maxlen=20), 0.0
-        self.writer, self.written, self.saved_step, self.saved_at = ThreadPoolExecutor(max_workers=1), None, -1, 0.0
-
-    def state(self) -> dict | None:
-        """All that a run needs to go on, copied to the CPU, on rank 0; None on the others. Collective."""
-        names, own = {p: name for name, p in self.model.named_parameters()}, {}
-        for optimizer in self.optimizers:
-            if self.runtime.is_master or isinstance(optimizer, Muon):  # Adam's is the same everywhere
-                own |= {names[p]: values for p, values in optimizer.state.items()}
-        rng = {"cpu": torch.get_rng_state()}
-        if self.runtime.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state()
-        own, model = (tree_map(lambda t: t.detach().to("cpu", copy=True), t) for t in (own, self.model.state_dict()))
-        ranks = self.runtime.gather({"optimizer": own, "rng": rng})
-        if not self.runtime.is_master:
-            return None
-        require(math.isfinite(sum(float(tensor.sum()) for tensor in model.values())), f"step {self.steps}: weights are "
-                "not finite: the last good checkpoint stays: lower the learning rates")
-        return {"format": CHECKPOINT_FORMAT, "knobs": self.config.texts() | self.facts, "model": model,
-                "optimizer": {name: values for rank in ranks for name, values in rank["optimizer"].items()},
-                "rng": [rank["rng"] for rank in ranks], "position": self.loader.position, "steps": self.steps,
-                "train_seconds": self.watch.elapsed("training"), "finished": self.finished,
-                "resumed_at": self.resumed_at, "recent": list(self.recent)}
-
-    def restore(self, state: dict):
-        """Go on from a checkpoint. Adam's state goes to every rank, Muon's to the owner of the matrix."""
-        kinds = [type(state[name]) for name in ("steps", "position", "train_seconds")]
-        require(kinds == [int, int, float], "wrong types of numbers")
-        self.model.load_state_dict(state["model"])
-        names = {p: name for name, p in self.model.named_parameters()}
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                for p in optimizer.owned(group["params"]) if isinstance(optimizer, Muon) else group["params"]:
-                    values = state["optimizer"].get(names[p], {})
-                    keys = ("momentum_buffer",) if isinstance(optimizer, Muon) else ("step", "exp_avg", "exp_avg_sq")
-                    shapes = {key: () if key == "step" else p.shape for key in keys}
-                    require({key: value.shape for key, value in values.items()} == shapes or not values
-                            and not (state["steps"] and p.requires_grad), f"wrong or no state of {names[p]}")
-                    if values:
-                        optimizer.state[p] = {key: value.to(p.device, torch.float32 if key == "step" else p.dtype)
-                                              for key, value in values.items()}
-        rng = state["rng"][self.runtime.rank % len(state["rng"])]
-        torch.set_rng_state(rng["cpu"])
-        if self.runtime.device.type == "cuda" and "cuda" in rng:
-            torch.cuda.set_rng_state(rng["cuda"])
-        self.loader.seek(state["position"])
-        self.steps = self.saved_step = int(state["steps"])
-        self.watch.seconds["training"] = self.settled_at = self.saved_at = float(state["train_seconds"])
-        self.recent.extend(map(float, state["recent"]))
-        self.resumed_at = [*state["resumed_at"], self.steps]
-        same_length = all(state["knobs"][name] == self.config.texts()[name] for name in LENGTH_KNOBS)
-        self.finished = state["finished"] and same_length
 
     def save(self, wait: bool):
-        """Copy the state now, and write it while training goes on, unless told to `wait`."""
-        self.settle(keep=0)  # so that every loss up to here is known to be finite
-        self.folder.log(f"checkpoint: writing step:{self.steps}")
-        state = self.state()
-        if state:
-            self.written.result() if self.written else None
-            self.written = self.writer.submit(write_checkpoint, state, self.folder)
-        self.runtime.share(self.written and self.written.result()) if wait else None  # before any rank leaves
-        self.runtime.save_asked, self.saved_step = False, self.steps
-        self.saved_at = self.settled_at = self.watch.elapsed("training")  # the pause is no part of a step's time
+        """A checkpoint, written while training goes on, unless told to `wait`."""
+        if self.lifeline and not self.exporting:  # the last one was made before
+            self.lifeline.save(self, wait)
+        self.runtime.save_asked = False
 
     def step(self, scale: float, momentum: float) -> Tensor:
         """One optimizer step; returns the mean loss of this rank's micro-steps, still on the device."""
@@ -1196,45 +1160,50 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         return losses.sum()
 
-    def fit_memory(self):
-        """Halve the micro-batch until a micro-step fits the memory of every rank. It runs without DDP: a rank that
-        fails must not leave the others waiting for its gradients."""
-        loader, T, auto = self.loader, self.config.train_seq_len, self.config.micro_batch_tokens == "auto"
-        while True:
-            tokens, lacking, ballast = loader.share // loader.accum_steps, False, []
-            try:  # with as much taken as the optimizers and DDP will need
-                ballast += [torch.empty_like(p) for p in self.model.parameters() for _ in range(3)]
-                x = torch.zeros(tokens // T, T, dtype=torch.long, device=self.runtime.device)
-                self.scorer(x, x).mean().backward()
-            except RuntimeError as error:
-                if not (lacking := is_out_of_memory(error)):
-                    raise
-            ballast = x = None  # noqa: F841 (given back before the next try)
-            self.model.zero_grad(set_to_none=True)
-            if not self.runtime.sum([lacking])[0]:
-                return
-            require(auto and not self.config.grad_accum_steps and tokens > T, "out of memory with micro-steps of "
-                    f"{tokens} tokens: use MICRO_BATCH_TOKENS=auto without GRAD_ACCUM_STEPS, or a smaller model")
-            self.config = dataclasses.replace(self.config, micro_batch_tokens=str(max(T, tokens // 2)))
-            loader.accum_steps = self.config.accumulation_steps(self.runtime.world_size, self.runtime.device.type)
-            self.folder.log(f"micro_batch: {tokens} tokens per rank do not fit the memory: trying "
-                            f"{loader.share // loader.accum_steps}, grad_accum_steps:{loader.accum_steps}")
+    @torch.no_grad()
+    def update_average(self):
+        """EMA in fp32; short runs forget their first steps sooner: decay min(EMA_DECAY, (t + 1) / (t + 10))."""
+        decay = min(self.config.ema_decay, (self.steps + 1) / (self.steps + 10))
+        torch._foreach_lerp_(self.average, [p.float() for p in self.model.parameters()], 1 - decay)
+
+    @torch.no_grad()
+    def finish_weights(self):
+        """Put the average, if there is one, in the place of the weights; calibrate it, if GPTQ is to round it."""
+        self.exporting = True
+        for p, average in zip(self.model.parameters(), self.average, strict=False):
+            p.copy_(average)
+        if self.config.gptq_batches:
+            self.hessians = self.calibrate(self.config.gptq_batches)
+
+    def calibrate(self, batches: int) -> dict[str, Tensor]:
+        """Hessians from this rank's share of so many micro-batches of training text, by the model uncompiled."""
+        mine = -(-batches // self.runtime.world_size)
+        return collect_hessians(self.model, (self.loader.next_step()[0][0] for _ in range(mine)), self.runtime)
 
     def warm_up(self, evaluator: Evaluator):
         """Compile every path with real steps, then put weights, optimizers, RNG and data back exactly as they were."""
-        parts, position = [self.model, *self.optimizers], self.loader.position
+        parts, position, total = [self.model, *self.optimizers], self.loader.position, self.config.warmup_steps
         before = copy.deepcopy([part.state_dict() for part in parts])
         with torch.random.fork_rng([self.runtime.device] if self.runtime.device.type == "cuda" else []):
-            for step in range(1, (0 if self.finished else self.config.warmup_steps) + 1):
-                began = self.watch.elapsed("compile")
-                self.step(1.0, self.config.muon_momentum)
-                self.runtime.synchronize()
-                self.folder.log(f"warmup_step:{step}/{self.config.warmup_steps}")
-            if self.config.warmup_steps > 1 and not self.finished:  # the first compiles; the last tells a step's time
-                self.recent.append(self.watch.elapsed("compile") - began)
-            if self.config.warmup_steps:
-                with torch.no_grad():
-                    self.scorer(*evaluator.batch_at(evaluator.windows.start)[:2])
+            for looping in [False, True] if self.config.loop_layers else [False]:
+                self.model.looping = looping
+                for step in range(1, (0 if self.finished else total) + 1):
+                    began = self.watch.elapsed("compile")
+                    self.step(1.0, self.config.muon_momentum)
+                    self.runtime.synchronize()
+                    self.folder.log(f"warmup_step:{step}/{total}{' looping' * looping}")
+                if total > 1 and not self.finished:  # the first step compiles; the last tells how long one takes
+                    self.recent.append(self.watch.elapsed("compile") - began)
+                if total:
+                    with torch.no_grad():
+                        self.scorer(*evaluator.batch_at(evaluator.windows.start)[:2])
+            if self.config.gptq_batches:  # how much of the clock to keep for it
+                for _ in range(2):
+                    began = self.watch.elapsed("compile")
+                    self.calibrate(1)
+                    self.runtime.synchronize()
+                took = self.watch.elapsed("compile") - began
+                self.reserve = 1.5 * took * -(-self.config.gptq_batches // self.runtime.world_size)
         for part, state in zip(parts, before, strict=True):
             part.load_state_dict(state)
         self.loader.seek(position)
@@ -1243,15 +1212,16 @@ class Trainer:
         """(learning-rate scale, whether to stop before one more step, to save, to leave): rank 0's decision, and any
         rank's signals. The next step, if it takes as long as the slowest of the last 20, must end before the limit."""
         config, runtime, elapsed = self.config, self.runtime, self.watch.elapsed("training")
-        limit, every = config.max_wallclock_seconds, config.checkpoint_every_seconds
-        every = every if every >= 0 else 60.0 * (limit > 300)
-        end = elapsed + (1 + len(self.pending)) * max(self.recent, default=0.0)
+        limit, progress = config.max_wallclock_seconds, progress_at(config, self.steps, elapsed)
+        end = elapsed + (1 + len(self.pending)) * max(self.recent, default=0.0) + self.reserve
         stop = self.finished or self.steps >= config.iterations or bool(limit and end >= limit)
-        due = every and self.saved_at + every <= elapsed < (limit or math.inf) - every / 2
-        scale = lr_scale(config, self.steps, progress_at(config, self.steps, elapsed))
-        decision = [scale, stop, due and not stop and self.steps > self.saved_step] if runtime.is_master else [0.0] * 3
-        scale, *flags = runtime.sum([*decision[:2], decision[2] + runtime.save_asked, bool(runtime.leave)])
-        return scale, *map(bool, flags)
+        due = bool(self.lifeline) and not stop and self.lifeline.due(self.steps, elapsed)
+        decision = [lr_scale(config, self.steps, progress), stop, stop or progress >= config.loop_start, due]
+        decision = decision if runtime.is_master else [0.0] * 4
+        scale, *flags = runtime.sum([*decision[:3], decision[3] + runtime.save_asked, bool(runtime.leave)])
+        stop, looping, save, leave = map(bool, flags)
+        self.model.looping = looping and bool(config.loop_layers)
+        return scale, stop, save, leave
 
     def settle(self, keep: int):
         """Log the steps that are done, all but the last `keep` dispatched: their losses arrive while those run."""
@@ -1267,10 +1237,6 @@ class Trainer:
             line = f"step:{step}/{config.iterations} train_loss:{loss:.4f} {times(step, clock)}"
             if config.train_log_every and (step <= 10 or step % config.train_log_every == 0):
                 self.folder.log(line)
-            if self.folder.clear and self.runtime.is_master:
-                speed, done = step * config.train_batch_tokens / clock, max(progress_at(config, step, clock), 1e-9)
-                line += f" tokens/s:{speed:.0f} eta:{clock / done - clock:.0f}s"
-                print(self.folder.clear + line, end="", flush=True)
             self.folder.metrics(step=step, train_loss=loss, lr_scale=scale, train_seconds=round(clock, 4))
 
     def train(self, evaluator: Evaluator) -> Score:
@@ -1288,6 +1254,9 @@ class Trainer:
                 self.watch.switch("export")
                 self.finished = True
                 self.save(wait=True)  # a killed validation or export goes on from here
+                self.watch.switch("training")
+            if stop and not self.exporting:
+                self.finish_weights()
             every = config.val_loss_every
             if stop or (every and self.steps % every == 0 and (self.steps or config.val_at_start)):
                 self.settle(keep=0)
@@ -1306,6 +1275,8 @@ class Trainer:
                                f"step:{self.steps}/{config.iterations}")
                 return score
             loss, event = self.step(scale, muon_momentum(config, self.steps)), None
+            if self.average:
+                self.update_average()
             self.steps += 1
             if self.runtime.world_size > 1:
                 dist.all_reduce(loss)
@@ -1317,7 +1288,7 @@ class Trainer:
             # A GPU runs behind the host: one step may be queued while the next is prepared. A CPU is done at once.
             self.settle(keep=1 if self.runtime.device.type == "cuda" else 0)
 
-# ---------- Modes: train, check, eval, sample -------------------------------------------------------------------------
+# ---------- Modes: training, from the checks to the result; every other mode is a file beside this one ----------------
 def open_text(config: Config, folder: RunFolder) -> tuple[TokenStream, TokenBytes, dict | None]:
     """(validation text, what its tokens weigh, the bytes that a manifest states), audited by rank 0."""
     stream = TokenStream(config.data_path, "val", config.vocab_size)
@@ -1344,20 +1315,16 @@ def prepare(config: Config, folder: RunFolder, code: bytes, watch: Stopwatch):
     if runtime.is_master:
         stream.read(0, len(stream.shards[0]))  # checks its tokens; later shards as they are read
     text = open_text(config, folder)
-    folder.locate(config, os.environ)
-    source = locate_checkpoint(config, folder) if runtime.is_master else None
-    source, blob = runtime.share((source, source.read_bytes()) if source else (None, None))
-    digests = [hashlib.sha256(part).hexdigest()[:16] for part in (code, stream.read(0, min(2**20, len(stream))))]
-    facts = {"train_gpt.py": digests[0], "training data": f"{len(stream)} tokens {digests[1]}"}
-    state, differences = read_checkpoint(blob, source, config, facts) if source else (None, [])
-    trainer = Trainer(config, runtime, folder, watch, TrainLoader(stream, config, runtime, accum_steps))
-    trainer.facts = facts
-    with reading(source):
-        trainer.restore(state) if state else None
+    module = beside("lifeline", "no checkpoints, no resuming, no fitting of micro-batches to the memory", folder)
+    lifeline = module.Lifeline(config, folder, stream, code) if module else folder.locate(config)
+    require(lifeline or not folder.path.exists(), f"folder {folder.path} exists: choose another RUN_ID")
+    trainer = Trainer(config, runtime, folder, watch, TrainLoader(stream, config, runtime, accum_steps), lifeline)
+    if lifeline:
+        lifeline.restore(trainer)
     folder.create(config, code)
-    if state:
-        folder.log(f"resumed: step:{trainer.steps} from {source} train_time:{1000 * trainer.saved_at:.0f}ms"
-                   f"{' finished' if trainer.finished else ''}{'; '.join(['', *differences])}")
+    if lifeline:
+        watch.switch("compile")
+        module.fit_memory(trainer)
     return trainer, *text
 
 def train(config: Config, folder: RunFolder, argv: list[str]):
@@ -1365,8 +1332,6 @@ def train(config: Config, folder: RunFolder, argv: list[str]):
     runtime, code = folder.runtime, Path(__file__).read_bytes()
     watch = Stopwatch(runtime.synchronize)
     trainer, val_stream, token_bytes, stated = prepare(config, folder, code, watch)
-    watch.switch("compile")
-    trainer.fit_memory()
     params, accum_steps = sum(p.numel() for p in trainer.model.parameters()), trainer.loader.accum_steps
     folder.log(f"{trainer.note}\nmodel_params:{params}\nseed:{config.seed}\nrun_folder:{folder.path}\n"
                f"world_size:{runtime.world_size} grad_accum_steps:{accum_steps}")
@@ -1400,7 +1365,8 @@ def train(config: Config, folder: RunFolder, argv: list[str]):
     require(after.label or after.bytes == token_bytes.text_bytes, f"scored {after.bytes} bytes of a text of "
             f"{token_bytes.text_bytes}: a fault of this script")
     result = {
-        "run_id": folder.run_id, "seed": config.seed, "steps": steps, "resumed_at": trainer.resumed_at,
+        "run_id": folder.run_id, "seed": config.seed, "steps": steps,
+        "resumed_at": getattr(trainer.lifeline, "resumed_at", []),
         "model_params": params, "val_loss": after.loss, "val_bpb": after.bpb, "pre_quant_val_loss": before.loss,
         "pre_quant_val_bpb": before.bpb, "partial": bool(after.label), "scored_tokens": after.tokens,
         "scored_bytes": after.bytes, "val_tokens": after.of, "eval_stride": config.eval_stride,
@@ -1419,42 +1385,14 @@ def train(config: Config, folder: RunFolder, argv: list[str]):
     if config.sample_prompt:
         folder.log("".join(["sample: ", *beside("sample").generate(trainer.model, config, token_bytes)]))
 
-def open_model(config: Config, folder: RunFolder, argv: list[str]) -> tuple[Config, GPT, nn.Module]:
-    """ARTIFACT as a model: (the configuration, which what the file tells of itself has completed; model; scorer)."""
-    runtime = folder.runtime
-    require(config.artifact, f"MODE={config.mode} needs ARTIFACT=logs/<run_id>/final_model.int8.ptz, or a .pt")
-    blob = runtime.share(Path(config.artifact).read_bytes() if runtime.is_master else None)
-    state, told = read_model(blob, config.artifact)
-    config = Config.load(argv, os.environ, told)
-    with torch.device("meta"):
-        expected = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
-    odd = sorted(dict({name: tensor.shape for name, tensor in state.items()}.items() ^ expected.items()))
-    require(not odd, f"{config.artifact} and the knobs disagree on {', '.join(odd[:3])}: unset what sets the shape")
-    model, scorer, note = build_model(config, runtime)
-    model.load_state_dict(state)
-    folder.log(f"{note}\nartifact:{config.artifact} bytes:{len(blob)} "
-               f"sha256:{hashlib.sha256(blob).hexdigest()}\n{' '.join(f'{name}={told[name]}' for name in told)}")
-    assumed = [f"{name}={config.texts()[name]}" for name in MODEL_KNOBS if name not in told]
-    if assumed:
-        folder.log(f"assumed, since the file does not tell: {' '.join(assumed)}")
-    return config, model, scorer
-
-def evaluate(config: Config, folder: RunFolder, argv: list[str]):
-    """MODE=eval: score a model with nothing but this script, the tokenizer and the validation text."""
-    runtime, label = folder.runtime, "final_model" if config.artifact.endswith(".pt") else "final_int8_zlib_roundtrip"
-    config, _, scorer = open_model(config, folder, argv)
-    stream, token_bytes, _ = open_text(config, folder)
-    accum_steps = config.accumulation_steps(runtime.world_size, runtime.device.type)
-    began = time.perf_counter()
-    score = Evaluator(stream, token_bytes, config, runtime, accum_steps).score(scorer, folder.log)
-    log_final(label, score, time.perf_counter() - began, folder)
-
-def beside(mode: str):
-    """The module of MODE=check or MODE=sample, a file beside this script: no submission needs them."""
+def beside(name: str, without: str = "", folder: RunFolder | None = None):
+    """The module NAME.py beside this script, which no submission needs; if it is not there, None and a line that says
+    what is missed `without` it."""
     try:
-        return importlib.import_module(mode)
+        return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise UserError(f"{mode}.py is not beside train_gpt.py: take both from the repository") from error
+        require(without and error.name == name, f"{name}.py is not beside train_gpt.py: take both from the repository")
+        folder.log(f"warning: {name}.py is not beside train_gpt.py: {without}")
 
 # ---------- main: wiring only -----------------------------------------------------------------------------------------
 def main(argv: list[str] | None = None) -> int:
@@ -1476,7 +1414,7 @@ def main(argv: list[str] | None = None) -> int:
         folder = RunFolder(Runtime(config, os.environ))
         for name in {"SIGTERM", "SIGINT", "SIGUSR1"} & set(dir(signal)):
             signal.signal(getattr(signal, name), folder.runtime.on_signal)
-        mode = {"train": train, "eval": evaluate}.get(config.mode) or beside(config.mode).main
+        mode = train if config.mode == "train" else beside(config.mode).main
         code = mode(config, folder, argv)
         folder.close()
         folder.runtime.close()

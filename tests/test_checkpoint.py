@@ -102,7 +102,7 @@ def trainers(monkeypatch):
 @pytest.fixture
 def saved(monkeypatch):
     """{step: bytes of checkpoint.pt} of all that was saved before the end."""
-    kept, write = {}, train_gpt.write_checkpoint
+    kept, write = {}, lifeline.write_checkpoint
 
     def keep(state, folder):
         write(state, folder)
@@ -365,7 +365,7 @@ def test_a_copy_is_saved_and_not_what_training_goes_on_with(make_config, build):
 def clock(monkeypatch):
     """A clock that only steps (1 s, or `duration`), evaluations (100 s) and writing (1000 s) move."""
     fake = SimpleNamespace(now=0.0, duration=1.0)
-    step, score, write = Trainer.step, Evaluator.score, train_gpt.write_checkpoint
+    step, score, write = Trainer.step, Evaluator.score, lifeline.write_checkpoint
 
     def moving(seconds, call):
         def moved(*args):
@@ -417,7 +417,7 @@ def test_the_clock_goes_on_where_it_stood(go, clock, at_step, limit, steps, warm
 def test_when_a_checkpoint_is_due(go, clock, monkeypatch, knobs, expected):
     """Every minute of training where the run is capped over five, else never before the end."""
     clock.duration, steps = 20.0, []
-    write = train_gpt.write_checkpoint
+    write = lifeline.write_checkpoint
     monkeypatch.setattr(train_gpt, "write_checkpoint", lambda state, f: steps.append(state["steps"]) or write(state, f))
     run = go(**{"ITERATIONS": 1000, "WARMUP_STEPS": 2, "VAL_LOSS_EVERY": 0} | knobs)
     assert run.code == 0 and steps == expected
@@ -521,13 +521,13 @@ def another(value):
 
 
 def read(blob, config, **facts):
-    return train_gpt.read_checkpoint(blob, "FILE", config, facts)
+    return lifeline.read_checkpoint(blob, "FILE", config, facts)
 
 
 @pytest.mark.parametrize("name", KNOBS)
 def test_each_knob_may_change_or_not(make_config, name):
     config = make_config()
-    blob = dump({"format": train_gpt.CHECKPOINT_FORMAT, "knobs": config.texts()})
+    blob = dump({"format": lifeline.CHECKPOINT_FORMAT, "knobs": config.texts()})
     assert read(blob, config)[1] == []
     field = KNOBS[name].name
     old = getattr(config, field)
@@ -549,7 +549,7 @@ def test_each_knob_may_change_or_not(make_config, name):
     if name != "MAX_WALLCLOCK_SECONDS":
         knobs = {other: text for other, text in changed.texts().items() if other != name}
         with pytest.raises(UserError, match=f"FILE is of another run: {name} was unset, is"):  # a knob that is new
-            read(dump({"format": train_gpt.CHECKPOINT_FORMAT, "knobs": knobs}), changed)
+            read(dump({"format": lifeline.CHECKPOINT_FORMAT, "knobs": knobs}), changed)
 
 
 @pytest.mark.parametrize("name, old, new, allowed", [
@@ -559,7 +559,7 @@ def test_each_knob_may_change_or_not(make_config, name):
 ])  # fmt: skip
 def test_a_run_may_get_longer_and_not_shorter(make_config, name, old, new, allowed):
     """Without a clock it has all the time there is."""
-    blob = dump({"format": train_gpt.CHECKPOINT_FORMAT, "knobs": make_config(**{name: old}).texts()})
+    blob = dump({"format": lifeline.CHECKPOINT_FORMAT, "knobs": make_config(**{name: old}).texts()})
     if allowed:
         assert read(blob, make_config(**{name: new}))[1] == []
     else:
@@ -859,7 +859,7 @@ def test_a_file_size_limit_under_a_checkpoint(go, whole, monkeypatch):
     sizes = [(whole.path / name).stat().st_size for name in ("final_model.pt", "checkpoint.pt", "train_gpt.py")]
     limit, (soft, hard) = max(sizes[0], sizes[2]) + 1000, resource.getrlimit(resource.RLIMIT_FSIZE)
     assert limit < sizes[1], "the limit must cut the checkpoint alone"
-    write = train_gpt.write_checkpoint
+    write = lifeline.write_checkpoint
 
     def limited(state, folder):
         low = limit if state["steps"] > 1 else soft

@@ -206,7 +206,7 @@ def words(corpus):
 @pytest.fixture(scope="module")
 def model(trained):
     """(model, configuration) of the artifact, with longer texts than it was trained on."""
-    state, told = train_gpt.read_model((trained / "final_model.int8.ptz").read_bytes(), "artifact")
+    state, told = eval.read_model((trained / "final_model.int8.ptz").read_bytes(), "artifact")
     config = Config.load([], told | {"TRAIN_SEQ_LEN": "160", "TRAIN_BATCH_TOKENS": "160"})
     gpt = GPT(config, train_gpt.blocked_attention)  # which no switch of torch turns off
     gpt.load_state_dict(state)

@@ -94,7 +94,7 @@ import train_gpt
 
 rank, restarts = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 faults = json.loads(os.environ["FAULTS"])  # [restarts, rank, step, signal, whether to the launcher]
-step, write = train_gpt.Trainer.step, train_gpt.write_checkpoint
+step, write = train_gpt.Trainer.step, lifeline.write_checkpoint
 
 def disturbed(self, *args):
     for *when, number, to_launcher in faults:
@@ -108,7 +108,7 @@ def slow(state, folder):
     write(state, folder)
     shutil.copy(folder.path / "checkpoint.pt", folder.path / f"checkpoint{{state['steps']}}.pt")
 
-train_gpt.Trainer.step, train_gpt.write_checkpoint = disturbed, slow
+train_gpt.Trainer.step, lifeline.write_checkpoint = disturbed, slow
 dist = train_gpt.dist
 init, destroy = dist.init_process_group, dist.destroy_process_group
 dist.init_process_group = lambda backend, **options: dist.is_initialized() or init(backend, **options)
@@ -161,7 +161,7 @@ def test_any_number_of_ranks_goes_on_from_any_other(tiny, disturb, alone, monkey
 
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
     monkeypatch.setattr(train_gpt.Trainer, "step", signalled)
-    kept, write = [], train_gpt.write_checkpoint
+    kept, write = [], lifeline.write_checkpoint
     monkeypatch.setattr(train_gpt, "write_checkpoint", lambda state, folder: [
         write(state, folder), kept.append((folder.path / "checkpoint.pt").read_bytes())])  # fmt: skip
     one_losses, one_result = alone(**STEPS)[:2]

@@ -152,7 +152,7 @@ def test_existing_folder_that_cannot_go_on_is_left_alone(folder, make_config, na
     before = contents(path)
     folder.locate(config, {})
     with pytest.raises(UserError, match=f"{said}: choose another RUN_ID") as caught:
-        train_gpt.locate_checkpoint(config, folder)
+        lifeline.locate_checkpoint(config, folder)
     assert str(path) in str(caught.value)
     assert contents(path) == before
 
