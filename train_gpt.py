@@ -705,8 +705,8 @@ def rope_tables(length: int, head_dim: int, base: float) -> tuple[Tensor, Tensor
 def rotate(x_BTHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE in halves: dimension i of the first half turns with dimension i of the second. cos, sin: [T, 1, r/2], and
     dimensions from r on stay as they are."""
-    a, b, rest = x_BTHd.tensor_split((cos.size(-1), 2 * cos.size(-1)), dim=-1)
-    return torch.cat([a * cos + b * sin, b * cos - a * sin, rest], dim=-1)
+    a, b, *rest = x_BTHd.split(cos.size(-1), dim=-1)
+    return torch.cat([a * cos + b * sin, b * cos - a * sin, *rest], dim=-1)
 
 class Attention(nn.Module):
     """Causal grouped-query attention (Shazeer 2019; Ainslie et al. 2023) with normalised queries and keys."""
