@@ -1,8 +1,8 @@
-"""Schedule: end points and shape of progress, learning rate and momentum; the public WARMDOWN_ITERS rule."""
+"""Schedule: end points and shape of progress, learning rate and its floor, momentum; the public WARMDOWN_ITERS rule."""
 
 import pytest
 
-from train_gpt import lr_scale, muon_momentum, progress_at
+from train_gpt import UserError, lr_scale, muon_momentum, progress_at
 
 
 def scales(config, steps, step_seconds=0.0):
@@ -90,6 +90,27 @@ def test_a_warmdown_longer_than_the_run_has_begun_at_step_0(make_config, clock):
     assert lr_scale(config, 0, progress_at(config, 0, 0.0)) == pytest.approx(50 / 200)
     short = make_config(WARMDOWN_ITERS=20, ITERATIONS=50, MAX_WALLCLOCK_SECONDS=clock)
     assert lr_scale(short, 0, progress_at(short, 0, 0.0)) == 1.0
+
+
+@pytest.mark.parametrize("floor", [0, 0.1, 0.5, 1])
+@pytest.mark.parametrize("warmdown", [{"WARMDOWN_FRAC": f} for f in (0, 0.35, 1)]
+                         + [{"WARMDOWN_ITERS": n} for n in (0, 7, 100)])  # fmt: skip
+@pytest.mark.parametrize("clock", [0, 30])
+def test_the_rate_is_the_larger_of_the_warmdown_and_its_floor(make_config, floor, warmdown, clock):
+    plain = make_config(ITERATIONS=40, MAX_WALLCLOCK_SECONDS=clock, **warmdown)
+    floored = make_config(ITERATIONS=40, MAX_WALLCLOCK_SECONDS=clock, LR_FLOOR=floor, **warmdown)
+    for step_seconds in (0.1, 1.0):
+        expected = [max(scale, floor) for scale in scales(plain, 40, step_seconds)]
+        assert scales(floored, 40, step_seconds) == expected
+    if floor == 0.1 and warmdown == {"WARMDOWN_FRAC": 0.35}:
+        by_hand = {0.5: 1.0, 0.65: 1.0, 0.825: 0.5, 0.93: 0.2, 0.965: 0.1, 0.99: 0.1, 1.0: 0.1}
+        assert {p: lr_scale(floored, 20, p) for p in by_hand} == pytest.approx(by_hand, abs=1e-12)
+
+
+@pytest.mark.parametrize("floor", [-0.1, 1.1, "x"])
+def test_a_floor_that_is_no_share_is_refused(make_config, floor):
+    with pytest.raises(UserError, match="LR_FLOOR"):
+        make_config(LR_FLOOR=floor)
 
 
 def test_momentum_warms_linearly_and_stays(make_config):
