@@ -114,11 +114,11 @@ def model_and_step(trainer, config, runtime, problems: list[str]) -> dict:
         "tokens_per_step": config.train_batch_tokens, "grad_accum_steps": accum_steps, "micro_batch_tokens": micro,
         "memory_estimate_mib": estimate >> 20, "memory_mib": memory and memory >> 20, "schedule": schedule(config),
         "bytes_artifact_projected": projected, "bytes_code": code, "bytes_total_projected": projected + code,
-        "bytes_limit": trainer.SIZE_LIMIT,
+        "bytes_limit": config.size_limit,
     }
-    if projected + code > trainer.SIZE_LIMIT:
+    if projected + code > config.size_limit:
         problems.append(f"{params} parameters will take about {projected} bytes as int8+zlib, {projected + code} with "
-                        f"the code, over {trainer.SIZE_LIMIT}: lower MODEL_DIM, NUM_LAYERS, MLP_MULT or VOCAB_SIZE")
+                        f"the code, over {config.size_limit}: lower MODEL_DIM, NUM_LAYERS, MLP_MULT or VOCAB_SIZE")
     if memory and estimate > memory:
         problems.append(f"a micro-step of {micro} tokens needs about {estimate >> 20} MiB, the device has "
                         f"{memory >> 20}: set a lower MICRO_BATCH_TOKENS")

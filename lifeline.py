@@ -131,16 +131,16 @@ class Lifeline:
         """All that a run needs to go on, copied to the CPU, on rank 0; None on the others. Collective."""
         module, names, own = trainer_of(self.config), {p: name for name, p in trainer.model.named_parameters()}, {}
         for optimizer in trainer.optimizers:
-            if self.runtime.is_master or isinstance(optimizer, module.Muon):  # Adam's is the same everywhere
+            if trainer.runtime.is_master or isinstance(optimizer, module.Muon):  # Adam's is the same everywhere
                 own |= {names[p]: values for p, values in optimizer.state.items()}
         rng = {"cpu": torch.get_rng_state()}
-        if self.runtime.device.type == "cuda":
+        if trainer.runtime.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state()
         model = trainer.model.state_dict()
         own, model, average = (tree_map(lambda t: t.detach().to("cpu", copy=True), tree)
                                for tree in (own, model, trainer.average))
-        ranks = self.runtime.gather({"optimizer": own, "rng": rng})
-        if not self.runtime.is_master:
+        ranks = trainer.runtime.gather({"optimizer": own, "rng": rng})
+        if not trainer.runtime.is_master:
             return None
         module.require(math.isfinite(sum(float(tensor.sum()) for tensor in model.values())), f"step {trainer.steps}: "
                        "weights are not finite: the last good checkpoint stays: lower the learning rates")
@@ -184,9 +184,9 @@ class Lifeline:
                     if values:
                         optimizer.state[p] = {key: value.to(p.device, torch.float32 if key == "step" else p.dtype)
                                               for key, value in values.items()}
-        rng = state["rng"][self.runtime.rank % len(state["rng"])]
+        rng = state["rng"][trainer.runtime.rank % len(state["rng"])]
         torch.set_rng_state(rng["cpu"])
-        if self.runtime.device.type == "cuda" and "cuda" in rng:
+        if trainer.runtime.device.type == "cuda" and "cuda" in rng:
             torch.cuda.set_rng_state(rng["cuda"])
         trainer.loader.seek(state["position"])
         trainer.steps = self.saved_step = int(state["steps"])

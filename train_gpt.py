@@ -42,7 +42,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-SIZE_LIMIT = 16_000_000  # bytes of code plus artifact, decimal
 FINEWEB_TARGETS, FINEWEB_BYTES = 62_021_632, 151_080_363  # the challenge's validation text in its 1,024 pieces
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 NO_DATA_HINT = """two commands bring some data and train on it:
@@ -152,7 +151,15 @@ class Config:
     adam_eps: float = knob(1e-8, "Adam's epsilon", 1e-20)
     grad_clip_norm: float = knob(0.0, "the global gradient norm is clipped to this, after reduction; 0: off", 0)
     int8_scale_floor: float = knob(0.0, "least scale of an int8 row; raising it trades quality for size", 0)
+    codec: str = knob("zlib", "last stage of the artifact; rans is smaller", choices=("zlib", "rans"))
+    weight_bits: int = knob(8, "bits of the matrices of the blocks and of an untied output projection", 2, 8)
+    embed_bits: int = knob(8, "bits of the embedding", 2, 8)
+    clip_attn: float = knob(0.0, "clip of attention rows in standard deviations; 0: their 99.99984th percentile", 0)
+    clip_mlp: float = knob(0.0, "the same for the matrices of the MLPs", 0)
+    clip_embed: float = knob(0.0, "the same for the embedding and an untied output projection", 0)
     gptq_batches: int = knob(0, "batches of training text that calibrate GPTQ; 0: plain rounding", 0)
+    fit_size: bool = knob(False, "scale all clips by one factor so that code and artifact land just under SIZE_LIMIT")
+    size_limit: int = free(16_000_000, "bytes of code plus artifact, decimal", 1)
 
     @staticmethod
     def load(argv: list[str], environ, told: dict[str, str] | None = None) -> "Config":
@@ -197,6 +204,8 @@ class Config:
                 f"MICRO_BATCH_TOKENS={micro}: expected auto, 0 (unlimited) or at least one TRAIN_SEQ_LEN={T}")
         require(not self.grad_accum_steps or micro in ("auto", "0"),
                 "GRAD_ACCUM_STEPS and MICRO_BATCH_TOKENS are both given: unset one, both cut the step")
+        require(not self.fit_size or min(self.clip_attn, self.clip_mlp, self.clip_embed) > 0, "FIT_SIZE=1 scales clips "
+                "and CLIP_ATTN, CLIP_MLP or CLIP_EMBED is 0: set each above, to about 13, or unset FIT_SIZE")
 
     def texts(self) -> dict[str, str]:
         """{KNOB: text}, which read back gives this configuration, but for what belongs to one run or one call."""
@@ -1000,10 +1009,11 @@ class Evaluator:
         require(math.isfinite(nats), f"the validation loss is {nats}: the run diverged: lower the learning rates")
         return Score(nats, int(count), int(weight), self.of)
 
-# ---------- Export: int8 with an fp16 scale per row, zlib-9, a checksum, the verdict on the size, the way back --------
-INT8_FORMAT, INT8_CLIP_QUANTILE = "int8_clean_per_row_v1", 0.9999984
+# ---------- Export: few bits with an fp16 scale per row, GPTQ, zlib or rANS, a checksum, the size, the way back -------
+INT8_FORMAT, RANS_FORMAT, INT8_CLIP_QUANTILE = "int8_clean_per_row_v1", "rans_per_row_v1", 0.9999984
 INT8_MIN_NUMEL = 65_536  # tensors up to this many elements are kept as floats
 UNPACKED_LIMIT = 2**30  # bytes that an artifact may unpack to: far more than any within SIZE_LIMIT needs
+TENSOR_CLASSES = ("attn", "mlp", "embed")  # each has a CLIP knob and a table of frequencies
 MODEL_KNOBS = ("VOCAB_SIZE", "NUM_LAYERS", "MODEL_DIM", "NUM_HEADS", "NUM_KV_HEADS", "MLP_MULT", "TIE_EMBEDDINGS",
                "ROPE_BASE", "LOGIT_SOFTCAP", "TRAIN_SEQ_LEN", "MLP_SLOPE", "ROPE_DIMS", "X0_MIX", "LN_SCALE",
                "XSA_LAYERS", "ATTN_GATE", "GATED_SKIPS", "PARALLEL_FROM", "SMEAR_GATE", "START_TOKEN", "LOOP_LAYERS",
@@ -1012,16 +1022,67 @@ MODEL_KNOBS = ("VOCAB_SIZE", "NUM_LAYERS", "MODEL_DIM", "NUM_HEADS", "NUM_KV_HEA
 TOLD_KNOBS = (*MODEL_KNOBS, "EVAL_STRIDE", "VAL_BATCH_SIZE", "TRAIN_BATCH_TOKENS", "GRAD_ACCUM_STEPS",
               "MICRO_BATCH_TOKENS")
 
-def quantize_rows(w: Tensor, scale_floor: float = 0.0) -> tuple[Tensor, Tensor]:
-    """int8 values and fp16 scales [rows] of an fp32 matrix: scale = clip / 127, clip the 99.99984th percentile of the
-    row's magnitudes, 1 for a row of zeros. Rounding uses the scale as stored: it errs by at most half of it within."""
-    clip = torch.quantile(w.abs(), INT8_CLIP_QUANTILE, dim=1)
-    least = max(scale_floor, 2.0**-24)  # fp16 holds nothing smaller, and a scale of 0 would divide by zero
-    scale = (clip / 127).clamp(min=least).where(clip > 0, 1.0).half()
-    return (w / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale
+def artifact_names(config: Config) -> tuple[str, str]:
+    """(file, tag in log lines): final_model.int8.ptz and int8+zlib by default."""
+    return f"final_model.{'rans' if config.codec == 'rans' else 'int8'}.ptz", f"int{config.weight_bits}+{config.codec}"
 
-def quantize(state: dict[str, Tensor], config: Config) -> dict:
-    """The public reference's int8 object, plus `config`, so that an artifact explains itself."""
+def tensor_class(name: str) -> str:
+    return next((part for part in TENSOR_CLASSES if f".{part}." in name), "embed")
+
+def quantize_rows(w: Tensor, scale_floor=0.0, qmax: int = 127, k: float = 0.0) -> tuple[Tensor, Tensor]:
+    """int8 values up to qmax and fp16 scales [rows] of an fp32 matrix: scale = clip / qmax, clip k standard deviations
+    of the row, or for k = 0 the 99.99984th percentile of its magnitudes; the scale is 1 for a row of zeros.
+    Rounding uses the scale as stored: it errs by at most half of it within."""
+    spread, mean = torch.std_mean(w, dim=1, correction=0)  # a row of one value has no spread, but a mean
+    clip = torch.maximum(k * spread, mean.abs()) if k else torch.quantile(w.abs(), INT8_CLIP_QUANTILE, dim=1)
+    least = max(scale_floor, 2.0**-24)  # fp16 holds nothing smaller, and a scale of 0 would divide by zero
+    scale = (clip / qmax).clamp(min=least).where(clip > 0, 1.0).half()
+    return (w / scale.float()[:, None]).round().clamp(-qmax, qmax).to(torch.int8), scale
+
+@torch.no_grad()
+def collect_hessians(model: GPT, batches, runtime: Runtime) -> dict[str, Tensor]:
+    """{parameter: X^T X [in, in] in fp32} of the inputs X of every Linear and of the output projection, over batches
+    of int64 tokens [B, T] on the device through the uncompiled model; averaged over the ranks."""
+    sums, head = {}, "tok_emb.weight" if model.lm_head is None else "lm_head.weight"
+    def add(name, module, inputs):
+        x = inputs[0].flatten(0, -2).float()
+        sums[name] = sums.get(name, 0) + x.mT @ x
+
+    with contextlib.ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if isinstance(module, Linear):
+                hooks.enter_context(module.register_forward_pre_hook(functools.partial(add, f"{name}.weight")))
+        for tokens in batches:
+            add(head, model, [model.features(tokens)])
+    if runtime.world_size > 1:
+        for total in sums.values():
+            dist.all_reduce(total.div_(runtime.world_size))
+    return sums
+
+def gptq_round(w: Tensor, scale: Tensor, hessian: Tensor, qmax: int, block: int = 128) -> Tensor:
+    """int8 values [rows, in], on the device of the Hessian [in, in]: column after column is rounded, and those that
+    follow make up for its error as the Hessian of the layer's squared error says (Frantar et al. 2022, GPTQ)."""
+    order = hessian.diagonal().argsort(descending=True)
+    H, columns = hessian.float()[order][:, order], w.to(hessian.device, torch.float32).mT[order]  # [in, rows]
+    q, scale, unused = torch.empty_like(columns, dtype=torch.int8), scale.to(H.device).float(), H.diagonal() == 0
+    H.diagonal()[unused], columns[unused] = 1.0, 0.0
+    for damp in (0.01, 0.1, 1.0, 10.0):
+        lower, failed = torch.linalg.cholesky_ex(H + damp * H.diagonal().mean() * torch.eye(len(H), device=H.device))
+        U, failed_too = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not failed and not failed_too:
+            break
+    require(not failed and not failed_too and U.isfinite().all(), "a Hessian has no factor: set GPTQ_BATCHES=0")
+    for start, stop in itertools.pairwise([*range(0, len(H), block), len(H)]):
+        errors = torch.empty_like(columns[start:stop])
+        for i in range(start, stop):
+            q[i] = (columns[i] / scale).round().clamp(-qmax, qmax)
+            errors[i - start] = (columns[i] - q[i] * scale) / U[i, i]
+            columns[i + 1 : stop] -= torch.outer(U[i, i + 1 : stop], errors[i - start])
+        columns[stop:] -= U[start:stop, stop:].mT @ errors
+    return q[order.argsort()].mT.contiguous()
+
+def quantize(state: dict[str, Tensor], config: Config, hessians: dict[str, Tensor] | None = None, multiplier=1.0):
+    """The public reference's int8 object, plus `config`, which explains it. GPTQ rounds what is in `hessians`."""
     told = {name.lower(): getattr(config, name.lower()) for name in TOLD_KNOBS}
     artifact = {"__quant_format__": INT8_FORMAT, "config": told}
     parts = ("quantized", "scales", "dtypes", "passthrough", "qmeta", "passthrough_orig_dtypes")
@@ -1032,7 +1093,10 @@ def quantize(state: dict[str, Tensor], config: Config) -> dict:
                 "diverged, nothing was exported: lower the learning rates")
         if tensor.is_floating_point() and tensor.numel() > INT8_MIN_NUMEL:
             rows = tensor.float() if tensor.ndim == 2 else tensor.float().view(1, -1)
-            q, scale = quantize_rows(rows, config.int8_scale_floor)
+            qmax = 2 ** ((config.embed_bits if kind_of(name) == "tok_emb" else config.weight_bits) - 1) - 1
+            k = multiplier * getattr(config, f"clip_{tensor_class(name)}")
+            q, scale = quantize_rows(rows, config.int8_scale_floor, qmax, k)
+            q = gptq_round(rows, scale, hessians[name], qmax).cpu() if hessians and name in hessians else q
             quantized[name], dtypes[name] = q.view_as(tensor), dtype
             scales[name] = scale if tensor.ndim == 2 else scale[0]
             if tensor.ndim == 2:
@@ -1043,8 +1107,79 @@ def quantize(state: dict[str, Tensor], config: Config) -> dict:
             passthrough[name], original[name] = tensor.half(), dtype
     return artifact
 
+def rans_frequencies(counts: np.ndarray) -> np.ndarray:
+    """Frequencies [256] that sum to 2**14, none of them 0 where the count is not, and cost next to no bits."""
+    counts = counts + (np.arange(256) == 0) * (counts.sum() == 0)  # without symbols any table will do
+    frequencies = np.ceil(counts * (2**14 / counts.sum()))
+    while frequencies.sum() > 2**14:  # one less costs count * log2(f / (f - 1)) bits: take it where that is least
+        frequencies[np.where(frequencies > 1, counts / (frequencies - 0.5), np.inf).argmin()] -= 1
+    return frequencies.astype(np.int64)
+
+def rans_encode(keys: np.ndarray, tables: np.ndarray, steps: int = 8192) -> np.ndarray:
+    """16-bit words of keys 256 * class + symbol by tables [classes, 256] (Duda 2013, rANS; Giesen 2014, interleaved):
+    the last states, two words each, then those in the order of decoding. A lane codes `steps` symbols at most."""
+    freq, lanes, chunks = tables.ravel().astype(np.uint64), len(keys) // steps + 1, []
+    first, states = (freq.cumsum() - freq) % 2**14, np.full(lanes, 2**16, np.uint64)
+    for begin in reversed(range(0, len(keys), lanes)):
+        key = keys[begin : begin + lanes]
+        x, f = states[: len(key)], freq[key]
+        full = np.flatnonzero(x >= f << 18)  # would leave [2**16, 2**32)
+        chunks.append(x[full].astype("<u2"))
+        x[full] >>= 16
+        x += x // f * (2**14 - f) + first[key]
+    return np.concatenate([states.astype("<u4").view("<u2"), *reversed(chunks)])
+
+def rans_decode(words: np.ndarray, classes: np.ndarray, tables: np.ndarray, steps: int = 8192) -> np.ndarray:
+    """The symbols, given the class of each. Refuses words that rans_encode would not have written."""
+    freq, lanes, slots = tables.ravel().astype(np.int64), len(classes) // steps + 1, np.empty(len(classes), np.uint16)
+    key_at = np.repeat(np.arange(len(freq), dtype=np.uint16), freq)  # of the slot class * 2**14 + x % 2**14
+    freq_at, rest_at = freq[key_at], np.arange(len(key_at)) - (freq.cumsum() - freq)[key_at]
+    states, position = words[: 2 * lanes].view("<u4").astype(np.int64), 2 * lanes
+    for begin in range(0, len(classes), lanes):
+        x = states[: len(classes) - begin]
+        slot = slots[begin : begin + lanes] = (classes[begin : begin + lanes] << 14) + (x & 0x3FFF)
+        x[:] = (x >> 14) * freq_at[slot] + rest_at[slot]
+        low = np.flatnonzero(x < 2**16)
+        x[low] = x[low] << 16 | words[position : position + len(low)]
+        position += len(low)
+    require(position == len(words) and words[1 : 2 * lanes : 2].all() and (states == 2**16).all(), "its stream is odd")
+    return key_at[slots].astype(np.uint8)
+
+def layout_numbers(layout: list) -> np.ndarray:
+    """[3, tensors]: the class, the rows with a scale each (0 if its floats are kept), the size of each tensor."""
+    numbers = [(TENSOR_CLASSES.index(kind), rows, math.prod(shape)) for _, kind, rows, _, shape in layout]
+    return np.array(numbers, np.int64).reshape(-1, 3).T
+
+def rans_pack(artifact: dict) -> dict:
+    """An int8 object with its values in one stream, its scales in one tensor, and what it keeps in one of fp16."""
+    parts, original = [artifact[part] for part in ("quantized", "scales", "passthrough")], artifact["dtypes"]
+    original = original | artifact["passthrough_orig_dtypes"]
+    layout = [(name, tensor_class(name), parts[1][name].numel() if name in parts[1] else 0,
+               original.get(name, str(t.dtype)[6:]), [*t.shape]) for name, t in (parts[0] | parts[2]).items()]
+    values, scales, kept = (torch.cat([torch.empty(0), *(t.flatten() for t in part.values())]) for part in parts)
+    classes, rows, sizes = layout_numbers(layout)
+    keys = 256 * np.repeat(classes, sizes * (rows > 0)) + values.to(torch.int8).numpy().view(np.uint8)
+    tables = np.stack([rans_frequencies(row) for row in np.bincount(keys, minlength=768).reshape(3, 256)])
+    return {"__quant_format__": RANS_FORMAT, "config": artifact["config"], "layout": layout, "kept": kept.half(),
+            "scales": scales.half(), "tables": torch.from_numpy(tables.astype(np.int16)),
+            "stream": torch.from_numpy(rans_encode(keys, tables).view(np.uint8))}
+
+def rans_unpack(artifact: dict) -> dict[str, Tensor]:
+    """The state dict of what rans_pack made. What the layout claims is checked before it is allocated."""
+    layout, parts = artifact["layout"], [artifact[part] for part in ("tables", "stream", "scales", "kept")]
+    (tables, stream, scales, kept), (classes, rows, sizes) = parts, layout_numbers(layout)
+    require(all(part.is_contiguous() for part in parts) and 4 * sizes.sum(dtype=float) <= UNPACKED_LIMIT
+            and (0 <= rows).all() and (rows <= sizes).all() and rows.sum() == len(scales) and tables.shape == (3, 256)
+            and (tables >= 0).all() and (tables.sum(1) == 2**14).all(), "its layout and its tensors do not fit")
+    symbols = rans_decode(stream.numpy().view("<u2"), np.repeat(classes, sizes * (rows > 0)), tables.numpy())
+    values = symbols.view(np.int8) * np.repeat(scales.float().numpy(), np.repeat(sizes // np.maximum(rows, 1), rows))
+    numbers = zip(layout, torch.cat([torch.from_numpy(values), kept.float()]).split(sizes.tolist()), strict=True)
+    return {name: part.view(shape).to(getattr(torch, dtype)) for (name, *_, dtype, shape), part in numbers}
+
 def dequantize(artifact: dict) -> dict[str, Tensor]:
-    """The state dict that an int8 object stands for, each tensor in its original type."""
+    """The state dict that an artifact's object of either format stands for, each tensor in its original type."""
+    if artifact.get("__quant_format__") == RANS_FORMAT:
+        return rans_unpack(artifact)
     state, tensors = {}, [t for part in ("quantized", "scales", "passthrough") for t in artifact[part].values()]
     require(all(t.is_contiguous() for t in tensors) and sum(t.nbytes for t in tensors) <= UNPACKED_LIMIT,
             "its tensors are larger than its data")  # by stride 0, or by many of one storage
@@ -1082,37 +1217,51 @@ def load_tensors(data: bytes, source) -> dict:
         return value
 
 def unpack(blob: bytes, source) -> dict:
-    """The int8 object in the bytes of an artifact: a zlib stream, and after ours the sha256 of that stream."""
+    """The object in the bytes of an artifact: a zlib stream, and after ours the sha256 of that stream."""
     with reading(source):
         inflater = zlib.decompressobj()
         packed = inflater.decompress(blob, UNPACKED_LIMIT)
         require(inflater.eof, f"{source} is cut short, or unpacks to over {UNPACKED_LIMIT} bytes: get it again")
         artifact, checksum = load_tensors(packed, source), inflater.unused_data
-        require(artifact.get("__quant_format__") == INT8_FORMAT, f"{source} is no artifact of format {INT8_FORMAT}")
+        require(artifact.get("__quant_format__") in (INT8_FORMAT, RANS_FORMAT),
+                f"{source} is no artifact of format {INT8_FORMAT} or {RANS_FORMAT}")
         require(checksum == hashlib.sha256(blob[: len(blob) - len(checksum)]).digest()
                 or ("config" not in artifact and not checksum),  # a foreign file has none
                 f"{source} is damaged: it does not match its checksum: get it again")
         return artifact
 
-def export(state: dict[str, Tensor], config: Config, folder: RunFolder, code_bytes: int) -> dict:
-    """Write final_model.pt and final_model.int8.ptz; log the sizes and return them for result.json."""
-    raw, artifact = torch_bytes(state), quantize(state, config)
-    packed = torch_bytes(artifact)
-    blob = zlib.compress(packed, level=9)
-    blob += hashlib.sha256(blob).digest()  # readers of the reference's format ignore what follows the stream
+def export(state: dict[str, Tensor], config: Config, folder: RunFolder, code_bytes: int, hessians=None) -> dict:
+    """Write final_model.pt and the artifact; log the sizes and return them for result.json. With FIT_SIZE, clips of 1/2
+    to 8 times as wide are tried until the artifact just fits: by the size law, twice as wide is a bit less a weight."""
+    raw, limit, (name, tag) = torch_bytes(state), config.size_limit, artifact_names(config)
+    weights = sum(tensor.numel() for tensor in state.values() if tensor.numel() > INT8_MIN_NUMEL)
+    best, doublings, slack = None, 0.0, 0.002 * limit
+    for _ in range(8 if config.fit_size else 1):
+        artifact = quantize(state, config, hessians, 2.0**doublings)
+        artifact = rans_pack(artifact) if config.codec == "rans" else artifact
+        packed = torch_bytes(artifact)
+        blob = zlib.compress(packed, level=9)
+        blob += hashlib.sha256(blob).digest()  # readers of the reference's format ignore what follows the stream
+        spare = limit - code_bytes - len(blob)
+        if best is None or (spare >= 0, -abs(spare)) > best[0]:
+            best = (spare >= 0, -abs(spare)), 2.0**doublings, artifact, packed, blob
+        before, doublings = doublings, min(max(doublings - 8 * (spare - slack / 2) / max(weights, 1), -1.0), 3.0)
+        if 0 <= spare < slack or doublings == before:
+            break
+    _, multiplier, artifact, packed, blob = best
     folder.write("final_model.pt", raw)
-    folder.write("final_model.int8.ptz", blob)
-    payload = sum(t.nbytes for part in ("quantized", "scales", "passthrough") for t in artifact[part].values())
+    folder.write(name, blob)
+    payload = sum(t.nbytes for t in torch.utils._pytree.tree_leaves(artifact) if isinstance(t, Tensor))
     ratio, total = sum(t.nbytes for t in state.values()) / payload, len(blob) + code_bytes
-    verdict = "OK" if total <= SIZE_LIMIT else "TOO LARGE, NOT A VALID SUBMISSION"
+    verdict = "OK" if total <= limit else "TOO LARGE, NOT A VALID SUBMISSION"
     folder.log(f"Serialized model: {len(raw)} bytes\nCode size: {code_bytes} bytes\n"
-               f"Total submission size: {len(raw) + code_bytes} bytes\n"
-               f"Serialized model int8+zlib: {len(blob)} bytes "
+               f"Total submission size: {len(raw) + code_bytes} bytes\nSerialized model {tag}: {len(blob)} bytes "
                f"(payload:{payload} raw_torch:{len(packed)} payload_ratio:{ratio:.2f}x)\n"
-               f"Total submission size int8+zlib: {total} bytes\n"
-               f"size_verdict:{verdict} limit:{SIZE_LIMIT} spare:{SIZE_LIMIT - total}")
+               f"Total submission size {tag}: {total} bytes\n"
+               f"size_verdict:{verdict} limit:{limit} spare:{limit - total}")
+    folder.log(f"clip_multiplier:{multiplier:.4f}") if config.fit_size else None
     return {"bytes_model": len(raw), "bytes_artifact": len(blob), "bytes_code": code_bytes, "bytes_total": total,
-            "bytes_limit": SIZE_LIMIT, "sha256_artifact": hashlib.sha256(blob).hexdigest()}
+            "bytes_limit": limit, "sha256_artifact": hashlib.sha256(blob).hexdigest(), "clip_multiplier": multiplier}
 
 # ---------- Training: one step function for the warm-up and for the run, the pace that the clock sets, the loop -------
 def times(step: int, clock: float) -> str:

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from bench import RandomTokens  # noqa: E402
 
+import lifeline  # noqa: E402
 import train_gpt  # noqa: E402
 
 INTERVAL = 60.0  # CHECKPOINT_EVERY_SECONDS of a run of 600 s
@@ -31,10 +32,12 @@ def main():
         config = train_gpt.Config.load([], knobs | dict(os.environ))
         runtime = train_gpt.Runtime(config, {})
         run_folder, watch = train_gpt.RunFolder(runtime), train_gpt.Stopwatch(runtime.synchronize)
-        run_folder.locate(config, {})
+        run_folder.locate(config)
         run_folder.create(config, b"")
         run_folder.log = lambda line: None
-        trainer = train_gpt.Trainer(config, runtime, run_folder, watch, RandomTokens(config, runtime))
+        loader = RandomTokens(config, runtime)
+        trainer = train_gpt.Trainer(config, runtime, run_folder, watch, loader,
+                                    lifeline.Lifeline(config, run_folder, loader.stream, b""))  # fmt: skip
         params = sum(p.numel() for p in trainer.model.parameters())
 
         def window(save: bool) -> float:
@@ -45,7 +48,7 @@ def main():
             for _ in range(steps):
                 float(trainer.step(1.0, 0.95))
             if save:
-                trainer.written.result()
+                trainer.lifeline.written.result()
             return time.perf_counter() - began
 
         for save in (True, False):

@@ -16,7 +16,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +27,7 @@ from conftest import ROOT, write_shard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import lifeline
 import train_gpt
 from train_gpt import KNOBS, Evaluator, RunFolder, Stopwatch, TokenStream, Trainer, TrainLoader, UserError
 
@@ -109,7 +109,7 @@ def saved(monkeypatch):
         if not state["finished"]:
             kept[state["steps"]] = (folder.path / "checkpoint.pt").read_bytes()
 
-    monkeypatch.setattr(train_gpt, "write_checkpoint", keep)
+    monkeypatch.setattr(lifeline, "write_checkpoint", keep)
     return kept
 
 
@@ -221,7 +221,7 @@ def test_from_any_step_a_resumed_run_is_the_undisturbed_one(go, trainers, saved,
     assert_ended_well(watched, like=whole)
     assert timeless(watched.metrics) == timeless(whole.metrics), "to save changes nothing"
     expected, final = all_of(trainers[0]), load(whole.checkpoint)
-    assert {kind for kind, *_ in expected} == {"model", "Adam", "Muon", "position", "steps"}
+    assert {kind for kind, *_ in expected} == {"model", "AdamW", "Muon", "position", "steps"}
     for number, blob in {**saved, 6: whole.checkpoint.read_bytes()}.items():
         (tmp_path / "checkpoint.pt").write_bytes(blob)
         torch.manual_seed(number + 77)
@@ -256,7 +256,9 @@ def build(runtime):
     def start(config):
         stream = TokenStream(config.data_path, "train", config.vocab_size)
         loader = TrainLoader(stream, config, runtime, config.accumulation_steps(1, "cpu"))
-        return Trainer(config, runtime, RunFolder(runtime), Stopwatch(runtime.synchronize), loader)
+        folder = RunFolder(runtime)
+        line = lifeline.Lifeline(config, folder, stream, b"")
+        return Trainer(config, runtime, folder, Stopwatch(runtime.synchronize), loader, line)
 
     return start
 
@@ -266,15 +268,16 @@ def test_the_generators_of_cpu_and_gpu_come_back(make_config, build, runtime, mo
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: torch.tensor([1, 2, 3], dtype=torch.uint8))
     monkeypatch.setattr(torch.cuda, "set_rng_state", given.append)
     runtime.device = torch.device("cuda")  # as far as generators go
-    state = trainer.state()
+    state = trainer.lifeline.state(trainer)
     drawn = torch.rand(5)
     torch.rand(100)
-    trainer.restore(state)
+    trainer.lifeline.put_back(trainer, state)
     assert torch.equal(torch.rand(5), drawn) and [t.tolist() for t in given] == [[1, 2, 3]]
     del state["rng"][0]["cuda"]  # saved without a GPU
-    trainer.restore(state)
+    trainer.lifeline.put_back(trainer, state)
     runtime.device = torch.device("cpu")
-    trainer.restore(trainer.state() | {"rng": [{"cpu": torch.get_rng_state(), "cuda": torch.zeros(3)}]})
+    rng = {"rng": [{"cpu": torch.get_rng_state(), "cuda": torch.zeros(3)}]}
+    trainer.lifeline.put_back(trainer, trainer.lifeline.state(trainer) | rng)
     assert len(given) == 1
 
 
@@ -283,7 +286,7 @@ def test_each_rank_gets_its_own_generator_and_the_momenta_that_it_owns(make_conf
     config, alone = make_config(), build(make_config())
     for alone.steps in (1, 2, 3):
         alone.step(1.0, 0.9)
-    whole = alone.state()
+    whole = alone.lifeline.state(alone)
     muon = {name for name, values in whole["optimizer"].items() if "momentum_buffer" in values}
     assert len(muon) == 12 and len(whole["optimizer"]) == len(list(alone.model.parameters()))
     ranks = {}
@@ -297,7 +300,7 @@ def test_each_rank_gets_its_own_generator_and_the_momenta_that_it_owns(make_conf
         optimizer.state = {p: optimizer.state[p] for p in optimizer.param_groups[0]["params"][rank::2]}
         trainer.runtime, trainer.optimizers = fake, [adam, optimizer]
         torch.manual_seed(rank)
-        state = trainer.state()
+        state = trainer.lifeline.state(trainer)
         assert (state is None) == (rank == 1)
     mine, others = ranks[0], ranks[1]
     assert muon & mine["optimizer"].keys() and muon & others["optimizer"].keys()
@@ -312,9 +315,9 @@ def test_each_rank_gets_its_own_generator_and_the_momenta_that_it_owns(make_conf
             trainer, fake = build(config), copy.copy(runtime)
             fake.rank, fake.world_size = rank, world_size
             trainer.runtime = trainer.optimizers[1].runtime = fake
-            trainer.restore(state)
+            trainer.lifeline.put_back(trainer, state)
             assert torch.equal(torch.get_rng_state(), state["rng"][rank % 2]["cpu"])
-            values = {key[1:]: value for key, value in all_of(trainer).items() if key[0] in ("Adam", "Muon")}
+            values = {key[1:]: value for key, value in all_of(trainer).items() if key[0] in ("AdamW", "Muon")}
             for (name, key), value in values.items():
                 assert torch.equal(value, whole["optimizer"][name][key])
             held += [name for name, key in values if key == "momentum_buffer"]
@@ -332,7 +335,7 @@ def test_the_step_count_of_adam_stays_exact_beside_bf16_moments(make_config, bui
     adam = trainer.optimizers[0].state[trainer.model.tok_emb.weight]
     adam["step"].fill_(257)
     assert adam["exp_avg"].dtype == torch.bfloat16
-    other.restore(trainer.state())
+    other.lifeline.put_back(other, trainer.lifeline.state(trainer))
     assert_same(all_of(other), all_of(trainer))
     assert other.optimizers[0].state[other.model.tok_emb.weight]["step"] == 257
     other.step(1.0, 0.9)
@@ -344,14 +347,14 @@ def test_a_loss_that_is_still_on_its_way_is_awaited_before_a_checkpoint(make_con
     trainer.pending.append((1, 1.0, torch.tensor(math.nan), None))
     with pytest.raises(UserError, match="step 1: the loss is nan"):
         trainer.save(wait=True)
-    assert trainer.written is None
+    assert trainer.lifeline.written is None
 
 
 def test_a_copy_is_saved_and_not_what_training_goes_on_with(make_config, build):
     """The file is written while the next steps change the weights."""
     trainer = build(make_config())
     trainer.step(1.0, 0.9)
-    state = trainer.state()
+    state = trainer.lifeline.state(trainer)
     frozen = copy.deepcopy(state)
     trainer.step(1.0, 0.9)
     assert_same(state, frozen)
@@ -377,7 +380,7 @@ def clock(monkeypatch):
     monkeypatch.setattr(train_gpt.time, "perf_counter", lambda: fake.now)
     monkeypatch.setattr(Trainer, "step", moving(0, step))
     monkeypatch.setattr(Evaluator, "score", moving(100, score))
-    fake.slow_disk = lambda: monkeypatch.setattr(train_gpt, "write_checkpoint", moving(1000, write))
+    fake.slow_disk = lambda: monkeypatch.setattr(lifeline, "write_checkpoint", moving(1000, write))
     fake.moving = moving
     return fake
 
@@ -418,7 +421,7 @@ def test_when_a_checkpoint_is_due(go, clock, monkeypatch, knobs, expected):
     """Every minute of training where the run is capped over five, else never before the end."""
     clock.duration, steps = 20.0, []
     write = lifeline.write_checkpoint
-    monkeypatch.setattr(train_gpt, "write_checkpoint", lambda state, f: steps.append(state["steps"]) or write(state, f))
+    monkeypatch.setattr(lifeline, "write_checkpoint", lambda state, f: steps.append(state["steps"]) or write(state, f))
     run = go(**{"ITERATIONS": 1000, "WARMUP_STEPS": 2, "VAL_LOSS_EVERY": 0} | knobs)
     assert run.code == 0 and steps == expected
     lines = re.findall(r"^checkpoint: saved step:(\d+) bytes:(\d+) write_time:\d+ms$", run.log, re.MULTILINE)
@@ -429,7 +432,7 @@ def test_when_a_checkpoint_is_due(go, clock, monkeypatch, knobs, expected):
 
 def test_the_pause_of_a_checkpoint_is_training_time_but_no_part_of_a_step(go, clock, trainers, monkeypatch):
     """Else it would be taken for the length of a step, and end the run that much earlier."""
-    monkeypatch.setattr(Trainer, "state", clock.moving(2, Trainer.state))
+    monkeypatch.setattr(lifeline.Lifeline, "state", clock.moving(2, lifeline.Lifeline.state))
     run = go(MAX_WALLCLOCK_SECONDS=18, ITERATIONS=1000, WARMUP_STEPS=2, CHECKPOINT_EVERY_SECONDS=5, VAL_LOSS_EVERY=0)
     assert set(trainers[0].recent) == {1.0}
     assert re.findall("saved step:([0-9]+)", run.log) == ["5", "10", "13"]
@@ -439,7 +442,7 @@ def test_the_pause_of_a_checkpoint_is_training_time_but_no_part_of_a_step(go, cl
 @pytest.mark.parametrize("limit", [13.5, 15.5, 18.5, 20.5, 21, 22.5, 27.5])
 def test_a_checkpoint_right_before_the_end_does_not_take_the_run_over_its_clock(go, clock, monkeypatch, limit):
     """The last one comes at the end anyway. Regression: its pause did."""
-    monkeypatch.setattr(Trainer, "state", clock.moving(2, Trainer.state))
+    monkeypatch.setattr(lifeline.Lifeline, "state", clock.moving(2, lifeline.Lifeline.state))
     run = go(MAX_WALLCLOCK_SECONDS=limit, ITERATIONS=1000, WARMUP_STEPS=2, CHECKPOINT_EVERY_SECONDS=5, VAL_LOSS_EVERY=0)
     assert limit - 1.5 < run.result["seconds"]["training"] <= limit and not run.result["over_clock"]
 
@@ -732,8 +735,8 @@ def put(*path, value):
 
 
 EMB, FC = "tok_emb.weight", "blocks.0.mlp.fc.weight"
-KEYS = ("format", "knobs", "model", "optimizer", "rng", "position", "steps", "train_seconds", "finished", "resumed_at",
-        "recent")
+KEYS = ("format", "knobs", "model", "average", "optimizer", "rng", "position", "steps", "train_seconds", "finished",
+        "resumed_at", "recent")
 BROKEN = {
     **{f"no {key}": without(key) for key in KEYS},
     **{f"{key} is a text": put(key, value="x") for key in KEYS if key not in ("finished", "resumed_at")},
@@ -866,7 +869,7 @@ def test_a_file_size_limit_under_a_checkpoint(go, whole, monkeypatch):
         resource.setrlimit(resource.RLIMIT_FSIZE, (low, hard))
         write(state, folder)
 
-    monkeypatch.setattr(train_gpt, "write_checkpoint", limited)
+    monkeypatch.setattr(lifeline, "write_checkpoint", limited)
     try:
         run = go(**EVERY_STEP)
     finally:
@@ -893,7 +896,7 @@ def test_what_is_not_finite_never_replaces_the_last_good_checkpoint(go, whole, t
 
     monkeypatch.setattr(Trainer, "step", poisoned)
     run = go(**EVERY_STEP)
-    trainers[0].writer.shutdown()  # as the end of a process does: what was being written is
+    trainers[0].lifeline.writer.shutdown()  # as the end of a process does: what was being written is
     remedy = "lower the learning rates" if where == "weights" else "lower MATRIX_LR"
     assert run.code == 2 and run.err.startswith("error: step 4: ") and remedy in run.err
     assert run.result is None and not [*run.path.glob("final_model*")] and load(run.checkpoint)["steps"] == 3
@@ -921,8 +924,8 @@ def test_usr1_saves_and_goes_on(go, whole, at_step, saved):
 
 @needs_usr1
 def test_usr1_before_the_training_saves_its_beginning(go, whole, monkeypatch, saved):
-    fit = Trainer.fit_memory
-    monkeypatch.setattr(Trainer, "fit_memory", lambda self: send(signal.SIGUSR1)() or fit(self))
+    fit = lifeline.fit_memory
+    monkeypatch.setattr(lifeline, "fit_memory", lambda trainer: send(signal.SIGUSR1)() or fit(trainer))
     assert_ended_well(go(), like=whole)
     assert saved.keys() == {0}
 
@@ -1018,7 +1021,7 @@ def test_two_processes_cannot_use_one_folder(go, tiny, make_config, runtime, sto
     """Regression: the error of the second was written into the log of the first."""
     pytest.importorskip("fcntl")
     other = RunFolder(runtime)
-    other.locate(make_config(), {})
+    other.locate(make_config())
     other.create(make_config(), b"code")
     before = contents(stopped.path)
     run = go()
@@ -1049,7 +1052,8 @@ def test_the_folder_of_a_process_that_was_killed_is_free(go, whole, at_step):
 
 def folder_of(runtime, config, **environ):
     folder = RunFolder(runtime)
-    folder.locate(config, {f"TORCHELASTIC_{name}": str(value) for name, value in environ.items()})
+    environ = {f"TORCHELASTIC_{name}": str(value) for name, value in environ.items()}
+    folder.locate(config, lifeline.launch_name(config, folder, environ))
     return folder
 
 
@@ -1138,19 +1142,19 @@ def test_a_micro_batch_that_was_asked_for_is_not_changed(go, small_memory, knobs
 def test_all_ranks_halve_when_one_of_them_lacks_memory(make_config, build, runtime):
     trainer, said = build(make_config()), iter([[1.0], [0.0]])
     runtime.sum = lambda values: next(said)
-    trainer.fit_memory()
+    lifeline.fit_memory(trainer)
     assert trainer.loader.accum_steps == 2 and next(said, None) is None
 
 
 def test_the_trial_leaves_nothing_behind_and_other_errors_are_not_hidden(make_config, build, small_memory):
     trainer = build(make_config())
     before, rng = all_of(trainer), torch.get_rng_state()
-    trainer.fit_memory()
+    lifeline.fit_memory(trainer)
     assert_same(all_of(trainer), before)
     assert all(p.grad is None for p in trainer.model.parameters()) and torch.equal(rng, torch.get_rng_state())
     small_memory(1, "no kernel for this")
     with pytest.raises(RuntimeError, match="no kernel"):
-        trainer.fit_memory()
+        lifeline.fit_memory(trainer)
 
 
 def test_the_trial_leaves_room_for_gradients_and_optimizers(make_config, build, monkeypatch):
@@ -1164,7 +1168,7 @@ def test_the_trial_leaves_room_for_gradients_and_optimizers(make_config, build, 
         return forward(self, *args)
 
     monkeypatch.setattr(train_gpt.GPT, "forward", counted)
-    trainer.fit_memory()
+    lifeline.fit_memory(trainer)
     assert most == [3 * sum(p.numel() for p in trainer.model.parameters())]
 
 
@@ -1173,42 +1177,3 @@ def test_a_resumed_run_may_need_another_micro_batch(go, stopped, whole, small_me
     run = go(VAL_BATCH_SIZE=32)
     assert run.code == 0 and run.result["grad_accum_steps"] == 2 and run.result["resumed_at"] == [3]
     assert run.result["pre_quant_val_loss"] == pytest.approx(whole.result["pre_quant_val_loss"], abs=1e-4)
-
-
-# The live line
-
-
-def test_a_terminal_shows_a_live_line_and_the_log_does_not(go, monkeypatch):
-    pytest.importorskip("pty")
-    ours, theirs = os.openpty()
-    shown = []
-    with open(theirs, "w", encoding="utf-8") as terminal:
-
-        def read_all():
-            with os.fdopen(ours, "rb", buffering=0) as source:
-                while chunk := source.read(1000):
-                    shown.append(chunk)
-                    if b"<end>" in b"".join(shown[-2:]):
-                        return
-
-        reader = threading.Thread(target=read_all)
-        reader.start()
-        assert terminal.isatty()
-        monkeypatch.setattr(sys, "stdout", terminal)
-        run = go(TRAIN_LOG_EVERY=0)
-        print("<end>", file=terminal, flush=True)
-        monkeypatch.undo()
-        reader.join(20)
-    text = b"".join(shown).decode()
-    live = re.findall(r"\r\x1b\[K(step:(\d)/6 train_loss:\d\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms "
-                      r"tokens/s:\d+ eta:\d+s)(?!\r?\n)", text)  # fmt: skip
-    assert run.code == 0 and [number for _, number in live] == list("123456")
-    assert "eta:0s" in live[-1][0]
-    assert "\x1b" not in run.log and "\r" not in run.log and "tokens/s" not in run.log and "eta:" not in run.log
-    printed = [line.rpartition("\x1b[K")[2] for line in text.replace("\r\n", "\n").split("\n")]
-    assert [line for line in printed if line and line != "<end>"] == run.log.splitlines(), "all else is said to both"
-
-
-def test_no_terminal_no_live_line(go):
-    run = go()
-    assert run.out == run.log and "\r" not in run.out and "\x1b" not in run.out and "tokens/s" not in run.out

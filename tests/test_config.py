@@ -331,7 +331,7 @@ def write_folder(config: Config, log_dir) -> str:
     """config.env as a run writes it."""
     runtime = SimpleNamespace(is_master=True, share=lambda value: value)
     folder, config = train_gpt.RunFolder(runtime), dataclasses.replace(config, log_dir=str(log_dir), run_id="run")
-    folder.locate(config, {})
+    folder.locate(config)
     folder.create(config, b"")
     folder.close()
     return str(log_dir / "run" / "config.env")

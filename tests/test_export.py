@@ -238,7 +238,7 @@ def test_unpack_refuses_what_is_no_artifact_and_runs_no_code(tmp_path):
 
 def exported(config, runtime, state, code_bytes):
     folder = RunFolder(runtime)
-    folder.locate(config, {})
+    folder.locate(config)
     folder.create(config, b"code")
     sizes = export(state, config, folder, code_bytes)
     folder.close()
@@ -271,17 +271,16 @@ def test_the_logged_sizes_are_those_of_the_files(make_config, runtime):
     assert re.search(rf"^size_verdict:OK limit:16000000 spare:{16_000_000 - len(blob) - 1234}$", log, re.MULTILINE)
     assert sizes == {"bytes_model": len(raw), "bytes_artifact": len(blob), "bytes_code": 1234,
                      "bytes_total": len(blob) + 1234, "bytes_limit": 16_000_000,
-                     "sha256_artifact": hashlib.sha256(blob).hexdigest()}  # fmt: skip
+                     "sha256_artifact": hashlib.sha256(blob).hexdigest(), "clip_multiplier": 1.0}  # fmt: skip
     saved = torch.load(path / "final_model.pt", weights_only=True)
     assert list(saved) == list(state) and all(torch.equal(saved[name], state[name]) for name in state)
 
 
-def test_the_verdict_counts_every_byte(make_config, runtime, monkeypatch):
+def test_the_verdict_counts_every_byte(make_config, runtime):
     config, state = make_config(), {"blocks.0.attn_scale": torch.ones(8)}
     total = exported(make_config(RUN_ID="first"), runtime, state, code_bytes=10)[1]["bytes_total"]
     for limit, verdict in ((total, "OK"), (total - 1, "TOO LARGE, NOT A VALID SUBMISSION")):
-        monkeypatch.setattr(train_gpt, "SIZE_LIMIT", limit)
-        config = make_config(RUN_ID=f"limit{limit}")
+        config = make_config(RUN_ID=f"limit{limit}", SIZE_LIMIT=limit)
         log = exported(config, runtime, state, code_bytes=10)[2]
         assert f"\nsize_verdict:{verdict} limit:{limit} spare:{limit - total}\n" in log
 

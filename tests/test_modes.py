@@ -23,6 +23,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import check
+import eval as eval_mode
 import sample
 import train_gpt
 from train_gpt import GPT, KNOBS, Config, TokenBytes
@@ -206,7 +207,7 @@ def words(corpus):
 @pytest.fixture(scope="module")
 def model(trained):
     """(model, configuration) of the artifact, with longer texts than it was trained on."""
-    state, told = eval.read_model((trained / "final_model.int8.ptz").read_bytes(), "artifact")
+    state, told = eval_mode.read_model((trained / "final_model.int8.ptz").read_bytes(), "artifact", train_gpt)
     config = Config.load([], told | {"TRAIN_SEQ_LEN": "160", "TRAIN_BATCH_TOKENS": "160"})
     gpt = GPT(config, train_gpt.blocked_attention)  # which no switch of torch turns off
     gpt.load_state_dict(state)
@@ -581,12 +582,11 @@ def test_check_of_a_wrong_tokenizer(checked, corpus, tmp_path):
     assert code == 1 and "prepare_shakespeare" in problems[0]
 
 
-def test_check_of_an_artifact_over_the_limit(checked, monkeypatch):
+def test_check_of_an_artifact_over_the_limit(checked):
     total = checked()[1]["bytes_total_projected"]
     for limit, code in ((total, 0), (total - 1, 1)):
-        monkeypatch.setattr(train_gpt, "SIZE_LIMIT", limit)
-        assert checked()[0] == code
-    problem = checked()[2][0]
+        assert checked(SIZE_LIMIT=limit)[0] == code
+    problem = checked(SIZE_LIMIT=total - 1)[2][0]
     assert str(total) in problem and str(total - 1) in problem and "lower MODEL_DIM" in problem
 
 
@@ -620,9 +620,8 @@ def test_check_of_a_batch_that_ranks_cannot_share(checked):
     assert code == 1 and "3 ranks cannot share" in problems[0] and "use 288 tokens" in problems[0]
 
 
-def test_check_of_several_problems(checked, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_gpt, "SIZE_LIMIT", 10)
-    code, _, problems, _ = checked(DATA_PATH=tmp_path / "nowhere", MAX_WALLCLOCK_SECONDS="1e-6")
+def test_check_of_several_problems(checked, tmp_path):
+    code, _, problems, _ = checked(DATA_PATH=tmp_path / "nowhere", MAX_WALLCLOCK_SECONDS="1e-6", SIZE_LIMIT=10)
     assert code == 1 and len(problems) == 3
 
 

@@ -15,6 +15,8 @@ from conftest import write_shard
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
+import eval as eval_mode
+import lifeline
 import train_gpt
 from train_gpt import KNOBS, Config, UserError
 
@@ -244,7 +246,7 @@ def artifact():
         packed = train_gpt.quantize(train_gpt.GPT(config).state_dict(), config)
     assert packed["quantized"] and packed["passthrough"]
     blob = models.seal(models.torch_bytes(packed))
-    state, told = eval.read_model(blob, "file")
+    state, told = eval_mode.read_model(blob, "file", train_gpt)
     assert told["NUM_HEADS"] == "2" and told["TRAIN_SEQ_LEN"] == "8"
     return blob, state
 
@@ -252,7 +254,7 @@ def artifact():
 def assert_a_model_or_refused(blob: bytes) -> bool:
     """Whether it is a model: what comes back could be loaded and used."""
     try:
-        state, told = eval.read_model(blob, "the file")
+        state, told = eval_mode.read_model(blob, "the file", train_gpt)
     except UserError as error:
         assert "the file" in str(error) and "\n" not in str(error)
         return False
@@ -268,14 +270,14 @@ def test_every_flipped_bit_of_an_artifact_is_noticed(artifact):
         flipped = bytearray(blob)
         flipped[position] ^= 1 << bit
         with pytest.raises(UserError):
-            eval.read_model(bytes(flipped), "file")
+            eval_mode.read_model(bytes(flipped), "file", train_gpt)
 
 
 def test_every_shortened_artifact_is_noticed(artifact):
     blob = artifact[0]
     for length in range(len(blob)):
         with pytest.raises(UserError):
-            eval.read_model(blob[:length], "file")
+            eval_mode.read_model(blob[:length], "file", train_gpt)
 
 
 @CHECKED

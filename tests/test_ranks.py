@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import lifeline
 import train_gpt
 
 # 12 sequences a step; 7 validation windows, which neither 2 nor 3 ranks share evenly, the last of them ragged.
@@ -90,6 +91,7 @@ def test_an_error_of_rank_0_alone_ends_the_run(launch, tmp_path):
 DRIVER = f"""
 import json, os, shutil, signal, sys, time
 sys.path.insert(0, {str(Path(train_gpt.__file__).parent)!r})
+import lifeline
 import train_gpt
 
 rank, restarts = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
@@ -162,7 +164,7 @@ def test_any_number_of_ranks_goes_on_from_any_other(tiny, disturb, alone, monkey
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
     monkeypatch.setattr(train_gpt.Trainer, "step", signalled)
     kept, write = [], lifeline.write_checkpoint
-    monkeypatch.setattr(train_gpt, "write_checkpoint", lambda state, folder: [
+    monkeypatch.setattr(lifeline, "write_checkpoint", lambda state, folder: [
         write(state, folder), kept.append((folder.path / "checkpoint.pt").read_bytes())])  # fmt: skip
     one_losses, one_result = alone(**STEPS)[:2]
     monkeypatch.undo()

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import lifeline
 import train_gpt
 from train_gpt import RunFolder, Runtime, Stopwatch, UserError, choose_compile
 
@@ -122,7 +123,7 @@ def test_dtype_auto_follows_the_hardware(make_config, monkeypatch, has_test, exp
 def test_folder_gets_everything_that_was_said(folder, make_config, capsys):
     config = make_config(SEED=7)
     folder.log("early \u6d77")
-    folder.locate(config, {})
+    folder.locate(config)
     assert not list(Path(config.log_dir).glob("*")), "to name it is not to make it"
     folder.create(config, b"the code")
     folder.log("late")
@@ -150,7 +151,7 @@ def test_existing_folder_that_cannot_go_on_is_left_alone(folder, make_config, na
     for name in names:
         (path / name).write_text("of an earlier run")
     before = contents(path)
-    folder.locate(config, {})
+    folder.locate(config)
     with pytest.raises(UserError, match=f"{said}: choose another RUN_ID") as caught:
         lifeline.locate_checkpoint(config, folder)
     assert str(path) in str(caught.value)
@@ -160,7 +161,7 @@ def test_existing_folder_that_cannot_go_on_is_left_alone(folder, make_config, na
 def test_folder_that_cannot_be_made(folder, make_config, tmp_path):
     (tmp_path / "file").write_text("in the way")
     config = make_config(LOG_DIR=tmp_path / "file")
-    folder.locate(config, {})
+    folder.locate(config)
     with pytest.raises(UserError, match=f"LOG_DIR={tmp_path / 'file'} RUN_ID=run: .*cannot be opened.*choose another"):
         folder.create(config, b"")
     assert (tmp_path / "file").read_text() == "in the way" and folder.lock is None
@@ -169,7 +170,7 @@ def test_folder_that_cannot_be_made(folder, make_config, tmp_path):
 def test_run_without_a_name_gets_that_of_rank_0(make_config):
     config = make_config(RUN_ID="")
     folder = RunFolder(SimpleNamespace(is_master=True, share=lambda value: f"shared_{value}"))
-    folder.locate(config, {})
+    folder.locate(config)
     folder.create(config, b"")
     folder.close()
     assert folder.run_id.startswith("shared_2") and folder.path.name == folder.run_id and folder.path.is_dir()
@@ -178,7 +179,7 @@ def test_run_without_a_name_gets_that_of_rank_0(make_config):
 def test_other_ranks_write_nothing(make_config, tmp_path, capsys):
     folder = RunFolder(fake_runtime(is_master=False))
     folder.log("early")
-    folder.locate(make_config(), {})
+    folder.locate(make_config())
     folder.create(make_config(), b"code")
     folder.log("late")
     folder.metrics(step=1)
@@ -189,7 +190,7 @@ def test_other_ranks_write_nothing(make_config, tmp_path, capsys):
 
 @pytest.mark.parametrize("failing", ["fsync", "replace"])
 def test_write_is_all_or_nothing(folder, make_config, monkeypatch, failing):
-    folder.locate(make_config(), {})
+    folder.locate(make_config())
     folder.create(make_config(), b"")
     folder.write("model", b"old")
 
@@ -205,7 +206,7 @@ def test_write_is_all_or_nothing(folder, make_config, monkeypatch, failing):
 
 
 def test_a_disk_that_stores_something_else_does_not_replace_the_file(folder, make_config, monkeypatch):
-    folder.locate(make_config(), {})
+    folder.locate(make_config())
     folder.create(make_config(), b"")
     folder.write("model", b"old")
     read = Path.read_bytes
@@ -216,7 +217,7 @@ def test_a_disk_that_stores_something_else_does_not_replace_the_file(folder, mak
 
 
 def test_write_is_on_disk_before_it_gets_its_name(folder, make_config, monkeypatch):
-    folder.locate(make_config(), {})
+    folder.locate(make_config())
     folder.create(make_config(), b"")
     synced, replace = [], os.replace
     monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.fstat(fd).st_size))
