@@ -19,9 +19,9 @@ from train_gpt import Evaluator, RunFolder, Stopwatch, TokenStream, Trainer, Tra
 
 EVERYTHING = {
     "NUM_LAYERS": 3, "MLP_SLOPE": 0.5, "MLP_MULT": 1.7, "ROPE_DIMS": 4, "LN_SCALE": 1, "XSA_LAYERS": 2, "ATTN_GATE": 1,
-    "GATED_SKIPS": 1, "X0_MIX": 0, "PARALLEL_FROM": 2, "SMEAR_GATE": 1, "LOOP_LAYERS": "0-1", "LOOP_PASSES": 3,
-    "LOOP_START": 0.5, "MUON_WEIGHT_DECAY": 0.1, "MUON_ROW_NORM": 1, "EMBED_WEIGHT_DECAY": 0.1, "LR_FLOOR": 0.1,
-    "SCALAR_WEIGHT_DECAY": 0.1, "EMA_DECAY": 0.9, "LOADER": "shuffle", "GRAD_CLIP_NORM": 0.3,
+    "GATED_SKIPS": 1, "X0_MIX": 0, "PARALLEL_FROM": 2, "SMEAR_GATE": 1, "START_TOKEN": 5, "LOOP_LAYERS": "0-1",
+    "LOOP_PASSES": 2, "LOOP_START": 0.5, "MUON_WEIGHT_DECAY": 0.1, "MUON_ROW_NORM": 1, "EMBED_WEIGHT_DECAY": 0.1,
+    "LR_FLOOR": 0.1, "SCALAR_WEIGHT_DECAY": 0.1, "EMA_DECAY": 0.9, "LOADER": "shuffle", "GRAD_CLIP_NORM": 0.3,
 }  # fmt: skip
 
 
@@ -228,6 +228,8 @@ def score_again(corpus, folder, artifact, capsys, **knobs) -> list[str]:
 
 def test_an_artifact_of_everything_is_scored_again_without_being_told(go, corpus, tmp_path, capsys):
     """The final validation sees what is exported: the average, and with the recurrence, even if it never began."""
+    defaults = {name: field.default for name, field in train_gpt.KNOBS.items()}
+    assert all(value != defaults[name] for name, value in EVERYTHING.items()), "a default would prove nothing"
     for name, knobs in {"begun": {}, "never": {"LOOP_START": 1}}.items():
         run = go(RUN_ID=name, **EVERYTHING | knobs)
         (artifact,) = run.path.glob("final_model.*.ptz")

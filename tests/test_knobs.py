@@ -283,6 +283,23 @@ def test_rope_dims_of_the_whole_head_and_of_none_given_are_the_same():
     assert torch.equal(whole(tokens), default(tokens))
 
 
+@pytest.mark.parametrize("knobs", [EVERYTHING, EVERYTHING_ELSE], ids=["everything", "everything else"])
+def test_bf16_is_close_to_float32_and_new_parameters_and_gradients_stay_fp32(knobs):
+    config = config_of(**knobs)
+    tokens, losses, grads = random_tokens(config, 8, 17), [], []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = scatter(GPT(config, expanded_attention, dtype))
+        losses.append(model(tokens[:, :-1], tokens[:, 1:]))
+        losses[-1].mean().backward()
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+        assert {p.dtype for p in model.parameters()} == {g.dtype for g in grads[-1].values()} == {torch.float32}
+        assert losses[-1].dtype == torch.float32
+    assert 0 < (losses[0] - losses[1]).abs().max() < 0.2  # not 0: bf16 was really used
+    assert losses[0].mean().item() == pytest.approx(losses[1].mean().item(), abs=0.01)
+    for name, grad in grads[0].items():
+        assert F.cosine_similarity(grad.flatten(), grads[1][name].flatten(), dim=0) > 0.99, name
+
+
 # Causality
 
 
