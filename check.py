@@ -9,6 +9,7 @@ is 1 if there are problems. Data that is missing is a problem among others: the 
 """
 
 import contextlib
+import difflib
 import json
 import math
 import os
@@ -23,14 +24,18 @@ import torch
 
 BYTES_PER_PARAMETER = 0.93  # of a fully trained model as int8 + zlib: 15,839,491 / 17,059,912 for the reference
 SAMPLED = 2**16  # tokens read at either end of a training shard
+# Knobs of other trainers in this line, which would be ignored in silence.
+ELSEWHERE = {
+    "WARMDOWN_ITERS": "set WARMDOWN_FRAC to this over the steps that the run will take",
+    "MUON_WD": "set MUON_WEIGHT_DECAY", "ADAM_WD": "set EMBED_WEIGHT_DECAY and SCALAR_WEIGHT_DECAY",
+    "XSA_LAST_N": "set XSA_LAYERS", "INT8_SCALE_FLOOR": "set CLIP_ATTN, CLIP_MLP and CLIP_EMBED",
+}
 CPU_TOKENS = 4096  # of the micro-step that a CPU is measured with
 
 
 def schedule(config) -> str:
     """The learning rate over the run, as a person would say it."""
     clock, steps = config.max_wallclock_seconds, config.iterations
-    if config.warmdown_iters >= 0:
-        return f"full until {config.warmdown_iters} steps before the end, then linear to 0"
     full = 1 - config.warmdown_frac
     by_clock = f"full until {full * clock:.0f} s, then linear to 0 at {clock:.0f} s"
     by_steps = f"full until step {full * steps:.0f}, then linear to 0 at step {steps}"
@@ -58,9 +63,8 @@ def training_data(trainer, config) -> dict:
 
 def validation_data(trainer, config, folder) -> dict:
     """The validation text is read whole: its score is what everything is about."""
-    stream, token_bytes, stated = trainer.open_text(config, folder)
-    facts = {"val_shards": len(stream.shards), "val_tokens": len(stream), "bytes_proved": stated is not None}
-    return facts | ({"val_bytes": token_bytes.text_bytes} if folder.runtime.is_master else {})
+    stream, _, audited = trainer.open_text(config, folder)
+    return {"val_shards": len(stream.shards), "val_tokens": len(stream), "bytes_proved": False} | audited
 
 
 def activation_bytes(model, tokens) -> int:
@@ -144,10 +148,31 @@ def disk(config, params: int) -> dict:
     return {"disk_free_mib": free >> 20, "disk_need_mib": need >> 20}
 
 
+def explain(trainer):
+    """--help: every knob with its default and its meaning."""
+    print(trainer.__doc__ + "\nKnobs; what is [free] does not shape the result, and may differ when a run resumes:")
+    for name, field in trainer.KNOBS.items():
+        default = int(field.default) if isinstance(field.default, bool) else field.default
+        choices = f" ({', '.join(field.metadata['allowed'][2])})" if field.metadata["allowed"][2] else ""
+        print(f"{name}={default}  {field.metadata['meaning']}{choices}{' [free]' * field.metadata['free']}")
+
+
+def typo_warnings(environ, knobs) -> list[str]:
+    """One for each environment variable that is almost a knob, or is one of other trainers."""
+    warnings = []
+    for name in sorted(name for name in environ.keys() - knobs.keys() if name.isprintable()):
+        # A wrong letter of n leaves 1 - 1/n of a name.
+        close = difflib.get_close_matches(name.upper(), knobs, 1, min(0.85, 1 - 1 / max(len(name), 4)))
+        hint = ELSEWHERE.get(name) or (f"did you mean {close[0]}?" if close else "")
+        if hint:
+            warnings.append(f"warning: the environment variable {name} is no knob: {hint}")
+    return warnings
+
+
 def main(config, folder, argv: list[str]) -> int:
     """The exit code: 1 if there are problems."""
     trainer, runtime, problems = sys.modules[type(config).__module__], folder.runtime, []
-    for warning in trainer.typo_warnings(os.environ):
+    for warning in typo_warnings(os.environ, trainer.KNOBS):
         folder.log(warning)
     facts = versions(config, runtime)
     parts = (lambda: training_data(trainer, config), lambda: validation_data(trainer, config, folder),

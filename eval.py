@@ -16,6 +16,9 @@ import torch
 
 SHAPE_KNOBS = ("VOCAB_SIZE", "NUM_LAYERS", "MODEL_DIM", "NUM_HEADS", "NUM_KV_HEADS", "MLP_MULT", "TIE_EMBEDDINGS")
 
+SWITCHES = {"X0_MIX": "blocks.0.resid_mix", "ATTN_GATE": "blocks.0.attn.gate", "GATED_SKIPS": "skip_gates",
+            "SMEAR_GATE": "smear"}  # whose tensors are there or not
+
 
 def read_model(blob: bytes, source, trainer) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """(state dict, {KNOB: text} that the file tells of itself) of an artifact or a .pt; the shape is the tensors'."""
@@ -31,6 +34,7 @@ def read_model(blob: bytes, source, trainer) -> tuple[dict[str, torch.Tensor], d
                  len(state["blocks.0.attn.c_k.weight"]) * H // D, hidden / D,
                  int("lm_head.weight" not in state))
         shape = dict(zip(SHAPE_KNOBS, map(str, shape), strict=True))
+        shape |= {name: str(int(sign in state)) for name, sign in SWITCHES.items()}
         plain = {bool: int, int: int, float: float, str: str}  # of anything else, only the type is told
         told = {k.upper(): str(plain.get(type(v), type)(v)) for k, v in artifact.get("config", {}).items()}
         if round(float(told.get("MLP_MULT", shape["MLP_MULT"])) * D) == hidden:  # it may say 2, or a fraction

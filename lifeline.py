@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch.utils._pytree import tree_map
 
 CHECKPOINT_FORMAT = "train_gpt_checkpoint_v1"
@@ -91,6 +92,14 @@ def trainer_of(config):
     return sys.modules[type(config).__module__]
 
 
+def gather(runtime, value) -> list:
+    """Every rank's value, in order, on rank 0."""
+    values = [value] * runtime.world_size
+    if runtime.world_size > 1:
+        dist.gather_object(value, values if runtime.is_master else None, dst=0, group=runtime.hosts)
+    return values
+
+
 class Lifeline:
     """The checkpoints of one run: what it resumes from, when the next is due, how it is made and put back."""
 
@@ -139,7 +148,7 @@ class Lifeline:
         model = trainer.model.state_dict()
         own, model, average = (tree_map(lambda t: t.detach().to("cpu", copy=True), tree)
                                for tree in (own, model, trainer.average))
-        ranks = trainer.runtime.gather({"optimizer": own, "rng": rng})
+        ranks = gather(trainer.runtime, {"optimizer": own, "rng": rng})
         if not trainer.runtime.is_master:
             return None
         module.require(math.isfinite(sum(float(tensor.sum()) for tensor in model.values())), f"step {trainer.steps}: "

@@ -42,7 +42,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-FINEWEB_TARGETS, FINEWEB_BYTES = 62_021_632, 151_080_363  # the challenge's validation text in its 1,024 pieces
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 NO_DATA_HINT = """two commands bring some data and train on it:
   python data/prepare_shakespeare.py\n  python train_gpt.py records/recipes/demo_cpu.env"""
@@ -87,7 +86,6 @@ class Config:
     iterations: int = knob(20_000, "optimizer steps at most", 1)
     max_wallclock_seconds: float = knob(600.0, "training clock in seconds, without validation; 0: none", 0)
     warmdown_frac: float = knob(0.3526, "share of the run over which the rates fall linearly to 0", 0, 1)
-    warmdown_iters: int = knob(-1, "the same in steps, instead of WARMDOWN_FRAC; -1: unused", -1)
     lr_floor: float = knob(0.0, "least share of the rates in the warmdown; wants EMA_DECAY", 0, 1)
     loader: str = knob("stream", "order of the training text: as it stands, or shuffled sequences",
                        choices=("stream", "shuffle"))
@@ -113,7 +111,7 @@ class Config:
     model_dim: int = knob(512, "width D of the residual stream", 2)
     num_heads: int = knob(8, "query heads H", 1)
     num_kv_heads: int = knob(4, "key-value heads K; divides NUM_HEADS", 1)
-    mlp_mult: float = knob(2.0, "hidden width of the MLP over MODEL_DIM, rounded to whole channels", 2**-10, 2**10)
+    mlp_mult: float = knob(2.0, "hidden width of the MLP over MODEL_DIM, rounded to whole channels", 0.01, 1024)
     mlp_slope: float = knob(0.0, "slope below 0 of the MLP's leaky ReLU, which is squared", 0, 1)
     tie_embeddings: bool = knob(True, "the output projection is the embedding")
     tied_embed_init_std: float = knob(0.005, "standard deviation of the initial tied embedding", 0)
@@ -159,7 +157,7 @@ class Config:
     clip_embed: float = knob(0.0, "the same for the embedding and an untied output projection", 0)
     gptq_batches: int = knob(0, "batches of training text that calibrate GPTQ; 0: plain rounding", 0)
     fit_size: bool = knob(False, "scale all clips by one factor so that code and artifact land just under SIZE_LIMIT")
-    size_limit: int = free(16_000_000, "bytes of code plus artifact, decimal", 1)
+    size_limit: int = knob(16_000_000, "bytes of code plus artifact, decimal", 1)
 
     @staticmethod
     def load(argv: list[str], environ, told: dict[str, str] | None = None) -> "Config":
@@ -169,8 +167,6 @@ class Config:
         for name in texts.keys() - KNOBS.keys():
             raise UserError(f"{argv[0]}: {name} is not a knob{did_you_mean(name, 0.6) or ': see --help'}")
         texts |= {name: environ[name] for name in KNOBS if name in environ}
-        require("WARMDOWN_FRAC" not in texts or texts.get("WARMDOWN_ITERS", "-1") == "-1",
-                "WARMDOWN_FRAC and WARMDOWN_ITERS are both given: unset one, they set the same thing")
         texts = (told or {}) | texts
         config = Config(**{KNOBS[name].name: parse(KNOBS[name], text.strip()) for name, text in texts.items()})
         config.check()
@@ -209,8 +205,7 @@ class Config:
 
     def texts(self) -> dict[str, str]:
         """{KNOB: text}, which read back gives this configuration, but for what belongs to one run or one call."""
-        hidden = {"RUN_ID", "MODE", "ARTIFACT", "RESUME", "RESUME_FORCE",
-                  "WARMDOWN_FRAC" if self.warmdown_iters >= 0 else "WARMDOWN_ITERS"}
+        hidden = {"RUN_ID", "MODE", "ARTIFACT", "RESUME", "RESUME_FORCE"}
         values = {name: getattr(self, field.name) for name, field in KNOBS.items() if name not in hidden}
         return {name: str(int(value) if isinstance(value, bool) else value) for name, value in values.items()}
 
@@ -238,12 +233,6 @@ def divisors(n: int) -> list[int]:
 def did_you_mean(name: str, cutoff: float) -> str:
     close = difflib.get_close_matches(name.upper(), KNOBS, 1, cutoff)
     return f": did you mean {close[0]}?" if close else ""
-
-def typo_warnings(environ) -> list[str]:
-    """One for each environment variable that is almost a knob; a wrong letter of n leaves 1 - 1/n of a name."""
-    others = sorted(name for name in environ.keys() - KNOBS.keys() if name.isprintable())
-    hints = {name: did_you_mean(name, min(0.85, 1 - 1 / max(len(name), 4))) for name in others}
-    return [f"warning: the environment variable {name} is no knob{hint}" for name, hint in hints.items() if hint]
 
 def parse(field: dataclasses.Field, text: str):
     """The value of a knob from its text; its type is that of its default."""
@@ -332,13 +321,6 @@ class Runtime:
         if self.world_size > 1:
             dist.broadcast_object_list(box, src=0, group=self.hosts)
         return box[0]
-
-    def gather(self, value) -> list:
-        """Every rank's value, in order, on rank 0."""
-        values = [value] * self.world_size
-        if self.world_size > 1:
-            dist.gather_object(value, values if self.is_master else None, dst=0, group=self.hosts)
-        return values
 
     def on_signal(self, number, frame):
         """SIGUSR1 asks for a checkpoint; SIGTERM and SIGINT ask for one and the end, a second of them ends at once."""
@@ -546,7 +528,6 @@ class TokenBytes:
     """Bytes of text per token, for three kinds of tokenizer: a SentencePiece .model, a name that tiktoken knows, bytes.
     Special tokens, and ids beyond the tokenizer's own, weigh 0 and are boundaries. A SentencePiece byte piece weighs 1,
     any other piece its UTF-8 text with U+2581 as a space, but a leading U+2581 right after a boundary adds nothing."""
-    AUDIT_TOKENS = 1_000_000
     def __init__(self, path: str, vocab_size: int):
         self.path, leading, is_byte, padding = path, [], [], 1024
         if re.fullmatch(r"bytes|(.*\W)?\w*byte_?260\w*(\.json)?", path):  # pad, bos, eos, unk, then byte b as id b + 4
@@ -583,35 +564,6 @@ class TokenBytes:
         before, target = tokens[:-1], tokens[1:]
         return int(self.weight[target].sum() + np.count_nonzero(self.leading_space[target] & ~self.boundary[before]))
 
-    def audit(self, stream: TokenStream, stated: dict | None) -> str:
-        """Prove that the first tokens decode to what they weigh, and that all weigh what a manifest states: a line."""
-        tokens = stream.read(0, min(self.AUDIT_TOKENS, len(stream)))
-        if len(tokens) < len(stream):  # not after half a character, which would not decode
-            tokens = tokens[: np.flatnonzero(~self.is_byte[tokens])[-1:].sum() + 1]
-        starts = np.flatnonzero(self.boundary[tokens])
-        decoded = sum(len(self.decode(document.tolist())) for document in np.split(tokens, starts))
-        weighed = self.weigh(np.concatenate([np.flatnonzero(self.boundary)[:1], tokens]))
-        require(weighed == decoded, f"{stream.pattern}: {self.path} decodes the first {len(tokens)} tokens to "
-                f"{decoded} bytes, but weighs them as {weighed}: use the tokenizer of the shards")
-        line = f"byte_audit: {len(tokens)} tokens in {len(starts)} documents decode to the {decoded} bytes they weigh"
-        self.text_bytes, digest, most = 0, hashlib.sha256(), 0
-        for start in range(0, len(stream), 2**24):
-            chunk = stream.read(start, min(2**24 + 1, len(stream) - start))
-            self.text_bytes, most = self.text_bytes + self.weigh(chunk), max(most, int(chunk.max()))
-            digest.update(chunk[: 2**24].tobytes())
-        self.text_sha256 = digest.hexdigest()
-        require(most < self.size, f"{stream.pattern}: {self.path} has no token {most}: use the tokenizer of the shards")
-        require(self.text_bytes, f"{stream.pattern}: {len(stream)} tokens weigh no bytes: make or fetch it again")
-        published = self.weigh(stream.read(0, min(FINEWEB_TARGETS + 1, len(stream)))) == FINEWEB_BYTES
-        fineweb = published if self.size == 1024 else abs(self.text_bytes - 151.08e6) < 6e3
-        source = f"{'' if fineweb else 'not '}canonical FineWeb, not proved: no manifest.json states the true bytes"
-        if stated:
-            require(self.text_bytes == stated["token_bytes"], f"{stream.pattern}: weighs {self.text_bytes} bytes, but "
-                    f"manifest.json states {stated['token_bytes']}: make or fetch the data again")
-            lossy = stated["token_bytes"] != stated["bytes"]
-            source = f"bytes:lossy: of {stated['bytes']} in the text" if lossy else "bytes:proved by manifest.json"
-        return f"{line}; all {len(stream)} tokens weigh {self.text_bytes} bytes ({source})"
-
 def load_sentencepiece(path: str):
     from sentencepiece import SentencePieceProcessor  # late: importing this file must stay light
     require(Path(path).is_file(), f"TOKENIZER_PATH={path} does not exist; {NO_DATA_HINT}")
@@ -633,17 +585,6 @@ def load_tiktoken(name: str):
     except Exception as error:  # of names, files and the network
         raise UserError(f"TOKENIZER_PATH={name} is nothing tiktoken can load ({error!r:.120}): give a .model, gpt2 or "
                         "bytes; without a network set TIKTOKEN_CACHE_DIR, or for gpt2 GPT2_BPE_DIR") from error
-
-def manifest_bytes(folder: str) -> dict[str, int] | None:
-    """The `bytes` of the validation text, and the `token_bytes` that its tokenizer keeps, if a manifest states them."""
-    path = Path(folder) / "manifest.json"
-    try:
-        split = json.loads(path.read_text(encoding="utf-8"))["splits"]["val"]
-        return {"bytes": int(split["bytes"]), "token_bytes": int(split.get("token_bytes", split["bytes"]))}
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError, OverflowError, AttributeError) as error:
-        raise UserError(f"{path} states no splits.val.bytes: prepare the data again or move the manifest") from error
 
 # ---------- Model: attention, the architecture, one initialisation rule per parameter ---------------------------------
 CONTROL_TENSORS = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights", "skip_gates", "gate", "smear")
@@ -876,12 +817,12 @@ def newton_schulz(stack: Tensor, steps: int) -> Tensor:
 
 class Muon(torch.optim.Optimizer):
     """Momentum, then an orthogonalised update, for the matrices inside the blocks; not for embeddings and heads.
-    m = mu * m + g;  u = g + mu * m (Nesterov) or m;  p -= lr * sqrt(max(1, rows / cols)) * orthogonal(u)
+    m = mu * m + g;  u = g + mu * m (Nesterov);  p -= lr * sqrt(max(1, rows / cols)) * orthogonal(u)
     Before that, `row_norm` brings the rows of u to norm 1, and `weight_decay` (decoupled) takes lr * weight_decay * p.
     Rank r owns every world_size-th matrix; the updates are summed. Those of one shape are one batch: it is faster."""
-    def __init__(self, params, lr: float, momentum: float, steps: int, runtime: Runtime, nesterov: bool = True,
+    def __init__(self, params, lr: float, momentum: float, steps: int, runtime: Runtime,
                  row_norm: bool = False, weight_decay: float = 0.0):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "steps": steps, "nesterov": nesterov,
+        super().__init__(params, {"lr": lr, "momentum": momentum, "steps": steps,
                                   "row_norm": row_norm, "weight_decay": weight_decay})
         self.runtime = runtime
 
@@ -905,7 +846,7 @@ class Muon(torch.optim.Optimizer):
                 grads, momenta = [p.grad for p in same], [self.state[p]["momentum_buffer"] for p in same]
                 torch._foreach_mul_(momenta, mu)
                 torch._foreach_add_(momenta, grads)
-                stack = torch.stack(torch._foreach_add(grads, momenta, alpha=mu) if group["nesterov"] else momenta)
+                stack = torch.stack(torch._foreach_add(grads, momenta, alpha=mu))
                 if group["row_norm"]:
                     stack = stack / stack.norm(dim=2, keepdim=True).clamp_min(1e-7)
                 stack = (stack / stack.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)).to(self.runtime.dtype)
@@ -939,13 +880,9 @@ def progress_at(config: Config, step: int, elapsed: float) -> float:
     by_clock = elapsed / config.max_wallclock_seconds if config.max_wallclock_seconds else 0.0
     return min(max(step / config.iterations, by_clock), 1.0)
 
-def lr_scale(config: Config, step: int, progress: float) -> float:
-    """1, then on a line to 0, but not below LR_FLOOR, over the last WARMDOWN_FRAC of the run, or over WARMDOWN_ITERS
-    steps of the mean length."""
-    warmdown = config.warmdown_frac
-    if config.warmdown_iters >= 0:
-        warmdown = config.warmdown_iters * (progress / step if step else 1 / config.iterations)
-    return min(1.0, max((1.0 - progress) / warmdown, config.lr_floor)) if warmdown > 0 else 1.0
+def lr_scale(config: Config, progress: float) -> float:
+    """1, then on a line to 0 over the last WARMDOWN_FRAC of the run, but not below LR_FLOOR."""
+    return min(1.0, max((1 - progress) / config.warmdown_frac, config.lr_floor)) if config.warmdown_frac else 1.0
 
 def muon_momentum(config: Config, step: int) -> float:
     """Linear from MUON_MOMENTUM_WARMUP_START to MUON_MOMENTUM."""
@@ -1062,7 +999,7 @@ def collect_hessians(model: GPT, batches, runtime: Runtime) -> dict[str, Tensor]
 def gptq_round(w: Tensor, scale: Tensor, hessian: Tensor, qmax: int, block: int = 128) -> Tensor:
     """int8 values [rows, in], on the device of the Hessian [in, in]: column after column is rounded, and those that
     follow make up for its error as the Hessian of the layer's squared error says (Frantar et al. 2022, GPTQ)."""
-    order = hessian.diagonal().argsort(descending=True)
+    order = hessian.diagonal().argsort(descending=True, stable=True)
     H, columns = hessian.float()[order][:, order], w.to(hessian.device, torch.float32).mT[order]  # [in, rows]
     q, scale, unused = torch.empty_like(columns, dtype=torch.int8), scale.to(H.device).float(), H.diagonal() == 0
     H.diagonal()[unused], columns[unused] = 1.0, 0.0
@@ -1137,7 +1074,7 @@ def rans_decode(words: np.ndarray, classes: np.ndarray, tables: np.ndarray, step
     states, position = words[: 2 * lanes].view("<u4").astype(np.int64), 2 * lanes
     for begin in range(0, len(classes), lanes):
         x = states[: len(classes) - begin]
-        slot = slots[begin : begin + lanes] = (classes[begin : begin + lanes] << 14) + (x & 0x3FFF)
+        slot = slots[begin : begin + lanes] = (classes[begin : begin + lanes].astype(np.int64) << 14) + (x & 0x3FFF)
         x[:] = (x >> 14) * freq_at[slot] + rest_at[slot]
         low = np.flatnonzero(x < 2**16)
         x[low] = x[low] << 16 | words[position : position + len(low)]
@@ -1171,7 +1108,7 @@ def rans_unpack(artifact: dict) -> dict[str, Tensor]:
     require(all(part.is_contiguous() for part in parts) and 4 * sizes.sum(dtype=float) <= UNPACKED_LIMIT
             and (0 <= rows).all() and (rows <= sizes).all() and rows.sum() == len(scales) and tables.shape == (3, 256)
             and (tables >= 0).all() and (tables.sum(1) == 2**14).all(), "its layout and its tensors do not fit")
-    symbols = rans_decode(stream.numpy().view("<u2"), np.repeat(classes, sizes * (rows > 0)), tables.numpy())
+    symbols = rans_decode(stream.numpy().view("<u2"), np.repeat(np.uint8(classes), sizes * (rows > 0)), tables.numpy())
     values = symbols.view(np.int8) * np.repeat(scales.float().numpy(), np.repeat(sizes // np.maximum(rows, 1), rows))
     numbers = zip(layout, torch.cat([torch.from_numpy(values), kept.float()]).split(sizes.tolist()), strict=True)
     return {name: part.view(shape).to(getattr(torch, dtype)) for (name, *_, dtype, shape), part in numbers}
@@ -1365,7 +1302,7 @@ class Trainer:
         end = elapsed + (1 + len(self.pending)) * max(self.recent, default=0.0) + self.reserve
         stop = self.finished or self.steps >= config.iterations or bool(limit and end >= limit)
         due = bool(self.lifeline) and not stop and self.lifeline.due(self.steps, elapsed)
-        decision = [lr_scale(config, self.steps, progress), stop, stop or progress >= config.loop_start, due]
+        decision = [lr_scale(config, progress), stop, stop or progress >= config.loop_start, due]
         decision = decision if runtime.is_master else [0.0] * 4
         scale, *flags = runtime.sum([*decision[:3], decision[3] + runtime.save_asked, bool(runtime.leave)])
         stop, looping, save, leave = map(bool, flags)
@@ -1438,15 +1375,19 @@ class Trainer:
             self.settle(keep=1 if self.runtime.device.type == "cuda" else 0)
 
 # ---------- Modes: training, from the checks to the result; every other mode is a file beside this one ----------------
-def open_text(config: Config, folder: RunFolder) -> tuple[TokenStream, TokenBytes, dict | None]:
-    """(validation text, what its tokens weigh, the bytes that a manifest states), audited by rank 0."""
+def open_text(config: Config, folder: RunFolder) -> tuple[TokenStream, TokenBytes, dict]:
+    """(validation text, what its tokens weigh, what the audit found: nothing on ranks but 0, or without audit.py)."""
     stream = TokenStream(config.data_path, "val", config.vocab_size)
     require(len(stream) > 1, f"{stream.pattern} holds {len(stream)} tokens: 2 are needed to score one")
-    token_bytes, stated = TokenBytes(config.tokenizer_path, config.vocab_size), manifest_bytes(config.data_path)
+    token_bytes = TokenBytes(config.tokenizer_path, config.vocab_size)
     folder.log(f"val_loader:shards pattern={stream.pattern} tokens:{len(stream) - 1}")
-    if folder.runtime.is_master:
-        folder.log(token_bytes.audit(stream, stated))
-    return stream, token_bytes, stated
+    module = beside("audit", "the bytes of the text are weighed, but not proved", folder)
+    if module and folder.runtime.is_master:
+        stated = module.manifest_bytes(require, config.data_path)
+        line, facts = module.audit(require, token_bytes, stream, stated)
+        folder.log(line)
+        return stream, token_bytes, facts
+    return stream, token_bytes, {}
 
 def log_final(label: str, score: Score, seconds: float, folder: RunFolder):
     folder.log(f"{label} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} eval_time:{1000 * seconds:.0f}ms"
@@ -1457,7 +1398,8 @@ def prepare(config: Config, folder: RunFolder, code: bytes, watch: Stopwatch):
     """(trainer, new or resumed, and what open_text returns), after all that the user brought has been checked."""
     runtime, defaults = folder.runtime, Config().texts()
     knobs = [f"{' ' if text == defaults.get(name) else '*'} {name}={text}" for name, text in config.texts().items()]
-    folder.log("\n".join([*knobs, *typo_warnings(os.environ)]))
+    check = beside("check", "no hints on environment variables that are almost knobs", folder)
+    folder.log("\n".join([*knobs, *(check.typo_warnings(os.environ, KNOBS) if check else [])]))
     accum_steps = config.accumulation_steps(runtime.world_size, runtime.device.type)
     stream = TokenStream(config.data_path, "train", config.vocab_size)
     folder.log(f"train_loader:shards pattern={stream.pattern} tokens:{len(stream)}")
@@ -1480,7 +1422,7 @@ def train(config: Config, folder: RunFolder, argv: list[str]):
     """MODE=train: one run, from the checks to result.json."""
     runtime, code = folder.runtime, Path(__file__).read_bytes()
     watch = Stopwatch(runtime.synchronize)
-    trainer, val_stream, token_bytes, stated = prepare(config, folder, code, watch)
+    trainer, val_stream, token_bytes, facts = prepare(config, folder, code, watch)
     params, accum_steps = sum(p.numel() for p in trainer.model.parameters()), trainer.loader.accum_steps
     folder.log(f"{trainer.note}\nmodel_params:{params}\nseed:{config.seed}\nrun_folder:{folder.path}\n"
                f"world_size:{runtime.world_size} grad_accum_steps:{accum_steps}")
@@ -1511,8 +1453,8 @@ def train(config: Config, folder: RunFolder, argv: list[str]):
     log_final("final_int8_zlib_roundtrip", after, eval_seconds, folder)
     if not runtime.is_master:
         return
-    require(after.label or after.bytes == token_bytes.text_bytes, f"scored {after.bytes} bytes of a text of "
-            f"{token_bytes.text_bytes}: a fault of this script")
+    require(after.label or after.bytes == facts.get("val_bytes", after.bytes),
+            f"scored {after.bytes} bytes, but the text has {facts}: a fault of this script")
     result = {
         "run_id": folder.run_id, "seed": config.seed, "steps": steps,
         "resumed_at": getattr(trainer.lifeline, "resumed_at", []),
@@ -1524,11 +1466,9 @@ def train(config: Config, folder: RunFolder, argv: list[str]):
         "eval_seconds": round(eval_seconds, 3), "step_avg_ms": 1000 * watch.seconds["training"] / max(steps, 1),
         "world_size": runtime.world_size, "grad_accum_steps": accum_steps, "device": runtime.device_name(),
         "dtype": str(runtime.dtype), "note": trainer.note, **sizes,
-        "bytes_proved": bool(stated) and stated["bytes"] == token_bytes.text_bytes,
         "torch": torch.__version__, "python": platform.python_version(), "platform": platform.platform(),
         "numpy": np.__version__, "cuda": torch.version.cuda,
-        "sha256_code": hashlib.sha256(code).hexdigest(), "sha256_val_tokens": token_bytes.text_sha256,
-        "sha256_tokenizer": token_bytes.sha256,
+        "sha256_code": hashlib.sha256(code).hexdigest(), "sha256_tokenizer": token_bytes.sha256, **facts,
     }
     folder.write("result.json", (json.dumps(result, indent=1) + "\n").encode())
     if config.sample_prompt:
@@ -1547,11 +1487,7 @@ def beside(name: str, without: str = "", folder: RunFolder | None = None):
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv in (["-h"], ["--help"]):
-        print(__doc__ + "\nKnobs; what is [free] does not shape the result, and may differ when a run resumes:")
-        for name, field in KNOBS.items():
-            default = int(field.default) if isinstance(field.default, bool) else field.default
-            choices = f" ({', '.join(field.metadata['allowed'][2])})" if field.metadata["allowed"][2] else ""
-            print(f"{name}={default}  {field.metadata['meaning']}{choices}{' [free]' * field.metadata['free']}")
+        beside("check").explain(sys.modules[__name__])
         return 0
     folder = None
     with contextlib.suppress(AttributeError):  # of what stands in for a terminal

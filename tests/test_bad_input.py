@@ -889,16 +889,21 @@ def test_full_disk_at_the_checkpoint_alone(place, capsys):
 
 
 def test_full_disk_at_the_export_of_a_run_that_goes_on(place, capsys):
-    run, settings = place.stopped_run(), place.settings()
+    settings, run = place.settings(**LARGER), place.folder / "logs" / "run"  # whose model is larger than the script
+    assert models.call_main(settings) == 0
+    first = json.loads((run / "result.json").read_text())
+    for name in ("result.json", "final_model.pt", "final_model.int8.ptz"):
+        (run / name).unlink()
+    capsys.readouterr()
     before = files(run)
-    with small_files(100_000):
+    with small_files(200_000):
         assert models.call_main(settings) == 2
     assert str(run / "final_model.pt") in the_message(*capsys.readouterr())
     after = files(run)
     assert after.keys() == before.keys() and after["checkpoint.pt"] == before["checkpoint.pt"]
     assert models.call_main(settings) == 0
-    results = [json.loads((folder / "result.json").read_text()) for folder in (run, place.trained)]
-    assert results[0]["resumed_at"] == [4] and results[0]["pre_quant_val_bpb"] == results[1]["pre_quant_val_bpb"]
+    result = json.loads((run / "result.json").read_text())
+    assert result["resumed_at"] == [4] and result["pre_quant_val_bpb"] == first["pre_quant_val_bpb"]
 
 
 # Processes of their own

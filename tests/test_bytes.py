@@ -14,7 +14,8 @@ from conftest import make_documents, write_shard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from train_gpt import TokenBytes, TokenStream, UserError, manifest_bytes
+import audit
+from train_gpt import TokenBytes, TokenStream, UserError, require
 
 CHECKED = settings(database=None, deadline=None, derandomize=True)  # the same examples on every machine
 SPACE = "\u2581"
@@ -175,13 +176,15 @@ def states(size, kept=None):
 
 def test_audit_passes_and_says_what_it_proved(tokenizer, stream_of):
     tokens, size = tokens_of(tokenizer, DOCUMENTS), sum(len(text.encode()) for text in DOCUMENTS)
-    line = tokenizer.table.audit(stream_of(tokens, tokenizer.size), states(size))
+    line = audit.audit(require, tokenizer.table, stream_of(tokens, tokenizer.size), states(size))[0]
     assert line.startswith("byte_audit:") and "\n" not in line
     assert f"{len(tokens)} tokens" in line and f"{len(DOCUMENTS)} documents" in line and f"{size} bytes" in line
     assert "(bytes:proved by manifest.json)" in line
-    assert "(not canonical FineWeb, not proved" in tokenizer.table.audit(stream_of(tokens, tokenizer.size), None)
-    assert tokenizer.table.text_bytes == size
-    assert tokenizer.table.text_sha256 == hashlib.sha256(np.array(tokens, dtype="<u2").tobytes()).hexdigest()
+    stream = stream_of(tokens, tokenizer.size)
+    assert "(not canonical FineWeb, not proved" in audit.audit(require, tokenizer.table, stream, None)[0]
+    facts = audit.audit(require, tokenizer.table, stream, states(size))[1]
+    digest = hashlib.sha256(np.array(tokens, dtype="<u2").tobytes()).hexdigest()
+    assert facts == {"val_bytes": size, "bytes_proved": True, "sha256_val_tokens": digest}
 
 
 class SpaceTwice(TokenBytes):
@@ -221,7 +224,7 @@ class ControlWeighs(TokenBytes):
 def test_audit_refuses_a_wrong_table(prefixed, stream_of, wrong):
     stream = stream_of(tokens_of(prefixed, DOCUMENTS), prefixed.size)
     with pytest.raises(UserError, match=r"fineweb_val_.*decodes .*weighs.*use the tokenizer of the shards"):
-        wrong(prefixed.path, prefixed.size).audit(stream, None)
+        audit.audit(require, wrong(prefixed.path, prefixed.size), stream, None)
 
 
 def test_audit_refuses_a_lossless_document_that_begins_with_a_space(lossless, stream_of):
@@ -230,14 +233,14 @@ def test_audit_refuses_a_lossless_document_that_begins_with_a_space(lossless, st
     tokens = tokens_of(lossless, texts)
     assert weigh(lossless, tokens) == sum(len(text.encode()) for text in texts) - 1
     with pytest.raises(UserError, match="decodes the first .* tokens to 23 bytes, but weighs them as 22"):
-        lossless.table.audit(stream_of(tokens, lossless.size), None)
+        audit.audit(require, lossless.table, stream_of(tokens, lossless.size), None)
 
 
 def test_audit_refuses_the_tokenizer_of_other_shards(lossless, prefixed, stream_of):
     tokens = tokens_of(prefixed, [f"{text} \U0001f600" for text in DOCUMENTS])
     vocab_size = max(lossless.size, prefixed.size)
     with pytest.raises(UserError, match="use the tokenizer of the shards"):
-        lossless.table.audit(stream_of([min(t, lossless.size - 1) for t in tokens], vocab_size), None)
+        audit.audit(require, lossless.table, stream_of([min(t, lossless.size - 1) for t in tokens], vocab_size), None)
 
 
 def test_audit_with_control_pieces_between_documents(tokenizer, stream_of):
@@ -246,20 +249,20 @@ def test_audit_with_control_pieces_between_documents(tokenizer, stream_of):
         tokens += [model.bos_id(), *model.encode(text), model.eos_id(), model.eos_id()]
     size = sum(len(text.encode()) for text in DOCUMENTS)
     stream = stream_of(tokens, tokenizer.size)
-    assert f"decode to the {size} bytes they weigh" in tokenizer.table.audit(stream, states(size))
+    assert f"decode to the {size} bytes they weigh" in audit.audit(require, tokenizer.table, stream, states(size))[0]
 
 
 def test_audit_refuses_unknown_tokens(lossless, stream_of):
     """What the tokenizer could not hold is lost: nobody knows how many bytes it was."""
     tokens = [lossless.model.bos_id(), *lossless.model.encode("the king"), lossless.model.unk_id()]
     with pytest.raises(UserError, match="decodes the first"):
-        lossless.table.audit(stream_of(tokens, lossless.size), None)
+        audit.audit(require, lossless.table, stream_of(tokens, lossless.size), None)
 
 
 def test_audit_weighs_the_first_token_too(lossless, stream_of):
     """A stream need not begin with a start token."""
     tokens = lossless.model.encode("the king")
-    assert "8 bytes" in lossless.table.audit(stream_of(tokens, lossless.size), None)
+    assert "8 bytes" in audit.audit(require, lossless.table, stream_of(tokens, lossless.size), None)[0]
 
 
 def test_audit_of_a_part_leaves_out_only_trailing_byte_pieces(lossless, stream_of, monkeypatch):
@@ -267,7 +270,7 @@ def test_audit_of_a_part_leaves_out_only_trailing_byte_pieces(lossless, stream_o
     tokens, bos = tokens_of(lossless, texts), lossless.model.bos_id()
     stream = stream_of(tokens, lossless.size)
     for limit in range(1, len(tokens)):
-        monkeypatch.setattr(TokenBytes, "AUDIT_TOKENS", limit)
+        monkeypatch.setattr(audit, "AUDIT_TOKENS", limit)
         kept = tokens[:limit]
         while lossless.model.is_byte(kept[-1]):
             kept = kept[:-1]
@@ -277,10 +280,10 @@ def test_audit_of_a_part_leaves_out_only_trailing_byte_pieces(lossless, stream_o
             parts.append(kept[start : start + len(document)])
             start += len(document) + 1
         audited = sum(len(lossless.model.decode(part).encode()) for part in parts)
-        line = lossless.table.audit(stream, None)
+        line = audit.audit(require, lossless.table, stream, None)[0]
         assert f" {len(kept)} tokens in {kept.count(bos)} documents" in line and f" {audited} bytes" in line
-    monkeypatch.setattr(TokenBytes, "AUDIT_TOKENS", len(tokens))
-    assert f" {len(tokens)} tokens in {len(texts)} documents" in lossless.table.audit(stream, None)
+    monkeypatch.setattr(audit, "AUDIT_TOKENS", len(tokens))
+    assert f" {len(tokens)} tokens in {len(texts)} documents" in audit.audit(require, lossless.table, stream, None)[0]
 
 
 @pytest.mark.parametrize("start", [[], ["bos"]])
@@ -293,8 +296,8 @@ def test_audit_of_one_long_document_does_not_cut_a_character(lossless, stream_of
     longest = max(map(len, re.findall("b+", "".join("b" if lossless.model.is_byte(t) else "-" for t in tokens))))
     assert longest < 8
     for limit in range(8, len(tokens)):
-        monkeypatch.setattr(TokenBytes, "AUDIT_TOKENS", limit)
-        audited = int(re.match(r"byte_audit: (\d+) tokens", lossless.table.audit(stream, None))[1])
+        monkeypatch.setattr(audit, "AUDIT_TOKENS", limit)
+        audited = int(re.match(r"byte_audit: (\d+) tokens", audit.audit(require, lossless.table, stream, None)[0])[1])
         assert limit - longest <= audited <= limit
 
 
@@ -304,16 +307,17 @@ def test_audit_of_one_long_document_does_not_cut_a_character(lossless, stream_of
 def test_stated_bytes(lossless, stream_of, monkeypatch):
     tokens, size = tokens_of(lossless, DOCUMENTS), sum(len(text.encode()) for text in DOCUMENTS)
     stream = stream_of(tokens, lossless.size)
-    monkeypatch.setattr(TokenBytes, "AUDIT_TOKENS", 20)  # all tokens are weighed however few are decoded
-    assert f"all {len(tokens)} tokens weigh {size} bytes (bytes:proved" in lossless.table.audit(stream, states(size))
+    monkeypatch.setattr(audit, "AUDIT_TOKENS", 20)  # all tokens are weighed however few are decoded
+    line = audit.audit(require, lossless.table, stream, states(size))[0]
+    assert f"all {len(tokens)} tokens weigh {size} bytes (bytes:proved" in line
     for wrong in (size - 1, size + 1, 0):
         with pytest.raises(UserError, match=rf"weighs {size} bytes, but manifest.json states {wrong}: .*again"):
-            lossless.table.audit(stream, states(wrong))
+            audit.audit(require, lossless.table, stream, states(wrong))
 
 
 def test_stated_bytes_of_a_long_text(lossless, monkeypatch):
     """All is weighed in blocks of 2^24 tokens; none may be lost or lose its context where two blocks meet."""
-    monkeypatch.setattr(TokenBytes, "AUDIT_TOKENS", 100)
+    monkeypatch.setattr(audit, "AUDIT_TOKENS", 100)
     model = lossless.model
     period = np.array([model.bos_id(), *model.encode("the king \u6d77 of sea")], dtype=np.uint16)
     length, size = 2**24 + 1000, len("the king \u6d77 of sea".encode())
@@ -331,18 +335,19 @@ def test_stated_bytes_of_a_long_text(lossless, monkeypatch):
             return np.resize(np.roll(period, -start), count)
 
     stream = Stream()
-    assert f"all {length} tokens weigh {stated} bytes (bytes:proved" in lossless.table.audit(stream, states(stated))
+    line = audit.audit(require, lossless.table, stream, states(stated))[0]
+    assert f"all {length} tokens weigh {stated} bytes (bytes:proved" in line
     with pytest.raises(UserError, match=f"weighs {stated} bytes"):
-        lossless.table.audit(stream, states(stated + 1))
+        audit.audit(require, lossless.table, stream, states(stated + 1))
 
 
 def test_manifest_is_optional(tmp_path):
-    assert manifest_bytes(str(tmp_path)) is None
+    assert audit.manifest_bytes(require, str(tmp_path)) is None
     (tmp_path / "manifest.json").write_text(json.dumps({"splits": {"val": {"bytes": 123, "tokens": 5}, "train": {}}}))
-    assert manifest_bytes(str(tmp_path)) == {"bytes": 123, "token_bytes": 123}
+    assert audit.manifest_bytes(require, str(tmp_path)) == {"bytes": 123, "token_bytes": 123}
     lossy = {"splits": {"val": {"bytes": 123, "token_bytes": 120}}}
     (tmp_path / "manifest.json").write_text(json.dumps(lossy))
-    assert manifest_bytes(str(tmp_path)) == {"bytes": 123, "token_bytes": 120}
+    assert audit.manifest_bytes(require, str(tmp_path)) == {"bytes": 123, "token_bytes": 120}
 
 
 @pytest.mark.parametrize("text", [
@@ -353,7 +358,7 @@ def test_malformed_manifest(tmp_path, text):
     path = tmp_path / "manifest.json"
     path.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(UserError) as caught:
-        manifest_bytes(str(tmp_path))
+        audit.manifest_bytes(require, str(tmp_path))
     assert str(path) in str(caught.value) and "splits.val.bytes" in str(caught.value) and "again" in str(caught.value)
 
 

@@ -281,7 +281,7 @@ def test_the_generators_of_cpu_and_gpu_come_back(make_config, build, runtime, mo
     assert len(given) == 1
 
 
-def test_each_rank_gets_its_own_generator_and_the_momenta_that_it_owns(make_config, build, runtime):
+def test_each_rank_gets_its_own_generator_and_the_momenta_that_it_owns(make_config, build, runtime, monkeypatch):
     """Saved by two ranks, which no rank is alone to know; restored on one, two and three."""
     config, alone = make_config(), build(make_config())
     for alone.steps in (1, 2, 3):
@@ -293,7 +293,8 @@ def test_each_rank_gets_its_own_generator_and_the_momenta_that_it_owns(make_conf
     for rank in (1, 0):
         fake = copy.copy(runtime)
         fake.rank, fake.world_size, fake.is_master = rank, 2, rank == 0
-        fake.gather = lambda value, rank=rank: ranks.update({rank: value}) or [ranks[r] for r in sorted(ranks)]
+        monkeypatch.setattr(lifeline, "gather", lambda runtime, value, rank=rank: ranks.update({rank: value}) or [
+            ranks[r] for r in sorted(ranks)])  # fmt: skip
         trainer = copy.copy(alone)
         adam, optimizer = alone.optimizers
         optimizer = copy.copy(optimizer)

@@ -22,7 +22,7 @@ REFERENCE = {
     "SEED": 1337, "VAL_BATCH_SIZE": 524288, "VAL_LOSS_EVERY": 1000, "TRAIN_LOG_EVERY": 200, "ITERATIONS": 20000,
     "WARMDOWN_FRAC": 0.3526, "WARMUP_STEPS": 20, "TRAIN_BATCH_TOKENS": 393216, "TRAIN_SEQ_LEN": 4096,
     "MAX_WALLCLOCK_SECONDS": 600.0, "QK_GAIN_INIT": 1.5, "VOCAB_SIZE": 1024, "NUM_LAYERS": 9, "MODEL_DIM": 512,
-    "NUM_HEADS": 8, "NUM_KV_HEADS": 4, "MLP_MULT": 2, "TIE_EMBEDDINGS": True, "ROPE_BASE": 10000.0,
+    "NUM_HEADS": 8, "NUM_KV_HEADS": 4, "MLP_MULT": 2.0, "TIE_EMBEDDINGS": True, "ROPE_BASE": 10000.0,
     "LOGIT_SOFTCAP": 30.0, "EMBED_LR": 0.6, "HEAD_LR": 0.008, "TIED_EMBED_LR": 0.03, "TIED_EMBED_INIT_STD": 0.005,
     "MATRIX_LR": 0.02, "SCALAR_LR": 0.02, "MUON_MOMENTUM": 0.99, "MUON_BACKEND_STEPS": 5,
     "MUON_MOMENTUM_WARMUP_START": 0.92, "MUON_MOMENTUM_WARMUP_STEPS": 1500, "BETA1": 0.9, "BETA2": 0.95,
@@ -195,13 +195,16 @@ BOUNDS = [  # knob, first value that is refused, nearest that is taken
     ("TRAIN_LOG_EVERY", "-1", "0"), ("VAL_LOSS_EVERY", "-1", "0"), ("VAL_BATCH_SIZE", "0", "1"),
     ("VAL_TOKENS_LIMIT", "-1", "0"), ("EVAL_STRIDE", "-1", "0"), ("VOCAB_SIZE", "1", "2"),
     ("VOCAB_SIZE", "65537", "65536"), ("NUM_LAYERS", "0", "1"), ("MODEL_DIM", "0", "16"), ("NUM_HEADS", "0", "4"),
-    ("NUM_KV_HEADS", "0", "1"), ("MLP_MULT", "0", "1"), ("TIED_EMBED_INIT_STD", "-0.1", "0"), ("ROPE_BASE", "0.5", "1"),
+    ("NUM_KV_HEADS", "0", "1"), ("MLP_MULT", "0", "0.01"), ("TIED_EMBED_INIT_STD", "-0.1", "0"), ("ROPE_BASE", "0.5", "1"),
     ("LOGIT_SOFTCAP", "0", "0.001"), ("EMBED_LR", "-1", "0"), ("HEAD_LR", "-1", "0"), ("TIED_EMBED_LR", "-1", "0"),
     ("SCALAR_LR", "-1", "0"), ("MATRIX_LR", "-1", "0"), ("MUON_MOMENTUM", "-0.1", "0"), ("MUON_MOMENTUM", "1", "0.999"),
     ("MUON_MOMENTUM_WARMUP_START", "-0.1", "0"), ("MUON_MOMENTUM_WARMUP_START", "1", "0.999"),
     ("MUON_MOMENTUM_WARMUP_STEPS", "-1", "0"), ("MUON_BACKEND_STEPS", "0", "1"), ("BETA1", "-0.1", "0"),
     ("BETA1", "1", "0.999"), ("BETA2", "-0.1", "0"), ("BETA2", "1", "0.999"), ("ADAM_EPS", "0", "1e-20"),
     ("GRAD_CLIP_NORM", "-1", "0"), ("INT8_SCALE_FLOOR", "-1", "0"),
+    ("WEIGHT_BITS", "1", "2"), ("WEIGHT_BITS", "9", "8"), ("EMBED_BITS", "1", "2"), ("EMBED_BITS", "9", "8"),
+    ("CLIP_ATTN", "-1", "0"), ("CLIP_MLP", "-1", "0"), ("CLIP_EMBED", "-1", "0"), ("GPTQ_BATCHES", "-1", "0"),
+    ("SIZE_LIMIT", "0", "1"),
 ]  # fmt: skip
 
 
@@ -221,6 +224,7 @@ def test_bounds(name, refused, taken):
 @pytest.mark.parametrize("name, choices", [
     ("DEVICE", "auto cuda mps cpu"), ("DTYPE", "auto bfloat16 float32"), ("COMPILE", "auto 0 1"),
     ("ATTENTION", "auto flash cudnn efficient math blocked"), ("MODE", "train check eval sample"),
+    ("CODEC", "zlib rans"),
 ])  # fmt: skip
 def test_choices(name, choices):
     for choice in choices.split():
@@ -246,7 +250,9 @@ def test_not_a_finite_number(name, text):
 
 @pytest.mark.parametrize("name", [name for name, field in KNOBS.items() if type(field.default) is bool])
 def test_switches(name):
-    assert [getattr(load(**{name: text}), name.lower()) for text in ("0", "1", " 1 ")] == [False, True, True]
+    needed = {"FIT_SIZE": {"CLIP_ATTN": "13", "CLIP_MLP": "12", "CLIP_EMBED": "15"}}.get(name, {})
+    values = [getattr(load(**{name: text}, **needed), name.lower()) for text in ("0", "1", " 1 ")]
+    assert values == [False, True, True]
     for wrong in ("", "2", "true", "False", "yes", "01"):
         message = error_of(**{name: wrong})
         assert f"{name}={wrong!r}" in message and "0 or 1" in message
@@ -398,6 +404,12 @@ def configs(draw):
     environ |= {"TRAIN_SEQ_LEN": str(T), "TRAIN_BATCH_TOKENS": str(T * sequences), "NUM_KV_HEADS": str(kv_heads)}
     environ |= {"NUM_HEADS": str(kv_heads * groups), "MODEL_DIM": str(2 * pairs * kv_heads * groups)}
     environ |= {"EVAL_STRIDE": str(draw(st.integers(0, T))), "MICRO_BATCH_TOKENS": str(T * draw(st.integers(1, 3)))}
+    environ |= {"ROPE_DIMS": str(2 * draw(st.integers(0, pairs))), "MLP_MULT": str(draw(st.floats(1, 1024)))}
+    layers, clip = int(environ["NUM_LAYERS"]), str(draw(st.floats(0.5, 50)))
+    first = draw(st.integers(0, min(layers, 9999) - 1))
+    environ |= {"LOOP_LAYERS": f"{first}-{draw(st.integers(first, min(layers, 9999) - 1))}" if layers > 1 else ""}
+    environ |= {"START_TOKEN": str(draw(st.integers(0, int(environ["VOCAB_SIZE"]) - 1)))}
+    environ |= dict.fromkeys(("CLIP_ATTN", "CLIP_MLP", "CLIP_EMBED"), clip) if environ["FIT_SIZE"] == "1" else {}
     del environ[draw(st.sampled_from(["WARMDOWN_FRAC", "WARMDOWN_ITERS"]))]
     del environ[draw(st.sampled_from(["GRAD_ACCUM_STEPS", "MICRO_BATCH_TOKENS"]))]
     return environ

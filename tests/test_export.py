@@ -288,3 +288,125 @@ def test_the_verdict_counts_every_byte(make_config, runtime):
 def test_the_same_weights_give_the_same_bytes(make_config):
     config, state = make_config(), odd_state()
     assert packed(quantize(state, config)) == packed(quantize({name: t.clone() for name, t in state.items()}, config))
+
+
+# Fewer bits, clips in standard deviations, the codec and the size limit
+
+
+@pytest.mark.parametrize("bits, k", [(2, 2.0), (5, 9.0), (6, 12.85), (8, 20.0)])
+def test_a_clip_in_standard_deviations(bits, k):
+    qmax = 2 ** (bits - 1) - 1
+    w = 0.02 * randn(32, 3000)
+    w[4], w[9] = 0, 0.25
+    q, scale = quantize_rows(w, 0.0, qmax, k)
+    expected = k * w.double().numpy().std(axis=1) / qmax
+    expected[4], expected[9] = 1, 0.25 / qmax  # a row of zeros; a row of one value, which does not spread
+    assert scale.double().numpy() == pytest.approx(expected, rel=2.0**-11)
+    assert q.abs().max() == qmax and (q[4] == 0).all() and (q[9] == qmax).all()
+    stored = scale.double()[:, None]
+    error = (w.double() - q.double() * stored).abs()
+    assert (error <= stored / 2 * (1 + 1e-6)).where(w.double().abs() <= qmax * stored, True).all()
+
+
+def large_state():
+    names = ("blocks.0.attn.c_q", "blocks.0.mlp.fc", "tok_emb", "lm_head")
+    state = {f"{name}.weight": 0.02 * randn(400, 400, seed=i) for i, name in enumerate(names)}
+    return state | {"blocks.0.attn_scale": randn(8).half().float()}
+
+
+@pytest.mark.parametrize("codec", ["zlib", "rans"])
+def test_each_matrix_has_the_bits_and_the_clip_of_its_class(make_config, codec):
+    config = make_config(CODEC=codec, WEIGHT_BITS=6, EMBED_BITS=7, CLIP_ATTN=13, CLIP_MLP=12, CLIP_EMBED=15)
+    state = large_state()
+    artifact = quantize(state, config)
+    assert artifact["__quant_format__"] == "int8_clean_per_row_v1", "which foreign readers know"
+    for name, (qmax, k) in {"blocks.0.attn.c_q": (31, 13.0), "blocks.0.mlp.fc": (31, 12.0), "tok_emb": (63, 15.0),
+                            "lm_head": (31, 15.0)}.items():  # fmt: skip
+        q, scale = quantize_rows(state[f"{name}.weight"], 0.0, qmax, k)
+        assert torch.equal(artifact["quantized"][f"{name}.weight"], q)
+        assert torch.equal(artifact["scales"][f"{name}.weight"], scale)
+    restored = dequantize(artifact if codec == "zlib" else train_gpt.rans_pack(artifact))
+    for name, q in artifact["quantized"].items():
+        assert torch.equal(restored[name], q.float() * artifact["scales"][name].float()[:, None])
+    assert torch.equal(restored["blocks.0.attn_scale"], state["blocks.0.attn_scale"])
+
+
+def test_rans_gives_back_every_type_and_shape(make_config):
+    state = odd_state() | {"none": torch.empty(0, 8)}
+    plain = dequantize(quantize(state, make_config()))
+    restored = dequantize(unpack(packed(train_gpt.rans_pack(quantize(state, make_config()))), "memory"))
+    assert set(restored) == set(plain)
+    for name, tensor in plain.items():
+        assert restored[name].dtype == tensor.dtype and restored[name].shape == tensor.shape
+        assert torch.equal(restored[name], tensor.half().to(tensor.dtype) if name not in big_names(state) else tensor)
+
+
+def big_names(state):
+    return {name for name, tensor in state.items() if tensor.numel() > 65_536}
+
+
+def test_the_file_and_the_log_are_named_by_codec_and_bits(make_config, runtime):
+    assert train_gpt.artifact_names(make_config()) == ("final_model.int8.ptz", "int8+zlib")
+    assert train_gpt.artifact_names(make_config(WEIGHT_BITS=6)) == ("final_model.int8.ptz", "int6+zlib")
+    config, state = make_config(CODEC="rans", WEIGHT_BITS=6, CLIP_ATTN=13), large_state()
+    path, sizes, log = exported(config, runtime, state, code_bytes=1234)
+    blob = (path / "final_model.rans.ptz").read_bytes()
+    assert not (path / "final_model.int8.ptz").exists() and "clip_multiplier" not in log
+    assert number(r"Serialized model int6\+rans: (\d+) bytes \(payload:", log) == len(blob) == sizes["bytes_artifact"]
+    assert number(r"Total submission size int6\+rans: (\d+) bytes$", log) == len(blob) + 1234
+    parts = train_gpt.rans_pack(quantize(state, config))
+    payload = sum(part.nbytes for part in parts.values() if isinstance(part, torch.Tensor))
+    assert number(r"Serialized model .* \(payload:(\d+) ", log) == payload
+    assert abs(len(blob) - payload) < 1000, "the container costs little"
+    restored = dequantize(unpack(blob, path))
+    expected = dequantize(quantize(state, config))
+    assert all(torch.equal(restored[name], expected[name]) for name in state)
+
+
+CLIPS = {"CLIP_ATTN": 12.85, "CLIP_MLP": 12.0, "CLIP_EMBED": 14.0, "WEIGHT_BITS": 6, "EMBED_BITS": 6, "FIT_SIZE": 1}
+
+
+@pytest.mark.parametrize("codec, limit", [("rans", 320_000), ("rans", 250_000), ("rans", 180_000), ("zlib", 290_000)])
+def test_fitted_clips_land_just_under_the_limit(make_config, runtime, monkeypatch, codec, limit):
+    state, calls = large_state(), []
+    monkeypatch.setattr(train_gpt, "quantize", lambda *args: calls.append(args[3]) or quantize(*args))
+    config = make_config(CODEC=codec, SIZE_LIMIT=limit, **CLIPS)
+    path, sizes, log = exported(config, runtime, state, code_bytes=1234)
+    assert 0 <= limit - sizes["bytes_total"] < 0.002 * limit and "size_verdict:OK" in log
+    multiplier = sizes["clip_multiplier"]
+    assert 0.5 < multiplier < 8 and multiplier != 1 and calls[0] == 1 and multiplier in calls and len(calls) <= 6
+    assert f"\nclip_multiplier:{multiplier:.4f}\n" in log
+    restored = dequantize(unpack((path / train_gpt.artifact_names(config)[0]).read_bytes(), path))
+    expected = dequantize(quantize(state, config, None, multiplier))
+    assert all(torch.equal(restored[name], expected[name]) for name in state)
+
+
+@pytest.mark.parametrize("limit, multiplier, verdict", [(16_000_000, 0.5, "OK"), (20_000, 8.0, "TOO LARGE")])
+def test_clips_are_not_stretched_beyond_reason(make_config, runtime, limit, multiplier, verdict):
+    _, sizes, log = exported(make_config(CODEC="rans", SIZE_LIMIT=limit, **CLIPS), runtime, large_state(), 10)
+    assert sizes["clip_multiplier"] == multiplier and f"size_verdict:{verdict}" in log
+    small = {"blocks.0.attn_scale": torch.ones(8)}  # nothing to quantise, so nothing to fit
+    config = make_config(CODEC="rans", SIZE_LIMIT=limit, RUN_ID="small", **CLIPS)
+    assert exported(config, runtime, small, 10)[1]["bytes_total"] < 20_000
+
+
+def test_what_fitted_is_kept_when_nothing_else_does(make_config, runtime, monkeypatch):
+    """Sizes that follow no law."""
+    noise = torch.randint(256, (400_000,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    sizes = iter([260_000, 150_000, 170_000, *[290_000] * 5])
+    monkeypatch.setattr(train_gpt, "rans_pack", lambda artifact: {"x": noise[: next(sizes)].clone()})
+    found = exported(make_config(CODEC="rans", SIZE_LIMIT=200_000, **CLIPS), runtime, large_state(), 10)[1]
+    assert 170_000 < found["bytes_artifact"] < 175_000
+
+
+def test_a_size_that_fits_already_is_left_alone(make_config, runtime):
+    base = make_config(CODEC="rans", **CLIPS | {"FIT_SIZE": 0})
+    total = exported(base, runtime, large_state(), 10)[1]["bytes_total"]
+    config = make_config(CODEC="rans", RUN_ID="fit", SIZE_LIMIT=total + 100, **CLIPS)
+    assert exported(config, runtime, large_state(), 10)[1]["clip_multiplier"] == 1
+
+
+def test_fitting_needs_clips(make_config):
+    for name in ("CLIP_ATTN", "CLIP_MLP", "CLIP_EMBED"):
+        with pytest.raises(UserError, match="FIT_SIZE=1 .*CLIP_ATTN.* is 0: set each"):
+            make_config(**CLIPS | {name: 0})

@@ -134,7 +134,7 @@ def test_the_model_before_quantisation_gives_the_digits_of_before(trained, bare,
     assert code == 0 and "final_int8" not in out
     assert line.startswith(f"val_loss:{result['pre_quant_val_loss']:.8f} val_bpb:{result['pre_quant_val_bpb']:.8f} ")
     assert result["pre_quant_val_loss"] != result["val_loss"], "or this would not tell which was scored"
-    assert "\nassumed, since the file does not tell: ROPE_BASE=5000.0 LOGIT_SOFTCAP=20.0 TRAIN_SEQ_LEN=32\n" in out
+    assert "\nassumed, since the file does not tell: ROPE_BASE=5000.0 LOGIT_SOFTCAP=20.0 TRAIN_SEQ_LEN=32 MLP_" in out
 
 
 def reference_artifact(state: dict) -> dict:
@@ -161,14 +161,14 @@ def test_an_artifact_of_the_public_reference(trained, tmp_path, bare, call):
     (tmp_path / "meant.pt").write_bytes(models.torch_bytes(meant))
     code, out, err = call(bare(MODE="eval", ARTIFACT=tmp_path / "foreign.ptz", **PT_KNOBS))
     assert code == 0, err
-    assert "\nassumed, since the file does not tell: ROPE_BASE=5000.0 LOGIT_SOFTCAP=20.0 TRAIN_SEQ_LEN=32\n" in out
-    assert "VOCAB_SIZE=320 NUM_LAYERS=2 MODEL_DIM=32 NUM_HEADS=4 NUM_KV_HEADS=2 MLP_MULT=2 TIE_EMBEDDINGS=1" in out
+    assert "\nassumed, since the file does not tell: ROPE_BASE=5000.0 LOGIT_SOFTCAP=20.0 TRAIN_SEQ_LEN=32 MLP_" in out
+    assert "VOCAB_SIZE=320 NUM_LAYERS=2 MODEL_DIM=32 NUM_HEADS=4 NUM_KV_HEADS=2 MLP_MULT=2.0 TIE_EMBEDDINGS=1" in out
     line = exact_line(out)
     code, out, _ = call(bare(MODE="eval", ARTIFACT=tmp_path / "meant.pt", **PT_KNOBS))
     assert line == exact_line(out, "final_model")
     assert line != exact_line((trained / "train.log").read_text())
     code, out, _ = call(bare(MODE="eval", ARTIFACT=tmp_path / "foreign.ptz", TRAIN_SEQ_LEN=32))
-    assert "\nassumed, since the file does not tell: ROPE_BASE=10000.0 LOGIT_SOFTCAP=30.0 TRAIN_SEQ_LEN=32\n" in out
+    assert "\nassumed, since the file does not tell: ROPE_BASE=10000.0 LOGIT_SOFTCAP=30.0 TRAIN_SEQ_LEN=32 MLP_" in out
     assert code == 0 and exact_line(out) != line
 
 

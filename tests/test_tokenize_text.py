@@ -22,6 +22,7 @@ from conftest import make_documents
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+import audit
 import train_gpt
 
 DATA = Path(__file__).resolve().parents[1] / "data"
@@ -664,7 +665,7 @@ def test_the_manifest_is_true_and_the_trainer_reads_the_shards(tmp_path, source,
     assert manifest["corpus"]["files"] == [{"file": "text.jsonl", "bytes": source.stat().st_size,
                                             "sha256": hashlib.sha256(source.read_bytes()).hexdigest()}]  # fmt: skip
     size = len("".join(documents[:20]).encode())
-    assert train_gpt.manifest_bytes(str(folder)) == {"bytes": size, "token_bytes": size}
+    assert audit.manifest_bytes(train_gpt.require, str(folder)) == {"bytes": size, "token_bytes": size}
     for split, texts in {"val": documents[:20], "train": documents[20:]}.items():
         entry, stream = manifest["splits"][split], train_gpt.TokenStream(str(folder), split, about["vocab_size"])
         tokens = stream.read(0, len(stream))
@@ -681,7 +682,8 @@ def test_the_manifest_is_true_and_the_trainer_reads_the_shards(tmp_path, source,
         assert hashlib.sha256(model.read_bytes()).hexdigest() == about["sha256"]
         weigher = train_gpt.TokenBytes(str(model), about["vocab_size"])
         stream = train_gpt.TokenStream(str(folder), "val", about["vocab_size"])
-        assert "proved" in weigher.audit(stream, train_gpt.manifest_bytes(str(folder)))
+        stated = audit.manifest_bytes(train_gpt.require, str(folder))
+        assert "proved" in audit.audit(train_gpt.require, weigher, stream, stated)[0]
         tokens = read_split(tmp_path / "out", "train")
         assert weigher.weigh(tokens) == manifest["splits"]["train"]["bytes"]
         assert spell_pieces(weigher.model, tokens[tokens != 1]) == "".join(documents[20:]).encode()
@@ -787,7 +789,7 @@ def test_a_killed_run_goes_on_to_the_same_files(tmp_path, source, moment, worker
         marker = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         kept = [shard["file"] for state in marker["progress"].values() for shard in state["shards"]]
         with pytest.raises(train_gpt.UserError, match="prepare the data again"):
-            train_gpt.manifest_bytes(str(folder))
+            audit.manifest_bytes(train_gpt.require, str(folder))
     assert kept or moment < 4
     stamps = {name: (folder / name).stat().st_mtime_ns for name in kept}
     monkeypatch.setattr(tt, "train_sentencepiece", None if moment > 1 else tt.train_sentencepiece)

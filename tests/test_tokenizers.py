@@ -12,8 +12,9 @@ from conftest import make_documents
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import audit
 import train_gpt
-from train_gpt import GPT, Evaluator, TokenBytes, TokenStream, UserError
+from train_gpt import GPT, Evaluator, TokenBytes, TokenStream, UserError, require
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
 
@@ -166,7 +167,7 @@ def test_a_lossy_tokenizer_is_named_with_what_it_loses(corpus, tables, kept, lin
     table = tables["sentencepiece"]
     stream = TokenStream(str(corpus / "data"), "val", len(table.weight))
     weighed = table.weigh(stream.read(0, len(stream)))
-    text = table.audit(stream, {"bytes": weighed - kept, "token_bytes": weighed})
+    text = audit.audit(require, table, stream, {"bytes": weighed - kept, "token_bytes": weighed})[0]
     assert line in text and f"{weighed - kept} in the text" in text if kept else line in text
 
 
@@ -193,11 +194,11 @@ def test_canonical_fineweb_is_told_by_its_bytes(tables, monkeypatch, size, publi
     """With 1,024 pieces by the exact bytes of the published targets, otherwise by 151.08 MB in all."""
     table = tables["bytes"]
     monkeypatch.setattr(table, "size", 1024)
-    monkeypatch.setattr(train_gpt, "FINEWEB_TARGETS", 10)
-    monkeypatch.setattr(train_gpt, "FINEWEB_BYTES", published)
-    assert verdict in table.audit(Fixed(size, 100), None)
+    monkeypatch.setattr(audit, "FINEWEB_TARGETS", 10)
+    monkeypatch.setattr(audit, "FINEWEB_BYTES", published)
+    assert verdict in audit.audit(require, table, Fixed(size, 100), None)[0]
 
 
 @pytest.mark.parametrize("length, verdict", [(151_080_001, "(canonical"), (151_000_000, "(not canonical")])
 def test_canonical_fineweb_of_another_vocabulary(tables, length, verdict):
-    assert verdict in tables["bytes"].audit(Fixed(length, 100), None)
+    assert verdict in audit.audit(require, tables["bytes"], Fixed(length, 100), None)[0]

@@ -1,0 +1,106 @@
+"""What rANS saves over zlib and lzma on the same quantised weights, how long each takes, and what the size law says.
+
+    python tests/bench_export.py --model logs/<run_id>/final_model.pt      the weights of a run
+    python tests/bench_export.py --gaussian 17e6                           normal random matrices of so many weights
+    PAIRS=5 python tests/bench_export.py --gaussian 17e6                   rounds of which the medians are told: 3
+
+Knobs of the export may be set (WEIGHT_BITS, EMBED_BITS, CLIP_ATTN, CLIP_MLP, CLIP_EMBED); without, it is 6 bits and
+clips of 12.85 standard deviations. The coders take turns. Each codes the values as bytes, one per weight; "entropy" is
+that of the zeroth order, for attention, MLP and embedding apart. Then the whole artifact of CODEC=rans beside the size
+law: 2.047 + log2(qmax / k) + 0.060 (k / qmax)^2 bits per weight, 2 bytes per row, and the tensors that are kept.
+"""
+
+import argparse
+import hashlib
+import lzma
+import math
+import os
+import statistics
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train_gpt  # noqa: E402
+
+
+def gaussian_state(weights: int) -> dict[str, torch.Tensor]:
+    """A fifth of attention, three of MLP, one of embedding, 512 wide; a vector that is kept."""
+    generator = torch.Generator().manual_seed(0)
+    shares = {"blocks.0.attn.c_q.weight": 1, "blocks.0.mlp.fc.weight": 3, "tok_emb.weight": 1}
+    state = {name: 0.02 * torch.randn(share * weights // 5 // 512, 512, generator=generator)
+             for name, share in shares.items()}  # fmt: skip
+    return state | {"blocks.0.attn_scale": torch.ones(512)}
+
+
+def law(config, artifact: dict) -> float:
+    """Bytes of an artifact by the size law."""
+    total = sum(2 * tensor.numel() for tensor in artifact["passthrough"].values())
+    for name, q in artifact["quantized"].items():
+        bits = config.embed_bits if train_gpt.kind_of(name) == "tok_emb" else config.weight_bits
+        qmax, k = 2 ** (bits - 1) - 1, getattr(config, f"clip_{train_gpt.tensor_class(name)}")
+        total += (2.047 + math.log2(qmax / k) + 0.060 * (k / qmax) ** 2) * q.numel() / 8
+        total += 2 * artifact["scales"][name].numel()
+    return total
+
+
+def timed(function, *args):
+    began = time.perf_counter()
+    result = function(*args)
+    return result, time.perf_counter() - began
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", type=Path, help="final_model.pt of a run")
+    source.add_argument("--gaussian", type=float, help="number of weights of random matrices")
+    options = parser.parse_args()
+    knobs = {"CODEC": "rans", "WEIGHT_BITS": "6", "EMBED_BITS": "6"}
+    knobs |= dict.fromkeys(("CLIP_ATTN", "CLIP_MLP", "CLIP_EMBED"), "12.85")
+    config = train_gpt.Config.load([], knobs | dict(os.environ))
+    if options.model:
+        state = train_gpt.load_tensors(options.model.read_bytes(), options.model)
+    else:
+        state = gaussian_state(int(options.gaussian))
+    plain = train_gpt.quantize(state, config)
+    container = train_gpt.rans_pack(plain)
+    classes, rows, sizes = train_gpt.layout_numbers(container["layout"])
+    classes, tables = np.repeat(classes, sizes * (rows > 0)), container["tables"].numpy()
+    symbols = np.concatenate([q.flatten().numpy().view(np.uint8) for q in plain["quantized"].values()])
+    keys, raw = classes * 256 + symbols, symbols.tobytes()
+    counts = np.bincount(keys, minlength=768).reshape(3, 256).astype(float)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    entropy = -(counts * np.log2(np.where(counts > 0, shares, 1))).sum() / 8
+    coders = {
+        "rANS": (lambda: train_gpt.rans_encode(keys, tables).tobytes(),
+                 lambda data: train_gpt.rans_decode(np.frombuffer(data, "<u2"), classes, tables).tobytes()),
+        "zlib -9": (lambda: zlib.compress(raw, 9), zlib.decompress),
+        "lzma": (lambda: lzma.compress(raw), lzma.decompress),
+    }  # fmt: skip
+    taken = {name: ([], []) for name in coders}
+    lengths = {}
+    for _ in range(int(os.environ.get("PAIRS", "3"))):
+        for name, (encode, decode) in coders.items():
+            data, seconds = timed(encode)
+            back, more = timed(decode, data)
+            assert back == raw, name
+            lengths[name] = len(data)
+            taken[name][0].append(seconds)
+            taken[name][1].append(more)
+    print(f"{len(raw)} weights, entropy {entropy:.0f} bytes = {8 * entropy / len(raw):.4f} bits per weight")
+    print(f"{'coder':8} {'bytes':>10} {'over entropy':>12} {'encode s':>9} {'decode s':>9}")
+    for name, (encode, decode) in taken.items():
+        print(f"{name:8} {lengths[name]:10} {lengths[name] / entropy - 1:12.3%} {statistics.median(encode):9.3f} "
+              f"{statistics.median(decode):9.3f}")
+    stream = zlib.compress(train_gpt.torch_bytes(container), 9)
+    artifact, told = len(stream) + hashlib.sha256().digest_size, law(config, plain)
+    print(f"artifact: {artifact} bytes; the size law says {told:.0f}, {told / artifact - 1:+.3%}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,286 @@
+"""rANS: the words of a scalar coder in Python's integers, sizes near the entropy, and a container whose reader takes
+nothing that its writer would not have written."""
+
+import zlib
+
+import models
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import train_gpt
+from train_gpt import Config, UserError, rans_decode, rans_encode, rans_frequencies
+
+CHECKED = settings(max_examples=150, deadline=None, derandomize=True)
+
+
+def tables_of(keys):
+    return np.stack([rans_frequencies(row) for row in np.bincount(keys, minlength=768).reshape(3, 256)])
+
+
+def scalar_encode(keys, tables, steps):
+    """One symbol after the other, from the last to the first: symbol i belongs to lane i % lanes."""
+    lanes, words = len(keys) // steps + 1, []
+    states = [2**16] * lanes
+    for i in reversed(range(len(keys))):
+        table, symbol = [int(f) for f in tables[keys[i] // 256]], keys[i] % 256
+        f, start, x = table[symbol], sum(table[:symbol]), states[i % lanes]
+        if x >= f * 2**18:
+            words.append(x % 2**16)
+            x //= 2**16
+        states[i % lanes] = x // f * 2**14 + x % f + start
+    assert all(2**16 <= x < 2**32 for x in states)
+    return [word for x in states for word in (x % 2**16, x // 2**16)] + words[::-1]
+
+
+def gaussian_keys(count, seed=0, step=0.4145):
+    """Rounded normal numbers of three classes, each with its own spread."""
+    rng = np.random.default_rng(seed)
+    classes = np.sort(rng.integers(0, 3, count))
+    symbols = np.round(rng.standard_normal(count) * np.array([1.0, 0.6, 2.0])[classes] / step)
+    return classes * 256 + np.clip(symbols, -31, 31).astype(np.int8).view(np.uint8)
+
+
+def entropy_bytes(keys):
+    """Of the zeroth order, each class by itself."""
+    counts = np.bincount(keys, minlength=768).reshape(3, 256).astype(float)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    return -(counts * np.log2(np.where(counts > 0, shares, 1))).sum() / 8
+
+
+few_keys = st.lists(st.sampled_from([0, 1, 2, 255, 256, 300, 512, 600, 767]), max_size=80)
+any_keys = st.lists(st.integers(0, 767), max_size=80)
+
+
+@CHECKED
+@given(keys=few_keys | any_keys, steps=st.integers(1, 100))
+@example(keys=[], steps=5)
+@example(keys=[7], steps=1)
+@example(keys=[300] * 80, steps=9)  # one symbol only: frequency 2**14, no word is ever emitted
+@example(keys=[0, 1] * 40, steps=80)
+def test_the_words_are_those_of_a_scalar_coder_and_decode_to_the_symbols(keys, steps):
+    keys = np.array(keys, np.int64)
+    tables = tables_of(keys)
+    words = rans_encode(keys, tables, steps)
+    assert words.dtype == np.uint16 and words.tolist() == scalar_encode(keys.tolist(), tables, steps)
+    symbols = rans_decode(words, keys >> 8, tables.astype(np.int16), steps)
+    assert symbols.dtype == np.uint8 and symbols.tolist() == (keys & 255).tolist()
+
+
+def test_the_words_of_thousands_of_gaussian_symbols_are_those_of_a_scalar_coder():
+    keys = gaussian_keys(20_011)
+    tables = tables_of(keys)
+    for steps in (7, 8192):
+        words = rans_encode(keys, tables, steps)
+        assert words.tolist() == scalar_encode(keys.tolist(), tables, steps)
+        assert (rans_decode(words, keys >> 8, tables, steps) == keys & 255).all()
+
+
+@pytest.mark.parametrize("step", [0.2, 0.4145, 1.5])
+def test_the_size_is_within_3_thousandths_of_the_entropy(step):
+    keys = gaussian_keys(2_000_000, step=step)
+    words, entropy = rans_encode(keys, tables_of(keys)), entropy_bytes(keys)
+    assert entropy <= 2 * len(words) < 1.003 * entropy
+    assert 2 * len(words) < len(zlib.compress((keys & 255).astype(np.uint8).tobytes(), 1))
+
+
+@CHECKED
+@given(counts=st.lists(st.integers(0, 10**9) | st.integers(0, 2), min_size=256, max_size=256))
+@example(counts=[0] * 256)
+@example(counts=[0] * 255 + [10**9])
+@example(counts=[1] * 255 + [10**12])
+@example(counts=[64] * 256)
+@example(counts=[1, 99] * 128)
+def test_frequencies_make_a_table_of_exactly_what_occurs(counts):
+    counts = np.array(counts)
+    frequencies = rans_frequencies(counts)
+    assert frequencies.sum() == 2**14 and frequencies.min() >= 0
+    if counts.any():
+        assert ((frequencies > 0) == (counts > 0)).all()
+        shares, some = counts / counts.sum(), counts > 0
+        ideal = -(shares[some] * np.log2(shares[some])).sum()
+        spent = -(shares[some] * np.log2(frequencies[some] / 2**14)).sum()
+        assert spent - ideal < 0.03  # at worst 255 rare symbols take 255 of 2**14 slots
+
+
+def test_a_damaged_stream_is_refused_or_is_another_stream_of_the_coder():
+    """Some changes make the exact code of other symbols. No coder can tell those, so a checksum stands around it."""
+    keys = gaussian_keys(300)
+    tables, classes, taken = tables_of(keys), keys >> 8, 0
+    words = rans_encode(keys, tables, 100)
+    for length in range(len(words)):
+        with pytest.raises((UserError, ValueError)):
+            rans_decode(words[:length], classes, tables, 100)
+    with pytest.raises(UserError):
+        rans_decode(np.append(words, np.uint16(0)), classes, tables, 100)
+    for position in range(len(words)):
+        for bit in range(16):
+            changed = words.copy()
+            changed[position] ^= 1 << bit
+            try:
+                symbols = rans_decode(changed, classes, tables, 100)
+            except (UserError, ValueError):
+                continue
+            taken += 1
+            assert (rans_encode(classes * 256 + symbols, tables, 100) == changed).all()
+    assert taken < len(words), "of 16 changes a word, hardly any"
+
+
+# The container
+
+
+def tiny_artifact(**changes) -> tuple[dict, dict]:
+    """(state dict, rANS container) of the smallest model."""
+    small = {"vocab_size": 6, "num_layers": 1, "model_dim": 4, "num_heads": 2, "num_kv_heads": 1, "mlp_mult": 1,
+             "train_seq_len": 8, "train_batch_tokens": 8, "codec": "rans"}  # fmt: skip
+    config = Config(**small | changes)
+    state = {name: torch.randn(t.shape, generator=torch.Generator().manual_seed(i)).half().float()
+             for i, (name, t) in enumerate(train_gpt.GPT(config).state_dict().items())}  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_gpt, "INT8_MIN_NUMEL", 10)
+        plain = train_gpt.quantize(state, config)
+    assert len(plain["quantized"]) == 5 and plain["passthrough"]
+    return train_gpt.dequantize(plain), train_gpt.rans_pack(plain)
+
+
+def read(artifact) -> dict:
+    return train_gpt.read_model(models.seal(models.torch_bytes(artifact)), "the file")[0]
+
+
+def copy_of(artifact) -> dict:
+    return models.load(models.torch_bytes(artifact))
+
+
+@pytest.mark.parametrize("changes", [{}, {"weight_bits": 2, "embed_bits": 5}, {"clip_attn": 3.0, "clip_mlp": 2.0}])
+def test_the_container_holds_what_the_int8_object_holds(changes):
+    state, artifact = tiny_artifact(**changes)
+    assert artifact["__quant_format__"] == "rans_per_row_v1"
+    tensors = {name: part.dtype for name, part in artifact.items() if isinstance(part, torch.Tensor)}
+    assert tensors == {"stream": torch.uint8, "tables": torch.int16, "scales": torch.float16, "kept": torch.float16}
+    back = read(artifact)
+    assert set(back) == set(state)
+    assert all(back[name].dtype == state[name].dtype and torch.equal(back[name], state[name]) for name in state)
+
+
+def test_every_cut_and_every_flipped_byte_of_an_artifact_is_refused():
+    blob = models.seal(models.torch_bytes(tiny_artifact()[1]))
+    for length in range(len(blob)):
+        with pytest.raises(UserError, match="the file"):
+            train_gpt.read_model(blob[:length], "the file")
+    for position in range(len(blob)):
+        changed = bytearray(blob)
+        changed[position] ^= 1 << position % 8
+        with pytest.raises(UserError, match="the file"):
+            train_gpt.read_model(bytes(changed), "the file")
+
+
+def put(part, value):
+    def change(artifact):
+        artifact[part] = value(artifact[part]) if callable(value) else value
+
+    return change
+
+
+def entry(place, value, index=0):
+    """Change one field of an entry of the layout: name, class, rows, type, shape."""
+    def change(artifact):
+        fields = list(artifact["layout"][index])
+        fields[place] = value(fields[place]) if callable(value) else value
+        artifact["layout"][index] = tuple(fields)
+
+    return change
+
+
+def table(row, column, more):
+    def change(artifact):
+        artifact["tables"][row, column] += more
+
+    return change
+
+
+def claims(*shape, dtype):
+    return torch.zeros(1, dtype=dtype).expand(shape)
+
+
+TAMPERED = {
+    "a part is gone": lambda artifact: artifact.pop("stream"),
+    "no layout": put("layout", None), "empty layout": put("layout", []), "a word as layout": put("layout", "abc"),
+    "an entry is gone": lambda artifact: artifact["layout"].pop(0),
+    "a kept entry is gone": lambda artifact: artifact["layout"].pop(),
+    "an entry too many": lambda artifact: artifact["layout"].append(artifact["layout"][0]),
+    "unknown class": entry(1, "conv"), "number as class": entry(1, 1), "unknown type": entry(3, "quantum"),
+    "function as type": entry(3, "load"), "complex": entry(3, "complex64"), "name of nothing": entry(0, None),
+    "a row more": entry(2, lambda rows: rows + 1), "a row less": entry(2, lambda rows: rows - 1),
+    "negative rows": entry(2, -1), "no rows": entry(2, 0), "fraction of rows": entry(2, 1.5),
+    "huge rows": entry(2, 2**62), "beyond int64": entry(2, 2**70),
+    "a column less": entry(4, lambda shape: [shape[0], shape[1] - 1]),
+    "a column more": entry(4, lambda shape: [shape[0], shape[1] + 1]),
+    "kept and longer": entry(4, lambda shape: [*shape[:-1], shape[-1] + 1], index=-1),
+    "kept and empty": entry(4, [0], index=-1),
+    "negative shape": entry(4, lambda shape: [-shape[0], -shape[1]]), "no list as shape": entry(4, 7),
+    "terabytes": entry(4, [10**6, 10**6]), "beyond the limit": entry(4, [2**14, 2**14 + 1]),
+    "kept terabytes": entry(4, [2**40], index=-1), "beyond all numbers": entry(4, [2**40, 2**40]),
+    "terabytes and their negative": lambda artifact: [entry(4, [2**40])(artifact), entry(4, [-(2**40)], 1)(artifact)],
+    "rows of nothing": lambda artifact: [entry(4, [2**40, 0])(artifact), entry(2, 2**40)(artifact)],
+    "a frequency more": table(0, 3, 1), "a frequency less": table(1, 0, -1), "negative": table(2, 9, -20_000),
+    "a table too many": put("tables", lambda tables: torch.cat([tables, tables[:1]])),
+    "a table less": put("tables", lambda tables: tables[:2].clone()),
+    "shorter tables": put("tables", lambda tables: tables[:, :255].clone()),
+    "tables of fractions": put("tables", lambda tables: tables.float() + 0.3),
+    "tables by stride 0": put("tables", claims(10**7, 256, dtype=torch.int16)),
+    "all tables alike": put("tables", torch.full((3, 256), 64, dtype=torch.int16)),
+    "a byte less": put("stream", lambda stream: stream[:-1].clone()),
+    "a word less": put("stream", lambda stream: stream[:-2].clone()),
+    "a word more": put("stream", lambda stream: torch.cat([stream, stream[:2]])),
+    "no stream": put("stream", torch.empty(0, dtype=torch.uint8)),
+    "words swapped": put("stream", lambda stream: torch.cat([stream[:4], stream[4:].flip(0)])),
+    "a stream by stride 0": put("stream", claims(10**12, dtype=torch.uint8)),
+    "a scale less": put("scales", lambda scales: scales[:-1].clone()),
+    "a scale more": put("scales", lambda scales: torch.cat([scales, scales[:1]])),
+    "infinite scale": put("scales", lambda scales: scales * float("inf")),
+    "scales by stride 0": put("scales", claims(10**12, dtype=torch.float16)),
+    "a kept number less": put("kept", lambda kept: kept[:-1].clone()),
+    "a kept number more": put("kept", lambda kept: torch.cat([kept, kept[:1]])),
+    "kept by stride 0": put("kept", claims(10**12, dtype=torch.float16)),
+    "kept on no device": put("kept", lambda kept: kept.to("meta")),
+    "a sparse stream": put("stream", lambda stream: stream.to_sparse()),
+    "of another format": put("__quant_format__", "int8_clean_per_row_v1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TAMPERED)
+def test_what_was_tampered_with_is_refused_although_its_checksum_holds(name):
+    artifact = copy_of(tiny_artifact()[1])
+    read(artifact)
+    TAMPERED[name](artifact)
+    with pytest.raises(UserError, match="^[^\n]*the file[^\n]*$"):
+        read(artifact)
+
+
+def test_a_stream_tampered_with_is_refused_or_decodes_to_what_it_says():
+    """Symbols of equal frequency can stand for each other; with so few, that is a third of all changes."""
+    state, artifact = tiny_artifact()
+    refused = 0
+    for position in range(len(artifact["stream"])):
+        changed = copy_of(artifact)
+        changed["stream"][position] ^= 1 << position % 8
+        try:
+            back = read(changed)
+        except UserError:
+            refused += 1
+        else:
+            assert any(not torch.equal(back[name], state[name]) for name in state)
+    assert refused > len(artifact["stream"]) / 2
+
+
+def test_claims_are_checked_before_anything_is_allocated(monkeypatch):
+    artifact = tiny_artifact()[1]
+    monkeypatch.setattr(train_gpt, "rans_decode", lambda *args: pytest.fail("too late"))
+    monkeypatch.setattr(np, "repeat", lambda *args: pytest.fail("too late"))
+    for change in ("terabytes", "kept terabytes", "beyond the limit", "rows of nothing", "scales by stride 0"):
+        changed = copy_of(artifact)
+        TAMPERED[change](changed)
+        with pytest.raises(UserError):
+            read(changed)
