@@ -48,6 +48,15 @@ def audit(require, token_bytes, stream, stated: dict | None) -> tuple[str, dict]
     return line, {"val_bytes": text_bytes, "bytes_proved": proved, "sha256_val_tokens": digest.hexdigest()}
 
 
+def report(folder, require, token_bytes, stream, data_path: str) -> dict:
+    """Rank 0 audits, logs a line, and gets the facts; the others get nothing."""
+    if not folder.runtime.is_master:
+        return {}
+    line, facts = audit(require, token_bytes, stream, manifest_bytes(require, data_path))
+    folder.log(line)
+    return facts
+
+
 def manifest_bytes(require, folder: str) -> dict[str, int] | None:
     """The `bytes` of the validation text, and the `token_bytes` that its tokenizer keeps, if a manifest states them."""
     path = Path(folder) / "manifest.json"

@@ -148,13 +148,14 @@ def disk(config, params: int) -> dict:
     return {"disk_free_mib": free >> 20, "disk_need_mib": need >> 20}
 
 
-def explain(trainer):
-    """--help: every knob with its default and its meaning."""
+def explain(trainer) -> int:
+    """--help: every knob with its default and its meaning. The exit code."""
     print(trainer.__doc__ + "\nKnobs; what is [free] does not shape the result, and may differ when a run resumes:")
     for name, field in trainer.KNOBS.items():
         default = int(field.default) if isinstance(field.default, bool) else field.default
         choices = f" ({', '.join(field.metadata['allowed'][2])})" if field.metadata["allowed"][2] else ""
         print(f"{name}={default}  {field.metadata['meaning']}{choices}{' [free]' * field.metadata['free']}")
+    return 0
 
 
 def typo_warnings(environ, knobs) -> list[str]:

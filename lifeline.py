@@ -160,8 +160,9 @@ class Lifeline:
                 "train_seconds": trainer.watch.elapsed("training"), "finished": trainer.finished,
                 "resumed_at": self.resumed_at, "recent": list(trainer.recent)}
 
-    def restore(self, trainer):
-        """Go on from the checkpoint that was found, if any."""
+    def begin(self, trainer):
+        """Fit the micro-batch to the memory, and go on from the checkpoint that was found, if any."""
+        fit_memory(trainer)
         if self.found:
             with trainer_of(self.config).reading(self.source):
                 self.put_back(trainer, self.found)
@@ -182,9 +183,10 @@ class Lifeline:
         names = {p: name for name, p in trainer.model.named_parameters()}
         for optimizer in trainer.optimizers:
             muon = isinstance(optimizer, module.Muon)
+            own = slice(trainer.runtime.rank, None, trainer.runtime.world_size) if muon else slice(None)
             keys = ("momentum_buffer",) if muon else ("step", "exp_avg", "exp_avg_sq")
             for group in optimizer.param_groups:
-                for p in optimizer.owned(group["params"]) if muon else group["params"]:
+                for p in group["params"][own]:
                     values = state["optimizer"].get(names[p], {})
                     shapes = {key: () if key == "step" else p.shape for key in keys}
                     complete = {key: value.shape for key, value in values.items()} == shapes

@@ -8,7 +8,6 @@
     MODE=eval ARTIFACT=logs/<run_id>/final_model.int8.ptz python train_gpt.py      MODE=sample lets it write
     python train_gpt.py --help                               every knob with its default and meaning
 
-The file reads from top to bottom; importing it does nothing.
 Dimensions in comments and suffixes: B batch, T time, D model, H query heads, K key-value heads, d head, V vocabulary.
 """
 
@@ -54,12 +53,13 @@ def require(ok, message: str):
         raise UserError(message)
 
 # ---------- Config: every knob with its default, meaning and unit; where values come from; what may be combined -------
-def knob(default, meaning: str, low=None, high=None, choices=(), free: bool = False):
-    """`low` and `high` are inclusive bounds. What is not `free` shapes the result and stays the same at a resume."""
+def knob(default, meaning: str, low=None, high=None, choices=(), free: bool = False, model: bool = False):
+    """Bounds are inclusive. What is not `free` stays the same at a resume; an artifact tells what is of the `model`."""
     high = 2**32 if type(default) is int and high is None else high  # more of anything is a slip, and would hang
-    return dataclasses.field(default=default, metadata=dict(meaning=meaning, allowed=(low, high, choices), free=free))
+    metadata = {"meaning": meaning, "allowed": (low, high, choices), "free": free, "model": model}
+    return dataclasses.field(default=default, metadata=metadata)
 
-free = functools.partial(knob, free=True)
+free, model = functools.partial(knob, free=True), functools.partial(knob, model=True)
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -67,31 +67,27 @@ class Config:
 
     mode: str = free("train", "what this call does", choices=("train", "check", "eval", "sample"))
     data_path: str = free("./data/datasets/fineweb10B_sp1024", "folder of fineweb_{train,val}_NNNNNN.bin shards")
-    tokenizer_path: str = free("./data/tokenizers/fineweb_1024_bpe.model",
-                               "tokenizer of the shards: a SentencePiece .model, gpt2 or another of tiktoken, or bytes")
+    tokenizer_path: str = free("./data/tokenizers/fineweb_1024_bpe.model", "a .model, a name of tiktoken's, or bytes")
     log_dir: str = free("./logs", "folder of the run folders")
     run_id: str = free("", "name of the run folder; empty: a time stamp")
     seed: int = knob(1337, "seed of the initial weights, and of a sample", 0, 2**63 - 1)
-    checkpoint_every_seconds: float = free(-1.0, "training seconds between checkpoints; 0: none before the end; "
-                                           "-1: 60 if MAX_WALLCLOCK_SECONDS is over 300, else 0", -1)
+    checkpoint_every_seconds: float = free(-1.0, "seconds between checkpoints; 0: one at the end; -1: 60 or 0", -1)
     resume: str = free("auto", "auto: go on in a run folder that exists; never; or the PATH of a checkpoint")
     resume_force: bool = free(False, "resume although knobs that shape the result differ")
     device: str = free("auto", "device of every rank", choices=("auto", "cuda", "mps", "cpu"))
     dtype: str = knob("auto", "type of activations and matrix products", choices=("auto", "bfloat16", "float32"))
     compile: str = free("auto", "torch.compile; auto: on where a compiler works", choices=("auto", "0", "1"))
     attention: str = free("auto", "attention backend; blocked is our own, by plain products",
-                          choices=("auto", "flash", "cudnn", "efficient", "math", "blocked"))
+                          choices=("auto", "flash3", "cudnn", "flash", "efficient", "math", "blocked"))
     target_world_size: int = free(0, "MODE=check for a run on this many GPUs; 0: for the ranks there are", 0)
-    # Length of the run; more of either is free at a resume
     iterations: int = knob(20_000, "optimizer steps at most", 1)
     max_wallclock_seconds: float = knob(600.0, "training clock in seconds, without validation; 0: none", 0)
     warmdown_frac: float = knob(0.3526, "share of the run over which the rates fall linearly to 0", 0, 1)
     lr_floor: float = knob(0.0, "least share of the rates in the warmdown; wants EMA_DECAY", 0, 1)
-    loader: str = knob("stream", "order of the training text: as it stands, or shuffled sequences",
-                       choices=("stream", "shuffle"))
+    loader: str = knob("stream", "order of the training sequences", choices=("stream", "shuffle"))
     warmup_steps: int = free(20, "steps that compile and warm up; all state is restored after them", 0)
     train_batch_tokens: int = knob(393_216, "tokens per step, over all ranks and micro-steps", 1)
-    train_seq_len: int = knob(4096, "tokens per sequence, in training and in evaluation", 1)
+    train_seq_len: int = model(4096, "tokens per sequence, in training and in evaluation", 1)
     grad_accum_steps: int = free(0, "micro-steps per step; 0: at least 8 / ranks on GPUs, 1 on CPUs", 0)
     micro_batch_tokens: str = free("auto", "tokens per micro-step and rank at most; auto: what the memory holds")
     train_log_every: int = free(200, "steps between training log lines, after the first ten; 0: none", 0)
@@ -105,30 +101,29 @@ class Config:
     sample_tokens: int = free(200, "tokens of a sample at most", 1)
     temperature: float = free(0.8, "of the softmax of a sample; 0: the likeliest token", 0)
     top_k: int = free(0, "sample from the likeliest k tokens; 0: from all", 0)
-    # Model
-    vocab_size: int = knob(1024, "tokens in the vocabulary; must match the tokenizer", 2, 65_536)
-    num_layers: int = knob(9, "transformer blocks", 1)
-    model_dim: int = knob(512, "width D of the residual stream", 2)
-    num_heads: int = knob(8, "query heads H", 1)
-    num_kv_heads: int = knob(4, "key-value heads K; divides NUM_HEADS", 1)
-    mlp_mult: float = knob(2.0, "hidden width of the MLP over MODEL_DIM, rounded to whole channels", 0.01, 1024)
-    mlp_slope: float = knob(0.0, "slope below 0 of the MLP's leaky ReLU, which is squared", 0, 1)
-    tie_embeddings: bool = knob(True, "the output projection is the embedding")
+    vocab_size: int = model(1024, "tokens in the vocabulary; must match the tokenizer", 2, 65_536)
+    num_layers: int = model(9, "transformer blocks", 1)
+    model_dim: int = model(512, "width D of the residual stream", 2)
+    num_heads: int = model(8, "query heads H", 1)
+    num_kv_heads: int = model(4, "key-value heads K; divides NUM_HEADS", 1)
+    mlp_mult: float = model(2.0, "hidden width of the MLP over MODEL_DIM, rounded to whole channels", 0.01, 1024)
+    mlp_slope: float = model(0.0, "slope below 0 of the MLP's leaky ReLU, which is squared", 0, 1)
+    tie_embeddings: bool = model(True, "the output projection is the embedding")
     tied_embed_init_std: float = knob(0.005, "standard deviation of the initial tied embedding", 0)
-    rope_base: float = knob(10_000.0, "base of the rotary frequencies", 1)
-    rope_dims: int = knob(0, "dimensions of a head that rotate, the first ones; 0: all", 0)
+    rope_base: float = model(10_000.0, "base of the rotary frequencies", 1)
+    rope_dims: int = model(0, "dimensions of a head that rotate, the first ones; 0: all", 0)
     qk_gain_init: float = knob(1.5, "initial gain of every query head")
-    logit_softcap: float = knob(30.0, "logits are squeezed smoothly into +- this", 1e-3)
-    x0_mix: bool = knob(True, "every block mixes its input with the embedding, by learned vectors")
-    ln_scale: bool = knob(False, "what a block's norms give is divided by the root of its number, from 1")
-    xsa_layers: int = knob(0, "in the last n blocks attention leaves out each token's own value (XSA)", 0)
-    attn_gate: bool = knob(False, "a gate on what each attention head gives")
-    gated_skips: bool = knob(False, "learned gates between the stream and what the U-net's skips bring")
-    parallel_from: int = knob(-1, "from this block on, counted from 0, attention and MLP read the same; -1: none", -1)
-    smear_gate: bool = knob(False, "a gate lets each embedding take some of the one before it in the document")
-    start_token: int = knob(1, "id that begins a document, where SMEAR_GATE=1 takes nothing", 0)
-    loop_layers: str = knob("", "first-last blocks, from 0, that run several times (depth recurrence); empty: none")
-    loop_passes: int = knob(3, "times that LOOP_LAYERS run", 2, 100)
+    logit_softcap: float = model(30.0, "logits are squeezed smoothly into +- this", 1e-3)
+    x0_mix: bool = model(True, "every block mixes its input with the embedding, by learned vectors")
+    ln_scale: bool = model(False, "what a block's norms give is divided by the root of its number, from 1")
+    xsa_layers: int = model(0, "in the last n blocks attention leaves out each token's own value (XSA)", 0)
+    attn_gate: bool = model(False, "a gate on what each attention head gives")
+    gated_skips: bool = model(False, "learned gates between the stream and what the U-net's skips bring")
+    parallel_from: int = model(-1, "from this block on, counted from 0, attention and MLP read the same; -1: none", -1)
+    smear_gate: bool = model(False, "a gate lets each embedding take some of the one before it in the document")
+    start_token: int = model(1, "id that begins a document, where SMEAR_GATE=1 takes nothing", 0)
+    loop_layers: str = model("", "first-last blocks, from 0, that run several times (depth recurrence); empty: none")
+    loop_passes: int = model(3, "times that LOOP_LAYERS run", 2, 100)
     loop_start: float = knob(0.35, "share of the run from which on LOOP_LAYERS run several times", 0, 1)
     embed_lr: float = knob(0.6, "Adam rate of an untied embedding", 0)
     head_lr: float = knob(0.008, "Adam rate of an untied output projection", 0)
@@ -148,7 +143,6 @@ class Config:
     beta2: float = knob(0.95, "Adam's second decay", 0, 0.999999)
     adam_eps: float = knob(1e-8, "Adam's epsilon", 1e-20)
     grad_clip_norm: float = knob(0.0, "the global gradient norm is clipped to this, after reduction; 0: off", 0)
-    int8_scale_floor: float = knob(0.0, "least scale of an int8 row; raising it trades quality for size", 0)
     codec: str = knob("zlib", "last stage of the artifact; rans is smaller", choices=("zlib", "rans"))
     weight_bits: int = knob(8, "bits of the matrices of the blocks and of an untied output projection", 2, 8)
     embed_bits: int = knob(8, "bits of the embedding", 2, 8)
@@ -165,7 +159,8 @@ class Config:
         require(len(argv) <= 1, f"arguments {argv}: expected at most one FILE.env; knobs are environment variables")
         texts = read_env_file(Path(argv[0])) if argv else {}
         for name in texts.keys() - KNOBS.keys():
-            raise UserError(f"{argv[0]}: {name} is not a knob{did_you_mean(name, 0.6) or ': see --help'}")
+            close = difflib.get_close_matches(name.upper(), KNOBS, 1)
+            raise UserError(f"{argv[0]}: {name} is not a knob: did you mean {(close or ['one of --help'])[0]}?")
         texts |= {name: environ[name] for name in KNOBS if name in environ}
         texts = (told or {}) | texts
         config = Config(**{KNOBS[name].name: parse(KNOBS[name], text.strip()) for name, text in texts.items()})
@@ -205,8 +200,8 @@ class Config:
 
     def texts(self) -> dict[str, str]:
         """{KNOB: text}, which read back gives this configuration, but for what belongs to one run or one call."""
-        hidden = {"RUN_ID", "MODE", "ARTIFACT", "RESUME", "RESUME_FORCE"}
-        values = {name: getattr(self, field.name) for name, field in KNOBS.items() if name not in hidden}
+        values = {name: getattr(self, field.name) for name, field in KNOBS.items()
+                  if name not in ("RUN_ID", "MODE", "ARTIFACT", "RESUME", "RESUME_FORCE", "TARGET_WORLD_SIZE")}
         return {name: str(int(value) if isinstance(value, bool) else value) for name, value in values.items()}
 
     def accumulation_steps(self, world_size: int, device_type: str) -> int:
@@ -229,10 +224,6 @@ KNOBS = {field.name.upper(): field for field in dataclasses.fields(Config)}
 
 def divisors(n: int) -> list[int]:
     return sorted({d for k in range(1, math.isqrt(n) + 1) if n % k == 0 for d in (k, n // k)})
-
-def did_you_mean(name: str, cutoff: float) -> str:
-    close = difflib.get_close_matches(name.upper(), KNOBS, 1, cutoff)
-    return f": did you mean {close[0]}?" if close else ""
 
 def parse(field: dataclasses.Field, text: str):
     """The value of a knob from its text; its type is that of its default."""
@@ -272,7 +263,8 @@ class Runtime:
         # What signals have asked for; while `patient`, the wish to leave waits for the end of a step.
         self.patient, self.save_asked, self.leave = False, False, 0
         available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-        kind = next(kind for kind in available if available[kind]) if config.device == "auto" else config.device
+        anywhere = config.device == "auto" or config.target_world_size  # the GPUs that it means need not be here
+        kind = next(kind for kind in available if available[kind]) if anywhere else config.device
         require(available[kind], f"DEVICE={kind}: torch {torch.__version__} sees no such device here: use DEVICE=auto")
         require(kind != "mps" or self.world_size == 1, f"WORLD_SIZE={self.world_size}: use one process, or DEVICE=cpu")
         gpus, local_ranks = torch.cuda.device_count(), int(environ.get("LOCAL_WORLD_SIZE", self.world_size))
@@ -331,10 +323,6 @@ class Runtime:
         else:
             self.leave = number
 
-    def close(self):
-        if self.world_size > 1 and dist.is_initialized():
-            dist.destroy_process_group()
-
 class RunFolder:
     """logs/<run_id>/ and all that a run writes. Only rank 0 writes; lines logged before `create` are kept for it."""
     def __init__(self, runtime: Runtime):
@@ -371,14 +359,11 @@ class RunFolder:
                 print(line, flush=True)
             self.append("train.log", line) if self.lock else self.lines.append(line)
 
-    def metrics(self, **values):
-        if self.runtime.is_master:
-            self.append("metrics.jsonl", json.dumps(values))
-
     def append(self, name: str, *lines: str):
         """Lines at the end of a file; a full disk costs the lines and not the run."""
-        with contextlib.suppress(OSError), open(self.path / name, "a", encoding="utf-8") as file:
-            file.writelines(f"{line}\n" for line in lines)
+        if self.runtime.is_master:
+            with contextlib.suppress(OSError), open(self.path / name, "a", encoding="utf-8") as file:
+                file.writelines(f"{line}\n" for line in lines)
 
     def write(self, name: str, data: bytes):
         """Write a file of the folder such that it is there whole and verified, or as it was before."""
@@ -449,10 +434,9 @@ class TokenStream:
     """The shards of one split as one sequence of tokens."""
     def __init__(self, folder: str, split: str, vocab_size: int):
         self.pattern, self.vocab_size = f"{folder}/fineweb_{split}_*.bin", vocab_size
-        require(Path(folder).is_dir(), f"DATA_PATH={folder} is no folder; {NO_DATA_HINT}")
         # Digits only: a glob would also take side files such as fineweb_val_000000_old.bin for validation text.
         names = re.compile(rf"fineweb_{split}_(\d+)\.bin")
-        found = sorted((int(m[1]), path) for path in Path(folder).iterdir() if (m := names.fullmatch(path.name)))
+        found = sorted((int(m[1]), path) for path in Path(folder).glob("*") if (m := names.fullmatch(path.name)))
         require(found, f"DATA_PATH={folder} holds no fineweb_{split}_NNNNNN.bin; {NO_DATA_HINT}")
         first = found[0][0] if split == "train" else 0  # a validation text without its beginning is another text
         for expected, (number, path) in enumerate(found, start=first):
@@ -505,17 +489,16 @@ class TrainLoader:
     def read(self, position: int) -> np.ndarray:
         """[B, T + 1] tokens: each sequence with the target of its last token."""
         starts = range(position, position + self.share, self.length)
-        if self.seed is not None:
-            starts = map(self.shuffled, starts)
+        starts = starts if self.seed is None else map(self.shuffled, starts)
         return np.stack([self.stream.read(start, self.length + 1) for start in starts])
 
     def shuffled(self, position: int) -> int:
         """Where in the text the sequence at this position of the order begins."""
         epoch, index = divmod(position // self.length, self.pieces)
         if epoch != self.epoch:
-            random = np.random.default_rng((self.seed, epoch))
-            self.epoch, self.phase, self.order = epoch, random.integers(self.length), random.permutation(self.pieces)
-        return int(self.phase + self.order[index] * self.length)
+            random, self.epoch = np.random.default_rng((self.seed, epoch)), epoch
+            self.phase, self.order = int(random.integers(self.length)), random.permutation(self.pieces)
+        return self.phase + int(self.order[index]) * self.length
 
     def next_step(self) -> tuple[Tensor, Tensor]:
         """Inputs and targets, [micro-steps, B, T] each."""
@@ -602,6 +585,11 @@ def expanded_attention(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor) -> Tensor
     k_BHTd, v_BHTd = (kv.repeat_interleave(q_BHTd.size(1) // kv.size(1), dim=1) for kv in (k_BKTd, v_BKTd))
     return F.scaled_dot_product_attention(q_BHTd, k_BHTd, v_BHTd, is_causal=True)
 
+def flash3_attention(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor) -> Tensor:
+    attend = importlib.import_module("flash_attn_interface").flash_attn_func
+    y_BTHd = attend(*(x.transpose(1, 2) for x in (q_BHTd, k_BKTd, v_BKTd)), causal=True)
+    return (y_BTHd[0] if isinstance(y_BTHd, tuple) else y_BTHd).transpose(1, 2)
+
 def blocked_attention(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor, block: int = 128) -> Tensor:
     """Plain products, each block of queries against its own past, so that half of the square is never computed. Twice
     as fast as torch's CPU flash kernel at T = 256; memory grows with T squared, so it is for short sequences."""
@@ -620,20 +608,22 @@ def blocked_attention(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor, block: int
 def choose_attention(config: Config, runtime: Runtime):
     """(function, log line) of the first backend that trains on one real sequence; torch's switches pin SDPA to it."""
     switches = {"flash": "flash", "cudnn": "cudnn", "efficient": "mem_efficient", "math": "math"}
-    order = {"cuda": list(switches), "mps": ["math", "blocked"],
+    hopper = runtime.device.type == "cuda" and torch.cuda.get_device_capability(runtime.device)[0] == 9
+    cuda = ["flash3", "cudnn", "flash", "efficient", "math"] if hopper else list(switches)
+    order = {"cuda": cuda, "mps": ["math", "blocked"],
              "cpu": ["blocked"] if config.train_seq_len <= 1024 else ["flash", "math"]}[runtime.device.type]
     heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
     shapes = [(1, n, config.train_seq_len, config.model_dim // config.num_heads) for n in heads]
-    failed = ""
+    own, failed = {"flash3": (flash3_attention,), "blocked": (blocked_attention,)}, ""
     for name in order if config.attention == "auto" else [config.attention]:
-        for attend in [blocked_attention] if name == "blocked" else [grouped_attention, expanded_attention]:
+        for attend in own.get(name, (grouped_attention, expanded_attention)):
             for backend, switch in switches.items():
                 getattr(torch.backends.cuda, f"enable_{switch}_sdp")(backend == name)
             try:
                 options = {"device": runtime.device, "dtype": runtime.dtype, "requires_grad": True}
                 attend(*(torch.ones(shape, **options) for shape in shapes)).sum().backward()
                 return attend, f"attention:{name} by {attend.__name__}{failed}"
-            except (RuntimeError, NotImplementedError) as error:
+            except (RuntimeError, ImportError) as error:
                 failed += f"; {name} {attend.__name__} failed: {error!r:.120}"
     raise UserError(f"ATTENTION={config.attention} does not run on {runtime.device}: use ATTENTION=auto, or a "
                     f"smaller MODEL_DIM or TRAIN_SEQ_LEN{failed}")
@@ -779,8 +769,7 @@ class GPT(nn.Module):
         logits = self.softcap * torch.tanh(logits.float() / self.softcap)
         if targets_BT is None:
             return logits
-        losses = F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), reduction="none")
-        return losses.view_as(targets_BT)
+        return F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), reduction="none").view_as(targets_BT)
 
 def build_model(config: Config, runtime: Runtime) -> tuple[GPT, nn.Module, str]:
     """(model, the same compiled where that works, what was chosen and why)."""
@@ -820,15 +809,10 @@ class Muon(torch.optim.Optimizer):
     m = mu * m + g;  u = g + mu * m (Nesterov);  p -= lr * sqrt(max(1, rows / cols)) * orthogonal(u)
     Before that, `row_norm` brings the rows of u to norm 1, and `weight_decay` (decoupled) takes lr * weight_decay * p.
     Rank r owns every world_size-th matrix; the updates are summed. Those of one shape are one batch: it is faster."""
-    def __init__(self, params, lr: float, momentum: float, steps: int, runtime: Runtime,
-                 row_norm: bool = False, weight_decay: float = 0.0):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "steps": steps,
-                                  "row_norm": row_norm, "weight_decay": weight_decay})
+    def __init__(self, params, lr: float, momentum: float, steps: int, runtime, row_norm=False, weight_decay=0.0):
+        options = dict(lr=lr, momentum=momentum, steps=steps, row_norm=row_norm, weight_decay=weight_decay)
+        super().__init__(params, options)
         self.runtime = runtime
-
-    def owned(self, params: list[nn.Parameter]) -> list[nn.Parameter]:
-        """Those whose momentum and work are this rank's."""
-        return params[self.runtime.rank :: self.runtime.world_size]
 
     @torch.no_grad()
     def step(self):
@@ -837,7 +821,7 @@ class Muon(torch.optim.Optimizer):
             total = torch.zeros(sum(p.numel() for p in params), device=params[0].device, dtype=self.runtime.dtype)
             parts = total.split([p.numel() for p in params])
             updates = {p: part.view_as(p) for p, part in zip(params, parts, strict=True)}
-            mine = sorted(self.owned(params), key=lambda p: p.shape)
+            mine = sorted(params[self.runtime.rank :: self.runtime.world_size], key=lambda p: p.shape)
             for shape, same in itertools.groupby(mine, key=lambda p: p.shape):
                 same = list(same)
                 for p in same:
@@ -865,9 +849,9 @@ def build_optimizers(model: GPT, config: Config, runtime: Runtime) -> list[torch
              "head": config.head_lr, "scalar": config.scalar_lr}
     decays = {"embed": config.embed_weight_decay, "head": config.embed_weight_decay,
               "scalar": config.scalar_weight_decay}
-    adam = torch.optim.AdamW([{"params": groups[name], "lr": rate, "weight_decay": decays[name]}
-                              for name, rate in rates.items() if groups[name]],
-                             betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)
+    options = [{"params": groups[name], "lr": rates[name], "weight_decay": decays[name]} for name in rates]
+    adam = torch.optim.AdamW([option for option in options if option["params"]], fused=True,
+                             betas=(config.beta1, config.beta2), eps=config.adam_eps)
     muon = Muon(groups["matrix"], config.matrix_lr, config.muon_momentum, config.muon_backend_steps, runtime,
                 row_norm=config.muon_row_norm, weight_decay=config.muon_weight_decay)
     for group in adam.param_groups + muon.param_groups:
@@ -951,10 +935,7 @@ INT8_FORMAT, RANS_FORMAT, INT8_CLIP_QUANTILE = "int8_clean_per_row_v1", "rans_pe
 INT8_MIN_NUMEL = 65_536  # tensors up to this many elements are kept as floats
 UNPACKED_LIMIT = 2**30  # bytes that an artifact may unpack to: far more than any within SIZE_LIMIT needs
 TENSOR_CLASSES = ("attn", "mlp", "embed")  # each has a CLIP knob and a table of frequencies
-MODEL_KNOBS = ("VOCAB_SIZE", "NUM_LAYERS", "MODEL_DIM", "NUM_HEADS", "NUM_KV_HEADS", "MLP_MULT", "TIE_EMBEDDINGS",
-               "ROPE_BASE", "LOGIT_SOFTCAP", "TRAIN_SEQ_LEN", "MLP_SLOPE", "ROPE_DIMS", "X0_MIX", "LN_SCALE",
-               "XSA_LAYERS", "ATTN_GATE", "GATED_SKIPS", "PARALLEL_FROM", "SMEAR_GATE", "START_TOKEN", "LOOP_LAYERS",
-               "LOOP_PASSES")
+MODEL_KNOBS = tuple(name for name, field in KNOBS.items() if field.metadata["model"])
 # What an artifact tells of its configuration: the model, and what its score depends on to the last digit.
 TOLD_KNOBS = (*MODEL_KNOBS, "EVAL_STRIDE", "VAL_BATCH_SIZE", "TRAIN_BATCH_TOKENS", "GRAD_ACCUM_STEPS",
               "MICRO_BATCH_TOKENS")
@@ -966,14 +947,13 @@ def artifact_names(config: Config) -> tuple[str, str]:
 def tensor_class(name: str) -> str:
     return next((part for part in TENSOR_CLASSES if f".{part}." in name), "embed")
 
-def quantize_rows(w: Tensor, scale_floor=0.0, qmax: int = 127, k: float = 0.0) -> tuple[Tensor, Tensor]:
+def quantize_rows(w: Tensor, qmax: int = 127, k: float = 0.0) -> tuple[Tensor, Tensor]:
     """int8 values up to qmax and fp16 scales [rows] of an fp32 matrix: scale = clip / qmax, clip k standard deviations
     of the row, or for k = 0 the 99.99984th percentile of its magnitudes; the scale is 1 for a row of zeros.
     Rounding uses the scale as stored: it errs by at most half of it within."""
     spread, mean = torch.std_mean(w, dim=1, correction=0)  # a row of one value has no spread, but a mean
     clip = torch.maximum(k * spread, mean.abs()) if k else torch.quantile(w.abs(), INT8_CLIP_QUANTILE, dim=1)
-    least = max(scale_floor, 2.0**-24)  # fp16 holds nothing smaller, and a scale of 0 would divide by zero
-    scale = (clip / qmax).clamp(min=least).where(clip > 0, 1.0).half()
+    scale = (clip / qmax).clamp(min=2.0**-24).where(clip > 0, 1.0).half()  # fp16 holds nothing smaller
     return (w / scale.float()[:, None]).round().clamp(-qmax, qmax).to(torch.int8), scale
 
 @torch.no_grad()
@@ -1032,7 +1012,7 @@ def quantize(state: dict[str, Tensor], config: Config, hessians: dict[str, Tenso
             rows = tensor.float() if tensor.ndim == 2 else tensor.float().view(1, -1)
             qmax = 2 ** ((config.embed_bits if kind_of(name) == "tok_emb" else config.weight_bits) - 1) - 1
             k = multiplier * getattr(config, f"clip_{tensor_class(name)}")
-            q, scale = quantize_rows(rows, config.int8_scale_floor, qmax, k)
+            q, scale = quantize_rows(rows, qmax, k)
             q = gptq_round(rows, scale, hessians[name], qmax).cpu() if hessians and name in hessians else q
             quantized[name], dtypes[name] = q.view_as(tensor), dtype
             scales[name] = scale if tensor.ndim == 2 else scale[0]
@@ -1194,9 +1174,8 @@ def export(state: dict[str, Tensor], config: Config, folder: RunFolder, code_byt
     folder.log(f"Serialized model: {len(raw)} bytes\nCode size: {code_bytes} bytes\n"
                f"Total submission size: {len(raw) + code_bytes} bytes\nSerialized model {tag}: {len(blob)} bytes "
                f"(payload:{payload} raw_torch:{len(packed)} payload_ratio:{ratio:.2f}x)\n"
-               f"Total submission size {tag}: {total} bytes\n"
-               f"size_verdict:{verdict} limit:{limit} spare:{limit - total}")
-    folder.log(f"clip_multiplier:{multiplier:.4f}") if config.fit_size else None
+               f"Total submission size {tag}: {total} bytes\nsize_verdict:{verdict} limit:{limit} "
+               f"spare:{limit - total} clip_multiplier:{multiplier:.4f}")
     return {"bytes_model": len(raw), "bytes_artifact": len(blob), "bytes_code": code_bytes, "bytes_total": total,
             "bytes_limit": limit, "sha256_artifact": hashlib.sha256(blob).hexdigest(), "clip_multiplier": multiplier}
 
@@ -1208,8 +1187,8 @@ class Trainer:
     """Model, optimizers and data of one run, and the loop over them."""
     def __init__(self, config: Config, runtime: Runtime, folder: RunFolder, watch: Stopwatch, loader: TrainLoader,
                  lifeline=None):
-        self.config, self.runtime, self.folder, self.watch, self.loader = config, runtime, folder, watch, loader
-        self.lifeline = lifeline  # what makes and restores checkpoints, if there are to be any
+        self.config, self.runtime, self.folder, self.watch = config, runtime, folder, watch
+        self.loader, self.lifeline = loader, lifeline  # the latter makes checkpoints, if there are to be any
         self.model, self.scorer, self.note = build_model(config, runtime)
         self.optimizers, self.learner = build_optimizers(self.model, config, runtime), self.scorer
         if runtime.world_size > 1:
@@ -1263,8 +1242,8 @@ class Trainer:
 
     def calibrate(self, batches: int) -> dict[str, Tensor]:
         """Hessians from this rank's share of so many micro-batches of training text, by the model uncompiled."""
-        mine = -(-batches // self.runtime.world_size)
-        return collect_hessians(self.model, (self.loader.next_step()[0][0] for _ in range(mine)), self.runtime)
+        mine = range(-(-batches // self.runtime.world_size))
+        return collect_hessians(self.model, (self.loader.next_step()[0][0] for _ in mine), self.runtime)
 
     def warm_up(self, evaluator: Evaluator):
         """Compile every path with real steps, then put weights, optimizers, RNG and data back exactly as they were."""
@@ -1278,8 +1257,8 @@ class Trainer:
                     self.step(1.0, self.config.muon_momentum)
                     self.runtime.synchronize()
                     self.folder.log(f"warmup_step:{step}/{total}{' looping' * looping}")
-                if total > 1 and not self.finished:  # the first step compiles; the last tells how long one takes
-                    self.recent.append(self.watch.elapsed("compile") - began)
+                    if step == total > 1:  # the first step compiles; the last tells how long one takes
+                        self.recent.append(self.watch.elapsed("compile") - began)
                 if total:
                     with torch.no_grad():
                         self.scorer(*evaluator.batch_at(evaluator.windows.start)[:2])
@@ -1323,7 +1302,8 @@ class Trainer:
             line = f"step:{step}/{config.iterations} train_loss:{loss:.4f} {times(step, clock)}"
             if config.train_log_every and (step <= 10 or step % config.train_log_every == 0):
                 self.folder.log(line)
-            self.folder.metrics(step=step, train_loss=loss, lr_scale=scale, train_seconds=round(clock, 4))
+            numbers = {"step": step, "train_loss": loss, "lr_scale": scale, "train_seconds": round(clock, 4)}
+            self.folder.append("metrics.jsonl", json.dumps(numbers))
 
     def train(self, evaluator: Evaluator) -> Score:
         """Plan, save, validate, step, log, until ITERATIONS or the clock. The last validation."""
@@ -1354,7 +1334,8 @@ class Trainer:
                     continue
                 folder.log(f"step:{self.steps}/{config.iterations} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} "
                            f"{times(self.steps, clock)}{score.label}")
-                folder.metrics(step=self.steps, val_loss=score.loss, val_bpb=score.bpb, partial=bool(score.label))
+                numbers = {"val_loss": score.loss, "val_bpb": score.bpb, "partial": bool(score.label)}
+                folder.append("metrics.jsonl", json.dumps({"step": self.steps, **numbers}))
             if stop:
                 if self.steps < config.iterations:
                     folder.log(f"stopping_early: wallclock_cap train_time:{1000 * clock:.0f}ms "
@@ -1382,12 +1363,8 @@ def open_text(config: Config, folder: RunFolder) -> tuple[TokenStream, TokenByte
     token_bytes = TokenBytes(config.tokenizer_path, config.vocab_size)
     folder.log(f"val_loader:shards pattern={stream.pattern} tokens:{len(stream) - 1}")
     module = beside("audit", "the bytes of the text are weighed, but not proved", folder)
-    if module and folder.runtime.is_master:
-        stated = module.manifest_bytes(require, config.data_path)
-        line, facts = module.audit(require, token_bytes, stream, stated)
-        folder.log(line)
-        return stream, token_bytes, facts
-    return stream, token_bytes, {}
+    audited = module.report(folder, require, token_bytes, stream, config.data_path) if module else {}
+    return stream, token_bytes, audited
 
 def log_final(label: str, score: Score, seconds: float, folder: RunFolder):
     folder.log(f"{label} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} eval_time:{1000 * seconds:.0f}ms"
@@ -1409,13 +1386,11 @@ def prepare(config: Config, folder: RunFolder, code: bytes, watch: Stopwatch):
     module = beside("lifeline", "no checkpoints, no resuming, no fitting of micro-batches to the memory", folder)
     lifeline = module.Lifeline(config, folder, stream, code) if module else folder.locate(config)
     require(lifeline or not folder.path.exists(), f"folder {folder.path} exists: choose another RUN_ID")
+    watch.switch("compile")
     trainer = Trainer(config, runtime, folder, watch, TrainLoader(stream, config, runtime, accum_steps), lifeline)
     if lifeline:
-        lifeline.restore(trainer)
+        lifeline.begin(trainer)
     folder.create(config, code)
-    if lifeline:
-        watch.switch("compile")
-        module.fit_memory(trainer)
     return trainer, *text
 
 def train(config: Config, folder: RunFolder, argv: list[str]):
@@ -1440,9 +1415,10 @@ def train(config: Config, folder: RunFolder, argv: list[str]):
     if runtime.device.type == "cuda":
         folder.log(f"peak memory allocated: {torch.cuda.max_memory_allocated() >> 20} MiB "
                    f"reserved: {torch.cuda.max_memory_reserved() >> 20} MiB")
-    sizes = export(trainer.model.state_dict(), trainer.config, folder, len(code)) if runtime.is_master else {}
+    state, (name, tag) = trainer.model.state_dict(), artifact_names(config)
+    sizes = runtime.is_master and export(state, trainer.config, folder, len(code), trainer.hessians)
     # Rank 0 reads the file back and the others get its bytes: hosts need no common disk to score the artifact.
-    artifact = folder.path / "final_model.int8.ptz"
+    artifact = folder.path / name
     blob = runtime.share(artifact.read_bytes() if runtime.is_master else None)
     trainer.model.load_state_dict(dequantize(unpack(blob, artifact)))
     watch.switch("evaluation")
@@ -1450,33 +1426,31 @@ def train(config: Config, folder: RunFolder, argv: list[str]):
     after = evaluator.score(trainer.scorer, folder.log)
     eval_seconds = time.perf_counter() - began
     watch.switch("export")
-    log_final("final_int8_zlib_roundtrip", after, eval_seconds, folder)
+    log_final(f"final_{tag.replace('+', '_')}_roundtrip", after, eval_seconds, folder)
     if not runtime.is_master:
         return
     require(after.label or after.bytes == facts.get("val_bytes", after.bytes),
             f"scored {after.bytes} bytes, but the text has {facts}: a fault of this script")
     result = {
-        "run_id": folder.run_id, "seed": config.seed, "steps": steps,
-        "resumed_at": getattr(trainer.lifeline, "resumed_at", []),
-        "model_params": params, "val_loss": after.loss, "val_bpb": after.bpb, "pre_quant_val_loss": before.loss,
-        "pre_quant_val_bpb": before.bpb, "partial": bool(after.label), "scored_tokens": after.tokens,
-        "scored_bytes": after.bytes, "val_tokens": after.of, "eval_stride": config.eval_stride,
+        "run_id": folder.run_id, "seed": config.seed, "steps": steps, "model_params": params, "val_loss": after.loss,
+        "val_bpb": after.bpb, "pre_quant_val_loss": before.loss, "pre_quant_val_bpb": before.bpb,
+        "partial": bool(after.label), "scored_tokens": after.tokens, "scored_bytes": after.bytes,
+        "val_tokens": after.of, "eval_stride": config.eval_stride, "eval_seconds": round(eval_seconds, 3),
         "train_tokens": steps * config.train_batch_tokens, "over_clock": bool(limit and over > 0),
         "seconds": {phase: round(seconds, 3) for phase, seconds in watch.seconds.items()},
-        "eval_seconds": round(eval_seconds, 3), "step_avg_ms": 1000 * watch.seconds["training"] / max(steps, 1),
-        "world_size": runtime.world_size, "grad_accum_steps": accum_steps, "device": runtime.device_name(),
-        "dtype": str(runtime.dtype), "note": trainer.note, **sizes,
-        "torch": torch.__version__, "python": platform.python_version(), "platform": platform.platform(),
-        "numpy": np.__version__, "cuda": torch.version.cuda,
-        "sha256_code": hashlib.sha256(code).hexdigest(), "sha256_tokenizer": token_bytes.sha256, **facts,
+        "step_avg_ms": 1000 * watch.seconds["training"] / max(steps, 1), "world_size": runtime.world_size,
+        "resumed_at": getattr(trainer.lifeline, "resumed_at", []), "grad_accum_steps": accum_steps,
+        "device": runtime.device_name(), "dtype": str(runtime.dtype), "note": trainer.note, "cuda": torch.version.cuda,
+        "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version(),
+        "platform": platform.platform(), "sha256_code": hashlib.sha256(code).hexdigest(),
+        "sha256_tokenizer": token_bytes.sha256, **sizes, **facts,
     }
     folder.write("result.json", (json.dumps(result, indent=1) + "\n").encode())
     if config.sample_prompt:
         folder.log("".join(["sample: ", *beside("sample").generate(trainer.model, config, token_bytes)]))
 
 def beside(name: str, without: str = "", folder: RunFolder | None = None):
-    """The module NAME.py beside this script, which no submission needs; if it is not there, None and a line that says
-    what is missed `without` it."""
+    """The module NAME.py beside this script, or None and a line that says what is missed `without` it."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -1486,23 +1460,21 @@ def beside(name: str, without: str = "", folder: RunFolder | None = None):
 # ---------- main: wiring only -----------------------------------------------------------------------------------------
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    if argv in (["-h"], ["--help"]):
-        beside("check").explain(sys.modules[__name__])
-        return 0
     folder = None
     with contextlib.suppress(AttributeError):  # of what stands in for a terminal
         sys.stdout.reconfigure(errors="replace")  # letters that it lacks must not end the run
     try:
+        if argv in (["-h"], ["--help"]):
+            return beside("check").explain(sys.modules[__name__])
         config = Config.load(argv, os.environ)
-        if config.mode == "check" and config.target_world_size:
-            config = dataclasses.replace(config, device="auto")  # the GPUs that are meant need not be here
         folder = RunFolder(Runtime(config, os.environ))
         for name in {"SIGTERM", "SIGINT", "SIGUSR1"} & set(dir(signal)):
             signal.signal(getattr(signal, name), folder.runtime.on_signal)
         mode = train if config.mode == "train" else beside(config.mode).main
         code = mode(config, folder, argv)
         folder.close()
-        folder.runtime.close()
+        if folder.runtime.world_size > 1:
+            dist.destroy_process_group()
         return code or 0
     except (UserError, OSError, RuntimeError, KeyboardInterrupt) as error:
         message, code = f"error: {error}", 2
