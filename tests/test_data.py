@@ -166,8 +166,8 @@ def test_to_device_keeps_every_uint16():
 # The order of the data
 
 
-def loaders_of(stream, T, sequences, world_size, accum_steps):
-    config = Config(train_seq_len=T, train_batch_tokens=T * sequences)
+def loaders_of(stream, T, sequences, world_size, accum_steps, **knobs):
+    config = Config(train_seq_len=T, train_batch_tokens=T * sequences, **knobs)
     ranks = [SimpleNamespace(rank=r, world_size=world_size, device=torch.device("cpu")) for r in range(world_size)]
     return [TrainLoader(stream, config, rank, accum_steps) for rank in ranks]
 
@@ -222,3 +222,125 @@ def test_a_bad_token_read_ahead_is_reported(tmp_path):
     loader.next_step()
     with pytest.raises(UserError, match="token 99"):  # position 10 to 20, and the target at 20
         loader.next_step()
+
+
+# Shuffled
+
+
+def write_distinct(folder, lengths):
+    """Shards in which token i of the stream is i: a sequence tells where it begins."""
+    begins = itertools.accumulate(lengths, initial=0)
+    for number, (start, length) in enumerate(zip(begins, lengths, strict=False)):
+        write_shard(folder / f"fineweb_train_{number:06d}.bin", range(start, start + length))
+    return TokenStream(str(folder), "train", 65536)
+
+
+def starts_of(loaders, T, steps) -> list[list[int]]:
+    """Where the sequences of each step begin; each must be T + 1 tokens of the text in a row."""
+    starts = []
+    for _ in range(steps):
+        sequences = step_of(loaders)
+        starts.append([inputs[0] for inputs, _ in sequences])
+        for inputs, targets in sequences:
+            assert inputs == list(range(inputs[0], inputs[0] + T)), "a sequence is text in a row, not around the end"
+            assert targets == list(range(inputs[0] + 1, inputs[0] + T + 1))
+    return starts
+
+
+def epochs_of(starts, T) -> list[list[int]]:
+    """Cut the order where a start comes again or has another phase: there an epoch must have ended."""
+    epochs = [[]]
+    for start in starts:
+        if start in epochs[-1] or (epochs[-1] and start % T != epochs[-1][0] % T):
+            epochs.append([])
+        epochs[-1].append(start)
+    return epochs
+
+
+@pytest.mark.parametrize("lengths, T", [([500], 5), ([61, 1, 200, 47], 7), ([1000, 24], 16), ([97], 4), ([64], 1)])
+def test_an_epoch_of_shuffled_sequences_has_each_exactly_once(tmp_path, lengths, T):
+    stream, total = write_distinct(tmp_path, lengths), sum(lengths)
+    steps = 4 * total // (3 * T)
+    starts = starts_of(loaders_of(stream, T, 3, 1, 1, loader="shuffle"), T, steps)  # around the text four times
+    epochs = epochs_of(itertools.chain(*starts), T)[:-1]  # the last may be cut short
+    assert len(epochs) >= 3
+    for epoch in epochs:
+        low, high = min(epoch), max(epoch)
+        assert sorted(epoch) == list(range(low, high + 1, T)), "all of one phase, none twice, none left out"
+        assert low < T and total - 2 * T <= high + T < total, "from the phase to the end, but for less than two"
+        assert epoch != sorted(epoch)
+    assert len({tuple(epoch) for epoch in epochs}) == len(epochs), "each epoch has an order of its own"
+    if T > 4:
+        assert len({epoch[0] % T for epoch in epochs}) > 1, "phases differ"
+    assert len({len(epoch) for epoch in epochs}) == 1, "so that a position alone tells the epoch"
+
+
+@pytest.mark.parametrize("world_size, accum_steps", [(1, 2), (1, 12), (2, 1), (2, 3), (3, 4), (4, 1), (12, 1)])
+def test_ranks_and_micro_steps_share_one_shuffled_order(tmp_path, world_size, accum_steps):
+    stream = write_distinct(tmp_path, [61, 1, 200, 47])  # an epoch of 60 sequences or so: five steps
+    alone = loaders_of(stream, 5, 12, 1, 1, loader="shuffle")
+    shared = loaders_of(stream, 5, 12, world_size, accum_steps, loader="shuffle")
+    for step in range(14):
+        assert {loader.position for loader in shared} == {alone[0].position} == {step * 60}, "tokens of all steps"
+        assert step_of(shared) == step_of(alone), step
+
+
+def test_a_position_alone_resumes_the_shuffled_order(tmp_path):
+    stream = write_distinct(tmp_path, [61, 1, 200, 47])
+    first = loaders_of(stream, 5, 8, 2, 1, loader="shuffle")
+    steps, positions = [], []
+    for _ in range(20):  # more than two epochs, and none ends with a step
+        positions.append(first[0].position)
+        steps.append(step_of(first))
+    for at in (0, 3, 7, 8, 15, 19):
+        for resumed in (loaders_of(stream, 5, 8, 2, 1, loader="shuffle"), first,
+                        loaders_of(stream, 5, 8, 1, 4, loader="shuffle")):  # fmt: skip
+            for loader in resumed:
+                loader.seek(positions[at])
+            assert [step_of(resumed) for _ in range(min(5, 20 - at))] == steps[at : at + 5]
+
+
+def test_the_shuffled_order_is_that_of_the_seed(tmp_path):
+    stream = write_distinct(tmp_path, [400])
+    orders = [starts_of(loaders_of(stream, 5, 10, 1, 1, loader="shuffle", seed=seed), 5, 5)
+              for seed in (1, 1, 2, 2**63 - 1)]  # fmt: skip
+    assert orders[0] == orders[1] and orders[1] != orders[2] and orders[3] not in orders[:3]
+
+
+@CHECKED
+@given(length=st.integers(40, 200), T=st.integers(1, 9), sequences=st.integers(1, 12), seed=st.integers(0, 99))
+def test_any_shuffled_text_repeats_nothing_within_an_epoch(tmp_path_factory, length, T, sequences, seed):
+    stream = write_distinct(tmp_path_factory.mktemp("shuffled"), [length])
+    steps = 2 * length // (T * sequences) + 1
+    starts = starts_of(loaders_of(stream, T, sequences, 1, 1, loader="shuffle", seed=seed), T, steps)
+    epochs = epochs_of(itertools.chain(*starts), T)
+    least = (length - 1) // T - 1  # whole sequences that every phase leaves room for
+    assert all(len(epoch) >= least for epoch in epochs[:-1])
+    assert all(sorted(epoch) == list(range(min(epoch), max(epoch) + 1, T)) for epoch in epochs[:-1])
+
+
+@pytest.mark.parametrize("length", [1, 3, 5, 6, 9, 11])
+def test_a_text_shorter_than_an_epoch_needs_is_shuffled_around_its_end_or_refused(tmp_path, length):
+    tokens = write_split(tmp_path, [length])
+    try:
+        loaders = loaders_of(TokenStream(str(tmp_path), "train", 65536), 5, 4, 1, 1, loader="shuffle")
+        sequences = step_of(loaders) + step_of(loaders)
+    except UserError as error:
+        assert "LOADER" in str(error) or "TRAIN_SEQ_LEN" in str(error)
+        return
+    around = tokens * 20
+    for inputs, targets in sequences:
+        assert any(around[i : i + 6] == [*inputs, targets[-1]] for i in range(length)) and inputs[1:] == targets[:-1]
+
+
+def test_a_bad_token_in_a_shuffled_text_is_reported(tmp_path):
+    write_shard(tmp_path / "fineweb_train_000000.bin", [1] * 30 + [99] + [1] * 9)
+    (loader,) = loaders_of(TokenStream(str(tmp_path), "train", 50), 3, 12, 1, 1, loader="shuffle")
+    with pytest.raises(UserError, match="token 99.*VOCAB_SIZE"):
+        for _ in range(20):
+            loader.next_step()
+
+
+def test_another_loader_is_refused():
+    with pytest.raises(UserError, match="LOADER=random"):
+        Config.load([], {"LOADER": "random"})

@@ -1,5 +1,5 @@
-"""Optimizer: the partition of the parameters, Adam's settings, Newton-Schulz and Muon against float64 references, ranks
-that share the work, a state that survives being saved."""
+"""Optimizer: the partition of the parameters, Adam's settings, Newton-Schulz and Muon against float64 references, decay
+and normalised rows, ranks that share the work, a state that survives being saved."""
 
 import copy
 import io
@@ -148,6 +148,88 @@ def test_muon_equals_a_plain_reference_over_steps_of_changing_rate_and_momentum(
             torch.testing.assert_close(p.detach().double(), w, rtol=1e-4, atol=2e-5, msg=lambda m, i=i: f"{i}: {m}")
 
 
+def uneven(*shape, seed):
+    """Rows whose sizes span four orders of magnitude."""
+    return randn(*shape, seed=seed) * torch.logspace(-2, 2, shape[0])[:, None]
+
+
+@pytest.mark.parametrize("row_norm", [0, 1])
+@pytest.mark.parametrize("decay", [0, 0.3])
+def test_muon_with_decay_and_row_norm_equals_the_formulas(make_config, runtime, row_norm, decay):
+    config = make_config(MATRIX_LR=0.05, MUON_WEIGHT_DECAY=decay, MUON_ROW_NORM=row_norm, NUM_LAYERS=1)
+    model = GPT(config)
+    muon = build_optimizers(model, config, runtime)[1]
+    (group,) = muon.param_groups
+    with torch.no_grad():
+        for i, p in enumerate(group["params"]):
+            p.copy_(randn(*p.shape, seed=i))
+    weights = [p.detach().double() for p in group["params"]]
+    momenta = [torch.zeros_like(w) for w in weights]
+    for t, (scale, mu) in enumerate([(1.0, 0.5), (0.5, 0.9), (0.0, 0.9), (2.0, 0.95)]):  # the decay follows the rate
+        lr = group["lr"] = group["base_lr"] * scale
+        group["momentum"] = mu
+        for i, p in enumerate(group["params"]):
+            p.grad = uneven(*p.shape, seed=100 * t + i) * 10.0**-t
+            momenta[i] = mu * momenta[i] + p.grad.double()
+            u = p.grad.double() + mu * momenta[i]
+            if row_norm:
+                u = u / u.square().sum(1, keepdim=True).sqrt()
+            shape_factor = max(1, p.size(0) / p.size(1)) ** 0.5
+            weights[i] = (1 - lr * decay) * weights[i] - lr * shape_factor * orthogonalised(u)
+        muon.step()
+        for i, (p, w) in enumerate(zip(group["params"], weights, strict=True)):
+            torch.testing.assert_close(p.detach().double(), w, rtol=1e-5, atol=2e-5, msg=lambda m, i=i: f"{i}: {m}")
+            # The rows of the update are normalised, never the momentum that is kept.
+            kept = muon.state[p]["momentum_buffer"].double()
+            assert ((kept - momenta[i]).abs() <= 1e-6 * momenta[i].norm(dim=1, keepdim=True)).all()
+
+
+def test_row_norm_makes_rows_of_any_size_count_the_same(runtime):
+    """Without it a row a million times smaller is not moved; and a row of zeros stays where it is."""
+    moved = {}
+    for row_norm in (False, True):
+        p = nn.Parameter(torch.zeros(8, 16))
+        p.grad = randn(8, 16, seed=1)
+        p.grad[3] *= 1e-6
+        p.grad[5] = 0
+        Muon([p], lr=1.0, momentum=0.9, steps=5, runtime=runtime, row_norm=row_norm).step()
+        assert p.isfinite().all() and (p[5] == 0).all()
+        moved[row_norm] = p.detach()[3].norm()
+    assert moved[False] < 1e-2 and moved[True] > 0.5
+
+
+@pytest.mark.parametrize("tied", [1, 0])
+@pytest.mark.parametrize("embed_decay, scalar_decay", [(0, 0), (0.3, 0), (0, 0.3), (0.2, 0.4)])
+def test_decay_of_embedding_head_and_vectors_is_that_of_adamw(make_config, runtime, tied, embed_decay, scalar_decay):
+    config = make_config(TIE_EMBEDDINGS=tied, EMBED_WEIGHT_DECAY=embed_decay, SCALAR_WEIGHT_DECAY=scalar_decay,
+                         TIED_EMBED_LR=0.02, EMBED_LR=0.1, HEAD_LR=0.03, SCALAR_LR=0.04, BETA1=0.8, BETA2=0.9,
+                         ADAM_EPS=1e-3, MUON_WEIGHT_DECAY=0.9, GATED_SKIPS=1, ATTN_GATE=1, SMEAR_GATE=1)  # fmt: skip
+    model = GPT(config)
+    with torch.no_grad():
+        for i, p in enumerate(model.parameters()):
+            p.add_(randn(*p.shape, seed=i))
+    wide = copy.deepcopy(model).double()
+    adam = build_optimizers(model, config, runtime)[0]
+    settings = {"embed": (0.02 if tied else 0.1, embed_decay), "head": (0.03, embed_decay),
+                "scalar": (0.04, scalar_decay)}  # fmt: skip
+    groups = parameter_groups(wide)
+    reference = torch.optim.AdamW([{"params": groups[name], "lr": lr, "weight_decay": decay, "base_lr": lr}
+                                   for name, (lr, decay) in settings.items() if groups[name]],
+                                  betas=(0.8, 0.9), eps=1e-3)  # fmt: skip
+    for t, scale in enumerate((1.0, 0.5, 0.0, 0.7)):
+        for i, (p, q) in enumerate(zip(model.parameters(), wide.parameters(), strict=True)):
+            p.grad = 0.01 * randn(*p.shape, seed=100 * t + i)
+            q.grad = p.grad.double()
+        for optimizer in (adam, reference):
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * scale
+            optimizer.step()
+    before = GPT(config)
+    for (name, p), q, r in zip(model.named_parameters(), wide.parameters(), before.parameters(), strict=True):
+        torch.testing.assert_close(p.detach().double(), q.detach(), rtol=1e-5, atol=1e-6, msg=lambda m, n=name: n + m)
+        assert not torch.equal(p, r), name
+
+
 def test_muon_leaves_the_gradients_alone_and_survives_a_zero_gradient(runtime):
     params = [nn.Parameter(randn(8, 8, seed=i)) for i in range(2)]
     before = [p.detach().clone() for p in params]
@@ -185,7 +267,8 @@ class Ranks:
             thread.join()
 
 
-def test_three_ranks_equal_one_and_each_momentum_lives_on_one_rank(runtime, monkeypatch):
+@pytest.mark.parametrize("extra", [{}, {"row_norm": True, "weight_decay": 0.5}], ids=["plain", "decay and row norm"])
+def test_three_ranks_equal_one_and_each_momentum_lives_on_one_rank(runtime, monkeypatch, extra):
     def fresh():
         return [nn.Parameter(randn(*shape, seed=i)) for i, shape in enumerate(SHAPES)]
 
@@ -196,11 +279,11 @@ def test_three_ranks_equal_one_and_each_momentum_lives_on_one_rank(runtime, monk
             muon.step()
 
     alone = fresh()
-    steps(alone, Muon(alone, lr=0.1, momentum=0.9, steps=5, runtime=runtime))
+    steps(alone, Muon(alone, lr=0.1, momentum=0.9, steps=5, runtime=runtime, **extra))
     ranks = Ranks(runtime, 3)
     monkeypatch.setattr(train_gpt.dist, "all_reduce", ranks.all_reduce)
     shares = [fresh() for _ in range(3)]
-    muons = [Muon(shares[r], lr=0.1, momentum=0.9, steps=5, runtime=ranks.runtimes[r]) for r in range(3)]
+    muons = [Muon(shares[r], lr=0.1, momentum=0.9, steps=5, runtime=ranks.runtimes[r], **extra) for r in range(3)]
     ranks.run(lambda rank: steps(shares[rank], muons[rank]))
     owners = []
     for i, p in enumerate(alone):

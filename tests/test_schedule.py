@@ -1,8 +1,8 @@
-"""Schedule: end points and shape of progress, learning rate and momentum; the public WARMDOWN_ITERS rule."""
+"""Schedule: end points and shape of progress, learning rate and its floor, momentum; the public WARMDOWN_ITERS rule."""
 
 import pytest
 
-from train_gpt import lr_scale, muon_momentum, progress_at
+from train_gpt import UserError, lr_scale, muon_momentum, progress_at
 
 
 def scales(config, steps, step_seconds=0.0):
@@ -90,6 +90,23 @@ def test_a_warmdown_longer_than_the_run_has_begun_at_step_0(make_config, clock):
     assert lr_scale(config, 0, progress_at(config, 0, 0.0)) == pytest.approx(50 / 200)
     short = make_config(WARMDOWN_ITERS=20, ITERATIONS=50, MAX_WALLCLOCK_SECONDS=clock)
     assert lr_scale(short, 0, progress_at(short, 0, 0.0)) == 1.0
+
+
+@pytest.mark.parametrize("floor", [0, 0.1, 0.5, 1])
+@pytest.mark.parametrize("fraction", [0, 0.35, 1])
+def test_the_rate_is_the_larger_of_the_warmdown_and_its_floor(make_config, floor, fraction):
+    config = make_config(WARMDOWN_FRAC=fraction, LR_FLOOR=floor)
+    for progress in [i / 200 for i in range(201)]:
+        falling = fraction > 0 and progress > 1 - fraction
+        expected = max((1 - progress) / fraction, floor) if falling else 1.0
+        assert lr_scale(config, progress) == pytest.approx(expected, abs=1e-12)
+    assert lr_scale(config, 1.0) == (floor if fraction else 1.0)
+
+
+@pytest.mark.parametrize("floor", [-0.1, 1.1, "x"])
+def test_a_floor_that_is_no_share_is_refused(make_config, floor):
+    with pytest.raises(UserError, match="LR_FLOOR"):
+        make_config(LR_FLOOR=floor)
 
 
 def test_momentum_warms_linearly_and_stays(make_config):
