@@ -15,6 +15,7 @@ import math
 import os
 import platform
 import shutil
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -22,7 +23,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-BYTES_PER_PARAMETER = 0.93  # of a fully trained model as int8 + zlib: 15,839,491 / 17,059,912 for the reference
+# Bits per weight, and how many times as many zlib -9 takes: measured on 2**20 Gaussian weights of 4 to 8 bits.
+ZLIB_OVERHEAD = ((2.31, 3.33, 4.12, 4.72, 5.32, 6.33, 7.34), (1.187, 1.158, 1.137, 1.099, 1.047, 1.013, 1.009))
 SAMPLED = 2**16  # tokens read at either end of a training shard
 # Knobs of other trainers in this line, which would be ignored in silence.
 ELSEWHERE = {
@@ -39,6 +41,8 @@ def schedule(config) -> str:
     full = 1 - config.warmdown_frac
     by_clock = f"full until {full * clock:.0f} s, then linear to 0 at {clock:.0f} s"
     by_steps = f"full until step {full * steps:.0f}, then linear to 0 at step {steps}"
+    if config.lr_floor:
+        by_clock, by_steps = (f"{words}, but not below {config.lr_floor}" for words in (by_clock, by_steps))
     return f"{by_clock}; or {by_steps}, if that comes first" if clock else by_steps
 
 
@@ -81,6 +85,30 @@ def activation_bytes(model, tokens) -> int:
     return sum(size for pointer, size in kept.items() if pointer not in weights)
 
 
+def bits_per_weight(config, name: str, columns: int, trainer) -> float:
+    """The size law: the entropy of Gaussian weights in steps of k / qmax standard deviations is 2.047 bits (half of
+    log2(2 pi e)) + log2(qmax / k), and a little for what the steps hide and the clip cuts."""
+    qmax = 2 ** ((config.embed_bits if name == "tok_emb.weight" else config.weight_bits) - 1) - 1
+    # A percentile so high is about the largest of a row, whose expectation this is.
+    largest = statistics.NormalDist().inv_cdf(1 - math.exp(-0.5772) / (2 * columns))
+    k = getattr(config, f"clip_{trainer.tensor_class(name)}") or largest
+    return 2.047 + math.log2(qmax / k) + 0.060 * (k / qmax) ** 2
+
+
+def projected_bytes(config, trainer, model) -> int:
+    """Of the artifact of a trained model, whose rows are about Gaussian. The size of an untrained one says nothing."""
+    bits, rest = 0.0, 4096
+    for name, tensor in model.state_dict().items():
+        if tensor.numel() <= trainer.INT8_MIN_NUMEL:
+            wide = config.codec == "zlib" and trainer.kind_of(name) in trainer.CONTROL_TENSORS
+            rest += tensor.numel() * (4 if wide else 2)
+        else:
+            rest += 2 * tensor.shape[0]  # the scales
+            entropy = bits_per_weight(config, name, tensor.shape[-1], trainer)
+            bits += tensor.numel() * entropy * (1.001 if config.codec == "rans" else np.interp(entropy, *ZLIB_OVERHEAD))
+    return round(bits / 8 + rest)
+
+
 def device_memory(device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
@@ -96,7 +124,7 @@ def model_and_step(trainer, config, runtime, problems: list[str]) -> dict:
     micro = config.train_batch_tokens // ranks // accum_steps
     model, scorer, kernels = trainer.build_model(config, runtime)
     params, code = sum(p.numel() for p in model.parameters()), len(Path(trainer.__file__).read_bytes())
-    projected = round(BYTES_PER_PARAMETER * params)
+    projected = projected_bytes(config, trainer, model)
     # A GPU gets the whole micro-batch, compiled. A CPU gets a small one; its compilation takes far longer than all
     # the rest together, and is left to COMPILE=1.
     on_cpu = runtime.device.type == "cpu"
@@ -110,7 +138,8 @@ def model_and_step(trainer, config, runtime, problems: list[str]) -> dict:
         runtime.synchronize()
     per_token = (time.perf_counter() - began) / tokens.numel()
     # Weights, gradients, optimizers, the reduced gradients of DDP; then what a micro-batch keeps for its backward.
-    estimate = 5 * sum(p.nbytes for p in model.parameters()) + activation_bytes(model, tokens[:1]) * (micro // T)
+    copies = 5 + bool(config.ema_decay)
+    estimate = copies * sum(p.nbytes for p in model.parameters()) + activation_bytes(model, tokens[:1]) * (micro // T)
     memory = device_memory(runtime.device) if here else None
     facts = {
         "model_params": params, "kernels": kernels.replace("\n", "; "), "seconds_per_token": per_token,
@@ -121,8 +150,8 @@ def model_and_step(trainer, config, runtime, problems: list[str]) -> dict:
         "bytes_limit": config.size_limit,
     }
     if projected + code > config.size_limit:
-        problems.append(f"{params} parameters will take about {projected} bytes as int8+zlib, {projected + code} with "
-                        f"the code, over {config.size_limit}: lower MODEL_DIM, NUM_LAYERS, MLP_MULT or VOCAB_SIZE")
+        problems.append(f"{params} parameters will take about {projected} bytes as {trainer.artifact_names(config)[1]}, "
+                        f"{projected + code} with the code, over {config.size_limit}: lower MODEL_DIM, NUM_LAYERS, MLP_MULT or VOCAB_SIZE, or set CODEC=rans and fewer WEIGHT_BITS")
     if memory and estimate > memory:
         problems.append(f"a micro-step of {micro} tokens needs about {estimate >> 20} MiB, the device has "
                         f"{memory >> 20}: set a lower MICRO_BATCH_TOKENS")

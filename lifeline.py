@@ -176,9 +176,10 @@ class Lifeline:
         kinds = [type(state[name]) for name in ("steps", "position", "train_seconds")]
         module.require(kinds == [int, int, float], "wrong types of numbers")
         trainer.model.load_state_dict(state["model"])
-        shapes = [tensor.shape for tensor in trainer.average]
-        module.require([tensor.shape for tensor in state["average"]] == shapes, "its average is of another model")
-        for tensor, value in zip(trainer.average, state["average"], strict=True):
+        # A run that had no average, and goes on with one by force, begins it with the weights as they are.
+        values = state["average"] or [p.detach() for p in trainer.model.parameters()]
+        for tensor, value in zip(trainer.average, values, strict=bool(trainer.average)):
+            module.require(tensor.shape == value.shape, "its average is of another model")
             tensor.copy_(value)
         names = {p: name for name, p in trainer.model.named_parameters()}
         for optimizer in trainer.optimizers:
@@ -219,7 +220,7 @@ def fit_memory(trainer):
             copies = 3 + bool(trainer.config.ema_decay)
             ballast += [torch.empty_like(p) for p in trainer.model.parameters() for _ in range(copies)]
             x = torch.zeros(tokens // T, T, dtype=torch.long, device=trainer.runtime.device)
-            trainer.scorer(x, x).mean().backward()
+            trainer.scorer(x, x.clone()).mean().backward()  # one tensor twice would be compiled as another graph
         except RuntimeError as error:
             if not (lacking := module.is_out_of_memory(error)):
                 raise

@@ -160,7 +160,7 @@ class Config:
         texts = read_env_file(Path(argv[0])) if argv else {}
         for name in texts.keys() - KNOBS.keys():
             close = difflib.get_close_matches(name.upper(), KNOBS, 1)
-            raise UserError(f"{argv[0]}: {name} is not a knob: did you mean {(close or ['one of --help'])[0]}?")
+            raise UserError(f"{argv[0]}: {name} is no knob: {f'did you mean {close[0]}?' if close else 'see --help'}")
         texts |= {name: environ[name] for name in KNOBS if name in environ}
         texts = (told or {}) | texts
         config = Config(**{KNOBS[name].name: parse(KNOBS[name], text.strip()) for name, text in texts.items()})
@@ -264,7 +264,7 @@ class Runtime:
         self.patient, self.save_asked, self.leave = False, False, 0
         available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
         meant = config.mode == "check" and config.target_world_size  # the GPUs of which need not be here
-        kind = next(kind for kind in available if available[kind]) if config.device == "auto" or meant else config.device
+        kind = next(k for k in available if available[k]) if config.device == "auto" or meant else config.device
         require(available[kind], f"DEVICE={kind}: torch {torch.__version__} sees no such device here: use DEVICE=auto")
         require(kind != "mps" or self.world_size == 1, f"WORLD_SIZE={self.world_size}: use one process, or DEVICE=cpu")
         gpus, local_ranks = torch.cuda.device_count(), int(environ.get("LOCAL_WORLD_SIZE", self.world_size))
@@ -1175,7 +1175,7 @@ def export(state: dict[str, Tensor], config: Config, folder: RunFolder, code_byt
                f"Total submission size: {len(raw) + code_bytes} bytes\nSerialized model {tag}: {len(blob)} bytes "
                f"(payload:{payload} raw_torch:{len(packed)} payload_ratio:{ratio:.2f}x)\n"
                f"Total submission size {tag}: {total} bytes\nsize_verdict:{verdict} limit:{limit} "
-               f"spare:{limit - total} clip_multiplier:{multiplier:.4f}")
+               f"spare:{limit - total}{f' clip_multiplier:{multiplier:.4f}' * config.fit_size}")
     return {"bytes_model": len(raw), "bytes_artifact": len(blob), "bytes_code": code_bytes, "bytes_total": total,
             "bytes_limit": limit, "sha256_artifact": hashlib.sha256(blob).hexdigest(), "clip_multiplier": multiplier}
 
@@ -1262,13 +1262,12 @@ class Trainer:
                 if total:
                     with torch.no_grad():
                         self.scorer(*evaluator.batch_at(evaluator.windows.start)[:2])
-            if self.config.gptq_batches:  # how much of the clock to keep for it
-                for _ in range(2):
-                    began = self.watch.elapsed("compile")
-                    self.calibrate(1)
-                    self.runtime.synchronize()
-                took = self.watch.elapsed("compile") - began
-                self.reserve = 1.5 * took * -(-self.config.gptq_batches // self.runtime.world_size)
+            for _ in range(2 if self.config.gptq_batches else 0):  # how much of the clock to keep for it
+                began = self.watch.elapsed("compile")
+                self.calibrate(1)
+                self.runtime.synchronize()
+                batches, took = self.config.gptq_batches, self.watch.elapsed("compile") - began
+                self.reserve = 1.5 * took * -(-batches // self.runtime.world_size)
         for part, state in zip(parts, before, strict=True):
             part.load_state_dict(state)
         self.loader.seek(position)
@@ -1361,6 +1360,8 @@ def open_text(config: Config, folder: RunFolder) -> tuple[TokenStream, TokenByte
     stream = TokenStream(config.data_path, "val", config.vocab_size)
     require(len(stream) > 1, f"{stream.pattern} holds {len(stream)} tokens: 2 are needed to score one")
     token_bytes = TokenBytes(config.tokenizer_path, config.vocab_size)
+    require(not config.smear_gate or token_bytes.start in (config.start_token, -1),
+            f"START_TOKEN={config.start_token}, but documents begin with token {token_bytes.start}: set that")
     folder.log(f"val_loader:shards pattern={stream.pattern} tokens:{len(stream) - 1}")
     module = beside("audit", "the bytes of the text are weighed, but not proved", folder)
     audited = module.report(folder, require, token_bytes, stream, config.data_path) if module else {}

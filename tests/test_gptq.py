@@ -17,7 +17,7 @@ def problem(rows=24, width=300, qmax=31, seed=0, samples=900):
     w = 0.02 * torch.randn(rows, width, generator=generator)
     mixing = torch.randn(width, width, generator=generator) / width**0.5 + torch.eye(width)
     x = torch.randn(samples, width, generator=generator) @ mixing * torch.rand(width, generator=generator).add(0.2)
-    return w, quantize_rows(w, 0.0, qmax, 12.85 if qmax > 1 else 2.0)[1], x.mT @ x
+    return w, quantize_rows(w, qmax, 12.85 if qmax > 1 else 2.0)[1], x.mT @ x
 
 
 def reference(w, scale, hessian, qmax, damp=0.01):
@@ -86,7 +86,7 @@ def test_inputs_that_are_never_used_become_zero():
 def test_a_hessian_of_few_samples_is_damped():
     w, scale, hessian = problem(samples=3)
     assert loss(w, gptq_round(w, scale, hessian, 31), scale, hessian) < loss(
-        w, quantize_rows(w, 0.0, 31, 12.85)[0], scale, hessian)  # fmt: skip
+        w, quantize_rows(w, 31, 12.85)[0], scale, hessian)  # fmt: skip
 
 
 def test_what_has_no_factor_is_damped_ten_times_as_much():

@@ -661,23 +661,15 @@ def test_the_schedule_in_words_is_that_of_the_run(knobs, clock):
         knobs | {"MAX_WALLCLOCK_SECONDS": clock, "ITERATIONS": 2000}).items()})  # fmt: skip
     words = check.schedule(config)
     rate = train_gpt.lr_scale
-    if match := re.fullmatch(r"full until (\d+) steps before the end, then linear to 0", words):
-        turn = 2000 - int(match[1])
-        points = [lambda step: rate(config, step, step / 2000)]
-        ends = [(turn, 2000)]
-        if clock:  # half a second a step
-            points = [lambda step: rate(config, step, step / (2 * clock))]
-            ends = [(2 * clock - int(match[1]), 2 * clock)]
-    else:
-        pattern = r"full until ((?:step )?)(\d+)(?: s|), then linear to 0 at (?:step )?(\d+)(?: s|)"
-        found = re.findall(pattern, words)
-        assert len(found) == (2 if clock else 1)
-        assert bool(clock) == words.endswith(", if that comes first") and bool(found[0][0]) != bool(clock)
-        ends = [(int(turn), int(end)) for _, turn, end in found]
-        by_step = [lambda step: rate(config, step, train_gpt.progress_at(config, step, 0.0))]
-        by_clock = [lambda s: rate(config, 10, train_gpt.progress_at(config, 10, s))]
-        points = by_clock + by_step if clock else by_step
-        assert ends[-1][1] == 2000 and (not clock or ends[0][1] == clock)
+    pattern = r"full until ((?:step )?)(\d+)(?: s|), then linear to 0 at (?:step )?(\d+)(?: s|)"
+    found = re.findall(pattern, words)
+    assert len(found) == (2 if clock else 1)
+    assert bool(clock) == words.endswith(", if that comes first") and bool(found[0][0]) != bool(clock)
+    ends = [(int(turn), int(end)) for _, turn, end in found]
+    by_step = [lambda step: rate(config, train_gpt.progress_at(config, step, 0.0))]
+    by_clock = [lambda s: rate(config, train_gpt.progress_at(config, 10, s))]
+    points = by_clock + by_step if clock else by_step
+    assert ends[-1][1] == 2000 and (not clock or ends[0][1] == clock)
     for at, (turn, end) in zip(points, ends, strict=True):
         assert all(at(x) == 1 for x in range(1, turn, 7))
         if turn < end:

@@ -76,7 +76,6 @@ def test_one_process(runtime):
     values = [2.0**53 + 2, 0.1, -(2.0**-60)]  # float32 would round all three
     assert runtime.sum(values) == values
     runtime.synchronize()
-    runtime.close()
 
 
 @pytest.mark.parametrize("environ", [{"RANK": "1"}, {"RANK": "x"}, {"WORLD_SIZE": "2"},
@@ -131,8 +130,8 @@ def test_folder_gets_everything_that_was_said(folder, make_config, capsys):
     # A run that is killed must leave its lines: they are read before `close`.
     assert (folder.path / "train.log").read_text(encoding="utf-8") == "early \u6d77\nlate\n"
     assert capsys.readouterr().out == "early \u6d77\nlate\n"
-    folder.metrics(step=1, loss=2.5)
-    folder.metrics(step=2)
+    folder.append("metrics.jsonl", '{"step": 1, "loss": 2.5}')
+    folder.append("metrics.jsonl", '{"step": 2}')
     folder.close()
     metrics = (folder.path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in metrics] == [{"step": 1, "loss": 2.5}, {"step": 2}]
@@ -182,7 +181,7 @@ def test_other_ranks_write_nothing(make_config, tmp_path, capsys):
     folder.locate(make_config())
     folder.create(make_config(), b"code")
     folder.log("late")
-    folder.metrics(step=1)
+    folder.append("metrics.jsonl", "{}")
     folder.close()
     assert capsys.readouterr().out == "" and not list(tmp_path.iterdir())
     assert folder.path.name == "run"  # they know where it is all the same
