@@ -149,9 +149,10 @@ def model_and_step(trainer, config, runtime, problems: list[str]) -> dict:
         "bytes_artifact_projected": projected, "bytes_code": code, "bytes_total_projected": projected + code,
         "bytes_limit": config.size_limit,
     }
-    if projected + code > config.size_limit:
+    if projected + code > config.size_limit and not config.fit_size:
         problems.append(f"{params} parameters will take about {projected} bytes as {trainer.artifact_names(config)[1]}, "
-                        f"{projected + code} with the code, over {config.size_limit}: lower MODEL_DIM, NUM_LAYERS, MLP_MULT or VOCAB_SIZE, or set CODEC=rans and fewer WEIGHT_BITS")
+                        f"{projected + code} with the code, over {config.size_limit}: lower MODEL_DIM, NUM_LAYERS, "
+                        "MLP_MULT or VOCAB_SIZE, or set CODEC=rans and fewer WEIGHT_BITS")
     if memory and estimate > memory:
         problems.append(f"a micro-step of {micro} tokens needs about {estimate >> 20} MiB, the device has "
                         f"{memory >> 20}: set a lower MICRO_BATCH_TOKENS")
