@@ -150,7 +150,7 @@ def model_and_step(trainer, config, runtime, problems: list[str]) -> dict:
         "bytes_limit": config.size_limit,
     }
     if projected + code > config.size_limit and not config.fit_size:
-        problems.append(f"{params} parameters will take about {projected} bytes as {trainer.artifact_names(config)[1]}, "
+        problems.append(f"{params} parameters take about {projected} bytes as {trainer.artifact_names(config)[1]}, "
                         f"{projected + code} with the code, over {config.size_limit}: lower MODEL_DIM, NUM_LAYERS, "
                         "MLP_MULT or VOCAB_SIZE, or set CODEC=rans and fewer WEIGHT_BITS")
     if memory and estimate > memory:
