@@ -1,0 +1,71 @@
+"""What GPTQ saves over plain rounding at the same entropy, for several numbers of bits, on a trained model. No test.
+
+    DATA_PATH=... TOKENIZER_PATH=... python tests/bench_gptq.py logs/<run_id>/config.env logs/<run_id>/final_model.pt
+
+The configuration is that of the run; knobs in the environment win (VAL_TOKENS_LIMIT; GPTQ_BATCHES, otherwise 16).
+Every matrix has the same bits and the same clip k in standard deviations. Where the entropies of the two differ by more
+than 0.5%, plain rounding gets the k that makes them equal. Excess is the loss in nats over that of the model unquantised.
+"""
+
+import math
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train_gpt as tg  # noqa: E402
+
+CLIPS = {4: 5.0, 5: 8.5, 6: 12.85, 7: 15.0, 8: 20.0}  # standard deviations
+
+
+def entropy(artifact: dict) -> float:
+    """Bits per weight of the integers, with a table for attention, MLP and embedding each."""
+    counts = np.zeros((3, 256))
+    for name, q in artifact["quantized"].items():
+        row = tg.TENSOR_CLASSES.index(tg.tensor_class(name))
+        counts[row] += np.bincount(q.numpy().view(np.uint8).ravel(), minlength=256)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    return -(counts * np.log2(np.where(counts > 0, shares, 1))).sum() / counts.sum()
+
+
+def main():
+    config_file, model_file = sys.argv[1:]
+    config = tg.Config.load([config_file], {"GPTQ_BATCHES": "16"} | dict(os.environ))
+    runtime = tg.Runtime(config, {})
+    model, scorer, note = tg.build_model(config, runtime)
+    state = tg.load_tensors(Path(model_file).read_bytes(), model_file)
+    model.load_state_dict(state)
+    accum_steps = config.accumulation_steps(1, runtime.device.type)
+    loader = tg.TrainLoader(tg.TokenStream(config.data_path, "train", config.vocab_size), config, runtime, accum_steps)
+    val = tg.TokenStream(config.data_path, "val", config.vocab_size)
+    evaluator = tg.Evaluator(val, tg.TokenBytes(config.tokenizer_path, config.vocab_size), config, runtime)
+    hessians = tg.collect_hessians(model, (loader.next_step()[0][0] for _ in range(config.gptq_batches)), runtime)
+
+    def score(bits: int, k: float, hessians) -> tuple[float, float]:
+        clips = {f"clip_{kind}": k for kind in tg.TENSOR_CLASSES}
+        quantised = tg.quantize(state, replace(config, weight_bits=bits, embed_bits=bits, **clips), hessians)
+        model.load_state_dict(tg.dequantize(quantised))
+        return entropy(quantised), evaluator.score(scorer).loss
+
+    unquantised = evaluator.score(scorer)
+    weights = sum(t.numel() for t in state.values() if t.numel() > tg.INT8_MIN_NUMEL)
+    print(f"{note}\n{weights} quantised weights of {sum(t.numel() for t in state.values())}")
+    print(f"{unquantised.tokens} tokens, unquantised loss {unquantised.loss:.6f}")
+    print("bits      k  bits/weight GPTQ  plain   excess GPTQ    plain   ratio")
+    for bits, k in CLIPS.items():
+        gptq_bits, gptq_loss = score(bits, k, hessians)
+        plain_bits, plain_loss = score(bits, k, None)
+        if abs(plain_bits / gptq_bits - 1) > 0.005:
+            plain_bits, plain_loss = score(bits, k * 2 ** (plain_bits - gptq_bits), None)
+        gptq, plain = gptq_loss - unquantised.loss, plain_loss - unquantised.loss
+        ratio = gptq / plain if plain > 0 else math.nan
+        print(f"{bits:4} {k:6.2f} {gptq_bits:17.4f} {plain_bits:6.4f} {gptq:13.6f} {plain:8.6f} {ratio:7.3f}")
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        main()
