@@ -4,7 +4,7 @@
 
 The configuration is that of the run; knobs in the environment win (VAL_TOKENS_LIMIT; GPTQ_BATCHES, otherwise 16).
 Every matrix has the same bits and the same clip k in standard deviations. Where the entropies of the two differ by more
-than 0.5%, plain rounding gets the k that makes them equal. Excess is the loss in nats over that of the model unquantised.
+than 0.5%, plain rounding gets the k that makes them equal. Excess is the loss in nats over that of the float model.
 """
 
 import math

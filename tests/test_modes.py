@@ -70,6 +70,11 @@ def exact_line(text: str, label="final_int8_zlib_roundtrip") -> str:
     return line
 
 
+def assumed(text: str) -> set[str]:
+    """What the file did not tell of its model."""
+    return set(re.search(r"^assumed, since the file does not tell: (.*)$", text, re.MULTILINE)[1].split())
+
+
 def tree(path: Path) -> dict:
     return {str(p.relative_to(path)): p.read_bytes() if p.is_file() else None for p in path.rglob("*")}
 
@@ -134,7 +139,7 @@ def test_the_model_before_quantisation_gives_the_digits_of_before(trained, bare,
     assert code == 0 and "final_int8" not in out
     assert line.startswith(f"val_loss:{result['pre_quant_val_loss']:.8f} val_bpb:{result['pre_quant_val_bpb']:.8f} ")
     assert result["pre_quant_val_loss"] != result["val_loss"], "or this would not tell which was scored"
-    assert "\nassumed, since the file does not tell: ROPE_BASE=5000.0 LOGIT_SOFTCAP=20.0 TRAIN_SEQ_LEN=32 MLP_" in out
+    assert {"ROPE_BASE=5000.0", "LOGIT_SOFTCAP=20.0", "TRAIN_SEQ_LEN=32"} < assumed(out)
 
 
 def reference_artifact(state: dict) -> dict:
@@ -161,14 +166,14 @@ def test_an_artifact_of_the_public_reference(trained, tmp_path, bare, call):
     (tmp_path / "meant.pt").write_bytes(models.torch_bytes(meant))
     code, out, err = call(bare(MODE="eval", ARTIFACT=tmp_path / "foreign.ptz", **PT_KNOBS))
     assert code == 0, err
-    assert "\nassumed, since the file does not tell: ROPE_BASE=5000.0 LOGIT_SOFTCAP=20.0 TRAIN_SEQ_LEN=32 MLP_" in out
+    assert {"ROPE_BASE=5000.0", "LOGIT_SOFTCAP=20.0", "TRAIN_SEQ_LEN=32"} < assumed(out)
     assert "VOCAB_SIZE=320 NUM_LAYERS=2 MODEL_DIM=32 NUM_HEADS=4 NUM_KV_HEADS=2 MLP_MULT=2.0 TIE_EMBEDDINGS=1" in out
     line = exact_line(out)
     code, out, _ = call(bare(MODE="eval", ARTIFACT=tmp_path / "meant.pt", **PT_KNOBS))
     assert line == exact_line(out, "final_model")
     assert line != exact_line((trained / "train.log").read_text())
     code, out, _ = call(bare(MODE="eval", ARTIFACT=tmp_path / "foreign.ptz", TRAIN_SEQ_LEN=32))
-    assert "\nassumed, since the file does not tell: ROPE_BASE=10000.0 LOGIT_SOFTCAP=30.0 TRAIN_SEQ_LEN=32 MLP_" in out
+    assert {"ROPE_BASE=10000.0", "LOGIT_SOFTCAP=30.0", "TRAIN_SEQ_LEN=32"} < assumed(out)
     assert code == 0 and exact_line(out) != line
 
 
@@ -742,3 +747,25 @@ def test_a_mode_whose_file_is_missing():
     assert train_gpt.beside("check") is check and train_gpt.beside("sample") is sample
     with pytest.raises(train_gpt.UserError, match="nothing.py is not beside train_gpt.py"):
         train_gpt.beside("nothing")
+
+
+def test_the_script_alone_trains_exports_and_scores(corpus, tmp_path):
+    """What a submission ships. It says what the files beside it would add."""
+    shutil.copy(ROOT / "train_gpt.py", tmp_path)
+    environ = {k: v for k, v in os.environ.items() if k not in KNOBS and k not in models.LAUNCHER}
+    environ |= models.tiny_settings(corpus)
+
+    def run(**more):
+        return subprocess.run([sys.executable, "train_gpt.py"], env=environ | more, cwd=tmp_path, capture_output=True,
+                              text=True, timeout=300, check=False)  # fmt: skip
+
+    done = run()
+    assert done.returncode == 0, done.stderr
+    warnings = re.findall(r"^warning: (\w+\.py) is not beside train_gpt.py: .+$", done.stdout, re.MULTILINE)
+    assert warnings == ["check.py", "audit.py", "lifeline.py"]
+    result = json.loads((tmp_path / "logs" / "run" / "result.json").read_text())
+    assert result["resumed_at"] == [] and f"val_bpb:{result['val_bpb']:.8f} " in exact_line(done.stdout)
+    again = run()
+    assert again.returncode == 2 and "logs/run exists: choose another RUN_ID" in again.stderr
+    other = run(MODE="eval", ARTIFACT="logs/run/final_model.int8.ptz")
+    assert other.returncode == 2 and other.stderr.count("\n") == 1 and "eval.py is not beside" in other.stderr
