@@ -70,10 +70,11 @@ def open_model(config, folder, argv: list[str]):
 def main(config, folder, argv: list[str]):
     """Log the final lines of a run again."""
     runtime, trainer = folder.runtime, sys.modules[type(config).__module__]
-    label = "final_model" if config.artifact.endswith(".pt") else "final_int8_zlib_roundtrip"
     config, _, scorer = open_model(config, folder, argv)
     stream, token_bytes, _ = trainer.open_text(config, folder)
     accum_steps = config.accumulation_steps(runtime.world_size, runtime.device.type)
     began = time.perf_counter()
     score = trainer.Evaluator(stream, token_bytes, config, runtime, accum_steps).score(scorer, folder.log)
+    tag = trainer.artifact_names(config)[1].replace("+", "_")
+    label = "final_model" if config.artifact.endswith(".pt") else f"final_{tag}_roundtrip"
     trainer.log_final(label, score, time.perf_counter() - began, folder)

@@ -504,7 +504,7 @@ class TrainLoader:
         """Inputs and targets, [micro-steps, B, T] each."""
         tokens = to_device(self.ahead.result(), self.device)
         self.seek(self.position + self.batch_tokens)
-        return tuple(part.reshape(self.accum_steps, -1, self.length) for part in (tokens[:, :-1], tokens[:, 1:]))
+        return tuple(t.contiguous().view(self.accum_steps, -1, self.length) for t in (tokens[:, :-1], tokens[:, 1:]))
 
 # ---------- Bytes: the tokenizer, and the only place that knows what a token weighs in bytes of text ------------------
 class TokenBytes:
@@ -938,7 +938,7 @@ TENSOR_CLASSES = ("attn", "mlp", "embed")  # each has a CLIP knob and a table of
 MODEL_KNOBS = tuple(name for name, field in KNOBS.items() if field.metadata["model"])
 # What an artifact tells of its configuration: the model, and what its score depends on to the last digit.
 TOLD_KNOBS = (*MODEL_KNOBS, "EVAL_STRIDE", "VAL_BATCH_SIZE", "TRAIN_BATCH_TOKENS", "GRAD_ACCUM_STEPS",
-              "MICRO_BATCH_TOKENS")
+              "MICRO_BATCH_TOKENS", "CODEC", "WEIGHT_BITS")
 
 def artifact_names(config: Config) -> tuple[str, str]:
     """(file, tag in log lines): final_model.int8.ptz and int8+zlib by default."""
@@ -1486,7 +1486,7 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(error, KeyboardInterrupt):
             number = signal.Signals(error.args[0] if error.args else signal.SIGINT)
             message, code = f"stopped by {number.name}", 128 + number
-            message += f": RUN_ID={folder.run_id} goes on with it" if folder and folder.lock else ""
+            message += f": RUN_ID={folder.run_id} goes on with it" if folder and folder.lock and folder.header else ""
         print(message, file=sys.stderr, flush=True)
         folder.close(message) if folder else None
         return code
