@@ -170,7 +170,7 @@ def disk(config, params: int) -> dict:
     """A run writes its model and its artifact, and a checkpoint beside the one before it."""
     path = Path(config.log_dir).absolute()
     place = next(parent for parent in (path, *path.parents) if parent.exists())
-    free, need = shutil.disk_usage(place).free, 30 * params + 2**24
+    free, need = shutil.disk_usage(place).free, (30 + 8 * bool(config.ema_decay)) * params + 2**24
     if not (place.is_dir() and os.access(place, os.W_OK)):
         raise OSError(f"LOG_DIR={config.log_dir}: {place} cannot be written to: choose another")
     if free < need:

@@ -145,12 +145,13 @@ class Lifeline:
         rng = {"cpu": torch.get_rng_state()}
         if trainer.runtime.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state()
-        model = trainer.model.state_dict()
-        own, model, average = (tree_map(lambda t: t.detach().to("cpu", copy=True), tree)
-                               for tree in (own, model, trainer.average))
-        ranks = gather(trainer.runtime, {"optimizer": own, "rng": rng})
+        def to_host(tree):
+            return tree_map(lambda tensor: tensor.detach().to("cpu", copy=True), tree)
+
+        ranks = gather(trainer.runtime, {"optimizer": to_host(own), "rng": rng})
         if not trainer.runtime.is_master:
             return None
+        model, average = to_host(trainer.model.state_dict()), to_host(trainer.average)
         module.require(math.isfinite(sum(float(tensor.sum()) for tensor in model.values())), f"step {trainer.steps}: "
                        "weights are not finite: the last good checkpoint stays: lower the learning rates")
         return {"format": CHECKPOINT_FORMAT, "knobs": self.config.texts() | self.facts, "model": model,

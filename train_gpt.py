@@ -586,8 +586,8 @@ def expanded_attention(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor) -> Tensor
     return F.scaled_dot_product_attention(q_BHTd, k_BHTd, v_BHTd, is_causal=True)
 
 def flash3_attention(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor) -> Tensor:
-    attend = importlib.import_module("flash_attn_interface").flash_attn_func
-    y_BTHd = attend(*(x.transpose(1, 2) for x in (q_BHTd, k_BKTd, v_BKTd)), causal=True)
+    from flash_attn_interface import flash_attn_func  # late: few machines have it
+    y_BTHd = flash_attn_func(*(x.transpose(1, 2) for x in (q_BHTd, k_BKTd, v_BKTd)), causal=True)
     return (y_BTHd[0] if isinstance(y_BTHd, tuple) else y_BTHd).transpose(1, 2)
 
 def blocked_attention(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor, block: int = 128) -> Tensor:
@@ -985,10 +985,10 @@ def gptq_round(w: Tensor, scale: Tensor, hessian: Tensor, qmax: int, block: int 
     H.diagonal()[unused], columns[unused] = 1.0, 0.0
     for damp in (0.01, 0.1, 1.0, 10.0):
         lower, failed = torch.linalg.cholesky_ex(H + damp * H.diagonal().mean() * torch.eye(len(H), device=H.device))
-        U, failed_too = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not failed and not failed_too:
+        U, again = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not failed and not again:
             break
-    require(not failed and not failed_too and U.isfinite().all(), "a Hessian has no factor: set GPTQ_BATCHES=0")
+    require(not failed and not again and U.isfinite().all(), "a Hessian is singular: set GPTQ_BATCHES=0 RESUME_FORCE=1")
     for start, stop in itertools.pairwise([*range(0, len(H), block), len(H)]):
         errors = torch.empty_like(columns[start:stop])
         for i in range(start, stop):
@@ -1087,7 +1087,7 @@ def rans_unpack(artifact: dict) -> dict[str, Tensor]:
     (tables, stream, scales, kept), (classes, rows, sizes) = parts, layout_numbers(layout)
     require(all(part.is_contiguous() for part in parts) and 4 * sizes.sum(dtype=float) <= UNPACKED_LIMIT
             and (0 <= rows).all() and (rows <= sizes).all() and rows.sum() == len(scales) and tables.shape == (3, 256)
-            and (tables >= 0).all() and (tables.sum(1) == 2**14).all(), "its layout and its tensors do not fit")
+            and (tables >= 0).all() and (tables.double().sum(1) == 2**14).all(), "its layout and tensors do not fit")
     symbols = rans_decode(stream.numpy().view("<u2"), np.repeat(np.uint8(classes), sizes * (rows > 0)), tables.numpy())
     values = symbols.view(np.int8) * np.repeat(scales.float().numpy(), np.repeat(sizes // np.maximum(rows, 1), rows))
     numbers = zip(layout, torch.cat([torch.from_numpy(values), kept.float()]).split(sizes.tolist()), strict=True)
@@ -1151,6 +1151,7 @@ def export(state: dict[str, Tensor], config: Config, folder: RunFolder, code_byt
     """Write final_model.pt and the artifact; log the sizes and return them for result.json. With FIT_SIZE, clips of 1/2
     to 8 times as wide are tried until the artifact just fits: by the size law, twice as wide is a bit less a weight."""
     raw, limit, (name, tag) = torch_bytes(state), config.size_limit, artifact_names(config)
+    folder.write("final_model.pt", raw)  # first: whatever fails from here on, the weights are there
     weights = sum(tensor.numel() for tensor in state.values() if tensor.numel() > INT8_MIN_NUMEL)
     best, doublings, slack = None, 0.0, 0.002 * limit
     for _ in range(8 if config.fit_size else 1):
@@ -1166,7 +1167,6 @@ def export(state: dict[str, Tensor], config: Config, folder: RunFolder, code_byt
         if 0 <= spare < slack or doublings == before:
             break
     _, multiplier, artifact, packed, blob = best
-    folder.write("final_model.pt", raw)
     folder.write(name, blob)
     payload = sum(t.nbytes for t in torch.utils._pytree.tree_leaves(artifact) if isinstance(t, Tensor))
     ratio, total = sum(t.nbytes for t in state.values()) / payload, len(blob) + code_bytes
@@ -1238,12 +1238,11 @@ class Trainer:
         for p, average in zip(self.model.parameters(), self.average, strict=False):
             p.copy_(average)
         if self.config.gptq_batches:
-            self.hessians = self.calibrate(self.config.gptq_batches)
+            self.hessians = self.calibrate(-(-self.config.gptq_batches // self.runtime.world_size))
 
     def calibrate(self, batches: int) -> dict[str, Tensor]:
-        """Hessians from this rank's share of so many micro-batches of training text, by the model uncompiled."""
-        mine = range(-(-batches // self.runtime.world_size))
-        return collect_hessians(self.model, (self.loader.next_step()[0][0] for _ in mine), self.runtime)
+        """Hessians from so many micro-batches of training text on every rank, by the model uncompiled."""
+        return collect_hessians(self.model, (self.loader.next_step()[0][0] for _ in range(batches)), self.runtime)
 
     def warm_up(self, evaluator: Evaluator):
         """Compile every path with real steps, then put weights, optimizers, RNG and data back exactly as they were."""
@@ -1259,15 +1258,16 @@ class Trainer:
                     self.folder.log(f"warmup_step:{step}/{total}{' looping' * looping}")
                     if step == total > 1:  # the first step compiles; the last tells how long one takes
                         self.recent.append(self.watch.elapsed("compile") - began)
-                if total:
-                    with torch.no_grad():
-                        self.scorer(*evaluator.batch_at(evaluator.windows.start)[:2])
+                with torch.no_grad():
+                    self.scorer(*evaluator.batch_at(evaluator.windows.start)[:2])
             for _ in range(2 if self.config.gptq_batches else 0):  # how much of the clock to keep for it
                 began = self.watch.elapsed("compile")
                 self.calibrate(1)
                 self.runtime.synchronize()
-                batches, took = self.config.gptq_batches, self.watch.elapsed("compile") - began
-                self.reserve = 1.5 * took * -(-batches // self.runtime.world_size)
+                mine = -(-self.config.gptq_batches // self.runtime.world_size)
+                self.reserve = 1.5 * mine * (self.watch.elapsed("compile") - began)
+                require(self.reserve < (self.config.max_wallclock_seconds or math.inf), "GPTQ_BATCHES="
+                        f"{self.config.gptq_batches} takes {self.reserve:.0f} s, the whole clock: use fewer")
         for part, state in zip(parts, before, strict=True):
             part.load_state_dict(state)
         self.loader.seek(position)
@@ -1276,7 +1276,7 @@ class Trainer:
         """(learning-rate scale, whether to stop before one more step, to save, to leave): rank 0's decision, and any
         rank's signals. The next step, if it takes as long as the slowest of the last 20, must end before the limit."""
         config, runtime, elapsed = self.config, self.runtime, self.watch.elapsed("training")
-        limit, progress = config.max_wallclock_seconds, progress_at(config, self.steps, elapsed)
+        limit, progress = config.max_wallclock_seconds, progress_at(config, self.steps, elapsed + self.reserve)
         end = elapsed + (1 + len(self.pending)) * max(self.recent, default=0.0) + self.reserve
         stop = self.finished or self.steps >= config.iterations or bool(limit and end >= limit)
         due = bool(self.lifeline) and not stop and self.lifeline.due(self.steps, elapsed)
@@ -1351,8 +1351,7 @@ class Trainer:
                 loss, event = torch.empty((), pin_memory=True).copy_(loss, non_blocking=True), torch.cuda.Event()
                 event.record()
             self.pending.append((self.steps, scale, loss, event))
-            # A GPU runs behind the host: one step may be queued while the next is prepared. A CPU is done at once.
-            self.settle(keep=1 if self.runtime.device.type == "cuda" else 0)
+            self.settle(keep=1 if self.runtime.device.type == "cuda" else 0)  # a GPU may have one more step queued
 
 # ---------- Modes: training, from the checks to the result; every other mode is a file beside this one ----------------
 def open_text(config: Config, folder: RunFolder) -> tuple[TokenStream, TokenBytes, dict]:
@@ -1386,7 +1385,8 @@ def prepare(config: Config, folder: RunFolder, code: bytes, watch: Stopwatch):
     text = open_text(config, folder)
     module = beside("lifeline", "no checkpoints, no resuming, no fitting of micro-batches to the memory", folder)
     lifeline = module.Lifeline(config, folder, stream, code) if module else folder.locate(config)
-    require(lifeline or not folder.path.exists(), f"folder {folder.path} exists: choose another RUN_ID")
+    require(lifeline or config.resume in ("auto", "never") and not folder.path.exists(),
+            f"folder {folder.path} exists, or RESUME is set: without lifeline.py give a new RUN_ID and no RESUME")
     watch.switch("compile")
     trainer = Trainer(config, runtime, folder, watch, TrainLoader(stream, config, runtime, accum_steps), lifeline)
     if lifeline:

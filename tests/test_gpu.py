@@ -75,9 +75,10 @@ def read_run(settings):
     return [m["train_loss"] for m in metrics if "train_loss" in m], result, (path / "train.log").read_text()
 
 
-def test_auto_chooses_flash_attention(on_device):
+def test_auto_chooses_the_attention_of_the_chip(on_device):
     config, runtime = on_device()
-    assert train_gpt.choose_attention(config, runtime)[1].startswith("attention:flash by grouped_attention")
+    expected = "cudnn" if torch.cuda.get_device_capability()[0] == 9 else "flash"  # without FlashAttention 3
+    assert train_gpt.choose_attention(config, runtime)[1].startswith(f"attention:{expected} by grouped_attention")
 
 
 def test_every_attention_backend_that_runs_agrees_with_our_own(on_device):
@@ -157,3 +158,23 @@ def test_two_processes_on_one_device_equal_one(tiny, launch, tmp_path):
     assert len(losses) == 10 and other_losses == pytest.approx(losses, abs=1e-3)
     assert other_result["val_bpb"] == pytest.approx(result["val_bpb"], abs=1e-3)
     assert other_result["scored_bytes"] == result["scored_bytes"]
+
+
+FRONTIER = {
+    "NUM_LAYERS": 3, "MODEL_DIM": 256, "NUM_HEADS": 4, "NUM_KV_HEADS": 2, "MLP_SLOPE": 0.5, "MLP_MULT": 2.5,
+    "ROPE_DIMS": 16, "LN_SCALE": 1, "XSA_LAYERS": 2, "ATTN_GATE": 1, "GATED_SKIPS": 1, "PARALLEL_FROM": 2,
+    "SMEAR_GATE": 1, "LOOP_LAYERS": "0-1", "LOOP_PASSES": 2, "LOOP_START": 0.5, "MUON_WEIGHT_DECAY": 0.1,
+    "MUON_ROW_NORM": 1, "EMBED_WEIGHT_DECAY": 0.1, "LR_FLOOR": 0.1, "SCALAR_WEIGHT_DECAY": 0.1, "EMA_DECAY": 0.9,
+    "LOADER": "shuffle", "GRAD_CLIP_NORM": 0.3, "CODEC": "rans", "WEIGHT_BITS": 6, "EMBED_BITS": 7, "CLIP_ATTN": 13,
+    "CLIP_MLP": 12, "CLIP_EMBED": 15, "GPTQ_BATCHES": 3, "ITERATIONS": 20, "WARMUP_STEPS": 3, "COMPILE": 1,
+}  # fmt: skip
+
+
+def test_the_frontier_trains_compiled_and_its_artifact_is_scored(launch, tiny):
+    """GPTQ with Hessians on the device, an average in fp32 over a bf16 embedding, both graphs of the recurrence."""
+    given = {name: str(value) for name, value in FRONTIER.items()} | {"DEVICE": "cuda", "DTYPE": "bfloat16"}
+    done = launch(**given)
+    assert done.returncode == 0, done.stderr
+    losses, result, log = read_run(tiny(**given))
+    assert len(losses) == 20 and losses[-1] < losses[0] and "final_int6_rans_roundtrip_exact" in log
+    assert result["val_loss"] < losses[0] and abs(result["val_loss"] - result["pre_quant_val_loss"]) < 0.1

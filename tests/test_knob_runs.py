@@ -283,3 +283,27 @@ def test_two_ranks_train_everything_as_one_process(go, launch, corpus, tmp_path)
     assert len(two.losses) == 6 and two.losses == pytest.approx(one.losses, abs=1e-4)
     for name in ("val_loss", "val_bpb", "pre_quant_val_loss"):
         assert two.result[name] == pytest.approx(one.result[name], abs=1e-4), name
+
+
+# The clock that GPTQ needs
+
+
+def test_the_warmdown_ends_where_the_calibration_begins(go, monkeypatch):
+    """Under a clock the steps leave time for the calibration, and the rate has come down by then."""
+    scales, plan = [], Trainer.plan
+
+    def planned(self):
+        self.reserve = 0.6  # as if measured
+        decision = plan(self)
+        scales.append(decision[0])
+        return decision
+
+    monkeypatch.setattr(Trainer, "plan", planned)
+    run = go(ITERATIONS=10**6, MAX_WALLCLOCK_SECONDS=1.2, WARMDOWN_FRAC=1, WARMUP_STEPS=0, TRAIN_LOG_EVERY=0)
+    assert run.result["seconds"]["training"] < 0.9 and scales[-1] < 0.1 and scales[0] <= 0.51
+
+
+def test_a_calibration_that_would_take_the_whole_clock_is_refused(corpus, tmp_path, capsys):
+    values = models.tiny_settings(corpus, LOG_DIR=tmp_path, GPTQ_BATCHES=10**6, MAX_WALLCLOCK_SECONDS=1)
+    assert models.call_main(values) == 2
+    assert re.search(r"error: GPTQ_BATCHES=1000000 takes \d+ s, the whole clock: use fewer", capsys.readouterr().err)

@@ -3,6 +3,8 @@ RoPE, the attention functions, initialisation, precision, the choice of a backen
 
 import functools
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -405,3 +407,33 @@ def test_the_whole_model_traces_into_one_graph_with_equal_losses_and_gradients(m
     assert len(graphs) == 1
     for eager, traced in zip(results[:2], results[2:], strict=True):
         torch.testing.assert_close(traced, eager, rtol=1e-5, atol=1e-6)
+
+
+def test_flash_attention_3_is_one_graph_with_the_model(make_config, runtime, monkeypatch):
+    """Regression: what imports it must be traceable, or the first step of a GPU that has it ends the run."""
+    calls = []
+
+    def flash_attn_func(q_BTHd, k_BTKd, v_BTKd, causal):
+        calls.append(causal)
+        return blocked_attention(*(x.transpose(1, 2) for x in (q_BTHd, k_BTKd, v_BTKd))).transpose(1, 2), None
+
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", SimpleNamespace(flash_attn_func=flash_attn_func))
+    config = make_config(ATTENTION="flash3")
+    attend, note = train_gpt.choose_attention(config, runtime)
+    assert note == "attention:flash3 by flash3_attention" and calls == [True]
+    models = [GPT(config, attend), GPT(config, blocked_attention)]
+    tokens = torch.randint(config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
+    for model in models:
+        scatter_ = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.05 * torch.randn(p.shape, generator=scatter_))
+    torch._dynamo.reset()
+    compiled = torch.compile(models[0], backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(tokens, tokens), models[1](tokens, tokens))
+    torch._dynamo.reset()
+
+
+def test_flash_attention_3_that_is_not_there_is_said_so(make_config, runtime):
+    with pytest.raises(train_gpt.UserError, match="flash3 flash3_attention failed: ModuleNotFoundError"):
+        train_gpt.choose_attention(make_config(ATTENTION="flash3"), runtime)

@@ -766,6 +766,8 @@ def test_the_script_alone_trains_exports_and_scores(corpus, tmp_path):
     result = json.loads((tmp_path / "logs" / "run" / "result.json").read_text())
     assert result["resumed_at"] == [] and f"val_bpb:{result['val_bpb']:.8f} " in exact_line(done.stdout)
     again = run()
-    assert again.returncode == 2 and "logs/run exists: choose another RUN_ID" in again.stderr
+    assert again.returncode == 2 and "logs/run exists, or RESUME is set: without lifeline.py" in again.stderr
+    resumed = run(RUN_ID="other", RESUME="logs/run")
+    assert resumed.returncode == 2 and "without lifeline.py give a new RUN_ID and no RESUME" in resumed.stderr
     other = run(MODE="eval", ARTIFACT="logs/run/final_model.int8.ptz")
     assert other.returncode == 2 and other.stderr.count("\n") == 1 and "eval.py is not beside" in other.stderr

@@ -230,6 +230,9 @@ TAMPERED = {
     "a table less": put("tables", lambda tables: tables[:2].clone()),
     "shorter tables": put("tables", lambda tables: tables[:, :255].clone()),
     "tables of fractions": put("tables", lambda tables: tables.float() + 0.3),
+    "tables whose sum wraps": put("tables", torch.cat([  # regression: four times 2**62 is 0 in int64
+        torch.tensor([2**62] * 4 + [0] * 251 + [2**14])[None], torch.zeros(2, 256, dtype=torch.int64)
+        + 2**14 * (torch.arange(256) == 0)])),
     "tables by stride 0": put("tables", claims(10**7, 256, dtype=torch.int16)),
     "all tables alike": put("tables", torch.full((3, 256), 64, dtype=torch.int16)),
     "a byte less": put("stream", lambda stream: stream[:-1].clone()),
