@@ -4,7 +4,7 @@ RoPE, the attention functions, initialisation, precision, the choice of a backen
 import functools
 import math
 import sys
-from types import SimpleNamespace
+from types import ModuleType
 
 import pytest
 import torch
@@ -417,7 +417,9 @@ def test_flash_attention_3_is_one_graph_with_the_model(make_config, runtime, mon
         calls.append(causal)
         return blocked_attention(*(x.transpose(1, 2) for x in (q_BTHd, k_BTKd, v_BTKd))).transpose(1, 2), None
 
-    monkeypatch.setitem(sys.modules, "flash_attn_interface", SimpleNamespace(flash_attn_func=flash_attn_func))
+    module = ModuleType("flash_attn_interface")
+    module.flash_attn_func = flash_attn_func
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
     config = make_config(ATTENTION="flash3")
     attend, note = train_gpt.choose_attention(config, runtime)
     assert note == "attention:flash3 by flash3_attention" and calls == [True]
