@@ -724,7 +724,7 @@ ARTIFACTS = [
     (".pt of words", model_with(set_to(S, "heavy")), "is damaged"),
     (".pt of numbers for names", model_with(lambda state: dict(state) | {7: torch.ones(1)}), "is damaged"),
     (".pt without a matrix", model_with(drop(W)), W),
-    (".pt of a wrong shape", model_with(set_to(W, lambda w: w[:-1].clone())), "mlp.proj.weight"),  # the width is the first one's
+    (".pt of a wrong shape", model_with(set_to(W, lambda w: w[:-1].clone())), "mlp.proj.weight"),
     (".pt of whole numbers", model_with(set_to(W, lambda w: w.long())), W),
     (".pt that is not a number", model_with(set_to(W, lambda w: w * NAN)), W),
     (".pt without data", model_with(set_to(S, lambda w: w.to("meta"))), "is damaged"),
