@@ -132,12 +132,18 @@ def model_and_step(trainer, config, runtime, problems: list[str]) -> dict:
     learner = model if on_cpu and config.compile != "1" else scorer
     rows = max(1, min(micro, CPU_TOKENS) // T) if on_cpu else micro // T
     tokens = torch.zeros(rows, T, dtype=torch.long, device=runtime.device)
-    for _ in range(2):  # the first compiles
-        runtime.synchronize()
-        began = time.perf_counter()
-        learner(tokens, tokens).mean().backward()
-        runtime.synchronize()
-    per_token = (time.perf_counter() - began) / tokens.numel()
+    seconds = {}
+    for looping in {False, bool(config.loop_layers)}:
+        model.looping = looping
+        for _ in range(2):  # the first compiles
+            runtime.synchronize()
+            began = time.perf_counter()
+            learner(tokens, tokens.clone()).mean().backward()
+            runtime.synchronize()
+        seconds[looping] = time.perf_counter() - began
+    # A run is without depth recurrence up to LOOP_START, and with it from there on, by its clock.
+    steps = config.loop_start / seconds[False] + (1 - config.loop_start) / seconds.get(True, seconds[False])
+    per_token = 1 / steps / tokens.numel()
     # Weights, gradients, optimizers, the reduced gradients of DDP; then what a micro-batch keeps for its backward.
     copies = 5 + bool(config.ema_decay)
     estimate = copies * sum(p.nbytes for p in model.parameters()) + activation_bytes(model, tokens[:1]) * (micro // T)

@@ -1007,7 +1007,7 @@ def quantize(state: dict[str, Tensor], config: Config, hessians: dict[str, Tenso
     for name, tensor in state.items():
         tensor, dtype = tensor.detach().cpu().contiguous(), str(tensor.dtype).removeprefix("torch.")
         require((tensor.abs() <= 65504).all(), f"{name} holds values that are non-finite or beyond fp16: the run "
-                "diverged, nothing was exported: lower the learning rates")
+                "diverged, no artifact was made: lower the learning rates")
         if tensor.is_floating_point() and tensor.numel() > INT8_MIN_NUMEL:
             rows = tensor.float() if tensor.ndim == 2 else tensor.float().view(1, -1)
             qmax = 2 ** ((config.embed_bits if kind_of(name) == "tok_emb" else config.weight_bits) - 1) - 1
