@@ -14,6 +14,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import statistics
 import sys
@@ -222,7 +223,8 @@ def main(config, folder, argv: list[str]) -> int:
         except (trainer.UserError, OSError, RuntimeError) as error:
             problems.append(str(error))
     if runtime.is_master:
-        problems = list(dict.fromkeys(problems))  # what both splits lack is said once
+        # What both splits lack is said once.
+        problems = list({re.sub("fineweb_(train|val)_", "", text): text for text in reversed(problems)}.values())[::-1]
         with contextlib.suppress(BrokenPipeError):
             lines = [f"{name}: {value}" for name, value in facts.items()]
             lines += [f"problem {number}: {text}" for number, text in enumerate(problems, 1)]
