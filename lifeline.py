@@ -178,7 +178,10 @@ class Lifeline:
         module.require(kinds == [int, int, float], "wrong types of numbers")
         trainer.model.load_state_dict(state["model"])
         # A run that had no average, and goes on with one by force, begins it with the weights as they are.
-        values = state["average"] or [p.detach() for p in trainer.model.parameters()]
+        values = state["average"]
+        module.require(type(values) is list and all(isinstance(value, torch.Tensor) for value in values),
+                       "its average is no list of tensors")
+        values = values or [p.detach() for p in trainer.model.parameters()]
         for tensor, value in zip(trainer.average, values, strict=bool(trainer.average)):
             module.require(tensor.shape == value.shape, "its average is of another model")
             tensor.copy_(value)
