@@ -6,9 +6,11 @@ states the true bytes of its text is proved, or the published text whose bytes a
 
 import hashlib
 import json
+import platform
 from pathlib import Path
 
 import numpy as np
+import torch
 
 FINEWEB_TARGETS, FINEWEB_BYTES = 62_021_632, 151_080_363  # the challenge's validation text in its 1,024 pieces
 AUDIT_TOKENS = 1_000_000  # that are decoded
@@ -67,3 +69,27 @@ def manifest_bytes(require, folder: str) -> dict[str, int] | None:
         return None
     except (ValueError, KeyError, TypeError, OverflowError, AttributeError) as error:
         require(False, f"{path} states no splits.val.bytes ({error!r:.60}): prepare the data again, or move it")
+
+
+def write_result(trainer, before, after, eval_seconds: float, facts: dict):
+    """result.json of a finished run: the Scores of the weights and of the artifact, time, machine, and more `facts`."""
+    config, runtime, folder, watch = trainer.config, trainer.runtime, trainer.folder, trainer.watch
+    if not after.label and after.bytes != facts["val_bytes"]:
+        raise RuntimeError(f"scored {after.bytes} bytes, but the text has {facts['val_bytes']}: a fault of this script")
+    limit, trained = config.max_wallclock_seconds, watch.seconds["training"]
+    result = {
+        "run_id": folder.run_id, "seed": config.seed, "steps": trainer.steps,
+        "model_params": sum(p.numel() for p in trainer.model.parameters()),
+        "val_loss": after.loss, "val_bpb": after.bpb, "pre_quant_val_loss": before.loss,
+        "pre_quant_val_bpb": before.bpb, "partial": bool(after.label), "scored_tokens": after.tokens,
+        "scored_bytes": after.bytes, "val_tokens": after.of, "eval_stride": config.eval_stride,
+        "eval_seconds": round(eval_seconds, 3), "train_tokens": trainer.steps * config.train_batch_tokens,
+        "over_clock": bool(limit and trained > limit),
+        "seconds": {phase: round(seconds, 3) for phase, seconds in watch.seconds.items()},
+        "step_avg_ms": 1000 * trained / max(trainer.steps, 1), "world_size": runtime.world_size,
+        "resumed_at": getattr(trainer.lifeline, "resumed_at", []), "grad_accum_steps": trainer.loader.accum_steps,
+        "device": runtime.device_name(), "dtype": str(runtime.dtype), "note": trainer.note, "cuda": torch.version.cuda,
+        "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version(),
+        "platform": platform.platform(), **facts,
+    }  # fmt: skip
+    folder.write("result.json", (json.dumps(result, indent=1) + "\n").encode())

@@ -10,6 +10,7 @@ on exactly where it was: weights, optimizers, average, generators, position in t
 import hashlib
 import math
 import os
+import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -100,12 +101,27 @@ def gather(runtime, value) -> list:
     return values
 
 
+def listen(runtime):
+    """SIGUSR1 asks for a checkpoint; SIGTERM and SIGINT ask for one and the end, a second of them ends at once."""
+    def heard(number, frame):
+        if number not in (signal.SIGTERM, signal.SIGINT):
+            runtime.save_asked = True
+        elif runtime.leave or not runtime.patient:
+            raise KeyboardInterrupt(number)
+        else:
+            runtime.leave = number
+
+    for name in {"SIGTERM", "SIGINT", "SIGUSR1"} & set(dir(signal)):
+        signal.signal(getattr(signal, name), heard)
+
+
 class Lifeline:
     """The checkpoints of one run: what it resumes from, when the next is due, how it is made and put back."""
 
     def __init__(self, config, folder, stream, code: bytes):
         """Name the run folder, find the checkpoint in it or in RESUME, and check that it is of this run."""
         self.config, self.folder, self.runtime = config, folder, folder.runtime
+        listen(self.runtime)
         folder.locate(config, launch_name(config, folder, os.environ))
         source = locate_checkpoint(config, folder) if self.runtime.is_master else None
         self.source, blob = self.runtime.share((source, source.read_bytes()) if source else (None, None))
@@ -126,6 +142,9 @@ class Lifeline:
 
     def save(self, trainer, wait: bool):
         """Copy the state now, and write it while training goes on, unless told to `wait`."""
+        self.runtime.save_asked = False
+        if trainer.exporting:  # the weights are no longer those of the training, whose last checkpoint was made before
+            return
         trainer.settle(keep=0)  # so that every loss up to here is known to be finite
         self.folder.log(f"checkpoint: writing step:{trainer.steps}")
         state = self.state(trainer)

@@ -4,8 +4,7 @@
     python train_gpt.py records/recipes/demo_cpu.env         a configuration file of KEY=VALUE lines
     SEED=1338 MATRIX_LR=0.03 python train_gpt.py             every knob is an environment variable, which wins
     torchrun --standalone --nproc_per_node=8 train_gpt.py    eight GPUs; any number of ranks and nodes works
-    MODE=check python train_gpt.py                           what would happen and what is missing, without training
-    MODE=eval ARTIFACT=logs/<run_id>/final_model.int8.ptz python train_gpt.py      MODE=sample lets it write
+    MODE=check python train_gpt.py                           what a run would do and need; eval and sample: README.md
     python train_gpt.py --help                               every knob with its default and meaning
 
 Dimensions in comments and suffixes: B batch, T time, D model, H query heads, K key-value heads, d head, V vocabulary.
@@ -161,8 +160,7 @@ class Config:
         for name in texts.keys() - KNOBS.keys():
             close = difflib.get_close_matches(name.upper(), KNOBS, 1)
             raise UserError(f"{argv[0]}: {name} is no knob: {f'did you mean {close[0]}?' if close else 'see --help'}")
-        texts |= {name: environ[name] for name in KNOBS if name in environ}
-        texts = (told or {}) | texts
+        texts = (told or {}) | texts | {name: environ[name] for name in KNOBS if name in environ}
         config = Config(**{KNOBS[name].name: parse(KNOBS[name], text.strip()) for name, text in texts.items()})
         config.check()
         return config
@@ -260,7 +258,7 @@ class Runtime:
                 "start several ranks with torchrun, or unset both".format(*ranks))
         self.rank, self.world_size = map(int, ranks)
         self.is_master = self.rank == 0
-        # What signals have asked for; while `patient`, the wish to leave waits for the end of a step.
+        # What signals have asked lifeline.py for; while `patient`, the wish to leave waits for the end of a step.
         self.patient, self.save_asked, self.leave = False, False, 0
         available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
         meant = config.mode == "check" and config.target_world_size  # the GPUs of which need not be here
@@ -314,15 +312,6 @@ class Runtime:
             dist.broadcast_object_list(box, src=0, group=self.hosts)
         return box[0]
 
-    def on_signal(self, number, frame):
-        """SIGUSR1 asks for a checkpoint; SIGTERM and SIGINT ask for one and the end, a second of them ends at once."""
-        if number not in (signal.SIGTERM, signal.SIGINT):
-            self.save_asked = True
-        elif self.leave or not self.patient:
-            raise KeyboardInterrupt(number)
-        else:
-            self.leave = number
-
 class RunFolder:
     """logs/<run_id>/ and all that a run writes. Only rank 0 writes; lines logged before `create` are kept for it."""
     def __init__(self, runtime: Runtime):
@@ -330,8 +319,7 @@ class RunFolder:
 
     def locate(self, config: Config, name: str = ""):
         """Choose the folder: RUN_ID, or `name`, or a new time stamp."""
-        name = config.run_id or name or f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{os.getpid()}"
-        self.run_id = self.runtime.share(name)
+        self.run_id = self.runtime.share(config.run_id or name or time.strftime(f"%Y-%m-%d_%H-%M-%S_{os.getpid()}"))
         self.path = Path(config.log_dir) / self.run_id
 
     def create(self, config: Config, code: bytes):
@@ -563,8 +551,8 @@ def load_tiktoken(name: str):
         if name != "gpt2" or not (folder := os.environ.get("GPT2_BPE_DIR")):
             return tiktoken.get_encoding(name)
         ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(f"{folder}/vocab.bpe", f"{folder}/encoder.json")
-        special = {"<|endoftext|>": 50256}
-        return tiktoken.Encoding(name, pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
+        return tiktoken.Encoding(name, pat_str=r50k_pat_str, mergeable_ranks=ranks,
+                                 special_tokens={"<|endoftext|>": 50256})
     except Exception as error:  # of names, files and the network
         raise UserError(f"TOKENIZER_PATH={name} is nothing tiktoken can load ({error!r:.120}): give a .model, gpt2 or "
                         "bytes; without a network set TIKTOKEN_CACHE_DIR, or for gpt2 GPT2_BPE_DIR") from error
@@ -844,12 +832,10 @@ class Muon(torch.optim.Optimizer):
 
 def build_optimizers(model: GPT, config: Config, runtime: Runtime) -> list[torch.optim.Optimizer]:
     """[AdamW, Muon]; each group keeps its full rate as `base_lr`, which the schedule scales."""
-    groups = parameter_groups(model)
-    rates = {"embed": config.tied_embed_lr if config.tie_embeddings else config.embed_lr,
-             "head": config.head_lr, "scalar": config.scalar_lr}
-    decays = {"embed": config.embed_weight_decay, "head": config.embed_weight_decay,
-              "scalar": config.scalar_weight_decay}
-    options = [{"params": groups[name], "lr": rates[name], "weight_decay": decays[name]} for name in rates]
+    groups, embed_lr = parameter_groups(model), config.tied_embed_lr if config.tie_embeddings else config.embed_lr
+    options = [{"params": groups["embed"], "lr": embed_lr, "weight_decay": config.embed_weight_decay},
+               {"params": groups["head"], "lr": config.head_lr, "weight_decay": config.embed_weight_decay},
+               {"params": groups["scalar"], "lr": config.scalar_lr, "weight_decay": config.scalar_weight_decay}]
     adam = torch.optim.AdamW([option for option in options if option["params"]], fused=True,
                              betas=(config.beta1, config.beta2), eps=config.adam_eps)
     muon = Muon(groups["matrix"], config.matrix_lr, config.muon_momentum, config.muon_backend_steps, runtime,
@@ -957,9 +943,9 @@ def quantize_rows(w: Tensor, qmax: int = 127, k: float = 0.0) -> tuple[Tensor, T
     return (w / scale.float()[:, None]).round().clamp(-qmax, qmax).to(torch.int8), scale
 
 @torch.no_grad()
-def collect_hessians(model: GPT, batches, runtime: Runtime) -> dict[str, Tensor]:
-    """{parameter: X^T X [in, in] in fp32} of the inputs X of every Linear and of the output projection, over batches
-    of int64 tokens [B, T] on the device through the uncompiled model; averaged over the ranks."""
+def collect_hessians(model: GPT, loader: TrainLoader, batches: int, runtime: Runtime) -> dict[str, Tensor]:
+    """{parameter: X^T X [in, in] in fp32} of the inputs X of every Linear and of the output projection, over so many
+    micro-batches of training text on every rank through the uncompiled model; averaged over the ranks."""
     sums, head = {}, "tok_emb.weight" if model.lm_head is None else "lm_head.weight"
     def add(name, module, inputs):
         x = inputs[0].flatten(0, -2).float()
@@ -969,8 +955,8 @@ def collect_hessians(model: GPT, batches, runtime: Runtime) -> dict[str, Tensor]
         for name, module in model.named_modules():
             if isinstance(module, Linear):
                 hooks.enter_context(module.register_forward_pre_hook(functools.partial(add, f"{name}.weight")))
-        for tokens in batches:
-            add(head, model, [model.features(tokens)])
+        for _ in range(batches):
+            add(head, model, [model.features(loader.next_step()[0][0])])
     if runtime.world_size > 1:
         for total in sums.values():
             dist.all_reduce(total.div_(runtime.world_size))
@@ -1018,7 +1004,7 @@ def quantize(state: dict[str, Tensor], config: Config, hessians: dict[str, Tenso
             scales[name] = scale if tensor.ndim == 2 else scale[0]
             if tensor.ndim == 2:
                 qmeta[name] = {"scheme": "per_row", "axis": 0}
-        elif not tensor.is_floating_point() or kind_of(name) in CONTROL_TENSORS:
+        elif not tensor.is_floating_point() or (kind_of(name) in CONTROL_TENSORS and config.codec == "zlib"):
             passthrough[name] = tensor
         else:
             passthrough[name], original[name] = tensor.half(), dtype
@@ -1062,41 +1048,32 @@ def rans_decode(words: np.ndarray, classes: np.ndarray, tables: np.ndarray, step
     require(position == len(words) and words[1 : 2 * lanes : 2].all() and (states == 2**16).all(), "its stream is odd")
     return key_at[slots].astype(np.uint8)
 
-def layout_numbers(layout: list) -> np.ndarray:
-    """[3, tensors]: the class, the rows with a scale each (0 if its floats are kept), the size of each tensor."""
-    numbers = [(TENSOR_CLASSES.index(kind), rows, math.prod(shape)) for _, kind, rows, _, shape in layout]
-    return np.array(numbers, np.int64).reshape(-1, 3).T
-
 def rans_pack(artifact: dict) -> dict:
-    """An int8 object with its values in one stream, its scales in one tensor, and what it keeps in one of fp16."""
-    parts, original = [artifact[part] for part in ("quantized", "scales", "passthrough")], artifact["dtypes"]
-    original = original | artifact["passthrough_orig_dtypes"]
-    layout = [(name, tensor_class(name), parts[1][name].numel() if name in parts[1] else 0,
-               original.get(name, str(t.dtype)[6:]), [*t.shape]) for name, t in (parts[0] | parts[2]).items()]
-    values, scales, kept = (torch.cat([torch.empty(0), *(t.flatten() for t in part.values())]) for part in parts)
-    classes, rows, sizes = layout_numbers(layout)
-    keys = 256 * np.repeat(classes, sizes * (rows > 0)) + values.to(torch.int8).numpy().view(np.uint8)
+    """An int8 object with its values in one stream, by a table per tensor class, and their shapes in their place."""
+    keys = [256 * TENSOR_CLASSES.index(tensor_class(name)) + q.flatten().numpy().view(np.uint8).astype(np.int64)
+            for name, q in artifact["quantized"].items()]
+    keys = np.concatenate([np.empty(0, np.int64), *keys])
     tables = np.stack([rans_frequencies(row) for row in np.bincount(keys, minlength=768).reshape(3, 256)])
-    return {"__quant_format__": RANS_FORMAT, "config": artifact["config"], "layout": layout, "kept": kept.half(),
-            "scales": scales.half(), "tables": torch.from_numpy(tables.astype(np.int16)),
-            "stream": torch.from_numpy(rans_encode(keys, tables).view(np.uint8))}
+    stream = torch.from_numpy(rans_encode(keys, tables).view(np.uint8))
+    shapes = {name: [*q.shape] for name, q in artifact["quantized"].items()}
+    return artifact | {"__quant_format__": RANS_FORMAT, "quantized": shapes, "stream": stream,
+                       "tables": torch.from_numpy(tables.astype(np.int16))}
 
-def rans_unpack(artifact: dict) -> dict[str, Tensor]:
-    """The state dict of what rans_pack made. What the layout claims is checked before it is allocated."""
-    layout, parts = artifact["layout"], [artifact[part] for part in ("tables", "stream", "scales", "kept")]
-    (tables, stream, scales, kept), (classes, rows, sizes) = parts, layout_numbers(layout)
-    require(all(part.is_contiguous() for part in parts) and 4 * sizes.sum(dtype=float) <= UNPACKED_LIMIT
-            and (0 <= rows).all() and (rows <= sizes).all() and rows.sum() == len(scales) and tables.shape == (3, 256)
-            and (tables >= 0).all() and (tables.double().sum(1) == 2**14).all(), "its layout and tensors do not fit")
-    symbols = rans_decode(stream.numpy().view("<u2"), np.repeat(np.uint8(classes), sizes * (rows > 0)), tables.numpy())
-    values = symbols.view(np.int8) * np.repeat(scales.float().numpy(), np.repeat(sizes // np.maximum(rows, 1), rows))
-    numbers = zip(layout, torch.cat([torch.from_numpy(values), kept.float()]).split(sizes.tolist()), strict=True)
-    return {name: part.view(shape).to(getattr(torch, dtype)) for (name, *_, dtype, shape), part in numbers}
+def rans_unpack(artifact: dict) -> dict:
+    """The int8 object of what rans_pack made. What it claims is checked before it is allocated."""
+    shapes, tables, stream = (artifact[part] for part in ("quantized", "tables", "stream"))
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    require(tables.is_contiguous() and stream.is_contiguous() and all(0 <= size for size in sizes)
+            and 4 * sum(sizes) <= UNPACKED_LIMIT and tables.shape == (3, 256) and (tables >= 0).all()
+            and (tables.double().sum(1) == 2**14).all(), "its shapes, tables and stream do not fit")
+    classes = np.repeat(np.uint8([TENSOR_CLASSES.index(tensor_class(name)) for name in shapes]), sizes)
+    symbols = torch.from_numpy(rans_decode(stream.numpy().view("<u2"), classes, tables.numpy()).view(np.int8))
+    values = zip(shapes.items(), symbols.split(sizes), strict=True)
+    return artifact | {"quantized": {name: part.view(shape) for (name, shape), part in values}}
 
 def dequantize(artifact: dict) -> dict[str, Tensor]:
     """The state dict that an artifact's object of either format stands for, each tensor in its original type."""
-    if artifact.get("__quant_format__") == RANS_FORMAT:
-        return rans_unpack(artifact)
+    artifact = rans_unpack(artifact) if artifact.get("__quant_format__") == RANS_FORMAT else artifact
     state, tensors = {}, [t for part in ("quantized", "scales", "passthrough") for t in artifact[part].values()]
     require(all(t.is_contiguous() for t in tensors) and sum(t.nbytes for t in tensors) <= UNPACKED_LIMIT,
             "its tensors are larger than its data")  # by stride 0, or by many of one storage
@@ -1195,14 +1172,9 @@ class Trainer:
             self.learner = DistributedDataParallel(self.scorer, broadcast_buffers=False)
         self.steps, self.finished, self.exporting, self.reserve, self.hessians = 0, False, False, 0.0, {}
         self.average = [p.detach().float().clone() for p in self.model.parameters() if config.ema_decay]
+        self.calibration = -(-config.gptq_batches // runtime.world_size)  # micro-batches of this rank
         # Losses on their way to the host, seconds of the last steps, the training clock when the last of them ended.
         self.pending, self.recent, self.settled_at = deque(), deque(maxlen=20), 0.0
-
-    def save(self, wait: bool):
-        """A checkpoint, written while training goes on, unless told to `wait`."""
-        if self.lifeline and not self.exporting:  # the last one was made before
-            self.lifeline.save(self, wait)
-        self.runtime.save_asked = False
 
     def step(self, scale: float, momentum: float) -> Tensor:
         """One optimizer step; returns the mean loss of this rank's micro-steps, still on the device."""
@@ -1237,12 +1209,8 @@ class Trainer:
         self.exporting = True
         for p, average in zip(self.model.parameters(), self.average, strict=False):
             p.copy_(average)
-        if self.config.gptq_batches:
-            self.hessians = self.calibrate(-(-self.config.gptq_batches // self.runtime.world_size))
-
-    def calibrate(self, batches: int) -> dict[str, Tensor]:
-        """Hessians from so many micro-batches of training text on every rank, by the model uncompiled."""
-        return collect_hessians(self.model, (self.loader.next_step()[0][0] for _ in range(batches)), self.runtime)
+        if self.calibration:
+            self.hessians = collect_hessians(self.model, self.loader, self.calibration, self.runtime)
 
     def warm_up(self, evaluator: Evaluator):
         """Compile every path with real steps, then put weights, optimizers, RNG and data back exactly as they were."""
@@ -1260,12 +1228,11 @@ class Trainer:
                         self.recent.append(self.watch.elapsed("compile") - began)
                 with torch.no_grad():
                     self.scorer(*evaluator.batch_at(evaluator.windows.start)[:2])
-            for _ in range(2 if self.config.gptq_batches else 0):  # how much of the clock to keep for it
+            for _ in range(2 if self.calibration else 0):  # how much of the clock to keep for it
                 began = self.watch.elapsed("compile")
-                self.calibrate(1)
+                collect_hessians(self.model, self.loader, 1, self.runtime)
                 self.runtime.synchronize()
-                mine = -(-self.config.gptq_batches // self.runtime.world_size)
-                self.reserve = 1.5 * mine * (self.watch.elapsed("compile") - began)
+                self.reserve = 1.5 * self.calibration * (self.watch.elapsed("compile") - began)
                 require(self.reserve < (self.config.max_wallclock_seconds or math.inf), "GPTQ_BATCHES="
                         f"{self.config.gptq_batches} takes {self.reserve:.0f} s, the whole clock: use fewer")
         for part, state in zip(parts, before, strict=True):
@@ -1298,9 +1265,8 @@ class Trainer:
             self.settled_at = clock
             require(math.isfinite(loss), f"step {step}: the loss is {loss}: nothing was exported: lower MATRIX_LR, "
                     "TIED_EMBED_LR and SCALAR_LR, or set GRAD_CLIP_NORM")
-            line = f"step:{step}/{config.iterations} train_loss:{loss:.4f} {times(step, clock)}"
             if config.train_log_every and (step <= 10 or step % config.train_log_every == 0):
-                self.folder.log(line)
+                self.folder.log(f"step:{step}/{config.iterations} train_loss:{loss:.4f} {times(step, clock)}")
             numbers = {"step": step, "train_loss": loss, "lr_scale": scale, "train_seconds": round(clock, 4)}
             self.folder.append("metrics.jsonl", json.dumps(numbers))
 
@@ -1310,7 +1276,7 @@ class Trainer:
         while True:
             scale, stop, save, leave = self.plan()
             if save or leave:
-                self.save(wait=leave)
+                self.lifeline.save(self, wait=leave)
                 if leave:
                     raise KeyboardInterrupt(self.runtime.leave or signal.SIGTERM)
                 continue  # the pause may have used up the clock
@@ -1318,7 +1284,8 @@ class Trainer:
                 self.settle(keep=0)
                 self.watch.switch("export")
                 self.finished = True
-                self.save(wait=True)  # a killed validation or export goes on from here
+                if self.lifeline:  # a killed validation or export goes on from here
+                    self.lifeline.save(self, wait=True)
                 self.watch.switch("training")
             if stop and not self.exporting:
                 self.finish_weights()
@@ -1362,7 +1329,7 @@ def open_text(config: Config, folder: RunFolder) -> tuple[TokenStream, TokenByte
     require(not config.smear_gate or token_bytes.start in (config.start_token, -1),
             f"START_TOKEN={config.start_token}, but documents begin with token {token_bytes.start}: set that")
     folder.log(f"val_loader:shards pattern={stream.pattern} tokens:{len(stream) - 1}")
-    module = beside("audit", "the bytes of the text are weighed, but not proved", folder)
+    module = beside("audit", "the bytes of the text are weighed, but not proved, and there is no result.json", folder)
     audited = module.report(folder, require, token_bytes, stream, config.data_path) if module else {}
     return stream, token_bytes, audited
 
@@ -1406,7 +1373,7 @@ def train(config: Config, folder: RunFolder, argv: list[str]):
     trainer.warm_up(evaluator)
     watch.switch("training")
     runtime.patient = True
-    before, steps = trainer.train(evaluator), trainer.steps
+    before = trainer.train(evaluator)
     runtime.patient = False
     signal.raise_signal(runtime.leave) if runtime.leave else None  # one that came after the last validation
     watch.switch("export")
@@ -1428,26 +1395,10 @@ def train(config: Config, folder: RunFolder, argv: list[str]):
     eval_seconds = time.perf_counter() - began
     watch.switch("export")
     log_final(f"final_{tag.replace('+', '_')}_roundtrip", after, eval_seconds, folder)
-    if not runtime.is_master:
-        return
-    require(after.label or after.bytes == facts.get("val_bytes", after.bytes),
-            f"scored {after.bytes} bytes, but the text has {facts}: a fault of this script")
-    result = {
-        "run_id": folder.run_id, "seed": config.seed, "steps": steps, "model_params": params, "val_loss": after.loss,
-        "val_bpb": after.bpb, "pre_quant_val_loss": before.loss, "pre_quant_val_bpb": before.bpb,
-        "partial": bool(after.label), "scored_tokens": after.tokens, "scored_bytes": after.bytes,
-        "val_tokens": after.of, "eval_stride": config.eval_stride, "eval_seconds": round(eval_seconds, 3),
-        "train_tokens": steps * config.train_batch_tokens, "over_clock": bool(limit and over > 0),
-        "seconds": {phase: round(seconds, 3) for phase, seconds in watch.seconds.items()},
-        "step_avg_ms": 1000 * watch.seconds["training"] / max(steps, 1), "world_size": runtime.world_size,
-        "resumed_at": getattr(trainer.lifeline, "resumed_at", []), "grad_accum_steps": accum_steps,
-        "device": runtime.device_name(), "dtype": str(runtime.dtype), "note": trainer.note, "cuda": torch.version.cuda,
-        "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version(),
-        "platform": platform.platform(), "sha256_code": hashlib.sha256(code).hexdigest(),
-        "sha256_tokenizer": token_bytes.sha256, **sizes, **facts,
-    }
-    folder.write("result.json", (json.dumps(result, indent=1) + "\n").encode())
-    if config.sample_prompt:
+    if facts:
+        hashes = {"sha256_code": hashlib.sha256(code).hexdigest(), "sha256_tokenizer": token_bytes.sha256}
+        beside("audit").write_result(trainer, before, after, eval_seconds, hashes | sizes | facts)
+    if config.sample_prompt and runtime.is_master:
         folder.log("".join(["sample: ", *beside("sample").generate(trainer.model, config, token_bytes)]))
 
 def beside(name: str, without: str = "", folder: RunFolder | None = None):
@@ -1469,8 +1420,6 @@ def main(argv: list[str] | None = None) -> int:
             return beside("check").explain(sys.modules[__name__])
         config = Config.load(argv, os.environ)
         folder = RunFolder(Runtime(config, os.environ))
-        for name in {"SIGTERM", "SIGINT", "SIGUSR1"} & set(dir(signal)):
-            signal.signal(getattr(signal, name), folder.runtime.on_signal)
         mode = train if config.mode == "train" else beside(config.mode).main
         code = mode(config, folder, argv)
         folder.close()

@@ -44,7 +44,7 @@ def main():
             runtime.synchronize()
             began = time.perf_counter()
             if save:
-                trainer.save(wait=False)
+                trainer.lifeline.save(trainer, wait=False)
             for _ in range(steps):
                 float(trainer.step(1.0, 0.95))
             if save:

@@ -69,8 +69,9 @@ def main():
         state = gaussian_state(int(options.gaussian))
     plain = train_gpt.quantize(state, config)
     container = train_gpt.rans_pack(plain)
-    classes, rows, sizes = train_gpt.layout_numbers(container["layout"])
-    classes, tables = np.repeat(classes, sizes * (rows > 0)), container["tables"].numpy()
+    kinds = [train_gpt.TENSOR_CLASSES.index(train_gpt.tensor_class(name)) for name in plain["quantized"]]
+    classes = np.repeat(kinds, [q.numel() for q in plain["quantized"].values()])
+    tables = container["tables"].numpy()
     symbols = np.concatenate([q.flatten().numpy().view(np.uint8) for q in plain["quantized"].values()])
     keys, raw = classes * 256 + symbols, symbols.tobytes()
     counts = np.bincount(keys, minlength=768).reshape(3, 256).astype(float)

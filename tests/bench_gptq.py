@@ -42,7 +42,7 @@ def main():
     loader = tg.TrainLoader(tg.TokenStream(config.data_path, "train", config.vocab_size), config, runtime, accum_steps)
     val = tg.TokenStream(config.data_path, "val", config.vocab_size)
     evaluator = tg.Evaluator(val, tg.TokenBytes(config.tokenizer_path, config.vocab_size), config, runtime)
-    hessians = tg.collect_hessians(model, (loader.next_step()[0][0] for _ in range(config.gptq_batches)), runtime)
+    hessians = tg.collect_hessians(model, loader, config.gptq_batches, runtime)
 
     def score(bits: int, k: float, hessians) -> tuple[float, float]:
         clips = {f"clip_{kind}": k for kind in tg.TENSOR_CLASSES}

@@ -49,7 +49,7 @@ def environment(values: dict[str, str]):
 
 @contextlib.contextmanager
 def signals_restored():
-    """main() takes over some signals, as a program may."""
+    """Training takes over some signals, as a program may."""
     names = {"SIGTERM", "SIGINT", "SIGUSR1"} & set(dir(signal))
     handlers = {name: signal.getsignal(getattr(signal, name)) for name in names}
     try:

@@ -20,6 +20,7 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import models
 import numpy as np
 import pytest
 import torch
@@ -260,7 +261,8 @@ def build(runtime):
         line = lifeline.Lifeline(config, folder, stream, b"")
         return Trainer(config, runtime, folder, Stopwatch(runtime.synchronize), loader, line)
 
-    return start
+    with models.signals_restored():
+        yield start
 
 
 def test_the_generators_of_cpu_and_gpu_come_back(make_config, build, runtime, monkeypatch):
@@ -347,7 +349,7 @@ def test_a_loss_that_is_still_on_its_way_is_awaited_before_a_checkpoint(make_con
     trainer = build(make_config())
     trainer.pending.append((1, 1.0, torch.tensor(math.nan), None))
     with pytest.raises(UserError, match="step 1: the loss is nan"):
-        trainer.save(wait=True)
+        trainer.lifeline.save(trainer, wait=True)
     assert trainer.lifeline.written is None
 
 
@@ -1004,7 +1006,7 @@ def test_a_second_signal_ends_at_once(go, at_step, second):
     assert [m["step"] for m in run.metrics if "train_loss" in m] == [1, 2]
 
 
-@pytest.mark.parametrize("place, folder", [("TokenBytes", False), ("GPT", False), ("export", True)])
+@pytest.mark.parametrize("place, folder", [("Trainer", False), ("export", True)])
 def test_outside_of_the_training_the_first_signal_ends_at_once(go, monkeypatch, place, folder):
     real = getattr(train_gpt, place)
     monkeypatch.setattr(train_gpt, place, lambda *args: send(signal.SIGTERM)() or real(*args))

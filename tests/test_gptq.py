@@ -138,13 +138,19 @@ def direct_hessians(model, batches, monkeypatch) -> dict:
     return {name: torch.cat(parts).mT @ torch.cat(parts) for name, parts in inputs.items()}
 
 
+def gathered(model, batches, runtime):
+    """collect_hessians over these micro-batches, as the first of a step each."""
+    loader = SimpleNamespace(next_step=map(lambda tokens: ([tokens], None), batches).__next__)
+    return collect_hessians(model, loader, len(batches), runtime)
+
+
 @pytest.mark.parametrize("tied", [0, 1])
 @pytest.mark.parametrize("twice", [False, True])
 def test_hessians_are_those_of_a_direct_computation(make_config, runtime, monkeypatch, tied, twice):
     _, model, batches = small_model(make_config, TIE_EMBEDDINGS=tied)
     if twice:
         model.blocks[2] = model.blocks[0]  # whose layers are then called twice a pass
-    found, expected = collect_hessians(model, iter(batches), runtime), direct_hessians(model, batches, monkeypatch)
+    found, expected = gathered(model, batches, runtime), direct_hessians(model, batches, monkeypatch)
     assert set(found) == set(expected) and len(found) == 1 + 6 * (2 if twice else 3)
     for name, hessian in found.items():
         assert hessian.dtype == torch.float32 and not hessian.requires_grad
@@ -156,16 +162,16 @@ def test_hessians_are_those_of_a_direct_computation(make_config, runtime, monkey
 def test_hooks_are_gone_after_an_error(make_config, runtime):
     _, model, batches = small_model(make_config)
     with pytest.raises(IndexError):
-        collect_hessians(model, [batches[0], batches[0] + 10**6], runtime)
+        gathered(model, [batches[0], batches[0] + 10**6], runtime)
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_hessians_are_averaged_over_the_ranks(make_config, runtime, monkeypatch):
     _, model, batches = small_model(make_config)
-    alone, other = (collect_hessians(model, part, runtime) for part in (batches[:1], batches[1:]))
+    alone, other = (gathered(model, part, runtime) for part in (batches[:1], batches[1:]))
     others = iter(other.values())
     monkeypatch.setattr(train_gpt.dist, "all_reduce", lambda tensor: tensor.add_(next(others) / 2))
-    both = collect_hessians(model, batches[:1], SimpleNamespace(world_size=2))
+    both = gathered(model, batches[:1], SimpleNamespace(world_size=2))
     for name, hessian in both.items():
         torch.testing.assert_close(hessian, (alone[name] + other[name]) / 2)
 
@@ -174,7 +180,7 @@ def test_only_what_has_a_hessian_is_rounded_by_gptq(make_config, runtime, monkey
     monkeypatch.setattr(train_gpt, "INT8_MIN_NUMEL", 1000)
     knobs = {"WEIGHT_BITS": 4, "EMBED_BITS": 5, "CLIP_ATTN": 6, "CLIP_MLP": 6, "CLIP_EMBED": 6}
     config, model, batches = small_model(make_config, **knobs)
-    state, hessians = model.state_dict(), collect_hessians(model, batches, runtime)
+    state, hessians = model.state_dict(), gathered(model, batches, runtime)
     plain, all_of_them = quantize(state, config), quantize(state, config, hessians)
     name = "blocks.1.mlp.fc.weight"
     one = quantize(state, config, {name: hessians[name]})

@@ -159,7 +159,9 @@ def test_the_container_holds_what_the_int8_object_holds(changes):
     state, artifact = tiny_artifact(**changes)
     assert artifact["__quant_format__"] == "rans_per_row_v1"
     tensors = {name: part.dtype for name, part in artifact.items() if isinstance(part, torch.Tensor)}
-    assert tensors == {"stream": torch.uint8, "tables": torch.int16, "scales": torch.float16, "kept": torch.float16}
+    assert tensors == {"stream": torch.uint8, "tables": torch.int16}
+    assert {t.dtype for part in ("scales", "passthrough") for t in artifact[part].values()} == {torch.float16}
+    assert artifact["quantized"] == {name: [*state[name].shape] for name in artifact["scales"]}
     back = read(artifact)
     assert set(back) == set(state)
     assert all(back[name].dtype == state[name].dtype and torch.equal(back[name], state[name]) for name in state)
@@ -184,12 +186,22 @@ def put(part, value):
     return change
 
 
-def entry(place, value, index=0):
-    """Change one field of an entry of the layout: name, class, rows, type, shape."""
+def inside(part, value, index=0):
+    """Change one value of a dictionary of the container: the shape of a matrix, its scales, a kept tensor."""
     def change(artifact):
-        fields = list(artifact["layout"][index])
-        fields[place] = value(fields[place]) if callable(value) else value
-        artifact["layout"][index] = tuple(fields)
+        name = list(artifact[part])[index]
+        artifact[part][name] = value(artifact[part][name]) if callable(value) else value
+
+    return change
+
+
+def shape(value, index=0):
+    return inside("quantized", value, index)
+
+
+def renamed(old, new):
+    def change(artifact):
+        artifact["quantized"] = {new if name == old else name: s for name, s in artifact["quantized"].items()}
 
     return change
 
@@ -207,24 +219,22 @@ def claims(*shape, dtype):
 
 TAMPERED = {
     "a part is gone": lambda artifact: artifact.pop("stream"),
-    "no layout": put("layout", None), "empty layout": put("layout", []), "a word as layout": put("layout", "abc"),
-    "an entry is gone": lambda artifact: artifact["layout"].pop(0),
-    "a kept entry is gone": lambda artifact: artifact["layout"].pop(),
-    "an entry too many": lambda artifact: artifact["layout"].append(artifact["layout"][0]),
-    "unknown class": entry(1, "conv"), "number as class": entry(1, 1), "unknown type": entry(3, "quantum"),
-    "function as type": entry(3, "load"), "complex": entry(3, "complex64"), "name of nothing": entry(0, None),
-    "a row more": entry(2, lambda rows: rows + 1), "a row less": entry(2, lambda rows: rows - 1),
-    "negative rows": entry(2, -1), "no rows": entry(2, 0), "fraction of rows": entry(2, 1.5),
-    "huge rows": entry(2, 2**62), "beyond int64": entry(2, 2**70),
-    "a column less": entry(4, lambda shape: [shape[0], shape[1] - 1]),
-    "a column more": entry(4, lambda shape: [shape[0], shape[1] + 1]),
-    "kept and longer": entry(4, lambda shape: [*shape[:-1], shape[-1] + 1], index=-1),
-    "kept and empty": entry(4, [0], index=-1),
-    "negative shape": entry(4, lambda shape: [-shape[0], -shape[1]]), "no list as shape": entry(4, 7),
-    "terabytes": entry(4, [10**6, 10**6]), "beyond the limit": entry(4, [2**14, 2**14 + 1]),
-    "kept terabytes": entry(4, [2**40], index=-1), "beyond all numbers": entry(4, [2**40, 2**40]),
-    "terabytes and their negative": lambda artifact: [entry(4, [2**40])(artifact), entry(4, [-(2**40)], 1)(artifact)],
-    "rows of nothing": lambda artifact: [entry(4, [2**40, 0])(artifact), entry(2, 2**40)(artifact)],
+    "no shapes": put("quantized", None), "no shape": put("quantized", {}), "a word as shapes": put("quantized", "abc"),
+    "a matrix is gone": lambda artifact: artifact["quantized"].popitem(),
+    "a matrix too many": lambda artifact: artifact["quantized"].update(more=[1, 1]),
+    "a matrix of nothing": lambda artifact: artifact["quantized"].update(more=[0, 4]),
+    "another class": renamed("tok_emb.weight", "blocks.0.attn.tok_emb.weight"),
+    "another name": renamed("tok_emb.weight", "tok_em.weight"), "name of nothing": renamed("tok_emb.weight", None),
+    "unknown type": inside("dtypes", "quantum"), "function as type": inside("dtypes", "load"),
+    "complex": inside("dtypes", "complex64"), "no type": lambda artifact: artifact["dtypes"].popitem(),
+    "unknown kept type": inside("passthrough_orig_dtypes", "quantum"),
+    "a row more": shape(lambda s: [s[0] + 1, s[1]]), "a row less": shape(lambda s: [s[0] - 1, s[1]]),
+    "a column more": shape(lambda s: [s[0], s[1] + 1]), "a column less": shape(lambda s: [s[0], s[1] - 1]),
+    "negative shape": shape(lambda s: [-s[0], -s[1]]), "no list as shape": shape(7), "fractions": shape([1.5, 4]),
+    "turned": shape(lambda s: s[::-1]), "free": shape(lambda s: [-1, s[1]]),
+    "terabytes": shape([10**6, 10**6]), "beyond the limit": shape([2**14, 2**14 + 1]),
+    "beyond int64": shape([2**40, 2**40]), "beyond all numbers": shape([2**70, 2**70]),
+    "terabytes and their negative": lambda artifact: [shape([2**40])(artifact), shape([-(2**40)], 1)(artifact)],
     "a frequency more": table(0, 3, 1), "a frequency less": table(1, 0, -1), "negative": table(2, 9, -20_000),
     "a table too many": put("tables", lambda tables: torch.cat([tables, tables[:1]])),
     "a table less": put("tables", lambda tables: tables[:2].clone()),
@@ -241,14 +251,13 @@ TAMPERED = {
     "no stream": put("stream", torch.empty(0, dtype=torch.uint8)),
     "words swapped": put("stream", lambda stream: torch.cat([stream[:4], stream[4:].flip(0)])),
     "a stream by stride 0": put("stream", claims(10**12, dtype=torch.uint8)),
-    "a scale less": put("scales", lambda scales: scales[:-1].clone()),
-    "a scale more": put("scales", lambda scales: torch.cat([scales, scales[:1]])),
-    "infinite scale": put("scales", lambda scales: scales * float("inf")),
-    "scales by stride 0": put("scales", claims(10**12, dtype=torch.float16)),
-    "a kept number less": put("kept", lambda kept: kept[:-1].clone()),
-    "a kept number more": put("kept", lambda kept: torch.cat([kept, kept[:1]])),
-    "kept by stride 0": put("kept", claims(10**12, dtype=torch.float16)),
-    "kept on no device": put("kept", lambda kept: kept.to("meta")),
+    "a scale less": inside("scales", lambda scales: scales[:-1].clone()),
+    "a scale more": inside("scales", lambda scales: torch.cat([scales, scales[:1]])),
+    "scales gone": lambda artifact: artifact["scales"].popitem(),
+    "infinite scale": inside("scales", lambda scales: scales * float("inf")),
+    "scales by stride 0": inside("scales", claims(10**12, dtype=torch.float16)),
+    "kept by stride 0": inside("passthrough", claims(10**12, dtype=torch.float16)),
+    "kept on no device": inside("passthrough", lambda kept: kept.to("meta")),
     "a sparse stream": put("stream", lambda stream: stream.to_sparse()),
     "of another format": put("__quant_format__", "int8_clean_per_row_v1"),
 }  # fmt: skip
@@ -283,7 +292,7 @@ def test_claims_are_checked_before_anything_is_allocated(monkeypatch):
     artifact = tiny_artifact()[1]
     monkeypatch.setattr(train_gpt, "rans_decode", lambda *args: pytest.fail("too late"))
     monkeypatch.setattr(np, "repeat", lambda *args: pytest.fail("too late"))
-    for change in ("terabytes", "kept terabytes", "beyond the limit", "rows of nothing", "scales by stride 0"):
+    for change in ("terabytes", "beyond the limit", "beyond int64", "tables by stride 0"):
         changed = copy_of(artifact)
         TAMPERED[change](changed)
         with pytest.raises(UserError):
