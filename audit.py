@@ -1,4 +1,5 @@
-"""Proof of the byte count that a score of train_gpt.py divides by. It loads this file when it stands beside it.
+"""Proof of the byte count that a score of train_gpt.py divides by, and the run's result.json. It loads this file when
+it stands beside it.
 
 A tokenizer and what its tokens weigh come from one file, so they cannot prove each other: only data whose manifest.json
 states the true bytes of its text is proved, or the published text whose bytes are known.
