@@ -72,11 +72,11 @@ def manifest_bytes(require, folder: str) -> dict[str, int] | None:
         require(False, f"{path} states no splits.val.bytes ({error!r:.60}): prepare the data again, or move it")
 
 
-def write_result(trainer, before, after, eval_seconds: float, facts: dict):
+def write_result(require, trainer, before, after, facts: dict):
     """result.json of a finished run: the Scores of the weights and of the artifact, time, machine, and more `facts`."""
     config, runtime, folder, watch = trainer.config, trainer.runtime, trainer.folder, trainer.watch
-    if not after.label and after.bytes != facts["val_bytes"]:
-        raise RuntimeError(f"scored {after.bytes} bytes, but the text has {facts['val_bytes']}: a fault of this script")
+    require(after.label or after.bytes == facts["val_bytes"],
+            f"scored {after.bytes} bytes, but the text has {facts['val_bytes']}: a fault of this script")
     limit, trained = config.max_wallclock_seconds, watch.seconds["training"]
     result = {
         "run_id": folder.run_id, "seed": config.seed, "steps": trainer.steps,
@@ -84,7 +84,7 @@ def write_result(trainer, before, after, eval_seconds: float, facts: dict):
         "val_loss": after.loss, "val_bpb": after.bpb, "pre_quant_val_loss": before.loss,
         "pre_quant_val_bpb": before.bpb, "partial": bool(after.label), "scored_tokens": after.tokens,
         "scored_bytes": after.bytes, "val_tokens": after.of, "eval_stride": config.eval_stride,
-        "eval_seconds": round(eval_seconds, 3), "train_tokens": trainer.steps * config.train_batch_tokens,
+        "eval_seconds": round(after.seconds, 3), "train_tokens": trainer.steps * config.train_batch_tokens,
         "over_clock": bool(limit and trained > limit),
         "seconds": {phase: round(seconds, 3) for phase, seconds in watch.seconds.items()},
         "step_avg_ms": 1000 * trained / max(trainer.steps, 1), "world_size": runtime.world_size,

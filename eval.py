@@ -9,7 +9,6 @@ the knobs give the rest, and what was assumed is printed.
 import hashlib
 import os
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -73,8 +72,7 @@ def main(config, folder, argv: list[str]):
     config, _, scorer = open_model(config, folder, argv)
     stream, token_bytes, _ = trainer.open_text(config, folder)
     accum_steps = config.accumulation_steps(runtime.world_size, runtime.device.type)
-    began = time.perf_counter()
     score = trainer.Evaluator(stream, token_bytes, config, runtime, accum_steps).score(scorer, folder.log)
     tag = trainer.artifact_names(config)[1].replace("+", "_")
     label = "final_model" if config.artifact.endswith(".pt") else f"final_{tag}_roundtrip"
-    trainer.log_final(label, score, time.perf_counter() - began, folder)
+    trainer.log_final(label, score, folder)

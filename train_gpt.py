@@ -862,8 +862,8 @@ def muon_momentum(config: Config, step: int) -> float:
 # ---------- Evaluation: loss and bits per byte over the validation text, every target scored exactly once -------------
 class Score:
     """From sums over scored targets; `label` ends every line that shows a score of fewer than the text has (`of`)."""
-    def __init__(self, nats: float, tokens: int, bytes: int, of: int):
-        self.tokens, self.bytes, self.of = tokens, bytes, of
+    def __init__(self, nats: float, tokens: int, bytes: int, of: int, seconds: float):
+        self.tokens, self.bytes, self.of, self.seconds = tokens, bytes, of, seconds
         self.loss, self.bpb = nats / tokens, nats / math.log(2) / bytes
         self.label = f" partial:{tokens}/{of}" if tokens < of else ""
 
@@ -914,7 +914,7 @@ class Evaluator:
         require(count == self.targets, f"scored {count:.0f} of {self.targets} targets: a fault of this script")
         require(weight > 0, f"{self.stream.pattern}: the scored targets weigh no bytes: raise VAL_TOKENS_LIMIT")
         require(math.isfinite(nats), f"the validation loss is {nats}: the run diverged: lower the learning rates")
-        return Score(nats, int(count), int(weight), self.of)
+        return Score(nats, int(count), int(weight), self.of, time.perf_counter() - begun)
 
 # ---------- Export: few bits with an fp16 scale per row, GPTQ, zlib or rANS, a checksum, the size, the way back -------
 INT8_FORMAT, RANS_FORMAT, INT8_CLIP_QUANTILE = "int8_clean_per_row_v1", "rans_per_row_v1", 0.9999984
@@ -1018,43 +1018,48 @@ def rans_frequencies(counts: np.ndarray) -> np.ndarray:
         frequencies[np.where(frequencies > 1, counts / (frequencies - 0.5), np.inf).argmin()] -= 1
     return frequencies.astype(np.int64)
 
-def rans_encode(keys: np.ndarray, tables: np.ndarray, steps: int = 8192) -> np.ndarray:
-    """16-bit words of keys 256 * class + symbol by tables [classes, 256] (Duda 2013, rANS; Giesen 2014, interleaved):
-    the last states, two words each, then those in the order of decoding. A lane codes `steps` symbols at most."""
-    freq, lanes, chunks = tables.ravel().astype(np.uint64), len(keys) // steps + 1, []
-    first, states = (freq.cumsum() - freq) % 2**14, np.full(lanes, 2**16, np.uint64)
-    for begin in reversed(range(0, len(keys), lanes)):
-        key = keys[begin : begin + lanes]
-        x, f = states[: len(key)], freq[key]
-        full = np.flatnonzero(x >= f << 18)  # would leave [2**16, 2**32)
-        chunks.append(x[full].astype("<u2"))
-        x[full] >>= 16
-        x += x // f * (2**14 - f) + first[key]
-    return np.concatenate([states.astype("<u4").view("<u2"), *reversed(chunks)])
+def rans_encode(groups: list[np.ndarray], tables: np.ndarray, steps: int = 8192) -> np.ndarray:
+    """16-bit words of groups of uint8 symbols, each by its table of frequencies [256] (Duda 2013, rANS; Giesen 2014,
+    interleaved): the last states, two words each, then those in the order of decoding. A lane codes about `steps`."""
+    lanes, chunks = sum(map(len, groups)) // steps + 1, []
+    states = np.full(lanes, 2**16, np.uint64)
+    for symbols, freq in zip(groups[::-1], tables[::-1].astype(np.uint64), strict=True):
+        first = freq.cumsum() - freq
+        for begin in reversed(range(0, len(symbols), lanes)):
+            symbol = symbols[begin : begin + lanes]
+            x, f = states[: len(symbol)], freq[symbol]
+            full = np.flatnonzero(x >= f << 18)  # would leave [2**16, 2**32)
+            chunks.append(x[full].astype("<u2"))
+            x[full] >>= 16
+            x += x // f * (2**14 - f) + first[symbol]
+    return np.concatenate([states.astype("<u4").view("<u2"), *reversed(chunks)], dtype="<u2")
 
-def rans_decode(words: np.ndarray, classes: np.ndarray, tables: np.ndarray, steps: int = 8192) -> np.ndarray:
-    """The symbols, given the class of each. Refuses words that rans_encode would not have written."""
-    freq, lanes, slots = tables.ravel().astype(np.int64), len(classes) // steps + 1, np.empty(len(classes), np.uint16)
-    key_at = np.repeat(np.arange(len(freq), dtype=np.uint16), freq)  # of the slot class * 2**14 + x % 2**14
-    freq_at, rest_at = freq[key_at], np.arange(len(key_at)) - (freq.cumsum() - freq)[key_at]
+def rans_decode(words: np.ndarray, counts: list[int], tables: np.ndarray, steps: int = 8192) -> list[np.ndarray]:
+    """The groups, given the length of each. Refuses words that rans_encode would not have written."""
+    lanes, groups = sum(counts) // steps + 1, []
     states, position = words[: 2 * lanes].view("<u4").astype(np.int64), 2 * lanes
-    for begin in range(0, len(classes), lanes):
-        x = states[: len(classes) - begin]
-        slot = slots[begin : begin + lanes] = (classes[begin : begin + lanes].astype(np.int64) << 14) + (x & 0x3FFF)
-        x[:] = (x >> 14) * freq_at[slot] + rest_at[slot]
-        low = np.flatnonzero(x < 2**16)
-        x[low] = x[low] << 16 | words[position : position + len(low)]
-        position += len(low)
+    for count, freq in zip(counts, tables.astype(np.int64), strict=True):
+        symbol_at, slots = np.repeat(np.arange(256, dtype=np.uint8), freq), np.empty(count, np.uint16)
+        both_at = freq[symbol_at] << 14 | np.arange(2**14) - (freq.cumsum() - freq)[symbol_at]  # looked up at once
+        for begin in range(0, count, lanes):
+            x = states[: count - begin]
+            slot = slots[begin : begin + lanes] = x & 0x3FFF
+            both = both_at[slot]
+            x[:] = (x >> 14) * (both >> 14) + (both & 0x3FFF)
+            low = np.flatnonzero(x < 2**16)
+            x[low] = x[low] << 16 | words[position : position + len(low)]
+            position += len(low)
+        groups.append(symbol_at[slots])
     require(position == len(words) and words[1 : 2 * lanes : 2].all() and (states == 2**16).all(), "its stream is odd")
-    return key_at[slots].astype(np.uint8)
+    return groups
 
 def rans_pack(artifact: dict) -> dict:
     """An int8 object with its values in one stream, by a table per tensor class, and their shapes in their place."""
-    keys = [256 * TENSOR_CLASSES.index(tensor_class(name)) + q.flatten().numpy().view(np.uint8).astype(np.int64)
-            for name, q in artifact["quantized"].items()]
-    keys = np.concatenate([np.empty(0, np.int64), *keys])
-    tables = np.stack([rans_frequencies(row) for row in np.bincount(keys, minlength=768).reshape(3, 256)])
-    stream = torch.from_numpy(rans_encode(keys, tables).view(np.uint8))
+    kinds = [TENSOR_CLASSES.index(tensor_class(name)) for name in artifact["quantized"]]
+    groups = [q.flatten().numpy().view(np.uint8) for q in artifact["quantized"].values()]
+    counts = [[np.bincount(g, minlength=256) for g, k in zip(groups, kinds, strict=True) if k == n] for n in range(3)]
+    tables = np.stack([rans_frequencies(np.sum([np.zeros(256), *rows], axis=0)) for rows in counts])
+    stream = torch.from_numpy(rans_encode(groups, tables[kinds]).view(np.uint8))
     shapes = {name: [*q.shape] for name, q in artifact["quantized"].items()}
     return artifact | {"__quant_format__": RANS_FORMAT, "quantized": shapes, "stream": stream,
                        "tables": torch.from_numpy(tables.astype(np.int16))}
@@ -1062,14 +1067,14 @@ def rans_pack(artifact: dict) -> dict:
 def rans_unpack(artifact: dict) -> dict:
     """The int8 object of what rans_pack made. What it claims is checked before it is allocated."""
     shapes, tables, stream = (artifact[part] for part in ("quantized", "tables", "stream"))
-    sizes = [math.prod(shape) for shape in shapes.values()]
-    require(tables.is_contiguous() and stream.is_contiguous() and all(0 <= size for size in sizes)
-            and 4 * sum(sizes) <= UNPACKED_LIMIT and tables.shape == (3, 256) and (tables >= 0).all()
-            and (tables.double().sum(1) == 2**14).all(), "its shapes, tables and stream do not fit")
-    classes = np.repeat(np.uint8([TENSOR_CLASSES.index(tensor_class(name)) for name in shapes]), sizes)
-    symbols = torch.from_numpy(rans_decode(stream.numpy().view("<u2"), classes, tables.numpy()).view(np.int8))
-    values = zip(shapes.items(), symbols.split(sizes), strict=True)
-    return artifact | {"quantized": {name: part.view(shape) for (name, shape), part in values}}
+    sizes = [math.prod(map(int, shape)) for shape in shapes.values()]
+    require(tables.is_contiguous() and stream.is_contiguous() and len(sizes) <= 2**14 and min(sizes, default=1) > 0
+            and 4 * sum(sizes) <= UNPACKED_LIMIT and tables.shape == (3, 256) and tables.dtype == torch.int16
+            and (tables >= 0).all() and (tables.sum(1) == 2**14).all(), "its shapes, tables and stream do not fit")
+    kinds = [TENSOR_CLASSES.index(tensor_class(name)) for name in shapes]
+    groups = rans_decode(stream.numpy().view("<u2"), sizes, tables.numpy()[kinds])
+    values = {name: torch.from_numpy(q.view(np.int8)) for name, q in zip(shapes, groups, strict=True)}
+    return artifact | {"quantized": {name: q.view(shapes[name]) for name, q in values.items()}}
 
 def dequantize(artifact: dict) -> dict[str, Tensor]:
     """The state dict that an artifact's object of either format stands for, each tensor in its original type."""
@@ -1162,8 +1167,7 @@ def times(step: int, clock: float) -> str:
 
 class Trainer:
     """Model, optimizers and data of one run, and the loop over them."""
-    def __init__(self, config: Config, runtime: Runtime, folder: RunFolder, watch: Stopwatch, loader: TrainLoader,
-                 lifeline=None):
+    def __init__(self, config: Config, runtime: Runtime, folder, watch: Stopwatch, loader: TrainLoader, lifeline=None):
         self.config, self.runtime, self.folder, self.watch = config, runtime, folder, watch
         self.loader, self.lifeline = loader, lifeline  # the latter makes checkpoints, if there are to be any
         self.model, self.scorer, self.note = build_model(config, runtime)
@@ -1333,8 +1337,8 @@ def open_text(config: Config, folder: RunFolder) -> tuple[TokenStream, TokenByte
     audited = module.report(folder, require, token_bytes, stream, config.data_path) if module else {}
     return stream, token_bytes, audited
 
-def log_final(label: str, score: Score, seconds: float, folder: RunFolder):
-    folder.log(f"{label} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} eval_time:{1000 * seconds:.0f}ms"
+def log_final(label: str, score: Score, folder: RunFolder):
+    folder.log(f"{label} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} eval_time:{1000 * score.seconds:.0f}ms"
                f"{score.label}\n{label}_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} "
                f"tokens:{score.tokens} bytes:{score.bytes}{score.label}")
 
@@ -1349,11 +1353,11 @@ def prepare(config: Config, folder: RunFolder, code: bytes, watch: Stopwatch):
     folder.log(f"train_loader:shards pattern={stream.pattern} tokens:{len(stream)}")
     if runtime.is_master:
         stream.read(0, len(stream.shards[0]))  # checks its tokens; later shards as they are read
-    text = open_text(config, folder)
     module = beside("lifeline", "no checkpoints, no resuming, no fitting of micro-batches to the memory", folder)
     lifeline = module.Lifeline(config, folder, stream, code) if module else folder.locate(config)
     require(lifeline or config.resume in ("auto", "never") and not folder.path.exists(),
             f"folder {folder.path} exists, or RESUME is set: without lifeline.py give a new RUN_ID and no RESUME")
+    text = open_text(config, folder)
     watch.switch("compile")
     trainer = Trainer(config, runtime, folder, watch, TrainLoader(stream, config, runtime, accum_steps), lifeline)
     if lifeline:
@@ -1363,8 +1367,7 @@ def prepare(config: Config, folder: RunFolder, code: bytes, watch: Stopwatch):
 
 def train(config: Config, folder: RunFolder, argv: list[str]):
     """MODE=train: one run, from the checks to result.json."""
-    runtime, code = folder.runtime, Path(__file__).read_bytes()
-    watch = Stopwatch(runtime.synchronize)
+    runtime, code, watch = folder.runtime, Path(__file__).read_bytes(), Stopwatch(folder.runtime.synchronize)
     trainer, val_stream, token_bytes, facts = prepare(config, folder, code, watch)
     params, accum_steps = sum(p.numel() for p in trainer.model.parameters()), trainer.loader.accum_steps
     folder.log(f"{trainer.note}\nmodel_params:{params}\nseed:{config.seed}\nrun_folder:{folder.path}\n"
@@ -1390,14 +1393,12 @@ def train(config: Config, folder: RunFolder, argv: list[str]):
     blob = runtime.share(artifact.read_bytes() if runtime.is_master else None)
     trainer.model.load_state_dict(dequantize(unpack(blob, artifact)))
     watch.switch("evaluation")
-    began = time.perf_counter()
     after = evaluator.score(trainer.scorer, folder.log)
-    eval_seconds = time.perf_counter() - began
     watch.switch("export")
-    log_final(f"final_{tag.replace('+', '_')}_roundtrip", after, eval_seconds, folder)
+    log_final(f"final_{tag.replace('+', '_')}_roundtrip", after, folder)
     if facts:
         hashes = {"sha256_code": hashlib.sha256(code).hexdigest(), "sha256_tokenizer": token_bytes.sha256}
-        beside("audit").write_result(trainer, before, after, eval_seconds, hashes | sizes | facts)
+        beside("audit").write_result(require, trainer, before, after, hashes | sizes | facts)
     if config.sample_prompt and runtime.is_master:
         folder.log("".join(["sample: ", *beside("sample").generate(trainer.model, config, token_bytes)]))
 

@@ -69,17 +69,17 @@ def main():
         state = gaussian_state(int(options.gaussian))
     plain = train_gpt.quantize(state, config)
     container = train_gpt.rans_pack(plain)
-    kinds = [train_gpt.TENSOR_CLASSES.index(train_gpt.tensor_class(name)) for name in plain["quantized"]]
-    classes = np.repeat(kinds, [q.numel() for q in plain["quantized"].values()])
-    tables = container["tables"].numpy()
-    symbols = np.concatenate([q.flatten().numpy().view(np.uint8) for q in plain["quantized"].values()])
-    keys, raw = classes * 256 + symbols, symbols.tobytes()
-    counts = np.bincount(keys, minlength=768).reshape(3, 256).astype(float)
+    kinds = np.array([train_gpt.TENSOR_CLASSES.index(train_gpt.tensor_class(name)) for name in plain["quantized"]])
+    groups = [q.flatten().numpy().view(np.uint8) for q in plain["quantized"].values()]
+    lengths_of, tables, raw = [*map(len, groups)], container["tables"].numpy()[kinds], b"".join(map(bytes, groups))
+    counts = np.zeros((3, 256))
+    for kind, group in zip(kinds, groups, strict=True):
+        counts[kind] += np.bincount(group, minlength=256)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     entropy = -(counts * np.log2(np.where(counts > 0, shares, 1))).sum() / 8
     coders = {
-        "rANS": (lambda: train_gpt.rans_encode(keys, tables).tobytes(),
-                 lambda data: train_gpt.rans_decode(np.frombuffer(data, "<u2"), classes, tables).tobytes()),
+        "rANS": (lambda: train_gpt.rans_encode(groups, tables).tobytes(),
+                 lambda data: np.concatenate(train_gpt.rans_decode(np.frombuffer(data, "<u2"), lengths_of, tables))),
         "zlib -9": (lambda: zlib.compress(raw, 9), zlib.decompress),
         "lzma": (lambda: lzma.compress(raw), lzma.decompress),
     }  # fmt: skip
@@ -89,7 +89,7 @@ def main():
         for name, (encode, decode) in coders.items():
             data, seconds = timed(encode)
             back, more = timed(decode, data)
-            assert back == raw, name
+            assert bytes(back) == raw, name
             lengths[name] = len(data)
             taken[name][0].append(seconds)
             taken[name][1].append(more)

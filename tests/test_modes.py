@@ -762,7 +762,7 @@ def test_the_script_alone_trains_exports_and_scores(corpus, tmp_path):
     done = run()
     assert done.returncode == 0, done.stderr
     warnings = re.findall(r"^warning: (\w+\.py) is not beside train_gpt.py: .+$", done.stdout, re.MULTILINE)
-    assert warnings == ["check.py", "audit.py", "lifeline.py"]
+    assert warnings == ["check.py", "lifeline.py", "audit.py"]
     made = {path.name for path in (tmp_path / "logs" / "run").iterdir()}
     models_made, texts_made = {"final_model.int8.ptz", "final_model.pt"}, {"config.env", "metrics.jsonl", "train.log"}
     assert made == models_made | texts_made | {"train_gpt.py"}

@@ -178,9 +178,14 @@ def clock(monkeypatch):
         fake.now += next(fake.steps)
         return step(self, *args)
 
-    def timed_score(self, *args):
-        fake.now += 100.0
-        return score(self, *args)
+    def timed_score(self, model, *args):
+        costs = iter([100.0])
+
+        def slow(*batch):
+            fake.now += next(costs, 0.0)
+            return model(*batch)
+
+        return score(self, slow, *args)
 
     monkeypatch.setattr(train_gpt.time, "perf_counter", lambda: fake.now)
     monkeypatch.setattr(Trainer, "step", timed_step)
