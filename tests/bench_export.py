@@ -6,25 +6,26 @@
 
 Knobs of the export may be set (WEIGHT_BITS, EMBED_BITS, CLIP_ATTN, CLIP_MLP, CLIP_EMBED); without, it is 6 bits and
 clips of 12.85 standard deviations. The coders take turns. Each codes the values as bytes, one per weight; "entropy" is
-that of the zeroth order, for attention, MLP and embedding apart. Then the whole artifact of CODEC=rans beside the size
-law: 2.047 + log2(qmax / k) + 0.060 (k / qmax)^2 bits per weight, 2 bytes per row, and the tensors that are kept.
+that of the zeroth order, for attention, MLP and embedding apart. Then the whole artifact of CODEC=rans beside what
+MODE=check projects by the size law.
 """
 
 import argparse
 import hashlib
 import lzma
-import math
 import os
 import statistics
 import sys
 import time
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import check  # noqa: E402
 import train_gpt  # noqa: E402
 
 
@@ -35,17 +36,6 @@ def gaussian_state(weights: int) -> dict[str, torch.Tensor]:
     state = {name: 0.02 * torch.randn(share * weights // 5 // 512, 512, generator=generator)
              for name, share in shares.items()}  # fmt: skip
     return state | {"blocks.0.attn_scale": torch.ones(512)}
-
-
-def law(config, artifact: dict) -> float:
-    """Bytes of an artifact by the size law."""
-    total = sum(2 * tensor.numel() for tensor in artifact["passthrough"].values())
-    for name, q in artifact["quantized"].items():
-        bits = config.embed_bits if train_gpt.kind_of(name) == "tok_emb" else config.weight_bits
-        qmax, k = 2 ** (bits - 1) - 1, getattr(config, f"clip_{train_gpt.tensor_class(name)}")
-        total += (2.047 + math.log2(qmax / k) + 0.060 * (k / qmax) ** 2) * q.numel() / 8
-        total += 2 * artifact["scales"][name].numel()
-    return total
 
 
 def timed(function, *args):
@@ -99,7 +89,8 @@ def main():
         print(f"{name:8} {lengths[name]:10} {lengths[name] / entropy - 1:12.3%} {statistics.median(encode):9.3f} "
               f"{statistics.median(decode):9.3f}")
     stream = zlib.compress(train_gpt.torch_bytes(container), 9)
-    artifact, told = len(stream) + hashlib.sha256().digest_size, law(config, plain)
+    artifact = len(stream) + hashlib.sha256().digest_size
+    told = check.projected_bytes(config, train_gpt, SimpleNamespace(state_dict=lambda: state))
     print(f"artifact: {artifact} bytes; the size law says {told:.0f}, {told / artifact - 1:+.3%}")
 
 
