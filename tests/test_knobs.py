@@ -403,9 +403,13 @@ def test_the_compiled_model_of_everything_follows_the_switch_of_the_recurrence()
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="needs a C++ compiler")
-def test_inductor_gives_the_losses_and_gradients_of_everything_together():
-    """In a single layer, since each of its kernels takes a C++ compiler a third of a second."""
-    config = config_of(**EVERYTHING | {"NUM_LAYERS": 1, "LOOP_LAYERS": "", "PARALLEL_FROM": 0})
+@pytest.mark.parametrize("knobs", [
+    EVERYTHING | {"NUM_LAYERS": 1, "LOOP_LAYERS": "", "PARALLEL_FROM": 0},
+    {"NUM_LAYERS": 2, "LOOP_LAYERS": "0-0", "LOOP_PASSES": 2, "GATED_SKIPS": 1, "X0_MIX": 0, "TIE_EMBEDDINGS": 0},
+])  # fmt: skip
+def test_inductor_gives_the_losses_and_gradients_of_combinations(knobs):
+    """In few layers, since each of its kernels takes a C++ compiler a third of a second."""
+    config = config_of(**knobs)
     model, tokens = scatter(GPT(config)), random_tokens(config, 2, 17)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, dynamic=False)
