@@ -444,3 +444,9 @@ def test_missing_tokenizer(tmp_path):
             TokenBytes(str(path), 1024)
         assert f"TOKENIZER_PATH={path} does not exist" in str(caught.value)
         assert "python data/prepare_shakespeare.py" in str(caught.value)
+
+
+def test_a_whole_text_scored_by_other_bytes_than_the_audit_counted_is_no_result():
+    trainer = SimpleNamespace(config=None, runtime=None, folder=None, watch=None)
+    with pytest.raises(UserError, match="scored 10 bytes, but the text has 11"):
+        audit.write_result(require, trainer, None, SimpleNamespace(label="", bytes=10), {"val_bytes": 11})

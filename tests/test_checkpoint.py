@@ -1006,7 +1006,7 @@ def test_a_second_signal_ends_at_once(go, at_step, second):
     assert [m["step"] for m in run.metrics if "train_loss" in m] == [1, 2]
 
 
-@pytest.mark.parametrize("place, folder", [("Trainer", False), ("export", True)])
+@pytest.mark.parametrize("place, folder", [("TokenBytes", False), ("Trainer", False), ("export", True)])
 def test_outside_of_the_training_the_first_signal_ends_at_once(go, monkeypatch, place, folder):
     real = getattr(train_gpt, place)
     monkeypatch.setattr(train_gpt, place, lambda *args: send(signal.SIGTERM)() or real(*args))
