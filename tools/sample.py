@@ -9,9 +9,12 @@ SAMPLE_PROMPT ends with a sample in its log.
 import contextlib
 import math
 import os
+import re
 import sys
 
 import torch
+
+import train_gpt
 
 
 @torch.no_grad()
@@ -19,8 +22,10 @@ def generate(model, config, token_bytes):
     """Yield the prompt, then pieces of the text that the model continues it with; ends with the document.
 
     Each token is a forward pass over the last TRAIN_SEQ_LEN tokens: simple, and fast enough for a few hundred."""
-    prompt, generator = config.sample_prompt.replace("\\n", "\n"), torch.Generator().manual_seed(config.seed)
-    device, T, trainer = next(model.parameters()).device, config.train_seq_len, sys.modules[type(config).__module__]
+    # \n is a line break, \u and four digits any character that a configuration file cannot hold.
+    prompt = re.sub(r"\\u([0-9a-f]{4})", lambda m: chr(int(m[1], 16)), config.sample_prompt.replace("\\n", "\n"))
+    generator = torch.Generator().manual_seed(config.seed)
+    device, T = next(model.parameters()).device, config.train_seq_len
     start = token_bytes.start if token_bytes.start >= 0 else int(token_bytes.boundary.argmax())  # another boundary
     tokens = [start, *token_bytes.encode(prompt)]
     shown = token_bytes.decode(tokens[1:]).decode(errors="replace")
@@ -30,7 +35,7 @@ def generate(model, config, token_bytes):
         padding = [0] * min(-len(window) % 64, T - len(window))  # few lengths for the kernels; the past is blind to it
         logits = model(torch.tensor([window + padding], device=device))[0, len(window) - 1].float().cpu()
         logits[token_bytes.size :] = -math.inf  # ids that only fill the vocabulary up
-        trainer.require(not logits.isnan().any(), "the model's logits are not numbers: use another ARTIFACT")
+        train_gpt.require(not logits.isnan().any(), "the model's logits are not numbers: use another ARTIFACT")
         if config.top_k:
             logits[logits < logits.topk(min(config.top_k, len(logits))).values[-1]] = -math.inf
         logits -= logits.max()  # so that no temperature makes them infinite
@@ -47,10 +52,9 @@ def generate(model, config, token_bytes):
 def main(config, folder, argv: list[str]):
     """The text alone goes to standard output; what is known of the model goes to standard error."""
     os.environ["COMPILE"] = "0"  # the lengths of a growing text would each be compiled anew
-    trainer = sys.modules[type(config).__module__]
     with contextlib.redirect_stdout(sys.stderr):
-        config, model, _ = trainer.beside("eval").open_model(config, folder, argv)
-    token_bytes = trainer.TokenBytes(config.tokenizer_path, config.vocab_size)
+        config, model, _ = train_gpt.tool("evaluate").open_model(config, folder, argv)
+    token_bytes = train_gpt.TokenBytes(config.tokenizer_path, config.vocab_size, config.vocab_padding)
     if folder.runtime.is_master:
         for piece in generate(model, config, token_bytes):
             print(piece, end="", flush=True)

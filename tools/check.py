@@ -17,12 +17,13 @@ import platform
 import re
 import shutil
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+
+import train_gpt
 
 # Bits per weight, and how many times as many zlib -9 takes: measured on 2**20 Gaussian weights of 4 to 8 bits.
 ZLIB_OVERHEAD = ((2.31, 3.33, 4.12, 4.72, 5.32, 6.33, 7.34), (1.187, 1.158, 1.137, 1.099, 1.047, 1.013, 1.009))
@@ -57,9 +58,9 @@ def versions(config, runtime) -> dict:
             "nccl_environment": nccl}
 
 
-def training_data(trainer, config) -> dict:
+def training_data(config) -> dict:
     """Headers and sizes of all shards; the tokens of each are too many to read whole, so its two ends are."""
-    stream, sampled = trainer.TokenStream(config.data_path, "train", config.vocab_size), 0
+    stream, sampled = train_gpt.TokenStream(config.data_path, "train", config.vocab_size), 0
     for end, shard in zip(stream.ends.tolist(), stream.shards, strict=True):
         for start in {end - len(shard), max(end - len(shard), end - SAMPLED)}:
             sampled += len(stream.read(start, min(SAMPLED, end - start)))
@@ -67,9 +68,9 @@ def training_data(trainer, config) -> dict:
             "train_tokens_checked": f"{min(sampled, len(stream))} of {len(stream)}, at both ends of each shard"}
 
 
-def validation_data(trainer, config, folder) -> dict:
+def validation_data(config, folder) -> dict:
     """The validation text is read whole: its score is what everything is about."""
-    stream, _, audited = trainer.open_text(config, folder)
+    stream, _, audited = train_gpt.open_text(config, folder)
     return {"val_shards": len(stream.shards), "val_tokens": len(stream), "bytes_proved": False} | audited
 
 
@@ -87,26 +88,29 @@ def activation_bytes(model, tokens) -> int:
     return sum(size for pointer, size in kept.items() if pointer not in weights)
 
 
-def bits_per_weight(config, name: str, columns: int, trainer) -> float:
+def bits_per_weight(config, name: str, columns: int) -> float:
     """The size law: the entropy of Gaussian weights in steps of k / qmax standard deviations is 2.047 bits (half of
     log2(2 pi e)) + log2(qmax / k), and a little for what the steps hide and the clip cuts."""
-    qmax = 2 ** ((config.embed_bits if name == "tok_emb.weight" else config.weight_bits) - 1) - 1
+    row = config.model_class().row(name)
+    qmax = 2 ** (getattr(config, row.bits) - 1) - 1
     # A percentile so high is about the largest of a row, whose expectation this is.
     largest = statistics.NormalDist().inv_cdf(1 - math.exp(-0.5772) / (2 * columns))
-    k = getattr(config, f"clip_{trainer.tensor_class(name)}") or largest
+    k = getattr(config, f"clip_{row.clip}") or largest
     return 2.047 + math.log2(qmax / k) + 0.060 * (k / qmax) ** 2
 
 
-def projected_bytes(config, trainer, model) -> int:
+def projected_bytes(config, model) -> int:
     """Of the artifact of a trained model, whose rows are about Gaussian. The size of an untrained one says nothing."""
     bits, rest = 0.0, 4096
     for name, tensor in model.state_dict().items():
-        if tensor.numel() <= trainer.INT8_MIN_NUMEL:
-            wide = config.codec == "zlib" and trainer.kind_of(name) in trainer.CONTROL_TENSORS
+        if not tensor.is_floating_point():
+            rest += tensor.nbytes
+        elif tensor.numel() <= train_gpt.INT8_MIN_NUMEL:
+            wide = config.codec == "zlib" and model.row(name).fp32
             rest += tensor.numel() * (4 if wide else 2 * FP16_UNDER_ZLIB)
         else:
             rest += 2 * tensor.shape[0]  # the scales
-            entropy = bits_per_weight(config, name, tensor.shape[-1], trainer)
+            entropy = bits_per_weight(config, name, tensor.shape[-1])
             bits += tensor.numel() * entropy * (1.001 if config.codec == "rans" else np.interp(entropy, *ZLIB_OVERHEAD))
     return round(bits / 8 + rest)
 
@@ -117,29 +121,31 @@ def device_memory(device) -> int | None:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None
 
 
-def model_and_step(trainer, config, runtime, problems: list[str]) -> dict:
+def model_and_step(config, runtime, problems: list[str]) -> dict:
     """Build the model, run a real micro-step twice, and reckon from it what a run will take."""
     T, ranks = config.train_seq_len, config.target_world_size or runtime.world_size
     kind = "cuda" if config.target_world_size else runtime.device.type
     here = kind == runtime.device.type
     accum_steps = config.accumulation_steps(ranks, kind)
     micro = config.train_batch_tokens // ranks // accum_steps
-    model, scorer, kernels = trainer.build_model(config, runtime)
-    params, code = sum(p.numel() for p in model.parameters()), len(Path(trainer.__file__).read_bytes())
-    projected = projected_bytes(config, trainer, model)
+    model, compiled_model, kernels = train_gpt.build_model(config, runtime)
+    params = sum(p.numel() for p in model.parameters())
+    code = sum(len(path.read_bytes()) for path in train_gpt.source_paths(config).values())
+    projected = projected_bytes(config, model)
     # A GPU gets the whole micro-batch, compiled. A CPU gets a small one; its compilation takes far longer than all
     # the rest together, and is left to COMPILE=1.
     on_cpu = runtime.device.type == "cpu"
-    learner = model if on_cpu and config.compile != "1" else scorer
+    chosen = model if on_cpu and config.compile != "1" else compiled_model
     rows = max(1, min(micro, CPU_TOKENS) // T) if on_cpu else micro // T
     tokens = torch.zeros(rows, T, dtype=torch.long, device=runtime.device)
     seconds = {}
-    for looping in {False, bool(config.loop_layers)}:
+    for looping in {False, model.has_loops}:
         model.looping = looping
         for _ in range(2):  # the first compiles
             runtime.synchronize()
             began = time.perf_counter()
-            learner(tokens, tokens.clone()).mean().backward()
+            output = chosen(tokens, tokens.clone())
+            (output[0] if isinstance(output, tuple) else output).mean().backward()
             runtime.synchronize()
         seconds[looping] = time.perf_counter() - began
     # A run is without depth recurrence up to LOOP_START, and with it from there on, by its clock.
@@ -151,14 +157,14 @@ def model_and_step(trainer, config, runtime, problems: list[str]) -> dict:
     memory = device_memory(runtime.device) if here else None
     facts = {
         "model_params": params, "kernels": kernels.replace("\n", "; "), "seconds_per_token": per_token,
-        "micro_step": f"{rows} sequences of {T} tokens, {'eager' if learner is model else 'compiled'}: runs",
+        "micro_step": f"{rows} sequences of {T} tokens, {'eager' if chosen is model else 'compiled'}: runs",
         "tokens_per_step": config.train_batch_tokens, "grad_accum_steps": accum_steps, "micro_batch_tokens": micro,
         "memory_estimate_mib": estimate >> 20, "memory_mib": memory and memory >> 20, "schedule": schedule(config),
         "bytes_artifact_projected": projected, "bytes_code": code, "bytes_total_projected": projected + code,
         "bytes_limit": config.size_limit,
     }
     if projected + code > config.size_limit and not config.fit_size:
-        problems.append(f"{params} parameters take about {projected} bytes as {trainer.artifact_names(config)[1]}, "
+        problems.append(f"{params} parameters take about {projected} bytes as {train_gpt.artifact_names(config)[1]}, "
                         f"{projected + code} with the code, over {config.size_limit}: lower MODEL_DIM, NUM_LAYERS, "
                         "MLP_MULT or VOCAB_SIZE, or set CODEC=rans and fewer WEIGHT_BITS")
     if memory and estimate > memory:
@@ -186,10 +192,10 @@ def disk(config, params: int) -> dict:
     return {"disk_free_mib": free >> 20, "disk_need_mib": need >> 20}
 
 
-def explain(trainer) -> int:
+def explain(config_class) -> int:
     """--help: every knob with its default and its meaning. The exit code."""
-    print(trainer.__doc__ + "\nKnobs; what is [free] does not shape the result, and may differ when a run resumes:")
-    for name, field in trainer.KNOBS.items():
+    print(train_gpt.__doc__ + "\nKnobs; what is [free] does not shape the result, and may differ when a run resumes:")
+    for name, field in config_class.knobs().items():
         default = int(field.default) if isinstance(field.default, bool) else field.default
         choices = f" ({', '.join(field.metadata['allowed'][2])})" if field.metadata["allowed"][2] else ""
         print(f"{name}={default}  {field.metadata['meaning']}{choices}{' [free]' * field.metadata['free']}")
@@ -210,17 +216,17 @@ def typo_warnings(environ, knobs) -> list[str]:
 
 def main(config, folder, argv: list[str]) -> int:
     """The exit code: 1 if there are problems."""
-    trainer, runtime, problems = sys.modules[type(config).__module__], folder.runtime, []
-    for warning in typo_warnings(os.environ, trainer.KNOBS):
+    runtime, problems = folder.runtime, []
+    for warning in typo_warnings(os.environ, config.knobs()):
         folder.log(warning)
     facts = versions(config, runtime)
-    parts = (lambda: training_data(trainer, config), lambda: validation_data(trainer, config, folder),
-             lambda: model_and_step(trainer, config, runtime, problems),
+    parts = (lambda: training_data(config), lambda: validation_data(config, folder),
+             lambda: model_and_step(config, runtime, problems),
              lambda: disk(config, facts.get("model_params", 0)))
     for part in parts:
         try:
             facts |= part()
-        except (trainer.UserError, OSError, RuntimeError) as error:
+        except (train_gpt.UserError, OSError, RuntimeError) as error:
             problems.append(str(error))
     if runtime.is_master:
         # What both splits lack is said once.

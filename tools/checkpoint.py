@@ -1,7 +1,8 @@
 """What keeps a run of train_gpt.py alive: memory that runs out, checkpoints, kills, restarts and resumes.
 
-train_gpt.py loads this file when it stands beside it. Without it a run trains, exports and scores all the same, but
-cannot go on after it was stopped, and does not look for micro-batches that fit the memory.
+train_gpt.py loads this file where it is there, and calls Checkpoints as its own class Hooks says. Without it a run
+trains, exports and scores all the same, but cannot go on after it was stopped, and does not look for micro-batches
+that fit the memory.
 
 A checkpoint is logs/<run_id>/checkpoint.pt: torch's format, then the sha256 of it. It holds all that a run needs to go
 on exactly where it was: weights, optimizers, average, generators, position in the data, clock.
@@ -11,7 +12,6 @@ import hashlib
 import math
 import os
 import signal
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -20,6 +20,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.utils._pytree import tree_map
+
+import train_gpt
+from train_gpt import require
 
 CHECKPOINT_FORMAT = "train_gpt_checkpoint_v1"
 LENGTH_KNOBS = ("ITERATIONS", "MAX_WALLCLOCK_SECONDS")  # more of these is free
@@ -40,7 +43,6 @@ def launch_name(config, folder, environ) -> str:
 
 def locate_checkpoint(config, folder) -> Path | None:
     """The file to resume from; None for a new run, or for one that died before its first checkpoint."""
-    require = trainer_of(config).require
     own, named = folder.path / "checkpoint.pt", Path(config.resume)
     if folder.path.exists():
         hint = f"choose another RUN_ID{f' (and RESUME={own} to go on from it)' if own.exists() else ''}"
@@ -58,12 +60,12 @@ def locate_checkpoint(config, folder) -> Path | None:
 
 def read_checkpoint(blob: bytes, source, config, facts: dict[str, str]) -> tuple[dict, list[str]]:
     """(state, in what its run differed from this one of all that shapes the result). A longer run is no difference."""
-    trainer = trainer_of(config)
-    require, knobs = trainer.require, trainer.KNOBS
+    knobs = config.knobs()
     require(hashlib.sha256(blob[:-32]).digest() == blob[-32:],
             f"{source} is damaged: it does not match its checksum: resume from another, or remove it to start again")
-    with trainer.reading(source):
-        state, differences = trainer.load_tensors(blob[:-32], source), []
+    read = train_gpt.tool("evaluate")
+    with read.reading(source):
+        state, differences = read.load_tensors(blob[:-32], source), []
         require(state["format"] == CHECKPOINT_FORMAT, f"{source} is no checkpoint of format {CHECKPOINT_FORMAT}")
         then, now = state["knobs"], config.texts() | facts
         require(all(type(text) is str for text in then.values()), "its knobs are no texts")
@@ -79,18 +81,13 @@ def read_checkpoint(blob: bytes, source, config, facts: dict[str, str]) -> tuple
 
 def write_checkpoint(state: dict, folder):
     """A full disk costs the checkpoint and not the run."""
-    began, data = time.perf_counter(), sys.modules[type(folder).__module__].torch_bytes(state)
+    began, data = time.perf_counter(), train_gpt.torch_bytes(state)
     try:
         folder.write("checkpoint.pt", data + hashlib.sha256(data).digest())
         milliseconds = 1000 * (time.perf_counter() - began)
         folder.log(f"checkpoint: saved step:{state['steps']} bytes:{len(data) + 32} write_time:{milliseconds:.0f}ms")
     except OSError as error:
         folder.log(f"warning: no checkpoint of step {state['steps']} ({error}): the one before it stays")
-
-
-def trainer_of(config):
-    """The module of train_gpt.py, which may be __main__: importing it by its name would make a second one."""
-    return sys.modules[type(config).__module__]
 
 
 def gather(runtime, value) -> list:
@@ -101,48 +98,63 @@ def gather(runtime, value) -> list:
     return values
 
 
-def listen(runtime):
-    """SIGUSR1 asks for a checkpoint; SIGTERM and SIGINT ask for one and the end, a second of them ends at once."""
-    def heard(number, frame):
-        if number not in (signal.SIGTERM, signal.SIGINT):
-            runtime.save_asked = True
-        elif runtime.leave or not runtime.patient:
-            raise KeyboardInterrupt(number)
-        else:
-            runtime.leave = number
+class Checkpoints(train_gpt.Hooks):
+    """The checkpoints of one run: what it resumes from, when the next is due, how it is made and put back; and the
+    signals that ask for one."""
 
-    for name in {"SIGTERM", "SIGINT", "SIGUSR1"} & set(dir(signal)):
-        signal.signal(getattr(signal, name), heard)
+    def __init__(self, config, folder):
+        super().__init__(config, folder)
+        self.runtime, self.save_asked, self.patient = folder.runtime, False, False
+        self.resumed_at, self.saved_step, self.saved_at = [], -1, 0.0
+        self.writer, self.written = ThreadPoolExecutor(max_workers=1), None
+        self.listen()
 
+    def listen(self):
+        """SIGUSR1 asks for a checkpoint. SIGTERM, SIGINT, and SIGHUP unless it is ignored (nohup), ask for one and the
+        end; a second of them ends at once, and so does the first while no step is under way."""
 
-class Lifeline:
-    """The checkpoints of one run: what it resumes from, when the next is due, how it is made and put back."""
+        def heard(number, frame):
+            if number == getattr(signal, "SIGUSR1", None):
+                self.save_asked = True
+            elif self.stop_signal or not self.patient:
+                raise KeyboardInterrupt(number)
+            else:
+                self.stop_signal = number
 
-    def __init__(self, config, folder, stream, code: bytes):
+        for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):
+            number = getattr(signal, name, None)
+            if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
+                signal.signal(number, heard)
+
+    def training(self, begins: bool):
+        self.patient = begins
+        if not begins and self.stop_signal:  # one that came after the last validation
+            raise KeyboardInterrupt(self.stop_signal)
+
+    def choose_folder(self, stream, sources: dict[str, bytes]):
         """Name the run folder, find the checkpoint in it or in RESUME, and check that it is of this run."""
-        self.config, self.folder, self.runtime = config, folder, folder.runtime
-        listen(self.runtime)
+        config, folder = self.config, self.folder
         folder.locate(config, launch_name(config, folder, os.environ))
         source = locate_checkpoint(config, folder) if self.runtime.is_master else None
         self.source, blob = self.runtime.share((source, source.read_bytes()) if source else (None, None))
         text = stream.read(0, min(2**20, len(stream)))
-        digests = [hashlib.sha256(part).hexdigest()[:16] for part in (code, text)]
-        self.facts = {"train_gpt.py": digests[0], "training data": f"{len(stream)} tokens {digests[1]}"}
+        self.facts = {name: hashlib.sha256(data).hexdigest()[:16] for name, data in sources.items()}
+        self.facts["training data"] = f"{len(stream)} tokens {hashlib.sha256(text).hexdigest()[:16]}"
         self.found, self.differences = (
             read_checkpoint(blob, source, config, self.facts) if self.source else (None, []))
-        self.resumed_at, self.saved_step, self.saved_at = [], -1, 0.0
-        self.writer, self.written = ThreadPoolExecutor(max_workers=1), None
 
-    def due(self, steps: int, elapsed: float) -> bool:
-        """Every CHECKPOINT_EVERY_SECONDS, but not shortly before the end, which has its own."""
+    def wants_checkpoint(self, trainer) -> bool:
+        """Rank 0 every CHECKPOINT_EVERY_SECONDS, but not shortly before the end, which has its own; any rank when a
+        signal asks for it."""
         limit, every = self.config.max_wallclock_seconds, self.config.checkpoint_every_seconds
-        every = every if every >= 0 else 60.0 * (limit > 300)
+        every, elapsed = every if every >= 0 else 60.0 * (limit > 300), trainer.watch.elapsed("training")
         in_time = self.saved_at + every <= elapsed < (limit or math.inf) - every / 2
-        return bool(every and in_time and steps > self.saved_step)
+        due = self.runtime.is_master and every and in_time and trainer.steps > self.saved_step
+        return bool(due or self.save_asked)
 
     def save(self, trainer, wait: bool):
         """Copy the state now, and write it while training goes on, unless told to `wait`."""
-        self.runtime.save_asked = False
+        self.save_asked = False
         if trainer.exporting:  # the weights are no longer those of the training, whose last checkpoint was made before
             return
         trainer.settle(keep=0)  # so that every loss up to here is known to be finite
@@ -157,21 +169,18 @@ class Lifeline:
 
     def state(self, trainer) -> dict | None:
         """All that a run needs to go on, copied to the CPU, on rank 0; None on the others. Collective."""
-        module, names, own = trainer_of(self.config), {p: name for name, p in trainer.model.named_parameters()}, {}
+        names, own = {p: name for name, p in trainer.model.named_parameters()}, {}
         for optimizer in trainer.optimizers:
-            if trainer.runtime.is_master or isinstance(optimizer, module.Muon):  # Adam's is the same everywhere
+            if trainer.runtime.is_master or isinstance(optimizer, train_gpt.Muon):  # Adam's is the same everywhere
                 own |= {names[p]: values for p, values in optimizer.state.items()}
         rng = {"cpu": torch.get_rng_state()}
         if trainer.runtime.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state()
-        def to_host(tree):
-            return tree_map(lambda tensor: tensor.detach().to("cpu", copy=True), tree)
-
         ranks = gather(trainer.runtime, {"optimizer": to_host(own), "rng": rng})
         if not trainer.runtime.is_master:
             return None
         model, average = to_host(trainer.model.state_dict()), to_host(trainer.average)
-        module.require(math.isfinite(sum(float(tensor.sum()) for tensor in model.values())), f"step {trainer.steps}: "
+        require(math.isfinite(sum(float(tensor.sum()) for tensor in model.values())), f"step {trainer.steps}: "
                        "weights are not finite: the last good checkpoint stays: lower the learning rates")
         return {"format": CHECKPOINT_FORMAT, "knobs": self.config.texts() | self.facts, "model": model,
                 "average": average,
@@ -180,11 +189,12 @@ class Lifeline:
                 "train_seconds": trainer.watch.elapsed("training"), "finished": trainer.finished,
                 "resumed_at": self.resumed_at, "recent": list(trainer.recent)}
 
-    def begin(self, trainer):
+    def before_warm_up(self, trainer):
         """Fit the micro-batch to the memory, and go on from the checkpoint that was found, if any."""
-        fit_memory(trainer)
+        with torch.random.fork_rng([trainer.runtime.device] if trainer.runtime.device.type == "cuda" else []):
+            fit_memory(trainer)
         if self.found:
-            with trainer_of(self.config).reading(self.source):
+            with train_gpt.tool("evaluate").reading(self.source):
                 self.put_back(trainer, self.found)
             self.folder.log(f"resumed: step:{trainer.steps} from {self.source} train_time:{1000 * self.saved_at:.0f}ms"
                             f"{' finished' if trainer.finished else ''}{'; '.join(['', *self.differences])}")
@@ -192,33 +202,23 @@ class Lifeline:
 
     def put_back(self, trainer, state: dict):
         """Adam's state goes to every rank, Muon's to the owner of the matrix."""
-        module, config = trainer_of(self.config), self.config
         kinds = [type(state[name]) for name in ("steps", "position", "train_seconds")]
-        module.require(kinds == [int, int, float], "wrong types of numbers")
+        require(kinds == [int, int, float], "wrong types of numbers")
         trainer.model.load_state_dict(state["model"])
         # A run that had no average, and goes on with one by force, begins it with the weights as they are.
         values = state["average"]
-        module.require(type(values) is list and all(isinstance(value, torch.Tensor) for value in values),
+        require(type(values) is list and all(isinstance(value, torch.Tensor) for value in values),
                        "its average is no list of tensors")
         values = values or [p.detach() for p in trainer.model.parameters()]
         for tensor, value in zip(trainer.average, values, strict=bool(trainer.average)):
-            module.require(tensor.shape == value.shape, "its average is of another model")
+            require(tensor.shape == value.shape, "its average is of another model")
             tensor.copy_(value)
         names = {p: name for name, p in trainer.model.named_parameters()}
         for optimizer in trainer.optimizers:
-            muon = isinstance(optimizer, module.Muon)
-            own = slice(trainer.runtime.rank, None, trainer.runtime.world_size) if muon else slice(None)
-            keys = ("momentum_buffer",) if muon else ("step", "exp_avg", "exp_avg_sq")
             for group in optimizer.param_groups:
-                for p in group["params"][own]:
-                    values = state["optimizer"].get(names[p], {})
-                    shapes = {key: () if key == "step" else p.shape for key in keys}
-                    complete = {key: value.shape for key, value in values.items()} == shapes
-                    unused = not values and not (state["steps"] and p.requires_grad)
-                    module.require(complete or unused, f"wrong or no state of {names[p]}")
-                    if values:
-                        optimizer.state[p] = {key: value.to(p.device, torch.float32 if key == "step" else p.dtype)
-                                              for key, value in values.items()}
+                own = optimizer.own(group["params"]) if isinstance(optimizer, train_gpt.Muon) else group["params"]
+                for p in own:
+                    self.put_back_one(optimizer, p, names[p], state)
         rng = state["rng"][trainer.runtime.rank % len(state["rng"])]
         torch.set_rng_state(rng["cpu"])
         if trainer.runtime.device.type == "cuda" and "cuda" in rng:
@@ -228,14 +228,42 @@ class Lifeline:
         trainer.watch.seconds["training"] = trainer.settled_at = self.saved_at = float(state["train_seconds"])
         trainer.recent.extend(map(float, state["recent"]))
         self.resumed_at = [*state["resumed_at"], trainer.steps]
-        same_length = all(state["knobs"][name] == config.texts()[name] for name in LENGTH_KNOBS)
+        same_length = all(state["knobs"][name] == self.config.texts()[name] for name in LENGTH_KNOBS)
         trainer.finished = state["finished"] and same_length
+
+    def put_back_one(self, optimizer, p, name: str, state: dict):
+        """An optimizer's state of one parameter. Of an optimizer that is not ours only the shapes can be checked."""
+        keys = {train_gpt.Muon: {"momentum_buffer"}, torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}}
+        values = state["optimizer"].get(name, {})
+        complete = values.keys() == keys.get(type(optimizer), values.keys())
+        shapes = all(value.shape == (() if key == "step" else p.shape) for key, value in values.items()
+                     if isinstance(value, torch.Tensor))
+        unused = not values and not (state["steps"] and p.requires_grad and type(optimizer) in keys)
+        require(unused or values and complete and shapes, f"wrong or no state of {name}")
+        if values:
+            optimizer.state[p] = {key: value.to(p.device, torch.float32 if key == "step" else p.dtype)
+                                  if isinstance(value, torch.Tensor) else value for key, value in values.items()}
+
+
+def to_host(tree):
+    """Copies in the host's memory; from a GPU through pinned memory, all in one wait."""
+
+    def copy(value):
+        if not isinstance(value, torch.Tensor):
+            return value
+        host = torch.empty_like(value, device="cpu", pin_memory=value.device.type == "cuda")
+        return host.copy_(value.detach(), non_blocking=True)
+
+    copies = tree_map(copy, tree)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return copies
 
 
 def fit_memory(trainer):
     """Halve the micro-batch until a micro-step fits the memory of every rank. It runs without DDP: a rank that
     fails must not leave the others waiting for its gradients."""
-    module, loader, T = trainer_of(trainer.config), trainer.loader, trainer.config.train_seq_len
+    loader, T = trainer.loader, trainer.config.train_seq_len
     auto = trainer.config.micro_batch_tokens == "auto" and not trainer.config.grad_accum_steps
     while True:
         tokens, lacking, ballast = loader.share // loader.accum_steps, False, []
@@ -243,15 +271,17 @@ def fit_memory(trainer):
             copies = 3 + bool(trainer.config.ema_decay)
             ballast += [torch.empty_like(p) for p in trainer.model.parameters() for _ in range(copies)]
             x = torch.zeros(tokens // T, T, dtype=torch.long, device=trainer.runtime.device)
-            trainer.scorer(x, x.clone()).mean().backward()  # one tensor twice would be compiled as another graph
+            output = trainer.compiled_model(x, x.clone())  # one tensor twice would be compiled as another graph
+            (output[0] if isinstance(output, tuple) else output).mean().backward()
         except RuntimeError as error:
-            if not (lacking := module.is_out_of_memory(error)):
+            if not (lacking := train_gpt.is_out_of_memory(error)):
                 raise
-        ballast = x = None  # noqa: F841 (given back before the next try)
+        ballast = x = output = None  # noqa: F841 (given back before the next try)
         trainer.model.zero_grad(set_to_none=True)
         if not trainer.runtime.sum([lacking])[0]:
             return
-        module.require(auto and tokens > T, f"out of memory with micro-steps of {tokens} tokens: use "
+        torch._dynamo.reset()  # each size is one more graph, and there may only be so many
+        require(auto and tokens > T, f"out of memory with micro-steps of {tokens} tokens: use "
                        "MICRO_BATCH_TOKENS=auto without GRAD_ACCUM_STEPS, or a smaller model")
         trainer.config = replace(trainer.config, micro_batch_tokens=str(max(T, tokens // 2)))
         ranks, device_type = trainer.runtime.world_size, trainer.runtime.device.type
