@@ -29,7 +29,6 @@ import re
 import signal
 import statistics
 import sys
-import threading
 import time
 import traceback
 import zlib
@@ -46,9 +45,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
-# What a line of KEY=VALUE cannot hold: in most knobs such text is a slip, in a prompt it is escaped.
-CONTROL_OR_QUOTE = r'["\x00-\x1f\x7f-\x9f\u2028\u2029]'
-ODD_TEXT = r"""".*'|'.*"|[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"""
 NO_DATA_HINT = """two commands bring some data and train on it:
   python data/prepare_shakespeare.py\n  python train_gpt.py records/recipes/demo_cpu.env"""
 
@@ -60,88 +56,86 @@ def require(ok, message: str):
         raise UserError(message)
 
 # ---------- Config: every knob with its default, meaning and unit; where values come from; what may be combined -------
-def knob(default, meaning: str, low=None, high=None, choices=(), free=False, model=False):
-    """A field of Config; bounds are inclusive. What is not `free` must be the same at a resume; an artifact tells what
-    is of the `model`."""
-    if type(default) is int and high is None:
-        high = 2**32  # more of anything is a slip, and would hang
-    allowed = (low, high, choices)
-    metadata = {"meaning": meaning, "allowed": allowed, "free": free, "model": model}
+def knob(default, meaning: str, low=None, high=None, choices=(), free=False, arch=False):
+    """Bounds are inclusive. What is not `free` stays the same at a resume; an artifact tells its `arch`itecture."""
+    high = 2**32 if type(default) is int and high is None else high  # more of anything would hang
+    metadata = {"meaning": meaning, "allowed": (low, high, choices), "free": free, "arch": arch}
     return dataclasses.field(default=default, metadata=metadata)
 
-free_knob, model_knob = functools.partial(knob, free=True), functools.partial(knob, model=True)
+free, arch = functools.partial(knob, free=True), functools.partial(knob, arch=True)
+CONTROL = r"\x00-\x1f\x7f-\x9f\u2028\u2029"  # characters that a line of a file cannot hold
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """A field's name in capitals is its environment variable. A model file subclasses this for more knobs."""
 
     # What this call does, where it reads and writes
-    mode: str = free_knob("train", "what this call does", choices=("train", "check", "eval", "sample"))
-    data_path: str = free_knob("./data/datasets/fineweb10B_sp1024", "folder of fineweb_{train,val}_NNNNNN.bin shards")
-    tokenizer_path: str = free_knob("./data/tokenizers/fineweb_1024_bpe.model", "a .model, a tiktoken name, or bytes")
-    log_dir: str = free_knob("./logs", "folder of the run folders")
-    run_id: str = free_knob("", "name of the run folder; empty: a time stamp")
+    mode: str = free("train", "what this call does", choices=("train", "check", "eval", "sample"))
+    data_path: str = free("./data/datasets/fineweb10B_sp1024", "folder of fineweb_{train,val}_NNNNNN.bin")
+    tokenizer_path: str = free("./data/tokenizers/fineweb_1024_bpe.model", "a .model, a tiktoken name, or bytes")
+    log_dir: str = free("./logs", "folder of the run folders")
+    run_id: str = free("", "name of the run folder; empty: a time stamp")
     seed: int = knob(1337, "seed of the initial weights, and of a sample", 0, 2**63 - 1)
     # Checkpoints
-    checkpoint_every_seconds: float = free_knob(-1.0, "seconds between checkpoints; 0: only at the end; -1: 60 or 0", -1)
-    resume: str = free_knob("auto", "auto: go on in a run folder that exists; never; or the PATH of a checkpoint")
-    resume_force: bool = free_knob(False, "resume although knobs that shape the result differ")
+    checkpoint_every_seconds: float = free(-1.0, "between checkpoints; 0: one at the end; -1: 60 or 0", -1)
+    resume: str = free("auto", "auto: go on in a run folder that exists; never; or the PATH of a checkpoint")
+    resume_force: bool = free(False, "resume although knobs that shape the result differ")
     # Machine
-    device: str = free_knob("auto", "device of every rank", choices=("auto", "cuda", "mps", "cpu"))
-    dtype: str = knob("auto", "type of activations and matrix products", choices=("auto", "bfloat16", "float32"))
-    compile: str = free_knob("auto", "torch.compile; auto: on where a compiler works", choices=("auto", "0", "1"))
-    attention: str = free_knob("auto", "attention backend; blocked is our own, by plain products",
-                               choices=("auto", "flash3", "cudnn", "flash", "efficient", "math", "blocked"))
-    target_world_size: int = free_knob(0, "MODE=check for a run on this many GPUs; 0: for the ranks there are", 0)
-    # Length of the run, and what a step is. WARMUP_STEPS only compile: the learning rate has no warm-up.
+    device: str = free("auto", "device of every rank", choices=("auto", "cuda", "mps", "cpu"))
+    dtype: str = knob("auto", "of activations and products", choices=("auto", "bfloat16", "float32"))
+    compile: str = free("auto", "torch.compile; auto: where a compiler works", choices=("auto", "0", "1"))
+    attention: str = free("auto", "attention backend; blocked is our own, by plain products",
+                          choices=("auto", "flash3", "cudnn", "flash", "efficient", "math", "blocked"))
+    target_world_size: int = free(0, "MODE=check for so many GPUs; 0: for the ranks there are", 0)
+    # Length of a run, and its steps. WARMUP_STEPS only compile: the learning rate has no warm-up.
     iterations: int = knob(20_000, "optimizer steps at most", 1)
     max_wallclock_seconds: float = knob(600.0, "training clock in seconds, without validation; 0: none", 0)
-    warmup_steps: int = free_knob(20, "steps that compile everything; all state is restored after them", 0)
+    warmup_steps: int = free(20, "steps that compile everything; all state is restored after them", 0)
     loader: str = knob("stream", "order of the training sequences", choices=("stream", "shuffle"))
     train_batch_tokens: int = knob(393_216, "tokens per step, over all ranks and micro-steps", 1)
-    train_seq_len: int = model_knob(4096, "tokens per sequence, in training and in evaluation", 1)
-    grad_accum_steps: int = free_knob(0, "micro-steps per step; 0: at least 8 / ranks on GPUs, 1 on CPUs", 0)
-    micro_batch_tokens: str = free_knob("auto", "tokens per micro-step and rank at most; auto: what the memory holds")
+    train_seq_len: int = arch(4096, "tokens per sequence, in training and in evaluation", 1)
+    grad_accum_steps: int = free(0, "micro-steps per step; 0: at least 8 / ranks on GPUs, 1 on CPUs", 0)
+    micro_batch_tokens: str = free("auto", "tokens per micro-step and rank at most; auto: what fits")
     # Logging and validation
-    train_log_every: int = free_knob(200, "steps between training log lines, after the first ten; 0: none", 0)
-    val_loss_every: int = free_knob(1000, "steps between validations; 0: only at the end", 0)
-    val_at_start: bool = free_knob(True, "validate before the first step, unless VAL_LOSS_EVERY is 0")
-    val_batch_size: int = free_knob(524_288, "tokens per validation batch, over all ranks and micro-steps", 1)
-    val_tokens_limit: int = free_knob(0, "score only the first N targets, labelled partial; 0: all", 0)
-    eval_stride: int = free_knob(0, "targets scored per sliding window; 0: disjoint windows", 0)
+    train_log_every: int = free(200, "steps between training log lines, after the first ten; 0: none", 0)
+    val_loss_every: int = free(1000, "steps between validations; 0: only at the end", 0)
+    val_at_start: bool = free(True, "validate before the first step, unless VAL_LOSS_EVERY is 0")
+    val_batch_size: int = free(524_288, "tokens per validation batch, over all ranks and micro-steps", 1)
+    val_tokens_limit: int = free(0, "score only the first N targets, labelled partial; 0: all", 0)
+    eval_stride: int = free(0, "targets scored per sliding window; 0: disjoint windows", 0)
     # MODE=eval and MODE=sample
-    artifact: str = free_knob("", "the model of MODE=eval and MODE=sample: a final_model.int8.ptz or a .pt")
-    sample_prompt: str = free_knob("", r"text to continue; \n is a line break, \u0022 a quote")
-    sample_tokens: int = free_knob(200, "tokens of a sample at most", 1)
-    temperature: float = free_knob(0.8, "of the softmax of a sample; 0: the likeliest token", 0)
-    top_k: int = free_knob(0, "sample from the likeliest k tokens; 0: from all", 0)
+    artifact: str = free("", "the model of MODE=eval and MODE=sample: a final_model.int8.ptz or a .pt")
+    sample_prompt: str = free("", r"text to continue; \n is a line break, \u0022 a quote")
+    sample_tokens: int = free(200, "tokens of a sample at most", 1)
+    temperature: float = free(0.8, "of the softmax of a sample; 0: the likeliest token", 0)
+    top_k: int = free(0, "sample from the likeliest k tokens; 0: from all", 0)
     # Model: shape
-    vocab_size: int = model_knob(1024, "tokens in the vocabulary; must match the tokenizer", 2, 65_536)
-    num_layers: int = model_knob(9, "transformer blocks", 1)
-    model_dim: int = model_knob(512, "width D of the residual stream", 2)
-    num_heads: int = model_knob(8, "query heads H", 1)
-    num_kv_heads: int = model_knob(4, "key-value heads K; divides NUM_HEADS", 1)
-    mlp_mult: float = model_knob(2.0, "hidden width of the MLP over MODEL_DIM, rounded to whole channels", 0.01, 1024)
-    mlp_slope: float = model_knob(0.0, "slope below 0 of the MLP's leaky ReLU, which is squared", 0, 1)
-    tie_embeddings: bool = model_knob(True, "the output projection is the embedding")
+    vocab_size: int = arch(1024, "tokens in the vocabulary; must match the tokenizer", 2, 65_536)
+    num_layers: int = arch(9, "transformer blocks", 1)
+    model_dim: int = arch(512, "width D of the residual stream", 2)
+    num_heads: int = arch(8, "query heads H", 1)
+    num_kv_heads: int = arch(4, "key-value heads K; divides NUM_HEADS", 1)
+    mlp_mult: float = arch(2.0, "hidden width of the MLP over MODEL_DIM, rounded", 0.01, 1024)
+    mlp_slope: float = arch(0.0, "slope below 0 of the MLP's leaky ReLU, which is squared", 0, 1)
+    tie_embeddings: bool = arch(True, "the output projection is the embedding")
     tied_embed_init_std: float = knob(0.005, "standard deviation of the initial tied embedding", 0)
-    logit_softcap: float = model_knob(30.0, "logits are squeezed smoothly into +- this", 1e-3)
+    logit_softcap: float = arch(30.0, "logits are squeezed smoothly into +- this", 1e-3)
     # Model: attention and residual stream
-    rope_base: float = model_knob(10_000.0, "base of the rotary frequencies", 1)
-    rope_dims: int = model_knob(0, "dimensions of a head that rotate, the first ones; 0: all", 0)
+    rope_base: float = arch(10_000.0, "base of the rotary frequencies", 1)
+    rope_dims: int = arch(0, "dimensions of a head that rotate, the first ones; 0: all", 0)
     qk_gain_init: float = knob(1.5, "initial gain of every query head")
-    xsa_layers: int = model_knob(0, "in the last n blocks attention leaves out each token's own value (XSA)", 0)
-    attn_gate: bool = model_knob(False, "a gate on what each attention head gives")
-    x0_mix: bool = model_knob(True, "every block mixes its input with the embedding, by learned vectors")
-    ln_scale: bool = model_knob(False, "what a block's norms give is divided by the root of its number, from 1")
-    gated_skips: bool = model_knob(False, "learned gates between the stream and what the U-net's skips bring")
-    parallel_from: int = model_knob(-1, "from this block, counted from 0, attention and MLP read the same; -1: none", -1)
-    smear_gate: bool = model_knob(False, "a gate lets each embedding take some of the one before it in the document")
-    start_token: int = model_knob(1, "id that begins a document, where SMEAR_GATE=1 takes nothing", 0)
+    xsa_layers: int = arch(0, "in the last n blocks attention leaves out each token's own value (XSA)", 0)
+    attn_gate: bool = arch(False, "a gate on what each attention head gives")
+    x0_mix: bool = arch(True, "every block mixes its input with the embedding, by learned vectors")
+    ln_scale: bool = arch(False, "what a block's norms give is divided by the root of its number, from 1")
+    gated_skips: bool = arch(False, "learned gates between the stream and the U-net's skips")
+    parallel_from: int = arch(-1, "from this block, from 0, attention and MLP read the same; -1: none", -1)
+    smear_gate: bool = arch(False, "a gate lets each embedding take some of the one before it")
+    start_token: int = arch(1, "id that begins a document, where SMEAR_GATE=1 takes nothing", 0)
     # Model: depth recurrence
-    loop_layers: str = model_knob("", "first-last blocks, from 0, that run several times; empty: none")
-    loop_passes: int = model_knob(3, "times that LOOP_LAYERS run", 2, 100)
-    loop_start: float = knob(0.35, "share of the run from which on LOOP_LAYERS run several times", 0, 1)
+    loop_layers: str = arch("", "FIRST-LAST blocks, from 0, that run several times; empty: none")
+    loop_passes: int = arch(3, "times that LOOP_LAYERS run", 2, 100)
+    loop_start: float = knob(0.35, "share of the run from which on LOOP_LAYERS do", 0, 1)
     # Optimizers
     embed_lr: float = knob(0.6, "Adam rate of an untied embedding", 0)
     head_lr: float = knob(0.008, "Adam rate of an untied output projection", 0)
@@ -155,31 +149,31 @@ class Config:
     muon_momentum_warmup_start: float = knob(0.92, "Muon momentum at step 0", 0, 0.99999)
     muon_momentum_warmup_steps: int = knob(1500, "steps of the linear momentum warm-up", 0)
     muon_backend_steps: int = knob(5, "Newton-Schulz iterations", 1)
-    muon_row_norm: bool = knob(False, "rows of Muon's update are normalised before it is orthogonalised")
+    muon_row_norm: bool = knob(False, "rows of Muon's update get norm 1 before it is orthogonalised")
     muon_weight_decay: float = knob(0.0, "a step takes this times the rate off the matrices", 0)
-    embed_weight_decay: float = knob(0.0, "AdamW's decay of the embedding and the output projection", 0)
+    embed_weight_decay: float = knob(0.0, "AdamW's decay of embedding and output projection", 0)
     scalar_weight_decay: float = knob(0.0, "AdamW's decay of vectors, scales and gains", 0)
-    grad_clip_norm: float = knob(0.0, "the global gradient norm is clipped to this, after reduction; 0: off", 0)
+    grad_clip_norm: float = knob(0.0, "most global gradient norm, after reduction; 0: off", 0)
     # Schedule, and the average of the weights
     warmdown_frac: float = knob(0.3526, "share of the run over which the rates fall linearly to 0", 0, 1)
     lr_floor: float = knob(0.0, "least share of the rates in the warmdown; wants EMA_DECAY", 0, 1)
-    ema_decay: float = knob(0.0, "decay of the average of the weights that is exported; 0: no average", 0, 1)
+    ema_decay: float = knob(0.0, "of the average of the weights that is exported; 0: no average", 0, 1)
     # Export
     codec: str = knob("zlib", "last stage of the artifact; rans is smaller", choices=("zlib", "rans"))
     weight_bits: int = knob(8, "bits of the matrices of the blocks and of an untied output projection", 2, 8)
     embed_bits: int = knob(8, "bits of the embedding", 2, 8)
-    clip_attn: float = knob(0.0, "clip of attention rows in standard deviations; 0: their 99.99984th percentile", 0)
+    clip_attn: float = knob(0.0, "clip of attention rows in standard deviations; 0: a high percentile", 0)
     clip_mlp: float = knob(0.0, "the same for the matrices of the MLPs", 0)
     clip_embed: float = knob(0.0, "the same for the embedding and an untied output projection", 0)
     gptq_batches: int = knob(0, "batches of training text that calibrate GPTQ; 0: plain rounding", 0)
-    fit_size: bool = knob(False, "scale all clips by one factor so that code and artifact land just under SIZE_LIMIT")
+    fit_size: bool = knob(False, "scale all clips by one factor so that the file lands just under SIZE_LIMIT")
     size_limit: int = knob(16_000_000, "bytes of code plus artifact, decimal", 1)
 
-    vocab_padding = 127  # ids at most that only fill the vocabulary up, to a multiple of 128 or of less
+    vocab_padding = 127  # ids at most that only fill the vocabulary up, to a multiple of 128 or less
 
     @classmethod
     def model_class(cls) -> type["Model"]:
-        """The model that this configures. A model file overrides this, and its main says main(config_class=...)."""
+        """The model that this configures; the Config of a model file names its own."""
         return GPT
 
     @classmethod
@@ -188,39 +182,38 @@ class Config:
 
     @classmethod
     def told_knobs(cls) -> list[str]:
-        """What an artifact tells of its configuration: the model, and what its score depends on to the last digit."""
-        model = [name for name, field in cls.knobs().items() if field.metadata["model"]]
-        return [*model, "EVAL_STRIDE", "VAL_BATCH_SIZE", "TRAIN_BATCH_TOKENS", "GRAD_ACCUM_STEPS",
+        """What an artifact tells: the model, and what its score depends on to the last digit."""
+        arch = [name for name, field in cls.knobs().items() if field.metadata["arch"]]
+        return [*arch, "EVAL_STRIDE", "VAL_BATCH_SIZE", "TRAIN_BATCH_TOKENS", "GRAD_ACCUM_STEPS",
                 "MICRO_BATCH_TOKENS", "CODEC", "WEIGHT_BITS"]
 
     @classmethod
     def load(cls, argv: list[str], environ, from_artifact: dict[str, str] | None = None) -> "Config":
-        """Defaults < what an artifact tells of itself < KEY=VALUE lines of the one file in argv < environment."""
+        """Defaults < what an artifact tells < KEY=VALUE lines of the one file in argv < environment."""
         require(len(argv) <= 1, f"arguments {argv}: expected at most one FILE.env; knobs are environment variables")
         knobs, texts = cls.knobs(), read_env_file(Path(argv[0])) if argv else {}
         for name in texts.keys() - knobs.keys():
             close = difflib.get_close_matches(name.upper(), knobs, 1)
             raise UserError(f"{argv[0]}: {name} is no knob: {f'did you mean {close[0]}?' if close else 'see --help'}")
-        environ_texts = {name: environ[name] for name in knobs if name in environ}
-        texts = (from_artifact or {}) | texts | environ_texts
+        texts = (from_artifact or {}) | texts | {name: environ[name] for name in knobs if name in environ}
         config = cls(**{knobs[name].name: parse(knobs[name], text) for name, text in texts.items()})
         config.check()
         return config
 
     def check(self):
         """Bounds of each knob, then what must hold between knobs."""
-        require(re.fullmatch(r"[\w+=-][\w.+=-]{0,99}|", self.run_id),
-                f"RUN_ID={self.run_id!r} cannot name a folder: use letters, digits and . _ + = -, at most 100")
         for name, field in self.knobs().items():
             value, (low, high, choices) = getattr(self, field.name), field.metadata["allowed"]
             require(not choices or value in choices, f"{name}={value}: expected one of {', '.join(choices)}")
             require(low is None or value >= low, f"{name}={value} is too small: the least is {low}")
             require(high is None or value <= high, f"{name}={value} is too large: the most is {high}")
-            odd = "[\ud800-\udfff]" if name == "SAMPLE_PROMPT" else ODD_TEXT
+            odd = f"""".*'|'.*"|[{CONTROL}\ud800-\udfff]""" if name != "SAMPLE_PROMPT" else "[\ud800-\udfff]"
             require(not re.search(odd, str(value)),
                     f"{name}={value!r} holds control characters or both kinds of quotes: use another name")
         D, H, K, T = self.model_dim, self.num_heads, self.num_kv_heads, self.train_seq_len
         batch, micro = self.train_batch_tokens, self.micro_batch_tokens
+        require(re.fullmatch(r"[\w+=-][\w.+=-]{0,99}|", self.run_id),
+                f"RUN_ID={self.run_id!r} cannot name a folder: use letters, digits and . _ + = -, at most 100")
         require(D % (2 * H) == 0, f"MODEL_DIM={D} is no multiple of 2 * NUM_HEADS={H}: use {D + -D % (2 * H)}")
         require(H % K == 0, f"NUM_KV_HEADS={K} does not divide NUM_HEADS={H}: use one of {divisors(H)}")
         require(round(self.mlp_mult * D), f"MLP_MULT={self.mlp_mult} of MODEL_DIM={D} is nothing: raise it")
@@ -239,19 +232,17 @@ class Config:
                 "FIT_SIZE=1 scales clips, and CLIP_ATTN, CLIP_MLP or CLIP_EMBED is 0: set each, to about 13")
 
     def loop_range(self) -> range | None:
-        """The blocks that LOOP_LAYERS names, none for an empty text; None where it names no blocks that there are."""
-        if not self.loop_layers:
-            return range(0)
+        """The blocks of LOOP_LAYERS; None where it names no blocks that there are."""
         match = re.fullmatch("([0-9]{1,4})-([0-9]{1,4})", self.loop_layers)
         blocks = range(int(match[1]), int(match[2]) + 1) if match else range(0)
-        return blocks if blocks and blocks.stop <= self.num_layers and self.num_layers > 1 else None
+        fits = blocks and blocks.stop <= self.num_layers and self.num_layers > 1
+        return blocks if fits or not self.loop_layers else None
 
     def texts(self) -> dict[str, str]:
         """{KNOB: text}, which read back gives this configuration, but for what belongs to one run or one call."""
         values = {name: getattr(self, field.name) for name, field in self.knobs().items()
                   if name not in ("RUN_ID", "MODE", "ARTIFACT", "RESUME", "RESUME_FORCE")}
-        escaped = re.sub(CONTROL_OR_QUOTE, lambda match: f"\\u{ord(match[0]):04x}", self.sample_prompt)
-        values["SAMPLE_PROMPT"] = escaped
+        values["SAMPLE_PROMPT"] = re.sub(f'["{CONTROL}]', lambda m: f"\\u{ord(m[0]):04x}", self.sample_prompt)
         return {name: str(int(value) if isinstance(value, bool) else value) for name, value in values.items()}
 
     def accumulation_steps(self, world_size: int, device_type: str) -> int:
@@ -266,8 +257,7 @@ class Config:
                 f"{allowed[-1]} sequences of a rank: use one of {allowed}")
         # A CPU that runs out of memory gets no error to react to; 2**14 tokens keep its cores busy all the same.
         most = 2**14 if device_type == "cpu" else math.inf
-        if self.micro_batch_tokens != "auto":
-            most = int(self.micro_batch_tokens) or math.inf
+        most = most if self.micro_batch_tokens == "auto" else int(self.micro_batch_tokens) or math.inf
         fewest = max(8 / world_size * (device_type != "cpu"), allowed[-1] * T / most)
         return wanted or next((n for n in allowed if n >= fewest), allowed[-1])
 
@@ -275,7 +265,7 @@ def divisors(n: int) -> list[int]:
     return sorted({d for k in range(1, math.isqrt(n) + 1) if n % k == 0 for d in (k, n // k)})
 
 def parse(field: dataclasses.Field, text: str):
-    """The value of a knob from its text; its type is that of its default. Spaces at the ends count in a prompt alone."""
+    """The value of a knob, of its default's type, from its text, in which spaces at the ends count in a prompt alone."""
     kind, text = type(field.default), text if field.name == "sample_prompt" else text.strip()
     with contextlib.suppress(ValueError, KeyError, OverflowError):
         value = {"0": False, "1": True}[text] if kind is bool else kind(text)
@@ -287,10 +277,9 @@ def parse(field: dataclasses.Field, text: str):
 def read_env_file(path: Path) -> dict[str, str]:
     """{KEY: text} of KEY=VALUE lines. `#` starts a comment, a value may stand in quotes, nothing is expanded."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines, texts = path.read_text(encoding="utf-8-sig").splitlines(), {}
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"configuration file {path} cannot be read ({error}): give the path of a FILE.env") from error
-    texts = {}
     for number, line in enumerate(lines, 1):
         if line.strip() and not line.lstrip().startswith("#"):
             match = re.fullmatch(r"""\s*(\w+)\s*=\s*("[^"]*"|'[^']*'|[^"'#\s](?:[^#]*[^#\s])?|)\s*(?:\s#.*)?""", line)
@@ -332,6 +321,7 @@ class Runtime:
         """Meet the other ranks. Whoever waits for over ten seconds says for whom."""
         place, patience = f"{environ['MASTER_ADDR']}:{environ['MASTER_PORT']}", datetime.timedelta(seconds=10)
         waits = f"rank {self.rank} of {self.world_size} waits at {place} for"
+        import threading
         alarm = threading.Timer(10, print, [waits, "the others" if self.is_master else "rank 0"], {"flush": True})
         alarm.daemon = True
         alarm.start()

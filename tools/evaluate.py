@@ -93,7 +93,7 @@ def load_config_class(source: dict, artifact: Path, config_class: type) -> type:
     if not source or config_class.__name__ == source["config_class"]:  # or the model file itself was started
         return config_class
     name, wanted = Path(source["file"]), source["config_class"]
-    require(not name.is_absolute() and ".." not in name.parts, f"{artifact} names a file outside the repository: {name}")
+    require(not name.is_absolute() and ".." not in name.parts, f"{artifact} names {name}, outside the repository")
     places = [artifact.parent / name.name, Path(train_gpt.__file__).resolve().parent / name]
     path = next((path for path in places if path.is_file()), None)
     require(path, f"{artifact} is a model of {name}, which is neither {places[0]} nor {places[1]}: put it there")
@@ -165,11 +165,11 @@ def open_model(config, folder, argv: list[str]):
     model, compiled_model, note = train_gpt.build_model(config, runtime)
     model.load_state_dict(state)
     folder.log(f"{note}\nartifact:{config.artifact} bytes:{len(blob)} "
-               f"sha256:{hashlib.sha256(blob).hexdigest()}\n{' '.join(f'{name}={told[name]}' for name in told)}")  # fmt: skip
+               f"sha256:{hashlib.sha256(blob).hexdigest()}\n{' '.join(f'{name}={told[name]}' for name in told)}")
     for name, path in train_gpt.source_paths(config).items():
         if name != "train_gpt.py":
             folder.log(f"source:{path} sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}")
-    shape_knobs = [name for name, field in config.knobs().items() if field.metadata["model"]]
+    shape_knobs = [name for name, field in config.knobs().items() if field.metadata["arch"]]
     assumed = [f"{name}={config.texts()[name]}" for name in shape_knobs if name not in told]
     if assumed:
         folder.log(f"assumed, since the file does not tell: {' '.join(assumed)}")
