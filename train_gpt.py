@@ -1522,33 +1522,32 @@ def export(state: dict[str, Tensor], config: Config, folder: RunFolder, code_byt
 
 # ---------- Training: one step function for the warm-up and for the run, the pace that the clock sets, the loop -------
 class Hooks:
-    """What a run calls, and when, to be kept alive. These do nothing; tools/checkpoint.py has those that make
-    checkpoints, resume, listen to signals and fit the micro-batch to the memory."""
-    stop_signal = 0  # number of a signal that asks the run to save and end; read between steps and between batches
-    resumed_at: tuple[int, ...] = ()  # steps at which this run went on, for result.json
+    """What a run calls, and when. These do nothing; those of tools/checkpoint.py make checkpoints, resume, listen to
+    signals and fit the micro-batch to the memory."""
+    stop_signal = 0  # the number of a signal that asks the run to save and end; read between steps and batches
+    resumed_at: tuple[int, ...] = ()  # steps at which the run went on, for result.json
 
     def __init__(self, config: Config, folder: RunFolder):
         self.config, self.folder = config, folder
 
     def choose_folder(self, stream: TokenStream, sources: dict[str, bytes]):
-        """Before the model is built: name the run folder; find a checkpoint and check that it is of this run."""
-        require(self.config.resume in ("auto", "never"), f"RESUME={self.config.resume} needs tools/checkpoint.py")
+        """Before the model is built. Here a checkpoint is looked for, and checked to be of this run."""
         self.folder.locate(self.config)
-        require(not self.folder.path.exists(), f"folder {self.folder.path} exists, and without tools/checkpoint.py no "
-                "run goes on: choose another RUN_ID")
+        require(self.config.resume in ("auto", "never") and not self.folder.path.exists(), "without tools/checkpoint.py "
+                f"no run goes on: unset RESUME, and give a RUN_ID whose folder {self.folder.path} is not there")
 
     def before_warm_up(self, trainer: "Trainer"):
-        """Model, optimizers and data are there, as for a new run: put a checkpoint into them."""
+        """Model, optimizers and data are as for a new run. Here a checkpoint is put into them."""
 
     def training(self, begins: bool):
         """From here on, or no longer, a signal waits for the end of a step."""
 
     def wants_checkpoint(self, trainer: "Trainer") -> bool:
-        """Asked before every step, on every rank; one rank that wants it suffices."""
+        """Before every step, on every rank; one that wants it suffices."""
         return False
 
     def save(self, trainer: "Trainer", wait: bool):
-        """Between two steps, on every rank: save the state, and `wait` until it is on the disk."""
+        """Between two steps, on every rank; `wait` until the checkpoint is on the disk."""
 
 class Trainer:
     """Model, optimizers and data of one run, and the loop over them."""
@@ -1560,14 +1559,14 @@ class Trainer:
         self.train_model, self.optimizers = self.compiled_model, self.model.optimizers(config, runtime)
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["base_lr"] = group["lr"]  # which the schedule scales
-        if runtime.world_size > 1:  # every rank has the same tables: there are no buffers to send around
-            new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # torch 2.13
-            option = "forward_sync_buffers" if new else "broadcast_buffers"
-            self.train_model = DistributedDataParallel(self.compiled_model, **{option: False})
+        if runtime.world_size > 1:  # all ranks have the same tables: no buffers need to be sent around
+            names = inspect.signature(DistributedDataParallel).parameters  # torch 2.13 renamed it
+            name = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+            self.train_model = DistributedDataParallel(self.compiled_model, **{name: False})
         self.average = [p.detach().float().clone() for p in self.model.parameters() if config.ema_decay]
-        self.calibration = -(-config.gptq_batches // runtime.world_size)  # GPTQ's micro-batches of this rank
-        self.reserve, self.hessians = 0.0, {}  # seconds of the clock that are kept for them, and what they give
-        # How far the run is: all steps done; the last checkpoint written; the weights no longer those of the training.
+        self.calibration = -(-config.gptq_batches // runtime.world_size)  # micro-batches of this rank for GPTQ
+        self.reserve, self.hessians = 0.0, {}  # seconds of the clock that are kept for them; what they give
+        # All steps are done, and their last checkpoint; the weights are no longer those of the training.
         self.steps, self.finished, self.exporting = 0, False, False
         # Losses on their way to the host, seconds of the last steps, the training clock when the last of them ended.
         self.pending, self.recent, self.settled_at = deque(), deque(maxlen=20), 0.0
@@ -1581,9 +1580,9 @@ class Trainer:
             more = micro + 1 < len(inputs) and self.runtime.world_size > 1
             with self.train_model.no_sync() if more else contextlib.nullcontext():
                 output = self.train_model(x, y)
-                token_losses, extra = output if isinstance(output, tuple) else (output, None)
+                token_losses, *extra = output if isinstance(output, tuple) else (output,)
                 loss = token_losses.mean() / len(inputs)
-                (loss if extra is None else loss + extra / len(inputs)).backward()
+                sum((term / len(inputs) for term in extra), loss).backward()
             losses[micro] = loss.detach()
         if self.config.grad_clip_norm:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip_norm)
@@ -1613,8 +1612,8 @@ class Trainer:
 
     def warm_up(self, evaluator: Evaluator):
         """Compile every path with real steps, then put weights, optimizers, RNG and data back exactly as they were."""
-        parts, position, total = [self.model, *self.optimizers], self.loader.position, self.config.warmup_steps
-        total = 0 if self.finished else total
+        parts, position = [self.model, *self.optimizers], self.loader.position
+        total = 0 if self.finished else self.config.warmup_steps
         before = copy.deepcopy([part.state_dict() for part in parts]) if total else []
         with torch.random.fork_rng([self.runtime.device] if self.runtime.device.type == "cuda" else []):
             for looping in [False, True] if self.model.has_loops else [False]:
@@ -1665,19 +1664,19 @@ class Trainer:
                 raise UserError(f"step {step}: the loss is {loss}: nothing was exported: lower MATRIX_LR, "
                                 "TIED_EMBED_LR and SCALAR_LR, or set GRAD_CLIP_NORM")
             if config.train_log_every and (step <= 10 or step % config.train_log_every == 0):
-                self.folder.log(f"step:{step}/{config.iterations} train_loss:{loss:.4f} {times(step, clock)} "
-                                f"{self.speed()}")
+                line = f"step:{step}/{config.iterations} train_loss:{loss:.4f} {times(step, clock)}"
+                self.folder.log(f"{line} {self.speed()}")
             numbers = {"step": step, "train_loss": loss, "lr_scale": scale, "train_seconds": round(clock, 4)}
             self.folder.append("metrics.jsonl", json.dumps(numbers))
 
     def speed(self) -> str:
         """Over the last steps: tokens per second of all ranks, and what share of their devices' FLOP/s that takes."""
         speed = self.config.train_batch_tokens / max(statistics.fmean(self.recent), 1e-9)
-        flops, peak = self.model.flops_per_token(self.config.train_seq_len), peak_flops(self.runtime)
-        return f"tok/s:{speed:.0f}" + (f" mfu:{speed * flops / peak / self.runtime.world_size:.1%}" if peak else "")
+        flops, peak = speed * self.model.flops_per_token(self.config.train_seq_len), peak_flops(self.runtime)
+        return f"tok/s:{speed:.0f}" + (f" mfu:{flops / peak / self.runtime.world_size:.1%}" if peak else "")
 
     def validate(self, evaluator: Evaluator) -> Score | None:
-        """The Score, logged; None if a signal came in between. The training clock stands still."""
+        """The Score, logged, while the training clock stands still; None if a signal came in between."""
         self.settle(keep=0)
         self.watch.switch("evaluation")
         score = evaluator.score(self.compiled_model, self.folder.log, lambda: self.hooks.stop_signal)
@@ -1691,8 +1690,8 @@ class Trainer:
         return score
 
     def stop(self):
-        """All steps are done. The last checkpoint is written before anything else, so that a killed validation or
-        export goes on from here; then the weights are made what is exported."""
+        """After the last step: a checkpoint first, so that a killed validation or export goes on from here; then the
+        weights become what is exported."""
         if not self.finished:
             self.settle(keep=0)
             self.watch.switch("export")
@@ -1743,34 +1742,33 @@ def times(step: int, clock: float) -> str:
 
 # ---------- Modes: training, from the checks to result.json; every other mode is a tool -------------------------------
 def tool(name: str, without: str = "", log=print):
-    """The module tools/NAME.py beside this script, by its path: no installed package of that name can take its place.
-    Where it is not there: None and a line that says what is missed `without` it, or an error."""
-    path, known = Path(__file__).resolve().parent / "tools" / f"{name}.py", f"train_gpt_tools_{name}"
-    if known not in sys.modules:
-        require(path.is_file() or without, f"{path} is not there: take it from the repository")
-        if not path.is_file():
-            log(f"warning: tools/{name}.py is not beside the script: {without}")
-            return None
-        spec = importlib.util.spec_from_file_location(known, path)
-        sys.modules[known] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[known])
-    return sys.modules[known]
+    """The module tools/NAME.py beside this script, by its path: no package of that name can take its place. Where it
+    is missing: an error, or None and a line that says what is missed `without` it."""
+    path, key = Path(__file__).resolve().parent / "tools" / f"{name}.py", f"train_gpt.tools.{name}"
+    if key not in sys.modules and path.is_file():
+        spec = importlib.util.spec_from_file_location(key, path)
+        sys.modules[key] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[key])
+    require(key in sys.modules or without, f"{path} is not there: take it from the repository")
+    if key not in sys.modules:
+        log(f"warning: tools/{name}.py is not beside the script: {without}")
+    return sys.modules.get(key)
 
 def source_paths(config: Config) -> dict[str, Path]:
     """{name in the run folder: path} of the files that shape a run: this script; and of a model in a file of its own
-    that file, with all it has imported from its own folder."""
-    paths = {"train_gpt.py": Path(__file__).resolve()}
+    that file, with what it has imported from its own folder."""
+    script, paths = Path(__file__).resolve(), {}
     for cls in (type(config), config.model_class()):
-        folder = Path(inspect.getfile(cls)).resolve().parent
         if cls.__module__ != __name__:
-            loaded = [Path(module.__file__).resolve() for module in list(sys.modules.values())
-                      if getattr(module, "__file__", None)]
-            paths |= {path.name: path for path in loaded if path.parent == folder and path not in paths.values()}
-    return paths
+            folder = Path(inspect.getfile(cls)).resolve().parent
+            files = [Path(module.__file__).resolve() for module in list(sys.modules.values())
+                     if getattr(module, "__file__", None)]
+            paths |= {path.name: path for path in files if path.parent == folder and path != script}
+    return {"train_gpt.py": script} | paths
 
 def model_source(config: Config) -> dict:
-    """For an artifact: the file and the classes of a model that is not this script's."""
-    if config.model_class() is GPT and type(config) is Config:
+    """For an artifact: where the Config is that names the model, unless both are this script's."""
+    if type(config) is Config:
         return {}
     path, here = Path(inspect.getfile(type(config))).resolve(), Path(__file__).resolve().parent
     name = path.relative_to(here).as_posix() if path.is_relative_to(here) else path.name
@@ -1791,10 +1789,9 @@ def open_text(config: Config, folder: RunFolder) -> tuple[TokenStream, TokenByte
     return stream, token_bytes, facts
 
 def log_final(label: str, score: Score, folder: RunFolder):
-    for name, digits in ((label, 4), (f"{label}_exact", 8)):
-        line = f"{name} val_loss:{score.loss:.{digits}f} val_bpb:{score.bpb:.{digits}f} "
-        line += f"eval_time:{1000 * score.seconds:.0f}ms" if digits == 4 else f"tokens:{score.tokens} bytes:{score.bytes}"
-        folder.log(line + score.label)
+    folder.log(f"{label} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} eval_time:{1000 * score.seconds:.0f}ms"
+               f"{score.label}\n{label}_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} "
+               f"tokens:{score.tokens} bytes:{score.bytes}{score.label}")
 
 def prepare(config: Config, folder: RunFolder, sources: dict[str, bytes], watch: Stopwatch):
     """(trainer, new or resumed, and what open_text returns), after all that the user brought has been checked."""
@@ -1850,18 +1847,17 @@ def train(config: Config, folder: RunFolder, argv: list[str]):
     watch.switch("export")
     log_final(f"final_{tag.replace('+', '_')}_roundtrip", after, folder)
     if runtime.is_master:
-        hashes = {name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} for name, data in sources.items()}
-        facts |= {"sources": hashes, "sha256_code": hashes["train_gpt.py"]["sha256"], "sha256_tokenizer": token_bytes.sha256}
-        write_result(trainer, before, after, facts)
+        write_result(trainer, before, after, sources, facts | {"sha256_tokenizer": token_bytes.sha256})
     if config.sample_prompt and runtime.is_master:
         folder.log("".join(["sample: ", *tool("sample").generate(trainer.model, config, token_bytes)]))
 
-def write_result(trainer: Trainer, before: Score, after: Score, facts: dict):
-    """result.json of a finished run: the Scores of the weights and of the artifact, time, machine, and more `facts`."""
+def write_result(trainer: Trainer, before: Score, after: Score, sources: dict[str, bytes], facts: dict):
+    """result.json of a finished run: the Scores of the weights and of the artifact, time, machine, sources, `facts`."""
     config, runtime, folder, watch = trainer.config, trainer.runtime, trainer.folder, trainer.watch
     require(after.label or after.bytes == facts["val_bytes"],
             f"scored {after.bytes} bytes, but the text has {facts['val_bytes']}: a fault of this script")
     limit, trained = config.max_wallclock_seconds, watch.seconds["training"]
+    hashes = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in sources.items()}
     result = {
         "run_id": folder.run_id, "seed": config.seed, "steps": trainer.steps,
         "model_params": sum(p.numel() for p in trainer.model.parameters()),
@@ -1875,7 +1871,7 @@ def write_result(trainer: Trainer, before: Score, after: Score, facts: dict):
         "resumed_at": trainer.hooks.resumed_at, "grad_accum_steps": trainer.loader.accum_steps,
         "device": runtime.device_name(), "dtype": str(runtime.dtype), "note": trainer.note, "cuda": torch.version.cuda,
         "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version(),
-        "platform": platform.platform(), **facts,
+        "platform": platform.platform(), "sha256_code": hashes["train_gpt.py"]["sha256"], "sources": hashes, **facts,
     }  # fmt: skip
     folder.write("result.json", (json.dumps(result, indent=1) + "\n").encode())
 
