@@ -1,4 +1,5 @@
-"""MODE=check of train_gpt.py: what a run would do, need and cost, in seconds and without training.
+"""MODE=check of train_gpt.py: what a run would do, need and cost, in seconds and without training. And what every
+mode says before it begins: which knobs contradict each other, which variables are almost knobs, which ranks are late.
 
     MODE=check python train_gpt.py [FILE.env]                              for this machine
     MODE=check TARGET_WORLD_SIZE=8 python train_gpt.py [FILE.env]          for 8 GPUs, from any machine
@@ -9,6 +10,7 @@ is 1 if there are problems. Data that is missing is a problem among others: the 
 """
 
 import contextlib
+import datetime
 import difflib
 import json
 import math
@@ -16,7 +18,9 @@ import os
 import platform
 import re
 import shutil
+import socket
 import statistics
+import threading
 import time
 from pathlib import Path
 
@@ -36,6 +40,66 @@ ELSEWHERE = {
     "XSA_LAST_N": "set XSA_LAYERS", "INT8_SCALE_FLOOR": "set CLIP_ATTN, CLIP_MLP and CLIP_EMBED",
 }
 CPU_TOKENS = 4096  # of the micro-step that a CPU is measured with
+UNPRINTED = r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"  # characters that a line of a file cannot hold
+
+
+def check_combinations(config):
+    """What must hold between knobs, and what their values must be to come back from config.env."""
+    require, D, H, T = train_gpt.require, config.model_dim, config.num_heads, config.train_seq_len
+    for name, field in config.knobs().items():
+        odd = "[\ud800-\udfff]" if name == "SAMPLE_PROMPT" else f"{UNPRINTED}|\".*'|'.*\""
+        value = getattr(config, field.name)
+        require(not re.search(odd, str(value)),
+                f"{name}={value!r} holds control characters or both kinds of quotes: use another name")
+    require(round(config.mlp_mult * D), f"MLP_MULT={config.mlp_mult} of MODEL_DIM={D} is nothing: raise it")
+    require(config.rope_dims % 2 == 0 and config.rope_dims <= D // H,
+            f"ROPE_DIMS={config.rope_dims}: expected an even number up to the width of a head, {D // H}")
+    config.loop_range()
+    require(config.start_token < config.vocab_size, f"START_TOKEN={config.start_token} is outside VOCAB_SIZE")
+    require(config.eval_stride <= T, f"EVAL_STRIDE={config.eval_stride} is over TRAIN_SEQ_LEN={T}: lower it")
+    micro, free = config.micro_batch_tokens, ("auto", "0")
+    require(re.fullmatch("auto|0|[1-9][0-9]{,14}", micro) and (micro in free or int(micro) >= T),
+            f"MICRO_BATCH_TOKENS={micro}: expected auto, 0 (unlimited) or at least one TRAIN_SEQ_LEN={T}")
+    require(not config.grad_accum_steps or micro in free,
+            "GRAD_ACCUM_STEPS and MICRO_BATCH_TOKENS are both given: unset one, both cut the step")
+    require(not config.fit_size or min(config.clip_attn, config.clip_mlp, config.clip_embed) > 0,
+            "FIT_SIZE=1 scales clips, and CLIP_ATTN, CLIP_MLP or CLIP_EMBED is 0: set each, to about 13")
+
+
+def nearest(name: str, knobs) -> str:
+    """A hint on what a name that is no knob may have meant."""
+    close = difflib.get_close_matches(name.upper(), knobs, 1)
+    return f"did you mean {close[0]}?" if close else "see --help"
+
+
+@contextlib.contextmanager
+def meeting(environ, rank: int, world_size: int):
+    """Around the start of several ranks: whoever waits for over ten seconds says for whom, and what fails is one line.
+
+    Yields a function to be called with the store, once there is one: there every rank answers, or is named."""
+    place, ten = f"{environ['MASTER_ADDR']}:{environ['MASTER_PORT']}", datetime.timedelta(seconds=10)
+    waits = f"rank {rank} of {world_size} waits at {place} for"
+    alarm = threading.Timer(10, print, [waits, "rank 0" if rank else "the others"], {"flush": True})
+    alarm.daemon = True
+
+    def roll_call(store):
+        alarm.cancel()
+        store.set(f"here {rank}", "")
+        for other in range(world_size):
+            while not store.check([f"here {other}"]):
+                try:
+                    store.wait([f"here {other}"], ten)
+                except RuntimeError:  # its time is over
+                    print(waits, f"rank {other}", flush=True)
+
+    alarm.start()
+    try:
+        yield roll_call
+    except (RuntimeError, OSError) as error:
+        raise train_gpt.UserError(f"the ranks cannot meet at MASTER_ADDR:MASTER_PORT={place} ({error!s:.150}): choose "
+                                  "a free port, or set GLOO_SOCKET_IFNAME to the host's network interface") from error
+    finally:
+        alarm.cancel()
 
 
 def schedule(config) -> str:
@@ -56,6 +120,18 @@ def versions(config, runtime) -> dict:
             "device_type": runtime.device.type, "dtype": str(runtime.dtype).removeprefix("torch."),
             "ranks": int(runtime.sum([1.0])[0]), "target_ranks": config.target_world_size or runtime.world_size,
             "nccl_environment": nccl}
+
+
+def host_name(config, runtime) -> dict:
+    """gloo takes the network interface that the name of the host leads to."""
+    name, several = socket.gethostname(), (config.target_world_size or runtime.world_size) > 1
+    if several and "GLOO_SOCKET_IFNAME" not in os.environ:
+        try:
+            socket.gethostbyname(name)
+        except OSError as error:
+            raise OSError(f"the name of this host, {name}, does not resolve ({error}): set GLOO_SOCKET_IFNAME to the "
+                          "network interface on which the ranks are to meet") from error
+    return {}
 
 
 def training_data(config) -> dict:
@@ -203,8 +279,12 @@ def explain(config_class) -> int:
 
 
 def typo_warnings(environ, knobs) -> list[str]:
-    """One for each environment variable that is almost a knob, or is one of other trainers."""
-    warnings = []
+    """One for each environment variable that is almost a knob, or is one of other trainers; and one for srun, which
+    starts as many single runs where torchrun should start ranks."""
+    warnings, tasks = [], environ.get("SLURM_NTASKS", "1")
+    if tasks.isdecimal() and int(tasks) > 1 and "WORLD_SIZE" not in environ:
+        warnings.append(f"warning: SLURM_NTASKS={tasks} and WORLD_SIZE is not set: srun started {tasks} single runs: "
+                        "start torchrun once per node")
     for name in sorted(name for name in environ.keys() - knobs.keys() if name.isprintable()):
         # A wrong letter of n leaves 1 - 1/n of a name.
         close = difflib.get_close_matches(name.upper(), knobs, 1, min(0.85, 1 - 1 / max(len(name), 4)))
@@ -220,7 +300,7 @@ def main(config, folder, argv: list[str]) -> int:
     for warning in typo_warnings(os.environ, config.knobs()):
         folder.log(warning)
     facts = versions(config, runtime)
-    parts = (lambda: training_data(config), lambda: validation_data(config, folder),
+    parts = (lambda: host_name(config, runtime), lambda: training_data(config), lambda: validation_data(config, folder),
              lambda: model_and_step(config, runtime, problems),
              lambda: disk(config, facts.get("model_params", 0)))
     for part in parts:

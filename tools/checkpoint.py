@@ -127,6 +127,20 @@ def write_checkpoint(state: dict, folder):
         temporary.unlink(missing_ok=True)
 
 
+def lock(file, log):
+    """Keep the log of a run for this process while it is open; OSError if another has it."""
+    if os.name == "nt":  # which has no fcntl
+        return
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise BlockingIOError(error.errno, "another run is using it") from error
+    except OSError as error:  # Lustre, SMB and some NFS have no such locks
+        log(f"warning: {file.name} cannot be locked ({error.strerror}): see that no other run writes to its folder")
+
+
 def gather(runtime, value) -> list:
     """Every rank's value, in order, on rank 0."""
     values = [value] * runtime.world_size

@@ -81,7 +81,7 @@ def dequantize(artifact: dict, config) -> dict[str, torch.Tensor]:
                 and (tables.sum(1) == 2**14).all(), "its tables and its stream do not fit")
         require(len(sizes) <= 2**14 and min(sizes, default=1) > 0 and 4 * sum(sizes) <= UNPACKED_LIMIT,
                 "its shapes are too large")
-        artifact = train_gpt.rans_unpack(artifact, config)
+        artifact = train_gpt.tool("compress").rans_unpack(artifact, config)
     tensors = [tensor for part in ("quantized", "scales", "passthrough") for tensor in artifact[part].values()]
     require(all(tensor.is_contiguous() for tensor in tensors)
             and sum(tensor.nbytes for tensor in tensors) <= UNPACKED_LIMIT,

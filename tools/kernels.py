@@ -1,0 +1,131 @@
+"""What this machine runs best: which attention kernel, whether to compile; and how fast it could be at most.
+
+train_gpt.py loads this file where it is there. The choice changes no result but by rounding, and the log tells it.
+"""
+
+import math
+import sys
+import tempfile
+
+import torch
+import torch.nn.functional as F
+
+from train_gpt import UserError, at_least_fp32, grouped_attention, is_out_of_memory, require
+
+# What a GPU's bf16 products reach at most, dense, in TFLOP/s, by a part of its name (NVIDIA's data sheets).
+PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "B200": 2250, "A100": 312, "L40S": 362,
+               "L4": 121, "RTX 5090": 209, "RTX 4090": 165, "RTX 3090": 71}  # fmt: skip
+
+
+def peak_flops(runtime) -> float | None:
+    """FLOP/s of this rank's device; None where it is not known."""
+    if runtime.device.type != "cuda" or runtime.dtype != torch.bfloat16:
+        return None
+    return next((1e12 * peak for name, peak in PEAK_TFLOPS.items() if name in runtime.device_name()), None)
+
+
+def choose_compile(config, runtime) -> tuple[bool, str]:
+    """Whether to torch.compile, and why: it is tried on a tiny function."""
+    unreliable = runtime.device.type == "mps" or sys.platform == "win32"
+    if config.compile == "0" or (config.compile == "auto" and unreliable):
+        return False, f"COMPILE={config.compile} on {runtime.device.type}, {sys.platform}"
+    try:
+        torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=runtime.device))
+        return True, "a trial compilation worked"
+    except Exception as error:  # whatever a missing or broken toolchain raises
+        reason = f"a trial compilation failed: {error!r:.120}"
+        require(config.compile == "auto", f"COMPILE=1: {reason}: get a C++ compiler or use COMPILE=0")
+        return False, reason
+
+
+def expanded_attention(q_BHTd, k_BKTd, v_BKTd):
+    """For kernels without grouped heads."""
+    k_BHTd, v_BHTd = (x.repeat_interleave(q_BHTd.size(1) // x.size(1), dim=1) for x in (k_BKTd, v_BKTd))
+    return F.scaled_dot_product_attention(q_BHTd, k_BHTd, v_BHTd, is_causal=True)
+
+
+def blocked_attention(q_BHTd, k_BKTd, v_BKTd, block: int = 128):
+    """Plain products, each block of queries against its own past. Twice as fast as torch's CPU flash kernel
+    at T = 256, but its memory grows with T squared."""
+    B, H, T, d = q_BHTd.shape
+    G, k_NTd, v_NTd, outputs = H // k_BKTd.size(1), k_BKTd.flatten(0, 1), v_BKTd.flatten(0, 1), []
+    q_NGTd = q_BHTd.reshape(-1, G, T, d)
+    for start in range(0, T, block):
+        past, q_NSd = slice(start + block), q_NGTd[:, :, start : start + block].flatten(1, 2)
+        scores = at_least_fp32((q_NSd @ k_NTd[:, past].mT).unflatten(1, (G, -1))) * d**-0.5
+        hidden = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(start + 1)
+        weights = scores.masked_fill(hidden, -math.inf).softmax(dim=-1).to(v_NTd.dtype)
+        outputs.append((weights.flatten(1, 2) @ v_NTd[:, past]).unflatten(1, (G, -1)))
+    return torch.cat(outputs, dim=2).view(B, H, T, -1)
+
+
+def flash3_attention(q_BHTd, k_BKTd, v_BKTd):
+    from flash_attn_interface import flash_attn_func  # late: few machines have it
+
+    y_BTHd = flash_attn_func(*(x.transpose(1, 2) for x in (q_BHTd, k_BKTd, v_BKTd)), causal=True)
+    return (y_BTHd[0] if isinstance(y_BTHd, tuple) else y_BTHd).transpose(1, 2)
+
+
+def prove_attention(attend, config, runtime, rows: int, compiled: bool):
+    """Train `rows` sequences with the model's strides, and compare the beginning of the first, on which nothing
+    later has an influence, with plain products in fp32. Raises whatever is wrong."""
+    heads, d = (config.num_heads, *[config.num_kv_heads] * 2), config.model_dim // config.num_heads
+    generator, results = torch.Generator().manual_seed(0), []
+    sequence = [torch.randn(1, config.train_seq_len, n, d, generator=generator) for n in heads]
+    inputs = [x.to(runtime.device, runtime.dtype).repeat(rows, 1, 1, 1) for x in sequence]
+    beginnings = [x[:1, :1024].clone().float() for x in inputs]
+    if compiled and runtime.device.type == "cuda":  # on a CPU that takes long and finds out nothing
+        attend = torch.compile(attend, fullgraph=True, dynamic=False)
+    for run, leaves in ((attend, inputs), (blocked_attention, beginnings)):
+        y = run(*(x.requires_grad_().transpose(1, 2) for x in leaves)).transpose(1, 2)[:, :1024]
+        y.float().square().sum().backward()
+        results.append([tensor[:1, :1024].detach().float() for tensor in (y, *(x.grad for x in leaves))])
+    for ours, plain in zip(*results, strict=True):
+        error = float((ours - plain).abs().max() / plain.abs().max())
+        if not error < 0.05:  # that of bf16 is under 0.02
+            raise RuntimeError(f"it errs by {error:.2g} of the largest value")
+
+
+def choose_attention(config, runtime, compiled: bool):
+    """(function, log line) of the first backend that trains as it should; SDPA is pinned to it."""
+    T, ranks, kind, failed = config.train_seq_len, runtime.world_size, runtime.device.type, ""
+    order = {"cuda": "flash cudnn efficient math", "mps": "math blocked", "cpu": "flash math"}[kind]
+    if kind == "cuda" and torch.cuda.get_device_capability(runtime.device)[0] in (9, 10):
+        order = "flash3 cudnn flash efficient math"  # Hopper and Blackwell
+    order = "blocked" if kind == "cpu" and T <= 1024 else order
+    rows = config.train_batch_tokens // (ranks * config.accumulation_steps(ranks, kind) * T)
+    own = {"flash3": [flash3_attention], "blocked": [blocked_attention]}
+    for name in order.split() if config.attention == "auto" else [config.attention]:
+        for kernel in ("flash", "cudnn", "mem_efficient", "math"):
+            switch = getattr(torch.backends.cuda, f"enable_{kernel}_sdp")
+            switch(kernel.removeprefix("mem_") == name)
+        for attend in own.get(name, [grouped_attention, expanded_attention]):
+            for halvings in range(rows.bit_length()):  # as will be done to the micro-batch
+                try:
+                    prove_attention(attend, config, runtime, rows >> halvings, compiled)
+                    return attend, f"attention:{name} by {attend.__name__}{failed}"
+                except Exception as error:  # of the kernel, its package, or the compiler
+                    if rows >> halvings == 1 or not is_out_of_memory(error):
+                        failed += f"; {name} {attend.__name__} failed: {error!r:.120}"
+                        break
+    raise UserError(f"ATTENTION={config.attention} does not run on {runtime.device}: use ATTENTION=auto, or a "
+                    f"smaller MODEL_DIM or TRAIN_SEQ_LEN{failed}")
+
+
+def choose(config, runtime):
+    """(attention function, whether to compile, lines for the log)."""
+    name, device = runtime.device_name(), runtime.device
+    try:
+        tempfile.gettempdir()
+    except OSError as error:  # torch's compiler and its optimizers import what wants one
+        raise UserError(f"{error}: set TMPDIR to a folder that can be written to") from error
+    try:
+        torch.ones(8, device=device).sum().item()
+    except RuntimeError as error:  # a card that this build of torch has no kernels for
+        raise UserError(f"DEVICE={device}: torch {torch.__version__} cannot use {name} ({error!s:.120}): "
+                        "install a torch that is built for it, or use DEVICE=cpu") from error
+    compiled, compile_note = choose_compile(config, runtime)
+    attend, attention_note = choose_attention(config, runtime, compiled)
+    if device.type == "cuda" and runtime.dtype == torch.float32:
+        compile_note += "; no bf16 products in hardware, or DTYPE=float32: slow"
+    return attend, compiled, f"{attention_note}\ncompile:{int(compiled)} ({compile_note})"
