@@ -728,7 +728,6 @@ def audit(token_bytes: TokenBytes, stream: TokenStream, data_path: str) -> tuple
     A tokenizer and what its tokens weigh come from one file, so they cannot prove each other: only data whose
     manifest.json states the true bytes of its text is proved, or the published text whose bytes are known."""
     pattern, stated = stream.pattern, manifest_bytes(data_path)
-    compared = compare_spelling(token_bytes, stream)
     text_bytes, digest, most = 0, hashlib.sha256(), 0
     for start in range(0, len(stream), 2**24):
         chunk = stream.read(start, min(2**24 + 1, len(stream) - start))
@@ -737,6 +736,7 @@ def audit(token_bytes: TokenBytes, stream: TokenStream, data_path: str) -> tuple
     require(most < token_bytes.size, f"{pattern}: {token_bytes.path} has no token {most}: use the tokenizer of the "
             "shards")
     require(text_bytes, f"{pattern}: {len(stream)} tokens weigh no bytes: make or fetch it again")
+    compared = compare_spelling(token_bytes, stream)
     fineweb = abs(text_bytes - 151.08e6) < 6e3
     if token_bytes.size == 1024:
         fineweb = token_bytes.weigh(stream.read(0, min(FINEWEB_TARGETS + 1, len(stream)))) == FINEWEB_BYTES
@@ -902,8 +902,8 @@ def prove_attention(attend, config: Config, runtime: Runtime, rows: int, compile
     plain_inputs = [x[:1, start].detach().float().requires_grad_() for x in inputs]
     plain_y = blocked_attention(*(x.transpose(1, 2) for x in plain_inputs))
     plain_y.square().sum().backward()
-    found = [y[:1], *(x.grad[:1, start] for x in inputs)]
-    for tensor, plain in zip(found, [plain_y, *(x.grad for x in plain_inputs)], strict=True):
+    found = [y[:1].detach(), *(x.grad[:1, start] for x in inputs)]
+    for tensor, plain in zip(found, [plain_y.detach(), *(x.grad for x in plain_inputs)], strict=True):
         error = float((tensor.float() - plain).abs().max() / plain.abs().max())
         if not error < 0.05:  # that of bf16 is under 0.02
             raise RuntimeError(f"it errs by {error:.2g} of the largest value")
