@@ -89,7 +89,7 @@ def launch(tiny, tmp_path_factory):
     CompletedProcess."""
 
     def start(ranks=1, args=(), timeout=300, script=ROOT / "train_gpt.py", max_restarts=0, **overrides):
-        environ = {k: v for k, v in os.environ.items() if k not in train_gpt.KNOBS} | tiny(**overrides)
+        environ = {k: v for k, v in os.environ.items() if k not in train_gpt.Config.knobs()} | tiny(**overrides)
         environ["TMPDIR"] = str(tmp_path_factory.mktemp("launch"))  # where torchrun leaves folders behind
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
                     f"--max-restarts={max_restarts}"] if ranks > 1 else []  # fmt: skip

@@ -3,8 +3,10 @@
 import contextlib
 import hashlib
 import io
+import json
 import os
 import signal
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -40,7 +42,7 @@ def machine_settings(corpus: Path, **overrides) -> dict[str, str]:
 def environment(values: dict[str, str]):
     """No knob and no launcher's variable in the environment, but for these."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in (*train_gpt.KNOBS, *LAUNCHER):
+        for name in (*train_gpt.Config.knobs(), *LAUNCHER):
             patch.delenv(name, raising=False)
         for name, value in values.items():
             patch.setenv(name, value)
@@ -50,7 +52,7 @@ def environment(values: dict[str, str]):
 @contextlib.contextmanager
 def signals_restored():
     """Training takes over some signals, as a program may."""
-    names = {"SIGTERM", "SIGINT", "SIGUSR1"} & set(dir(signal))
+    names = {"SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"} & set(dir(signal))
     handlers = {name: signal.getsignal(getattr(signal, name)) for name in names}
     try:
         yield
@@ -71,6 +73,14 @@ def train_tiny(corpus: Path, folder: Path, **overrides) -> Path:
         patch.setattr(train_gpt, "INT8_MIN_NUMEL", 1500)
         assert call_main(tiny_settings(corpus, LOG_DIR=folder / "logs", **overrides)) == 0
     return folder / "logs" / "run"
+
+
+def run_audit(token_bytes, stream, stated: dict | None = None) -> tuple[str, dict]:
+    """The audit of a validation text of which a manifest states this."""
+    with tempfile.TemporaryDirectory() as folder:
+        if stated:
+            (Path(folder) / "manifest.json").write_text(json.dumps({"splits": {"val": stated}}))
+        return train_gpt.audit(token_bytes, stream, folder)
 
 
 def torch_bytes(value, **options) -> bytes:

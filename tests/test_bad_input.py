@@ -909,7 +909,7 @@ def test_full_disk_at_the_export_of_a_run_that_goes_on(place, capsys):
 
 
 def start(settings: dict[str, str], **options) -> subprocess.CompletedProcess:
-    environ = {name: text for name, text in os.environ.items() if name not in train_gpt.KNOBS} | settings
+    environ = {name: text for name, text in os.environ.items() if name not in train_gpt.Config.knobs()} | settings
     command = [sys.executable, str(ROOT / "train_gpt.py")]
     return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300, check=False, **options)
 

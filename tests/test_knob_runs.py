@@ -231,7 +231,7 @@ def score_again(corpus, folder, artifact, capsys, **knobs) -> list[str]:
 def test_an_artifact_of_everything_is_scored_again_without_being_told(go, corpus, tmp_path, capsys, monkeypatch):
     """The final validation sees what is exported: the average, and with the recurrence, even if it never began."""
     monkeypatch.setattr(train_gpt, "INT8_MIN_NUMEL", 500)  # so that small tensors are rounded
-    defaults = {name: field.default for name, field in train_gpt.KNOBS.items()}
+    defaults = {name: field.default for name, field in train_gpt.Config.knobs().items()}
     assert all(value != defaults[name] for name, value in EVERYTHING.items()), "a default would prove nothing"
     for name, knobs in {"begun": {}, "never": {"LOOP_START": 1}}.items():
         run = go(RUN_ID=name, **EVERYTHING | knobs)

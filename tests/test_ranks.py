@@ -32,7 +32,7 @@ def alone(tiny, monkeypatch, tmp_path):
 
     def start(**overrides):
         settings = tiny(**overrides, LOG_DIR=tmp_path / "alone")
-        for name in train_gpt.KNOBS:
+        for name in train_gpt.Config.knobs():
             monkeypatch.delenv(name, raising=False)
         for name, value in settings.items():
             monkeypatch.setenv(name, value)

@@ -29,7 +29,7 @@ real = type(os.environ).__getitem__
 type(os.environ).__getitem__ = lambda self, key: (read.add(key), real(self, key))[1]
 rng, threads = torch.get_rng_state(), torch.get_num_threads()
 import train_gpt
-assert not read & train_gpt.KNOBS.keys(), f"the import read {read & train_gpt.KNOBS.keys()}"
+assert not read & train_gpt.Config.knobs().keys(), f"the import read {read & train_gpt.KNOBS.keys()}"
 heavy = {"sentencepiece", "tiktoken", "huggingface_hub", "matplotlib"} & sys.modules.keys()
 assert not heavy, f"the import loaded {heavy}"
 assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()

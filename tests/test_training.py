@@ -31,7 +31,7 @@ def go(monkeypatch, capsys):
     """Function: main() with exactly these knobs in the environment; (exit code, standard output, standard error)."""
 
     def start(settings, *args):
-        for name in train_gpt.KNOBS:
+        for name in train_gpt.Config.knobs():
             monkeypatch.delenv(name, raising=False)
         for name, value in settings.items():
             monkeypatch.setenv(name, value)
