@@ -275,11 +275,11 @@ class Checkpoints(train_gpt.Hooks):
     def put_back_one(self, optimizer, p, name: str, state: dict):
         """An optimizer's state of one parameter. Of an optimizer that is not ours only the shapes can be checked."""
         keys = {train_gpt.Muon: {"momentum_buffer"}, torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}}
-        values = state["optimizer"].get(name, {})
+        values, ours = state["optimizer"].get(name, {}), type(optimizer) in keys
         complete = values.keys() == keys.get(type(optimizer), values.keys())
-        shapes = all(value.shape == (() if key == "step" else p.shape) for key, value in values.items()
-                     if isinstance(value, torch.Tensor))
-        unused = not values and not (state["steps"] and p.requires_grad and type(optimizer) in keys)
+        shapes = all(value.shape == (() if key == "step" else p.shape) if isinstance(value, torch.Tensor) else not ours
+                     for key, value in values.items())
+        unused = not values and not (state["steps"] and p.requires_grad and ours)
         require(unused or values and complete and shapes, f"wrong or no state of {name}")
         if values:
             optimizer.state[p] = {key: value.to(p.device, torch.float32 if key == "step" else p.dtype)
