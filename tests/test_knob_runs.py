@@ -13,9 +13,10 @@ import models
 import pytest
 import torch
 
-import lifeline
 import train_gpt
 from train_gpt import Evaluator, RunFolder, Stopwatch, TokenStream, Trainer, TrainLoader
+
+checkpoint = train_gpt.tool("checkpoint")
 
 EVERYTHING = {
     "NUM_LAYERS": 3, "MLP_SLOPE": 0.5, "MLP_MULT": 1.7, "ROPE_DIMS": 4, "LN_SCALE": 1, "XSA_LAYERS": 2, "ATTN_GATE": 1,
@@ -170,7 +171,7 @@ def test_fitting_the_memory_compiles_nothing_but_what_the_training_uses(make_con
     config = make_config()
     loader = TrainLoader(TokenStream(config.data_path, "train", config.vocab_size), config, runtime, 1)
     trainer = Trainer(config, runtime, RunFolder(runtime), Stopwatch(runtime.synchronize), loader)
-    lifeline.fit_memory(trainer)
+    checkpoint.fit_memory(trainer)
     assert len(graphs) == 1
     trainer.step(1.0, 0.9)
     assert len(graphs) == 1
@@ -257,7 +258,7 @@ def test_a_run_of_everything_goes_on_as_if_it_had_not_been_stopped(go, monkeypat
     whole, step, cuts = go(RUN_ID="whole", **knobs), Trainer.step, [2, 6]
 
     def disturbed(self, *args):
-        if self.runtime.patient and cuts and self.steps + 1 == cuts[0]:
+        if self.hooks.patient and cuts and self.steps + 1 == cuts[0]:
             cuts.pop(0)
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self, *args)

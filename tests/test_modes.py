@@ -22,11 +22,13 @@ from conftest import ROOT, write_shard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import check
-import eval as eval_mode
-import sample
 import train_gpt
-from train_gpt import GPT, KNOBS, Config, TokenBytes
+from train_gpt import GPT, Config, TokenBytes
+
+KNOBS = Config.knobs()
+check = train_gpt.tool("check")
+evaluate = train_gpt.tool("evaluate")
+sample = train_gpt.tool("sample")
 
 CHECKED = settings(database=None, deadline=None, derandomize=True)  # the same examples on every machine
 
@@ -212,7 +214,7 @@ def words(corpus):
 @pytest.fixture(scope="module")
 def model(trained):
     """(model, configuration) of the artifact, with longer texts than it was trained on."""
-    state, told = eval_mode.read_model((trained / "final_model.int8.ptz").read_bytes(), "artifact", train_gpt)
+    state, told = evaluate.read_model((trained / "final_model.int8.ptz").read_bytes(), "artifact")
     config = Config.load([], told | {"TRAIN_SEQ_LEN": "160", "TRAIN_BATCH_TOKENS": "160"})
     gpt = GPT(config, train_gpt.blocked_attention)  # which no switch of torch turns off
     gpt.load_state_dict(state)
@@ -762,14 +764,14 @@ def test_the_script_alone_trains_exports_and_scores(corpus, tmp_path):
     done = run()
     assert done.returncode == 0, done.stderr
     warnings = re.findall(r"^warning: (\w+\.py) is not beside train_gpt.py: .+$", done.stdout, re.MULTILINE)
-    assert warnings == ["check.py", "lifeline.py", "audit.py"]
+    assert warnings == ["check.py", "checkpoint.py", "audit.py"]
     made = {path.name for path in (tmp_path / "logs" / "run").iterdir()}
     models_made, texts_made = {"final_model.int8.ptz", "final_model.pt"}, {"config.env", "metrics.jsonl", "train.log"}
     assert made == models_made | texts_made | {"train_gpt.py"}
     assert exact_line(done.stdout) in (tmp_path / "logs" / "run" / "train.log").read_text()
     again = run()
-    assert again.returncode == 2 and "logs/run exists, or RESUME is set: without lifeline.py" in again.stderr
+    assert again.returncode == 2 and "logs/run exists, or RESUME is set: without checkpoint.py" in again.stderr
     resumed = run(RUN_ID="other", RESUME="logs/run")
-    assert resumed.returncode == 2 and "without lifeline.py give a new RUN_ID and no RESUME" in resumed.stderr
+    assert resumed.returncode == 2 and "without checkpoint.py give a new RUN_ID and no RESUME" in resumed.stderr
     other = run(MODE="eval", ARTIFACT="logs/run/final_model.int8.ptz")
     assert other.returncode == 2 and other.stderr.count("\n") == 1 and "eval.py is not beside" in other.stderr

@@ -15,10 +15,12 @@ from conftest import write_shard
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-import eval as eval_mode
-import lifeline
 import train_gpt
-from train_gpt import KNOBS, Config, UserError
+from train_gpt import Config, UserError
+
+KNOBS = Config.knobs()
+checkpoint = train_gpt.tool("checkpoint")
+evaluate = train_gpt.tool("evaluate")
 
 CHECKED = settings(database=None, deadline=None, derandomize=True, max_examples=150)  # the same on every machine
 
@@ -246,7 +248,7 @@ def artifact():
         packed = train_gpt.quantize(train_gpt.GPT(config).state_dict(), config)
     assert packed["quantized"] and packed["passthrough"]
     blob = models.seal(models.torch_bytes(packed))
-    state, told = eval_mode.read_model(blob, "file", train_gpt)
+    state, told = evaluate.read_model(blob, "file")
     assert told["NUM_HEADS"] == "2" and told["TRAIN_SEQ_LEN"] == "8"
     return blob, state
 
@@ -254,7 +256,7 @@ def artifact():
 def assert_a_model_or_refused(blob: bytes) -> bool:
     """Whether it is a model: what comes back could be loaded and used."""
     try:
-        state, told = eval_mode.read_model(blob, "the file", train_gpt)
+        state, told = evaluate.read_model(blob, "the file")
     except UserError as error:
         assert "the file" in str(error) and "\n" not in str(error)
         return False
@@ -270,14 +272,14 @@ def test_every_flipped_bit_of_an_artifact_is_noticed(artifact):
         flipped = bytearray(blob)
         flipped[position] ^= 1 << bit
         with pytest.raises(UserError):
-            eval_mode.read_model(bytes(flipped), "file", train_gpt)
+            evaluate.read_model(bytes(flipped), "file")
 
 
 def test_every_shortened_artifact_is_noticed(artifact):
     blob = artifact[0]
     for length in range(len(blob)):
         with pytest.raises(UserError):
-            eval_mode.read_model(blob[:length], "file", train_gpt)
+            evaluate.read_model(blob[:length], "file")
 
 
 @CHECKED
@@ -351,18 +353,18 @@ def checkpoint():
     """(bytes, configuration, facts): of no training, but with everything in its place."""
     config, facts = tiny_config(), {"train_gpt.py": "0123", "training tokens": "99"}
     model = train_gpt.GPT(config)
-    state = {"format": lifeline.CHECKPOINT_FORMAT, "knobs": config.texts() | facts, "model": model.state_dict(),
+    state = {"format": checkpoint.CHECKPOINT_FORMAT, "knobs": config.texts() | facts, "model": model.state_dict(),
              "optimizer": {name: {"momentum_buffer": p.detach()} for name, p in model.named_parameters()},
              "rng": [{"cpu": torch.get_rng_state()[:64]}], "position": 0, "steps": 3, "train_seconds": 1.5,
              "finished": False, "resumed_at": []}  # fmt: skip
     blob = models.seal_checkpoint(state)
-    assert lifeline.read_checkpoint(blob, "file", config, facts)[1] == []
+    assert checkpoint.read_checkpoint(blob, "file", config, facts)[1] == []
     return blob, config, facts
 
 
 def refused_checkpoint(blob: bytes, config: Config, facts: dict) -> bool:
     try:
-        state, differences = lifeline.read_checkpoint(blob, "the file", config, facts)
+        state, differences = checkpoint.read_checkpoint(blob, "the file", config, facts)
     except UserError as error:
         assert "the file" in str(error) and "\n" not in str(error)
         return True
@@ -376,7 +378,7 @@ def test_every_flipped_bit_of_a_checkpoint_is_noticed(checkpoint):
         flipped = bytearray(blob)
         flipped[position] ^= 1 << bit
         with pytest.raises(UserError, match="checksum"):
-            lifeline.read_checkpoint(bytes(flipped), "file", config, facts)
+            checkpoint.read_checkpoint(bytes(flipped), "file", config, facts)
 
 
 @CHECKED

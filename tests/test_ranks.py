@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import lifeline
 import train_gpt
 
 # 12 sequences a step; 7 validation windows, which neither 2 nor 3 ranks share evenly, the last of them ragged.
@@ -94,13 +93,15 @@ sys.path.insert(0, {str(Path(train_gpt.__file__).parent)!r})
 import lifeline
 import train_gpt
 
+checkpoint = train_gpt.tool("checkpoint")
+
 rank, restarts = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 faults = json.loads(os.environ["FAULTS"])  # [restarts, rank, step, signal, whether to the launcher]
-step, write = train_gpt.Trainer.step, lifeline.write_checkpoint
+step, write = train_gpt.Trainer.step, checkpoint.write_checkpoint
 
 def disturbed(self, *args):
     for *when, number, to_launcher in faults:
-        if when == [restarts, rank, self.steps + 1] and self.runtime.patient:
+        if when == [restarts, rank, self.steps + 1] and self.hooks.patient:
             os.kill(os.getppid() if to_launcher else os.getpid(), number)
     time.sleep(float(os.environ.get("SLOW_STEP", 0)))
     return step(self, *args)
@@ -110,7 +111,7 @@ def slow(state, folder):
     write(state, folder)
     shutil.copy(folder.path / "checkpoint.pt", folder.path / f"checkpoint{{state['steps']}}.pt")
 
-train_gpt.Trainer.step, lifeline.write_checkpoint = disturbed, slow
+train_gpt.Trainer.step, checkpoint.write_checkpoint = disturbed, slow
 dist = train_gpt.dist
 init, destroy = dist.init_process_group, dist.destroy_process_group
 dist.init_process_group = lambda backend, **options: dist.is_initialized() or init(backend, **options)
@@ -163,8 +164,8 @@ def test_any_number_of_ranks_goes_on_from_any_other(tiny, disturb, alone, monkey
 
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
     monkeypatch.setattr(train_gpt.Trainer, "step", signalled)
-    kept, write = [], lifeline.write_checkpoint
-    monkeypatch.setattr(lifeline, "write_checkpoint", lambda state, folder: [
+    kept, write = [], checkpoint.write_checkpoint
+    monkeypatch.setattr(checkpoint, "write_checkpoint", lambda state, folder: [
         write(state, folder), kept.append((folder.path / "checkpoint.pt").read_bytes())])  # fmt: skip
     one_losses, one_result = alone(**STEPS)[:2]
     monkeypatch.undo()

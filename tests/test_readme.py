@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from train_gpt import KNOBS, Config
+from train_gpt import Config
+
+KNOBS = Config.knobs()
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -4,9 +4,10 @@ import pytest
 import torch
 from conftest import ROOT
 
-import check
 import train_gpt
 from train_gpt import GPT, Config
+
+check = train_gpt.tool("check")
 
 RECIPES = {"demo_cpu": 2_363_920, "frontier_sp8192": 35_945_605, "frontier_sp1024": 32_275_589}
 

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import lifeline
 import train_gpt
 from train_gpt import RunFolder, Runtime, Stopwatch, UserError, choose_compile
 
@@ -29,6 +28,8 @@ real = type(os.environ).__getitem__
 type(os.environ).__getitem__ = lambda self, key: (read.add(key), real(self, key))[1]
 rng, threads = torch.get_rng_state(), torch.get_num_threads()
 import train_gpt
+
+checkpoint = train_gpt.tool("checkpoint")
 assert not read & train_gpt.Config.knobs().keys(), f"the import read {read & train_gpt.KNOBS.keys()}"
 heavy = {"sentencepiece", "tiktoken", "huggingface_hub", "matplotlib"} & sys.modules.keys()
 assert not heavy, f"the import loaded {heavy}"
@@ -124,7 +125,7 @@ def test_folder_gets_everything_that_was_said(folder, make_config, capsys):
     folder.log("early \u6d77")
     folder.locate(config)
     assert not list(Path(config.log_dir).glob("*")), "to name it is not to make it"
-    folder.create(config, b"the code")
+    folder.create(config, {"train_gpt.py": b"the code"})
     folder.log("late")
     assert folder.path == Path(config.log_dir) / "run"
     # A run that is killed must leave its lines: they are read before `close`.
@@ -152,7 +153,7 @@ def test_existing_folder_that_cannot_go_on_is_left_alone(folder, make_config, na
     before = contents(path)
     folder.locate(config)
     with pytest.raises(UserError, match=f"{said}: choose another RUN_ID") as caught:
-        lifeline.locate_checkpoint(config, folder)
+        checkpoint.locate_checkpoint(config, folder)
     assert str(path) in str(caught.value)
     assert contents(path) == before
 
@@ -162,7 +163,7 @@ def test_folder_that_cannot_be_made(folder, make_config, tmp_path):
     config = make_config(LOG_DIR=tmp_path / "file")
     folder.locate(config)
     with pytest.raises(UserError, match=f"LOG_DIR={tmp_path / 'file'} RUN_ID=run: .*cannot be opened.*choose another"):
-        folder.create(config, b"")
+        folder.create(config, {"train_gpt.py": b""})
     assert (tmp_path / "file").read_text() == "in the way" and folder.lock is None
 
 
@@ -170,7 +171,7 @@ def test_run_without_a_name_gets_that_of_rank_0(make_config):
     config = make_config(RUN_ID="")
     folder = RunFolder(SimpleNamespace(is_master=True, share=lambda value: f"shared_{value}"))
     folder.locate(config)
-    folder.create(config, b"")
+    folder.create(config, {"train_gpt.py": b""})
     folder.close()
     assert folder.run_id.startswith("shared_2") and folder.path.name == folder.run_id and folder.path.is_dir()
 
@@ -179,7 +180,7 @@ def test_other_ranks_write_nothing(make_config, tmp_path, capsys):
     folder = RunFolder(fake_runtime(is_master=False))
     folder.log("early")
     folder.locate(make_config())
-    folder.create(make_config(), b"code")
+    folder.create(make_config(), {"train_gpt.py": b"code"})
     folder.log("late")
     folder.append("metrics.jsonl", "{}")
     folder.close()
@@ -190,7 +191,7 @@ def test_other_ranks_write_nothing(make_config, tmp_path, capsys):
 @pytest.mark.parametrize("failing", ["fsync", "replace"])
 def test_write_is_all_or_nothing(folder, make_config, monkeypatch, failing):
     folder.locate(make_config())
-    folder.create(make_config(), b"")
+    folder.create(make_config(), {"train_gpt.py": b""})
     folder.write("model", b"old")
 
     def fail(*args):
@@ -206,7 +207,7 @@ def test_write_is_all_or_nothing(folder, make_config, monkeypatch, failing):
 
 def test_a_disk_that_stores_something_else_does_not_replace_the_file(folder, make_config, monkeypatch):
     folder.locate(make_config())
-    folder.create(make_config(), b"")
+    folder.create(make_config(), {"train_gpt.py": b""})
     folder.write("model", b"old")
     read = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda self: read(self)[:-1] + b"x" if "tmp" in self.name else read(self))
@@ -217,7 +218,7 @@ def test_a_disk_that_stores_something_else_does_not_replace_the_file(folder, mak
 
 def test_write_is_on_disk_before_it_gets_its_name(folder, make_config, monkeypatch):
     folder.locate(make_config())
-    folder.create(make_config(), b"")
+    folder.create(make_config(), {"train_gpt.py": b""})
     synced, replace = [], os.replace
     monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.fstat(fd).st_size))
 
