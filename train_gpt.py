@@ -1452,7 +1452,8 @@ def rans_unpack(artifact: dict, config: Config) -> dict:
     sizes = [math.prod(shape) for shape in shapes.values()]
     groups = rans_decode(artifact["stream"].numpy().view("<u2"), sizes, tables)
     values = {name: torch.from_numpy(q.view(np.int8)) for name, q in zip(shapes, groups, strict=True)}
-    return artifact | {"quantized": {name: q.view(shapes[name]) for name, q in values.items()}}
+    shaped = {name: q.view(shapes[name]) for name, q in values.items()}
+    return artifact | {"__quant_format__": INT8_FORMAT, "quantized": shaped}
 
 def dequantize(artifact: dict, config: Config) -> dict[str, Tensor]:
     """The state dict that an artifact's object of either format stands for, each tensor in its original type."""
