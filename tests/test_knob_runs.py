@@ -170,7 +170,9 @@ def test_fitting_the_memory_compiles_nothing_but_what_the_training_uses(make_con
     """A graph for inputs and targets that are one tensor is of no use to any step, and takes a GPU as long as any."""
     config = make_config()
     loader = TrainLoader(TokenStream(config.data_path, "train", config.vocab_size), config, runtime, 1)
-    trainer = Trainer(config, runtime, RunFolder(runtime), Stopwatch(runtime.synchronize), loader)
+    folder = RunFolder(runtime)
+    hooks = train_gpt.Hooks(config, folder)
+    trainer = Trainer(config, runtime, folder, Stopwatch(runtime.synchronize), loader, hooks)
     checkpoint.fit_memory(trainer)
     assert len(graphs) == 1
     trainer.step(1.0, 0.9)
@@ -241,10 +243,9 @@ def test_an_artifact_of_everything_is_scored_again_without_being_told(go, corpus
         assert "\nfinal_int6_rans_roundtrip_exact val_loss:" in run.log
         again = score_again(corpus, tmp_path / "again", artifact, capsys)
         assert again == [f"{run.result[key]:.8f}" for key in ("val_loss", "val_bpb")]
-        shape = {name: value for name, value in EVERYTHING.items() if name in train_gpt.MODEL_KNOBS}
-        told = models.tiny_settings(corpus)
-        shape |= {name: told[name] for name in train_gpt.MODEL_KNOBS if name in told and name not in shape}
-        shape |= {name: told[name] for name in ("VAL_BATCH_SIZE", "TRAIN_BATCH_TOKENS")}
+        told = [name for name in train_gpt.Config.told_knobs() if name not in ("CODEC", "WEIGHT_BITS")]
+        given = models.tiny_settings(corpus) | EVERYTHING
+        shape = {name: given[name] for name in told if name in given}
         again = score_again(corpus, tmp_path / "again", run.path / "final_model.pt", capsys, **shape)
         assert again == [f"{run.result[key]:.8f}" for key in ("pre_quant_val_loss", "pre_quant_val_bpb")]
     values = models.machine_settings(corpus, MODE="sample", ARTIFACT=artifact, LOG_DIR=tmp_path, SAMPLE_PROMPT="the")

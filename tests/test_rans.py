@@ -152,7 +152,7 @@ def tiny_artifact(**changes) -> tuple[dict, dict]:
         patch.setattr(train_gpt, "INT8_MIN_NUMEL", 10)
         plain = train_gpt.quantize(state, config)
     assert len(plain["quantized"]) == 5 and plain["passthrough"]
-    return train_gpt.dequantize(plain), train_gpt.rans_pack(plain)
+    return train_gpt.dequantize(plain, config), train_gpt.rans_pack(plain, config)
 
 
 def read(artifact) -> dict:
