@@ -4,7 +4,6 @@ Two tokenizers are trained here: `lossless` adds nothing to the text, `prefixed`
 
 import hashlib
 import json
-import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -306,7 +305,7 @@ def test_audit_refuses_the_tokenizer_of_other_shards(lossless, prefixed, stream_
         tokens = tokens_of(tokenizer, texts)
         run_audit(tokenizer.table, stream_of(tokens, tokenizer.size), states(size))
         stream = stream_of([min(token, other.size - 1) for token in tokens], other.size)
-        with pytest.raises(UserError, match=rf"weighs \d+ bytes, but manifest.json states {size}: make or fetch the data"):
+        with pytest.raises(UserError, match=rf"weighs \d+ bytes, but manifest.json states {size}: make or fetch"):
             run_audit(other.table, stream, states(size))
     table = TokenBytes(lossless.path, vocab_size)
     stream = stream_of([*tokens_of(lossless, texts), lossless.size], vocab_size)

@@ -14,6 +14,7 @@ import torch
 
 import train_gpt
 
+checkpoint = train_gpt.tool("checkpoint")
 # 12 sequences a step; 7 validation windows, which neither 2 nor 3 ranks share evenly, the last of them ragged.
 COMMON = {"ITERATIONS": 10, "TRAIN_LOG_EVERY": 1, "TRAIN_BATCH_TOKENS": 384, "WARMUP_STEPS": 1, "VAL_LOSS_EVERY": 5,
           "VAL_TOKENS_LIMIT": 6 * 32 + 5, "VAL_BATCH_SIZE": 64, "NUM_LAYERS": 3}  # fmt: skip
@@ -90,9 +91,7 @@ def test_an_error_of_rank_0_alone_ends_the_run(launch, tmp_path):
 DRIVER = f"""
 import json, os, shutil, signal, sys, time
 sys.path.insert(0, {str(Path(train_gpt.__file__).parent)!r})
-import lifeline
 import train_gpt
-
 checkpoint = train_gpt.tool("checkpoint")
 
 rank, restarts = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])

@@ -426,7 +426,8 @@ def test_when_a_checkpoint_is_due(go, clock, monkeypatch, knobs, expected):
     """Every minute of training where the run is capped over five, else never before the end."""
     clock.duration, steps = 20.0, []
     write = checkpoint.write_checkpoint
-    monkeypatch.setattr(checkpoint, "write_checkpoint", lambda state, f: steps.append(state["steps"]) or write(state, f))
+    monkeypatch.setattr(checkpoint, "write_checkpoint",
+                        lambda state, folder: steps.append(state["steps"]) or write(state, folder))
     run = go(**{"ITERATIONS": 1000, "WARMUP_STEPS": 2, "VAL_LOSS_EVERY": 0} | knobs)
     assert run.code == 0 and steps == expected
     lines = re.findall(r"^checkpoint: saved step:(\d+) bytes:(\d+) write_time:\d+ms$", run.log, re.MULTILINE)
