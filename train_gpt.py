@@ -701,7 +701,7 @@ AUDIT_TOKENS = 1_000_000  # that are decoded
 def compare_spelling(token_bytes: TokenBytes, stream: TokenStream) -> str:
     """Prove on the first tokens that what is weighed is the text, letter by letter, as the tokenizer itself decodes it.
 
-    Half a character, which some shards end with, is left out on both sides; a document with unknown letters cannot be
+    Half a character at an end, which some shards have, is left out on both sides; a document with unknown letters cannot be
     compared, since the model decodes them to a sign that the text does not have. Returns a phrase for the log."""
     tokens = stream.read(0, min(AUDIT_TOKENS, len(stream)))
     documents = np.split(tokens, np.flatnonzero(token_bytes.boundary[tokens]))
@@ -711,9 +711,9 @@ def compare_spelling(token_bytes: TokenBytes, stream: TokenStream) -> str:
         lengths += len(spelled)
         unknown += not token_bytes.unknown.isdisjoint(document)
         if token_bytes.unknown.isdisjoint(document):
-            ours, theirs = (text.decode(errors="replace").replace("\ufffd", "")
+            ours, theirs = (text.decode(errors="replace").strip("\ufffd")
                             for text in (spelled, token_bytes.decode(document)))
-            require(ours == theirs, f"{stream.pattern}: {token_bytes.path} decodes a document to {theirs[:40]!r} and "
+            require(ours == theirs and ours.encode() in spelled, f"{stream.pattern}: {token_bytes.path} decodes a document to {theirs[:40]!r} and "
                     f"on, its pieces spell {ours[:40]!r}: use the tokenizer of the shards")
     boundary = np.flatnonzero(token_bytes.boundary)[:1].astype(tokens.dtype)
     weighed = token_bytes.weigh(np.concatenate([boundary, tokens]))
@@ -1894,11 +1894,12 @@ def main(argv: list[str] | None = None, config_class: type[Config] = Config) -> 
     except (UserError, OSError, RuntimeError, KeyboardInterrupt) as error:
         message, code = f"error: {error}", 2
         if isinstance(error, RuntimeError):
-            if not is_out_of_memory(error) and not (folder and folder.runtime.world_size > 1):
-                raise
-            if not is_out_of_memory(error):
-                traceback.print_exc()
             message = f"error: {error!r:.120}: lower VAL_BATCH_SIZE, TRAIN_SEQ_LEN or the size of the model"
+            if not is_out_of_memory(error):
+                if not (folder and folder.runtime.world_size > 1):
+                    raise
+                traceback.print_exc()  # and end at once: other ranks may wait for this one
+                message, code = f"stopped by {error!r:.120}", 1
         if isinstance(error, KeyboardInterrupt):
             number = signal.Signals(error.args[0] if error.args else signal.SIGINT)
             message, code = f"stopped by {number.name}", 128 + number

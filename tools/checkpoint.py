@@ -121,8 +121,9 @@ def write_checkpoint(state: dict, folder):
         os.replace(temporary, path)
         size, milliseconds = path.stat().st_size, 1000 * (time.perf_counter() - began)
         folder.log(f"checkpoint: saved step:{state['steps']} bytes:{size} write_time:{milliseconds:.0f}ms")
-    except (OSError, RuntimeError) as error:  # torch's writer turns the one into the other
-        folder.log(f"warning: no checkpoint of step {state['steps']} ({error}): the one before it stays")
+    except (OSError, RuntimeError) as error:  # torch's writer turns the one into the other, which says less
+        reason = error if isinstance(error, OSError) else error.__context__ or error
+        folder.log(f"warning: no checkpoint of step {state['steps']} ({reason}): the one before it stays")
     finally:
         temporary.unlink(missing_ok=True)
 
