@@ -298,15 +298,18 @@ def test_a_model_that_strips_spaces_drops_a_first_one(tmp_path, stream_of):
 
 
 def test_audit_refuses_the_tokenizer_of_other_shards(lossless, prefixed, stream_of):
-    """By the true bytes of the text; any tokens spell some text, so without those only strange ones tell."""
+    """By broken characters, by ids that it does not have, and else by the true bytes: any tokens spell some text."""
     texts, vocab_size = [f"{text} \u2603" for text in DOCUMENTS], max(lossless.size, prefixed.size) + 1
     size = sum(len(text.encode()) for text in texts)
     for tokenizer, other in ((lossless, prefixed), (prefixed, lossless)):
         tokens = tokens_of(tokenizer, texts)
         run_audit(tokenizer.table, stream_of(tokens, tokenizer.size), states(size))
         stream = stream_of([min(token, other.size - 1) for token in tokens], other.size)
-        with pytest.raises(UserError, match=rf"weighs \d+ bytes, but manifest.json states {size}: make or fetch"):
+        with pytest.raises(UserError, match=f"use the tokenizer of the shards|manifest.json states {size}: make or fetch"):
             run_audit(other.table, stream, states(size))
+    pieces = [token for token in range(lossless.size) if lossless.model.is_byte(token)]
+    with pytest.raises(UserError, match="use the tokenizer of the shards"):  # bytes that make no characters
+        run_audit(lossless.table, stream_of(pieces[::-1], lossless.size))
     table = TokenBytes(lossless.path, vocab_size)
     stream = stream_of([*tokens_of(lossless, texts), lossless.size], vocab_size)
     with pytest.raises(UserError, match=f"has no token {lossless.size}: use the tokenizer of the shards"):
@@ -558,4 +561,4 @@ def test_missing_tokenizer(tmp_path):
 def test_a_whole_text_scored_by_other_bytes_than_the_audit_counted_is_no_result():
     trainer = SimpleNamespace(config=None, runtime=None, folder=None, watch=None)
     with pytest.raises(UserError, match="scored 10 bytes, but the text has 11"):
-        train_gpt.write_result(trainer, None, SimpleNamespace(label="", bytes=10), {"val_bytes": 11})
+        train_gpt.write_result(trainer, None, SimpleNamespace(label="", bytes=10), {}, {"val_bytes": 11})

@@ -111,15 +111,13 @@ def slow(state, folder):
     shutil.copy(folder.path / "checkpoint.pt", folder.path / f"checkpoint{{state['steps']}}.pt")
 
 train_gpt.Trainer.step, checkpoint.write_checkpoint = disturbed, slow
-dist = train_gpt.dist
-init, destroy = dist.init_process_group, dist.destroy_process_group
+dist, leave = train_gpt.dist, os._exit
+init, os._exit = dist.init_process_group, lambda code: None
 dist.init_process_group = lambda backend, **options: dist.is_initialized() or init(backend, **options)
-dist.destroy_process_group = lambda: None
 for run in json.loads(os.environ.get("RUNS", "[{{}}]")):  # several with the same processes: to start them takes longest
     os.environ.update(run)
     code = train_gpt.main([])
-destroy()
-sys.exit(code)
+leave(code)
 """
 STEPS = {"ITERATIONS": 10, "VAL_LOSS_EVERY": 5, "VAL_TOKENS_LIMIT": 100, "TRAIN_BATCH_TOKENS": 384, "NUM_LAYERS": 3,
          "MUON_MOMENTUM_WARMUP_STEPS": 8}  # fmt: skip
