@@ -305,11 +305,12 @@ def test_audit_refuses_the_tokenizer_of_other_shards(lossless, prefixed, stream_
         tokens = tokens_of(tokenizer, texts)
         run_audit(tokenizer.table, stream_of(tokens, tokenizer.size), states(size))
         stream = stream_of([min(token, other.size - 1) for token in tokens], other.size)
-        with pytest.raises(UserError, match=f"use the tokenizer of the shards|manifest.json states {size}: make or fetch"):
+        with pytest.raises(UserError, match=f"use the tokenizer of the shards|manifest.json states {size}:"):
             run_audit(other.table, stream, states(size))
-    pieces = [token for token in range(lossless.size) if lossless.model.is_byte(token)]
+    (letter,) = lossless.model.encode("e")
+    broken = [letter, *(token for token in reversed(range(lossless.size)) if lossless.model.is_byte(token)), letter]
     with pytest.raises(UserError, match="use the tokenizer of the shards"):  # bytes that make no characters
-        run_audit(lossless.table, stream_of(pieces[::-1], lossless.size))
+        run_audit(lossless.table, stream_of(broken, lossless.size))
     table = TokenBytes(lossless.path, vocab_size)
     stream = stream_of([*tokens_of(lossless, texts), lossless.size], vocab_size)
     with pytest.raises(UserError, match=f"has no token {lossless.size}: use the tokenizer of the shards"):
