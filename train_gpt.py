@@ -577,9 +577,9 @@ def compare_spelling(token_bytes: TokenBytes, stream: TokenStream) -> str:
         spelled, known = token_bytes.spell(document), token_bytes.unknown.isdisjoint(document)
         length, unknown = length + len(spelled), unknown + (not known)
         texts = (spelled, token_bytes.decode(document) if known else spelled)
-        ours, theirs = (text.decode(errors="replace").replace("\ufffd", "") for text in texts)
-        require(ours == theirs, f"{stream.pattern}: {token_bytes.path} decodes a document to {theirs[:40]!r} "
-                f"and on, its pieces spell {ours[:40]!r}: use the tokenizer of the shards")
+        ours, theirs = (text.decode(errors="replace").strip("\ufffd") for text in texts)
+        require(ours == theirs and ours.encode() in spelled, f"{stream.pattern}: {token_bytes.path} decodes a "
+                f"document to {theirs[:40]!r} and on, but it is {ours[:40]!r}: use the tokenizer of the shards")
     boundary = np.flatnonzero(token_bytes.boundary)[:1].astype(tokens.dtype)
     weighed = token_bytes.weigh(np.concatenate([boundary, tokens]))
     assert weighed == length, f"the first tokens weigh {weighed} bytes and spell {length}: a fault of this script"
@@ -1388,8 +1388,8 @@ def prepare(config: Config, folder: RunFolder, sources: dict[str, bytes], watch:
     folder.log(f"train_loader:shards pattern={stream.pattern} tokens:{len(stream)}")
     if runtime.is_master:
         stream.read(0, len(stream.shards[0]))  # checks its tokens; later shards as they are read
-    module = tool("checkpoint", "no checkpoints, no resuming, no fitting of micro-batches to the memory", folder.log)
-    hooks = (module.Checkpoints if module else Hooks)(config, folder)
+    keeper = tool("checkpoint", "no checkpoints, no resuming, no fitting of micro-batches to the memory", folder.log)
+    hooks = keeper.Checkpoints(config, folder) if keeper else Hooks(config, folder)
     hooks.choose_folder(stream, sources)
     text = open_text(config, folder)
     watch.switch("compile")
@@ -1421,8 +1421,7 @@ def train(config: Config, folder: RunFolder, argv: list[str]):
                    f"reserved: {torch.cuda.max_memory_reserved() >> 20} MiB")
     state, (name, tag), artifact = trainer.model.state_dict(), artifact_names(config), None
     if runtime.is_master:
-        code_bytes = sum(map(len, sources.values()))
-        facts |= export(state, trainer.config, folder, code_bytes, trainer.hessians)
+        facts |= export(state, trainer.config, folder, sum(map(len, sources.values())), trainer.hessians)
         artifact = (folder.path / name).read_bytes()
     # Rank 0 reads the file back and the others get its bytes: hosts need no common disk to score the artifact.
     trainer.model.load_state_dict(dequantize(unpack(runtime.share(artifact)), config))
@@ -1479,7 +1478,8 @@ def main(argv: list[str] | None = None, config_class: type[Config] = Config) -> 
         if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             if not (folder and folder.runtime.world_size > 1):
                 raise
-            traceback.print_exc()  # and then an end at once: a tidy one may wait for what other ranks never send
+            traceback.print_exc()  # and end at once: other ranks may wait for this one
+            message, code = f"stopped by {error!r:.120}", 1
         elif isinstance(error, RuntimeError):
             message = f"error: {error!r:.120}: lower VAL_BATCH_SIZE, TRAIN_SEQ_LEN or the size of the model"
         if isinstance(error, KeyboardInterrupt):

@@ -13,6 +13,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads would onl
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import models  # noqa: E402
+
 import train_gpt  # noqa: E402
 
 WORDS = "the king of sea and na\u00efve caf\u00e9 night \u6d77 love sleeps".split() + ["  indented", "\n"]
@@ -89,7 +91,7 @@ def launch(tiny, tmp_path_factory):
     CompletedProcess."""
 
     def start(ranks=1, args=(), timeout=300, script=ROOT / "train_gpt.py", max_restarts=0, **overrides):
-        environ = {k: v for k, v in os.environ.items() if k not in train_gpt.KNOBS} | tiny(**overrides)
+        environ = {k: v for k, v in os.environ.items() if k not in train_gpt.Config.knobs()} | tiny(**overrides)
         environ["TMPDIR"] = str(tmp_path_factory.mktemp("launch"))  # where torchrun leaves folders behind
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
                     f"--max-restarts={max_restarts}"] if ranks > 1 else []  # fmt: skip
@@ -97,3 +99,28 @@ def launch(tiny, tmp_path_factory):
         return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=timeout, check=False)
 
     return start
+
+
+@pytest.fixture(scope="session")
+def trained(corpus, tmp_path_factory):
+    """The folder of a finished run, which ends with a sample."""
+    folder = tmp_path_factory.mktemp("trained")
+    return models.train_tiny(corpus, folder, ITERATIONS=60, SAMPLE_PROMPT=r"the king\nof", SAMPLE_TOKENS=30)
+
+
+@pytest.fixture
+def bare(corpus, tmp_path, monkeypatch):
+    """Function: the environment of a call with nothing but what the machine and the data need."""
+    monkeypatch.chdir(tmp_path)
+    return lambda **knobs: models.machine_settings(corpus, **knobs)
+
+
+@pytest.fixture
+def call(capfd):
+    """Function: (exit code, stdout, stderr) of main() in this environment."""
+
+    def run(environ):
+        capfd.readouterr()
+        return models.call_main(environ), *capfd.readouterr()
+
+    return run

@@ -3,8 +3,13 @@
 import contextlib
 import hashlib
 import io
+import json
 import os
+import re
 import signal
+import subprocess
+import sys
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -13,6 +18,7 @@ import torch
 
 import train_gpt
 
+SCRIPT = Path(train_gpt.__file__).resolve()
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_RESTART_COUNT")
 # What belongs to the machine, and where the data is: all that MODE=eval may need beside ARTIFACT.
 MACHINE = ("DEVICE", "DTYPE", "COMPILE", "DATA_PATH", "TOKENIZER_PATH")
@@ -40,7 +46,7 @@ def machine_settings(corpus: Path, **overrides) -> dict[str, str]:
 def environment(values: dict[str, str]):
     """No knob and no launcher's variable in the environment, but for these."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in (*train_gpt.KNOBS, *LAUNCHER):
+        for name in (*train_gpt.Config.knobs(), *LAUNCHER):
             patch.delenv(name, raising=False)
         for name, value in values.items():
             patch.setenv(name, value)
@@ -50,7 +56,7 @@ def environment(values: dict[str, str]):
 @contextlib.contextmanager
 def signals_restored():
     """Training takes over some signals, as a program may."""
-    names = {"SIGTERM", "SIGINT", "SIGUSR1"} & set(dir(signal))
+    names = {"SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"} & set(dir(signal))
     handlers = {name: signal.getsignal(getattr(signal, name)) for name in names}
     try:
         yield
@@ -71,6 +77,34 @@ def train_tiny(corpus: Path, folder: Path, **overrides) -> Path:
         patch.setattr(train_gpt, "INT8_MIN_NUMEL", 1500)
         assert call_main(tiny_settings(corpus, LOG_DIR=folder / "logs", **overrides)) == 0
     return folder / "logs" / "run"
+
+
+def run_audit(token_bytes, stream, stated: dict | None = None) -> tuple[str, dict]:
+    """The audit of a validation text of which a manifest states this."""
+    with tempfile.TemporaryDirectory() as folder:
+        if stated:
+            (Path(folder) / "manifest.json").write_text(json.dumps({"splits": {"val": stated}}))
+        return train_gpt.audit(token_bytes, stream, folder)
+
+
+def process(environ: dict[str, str], cwd: Path, ranks=1, script=SCRIPT, args=(), options=(), **more):
+    """A script in a process of its own, or under torchrun: its CompletedProcess. `options` are Python's."""
+    others = {name: text for name, text in os.environ.items() if name not in (*train_gpt.Config.knobs(), *LAUNCHER)}
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    command = [sys.executable, *options, *launcher, str(script), *map(str, args)]
+    return subprocess.run(command, env=others | environ | more, cwd=cwd, capture_output=True, timeout=300, check=False)
+
+
+def exact_line(text: str, label="final_int8_zlib_roundtrip") -> str:
+    """The digits of a score."""
+    (line,) = re.findall(rf"^{label}_exact (.*)$", text, re.MULTILINE)
+    assert re.match(r"val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8} tokens:\d+ bytes:\d+", line)
+    return line
+
+
+def tree(path: Path) -> dict:
+    """All files and folders in a folder."""
+    return {str(p.relative_to(path)): p.read_bytes() if p.is_file() else None for p in path.rglob("*")}
 
 
 def torch_bytes(value, **options) -> bytes:

@@ -170,7 +170,8 @@ CONFIGURATION = [
     ("run id too long for a name", {"RUN_ID": 300 * "x"}, "xxx"),
     ("path of two lines", {"DATA_PATH": "a\nb"}, ["DATA_PATH='a\\nb'", "use another"]),
     ("path that is not UTF-8", {"DATA_PATH": "caf\udce9"}, ["DATA_PATH='caf\\udce9'", "use another"]),
-    ("prompt with both quotes", {"SAMPLE_PROMPT": """say "it's" """}, ["SAMPLE_PROMPT=", "quotes"]),
+    ("path with both quotes", {"DATA_PATH": """say "it's" """}, ["DATA_PATH=", "quotes"]),
+    ("prompt that is not UTF-8", {"SAMPLE_PROMPT": "caf\udce9"}, ["SAMPLE_PROMPT='caf\\udce9'"]),
     ("rank out of the world", {"RANK": "2", "WORLD_SIZE": "2"}, ["RANK=2 WORLD_SIZE=2", "torchrun"]),
     ("world without a launcher", {"WORLD_SIZE": "2"}, ["WORLD_SIZE=2", "torchrun"]),
     ("world that is no number", {"WORLD_SIZE": "two"}, ["WORLD_SIZE=two", "torchrun"]),
@@ -909,7 +910,7 @@ def test_full_disk_at_the_export_of_a_run_that_goes_on(place, capsys):
 
 
 def start(settings: dict[str, str], **options) -> subprocess.CompletedProcess:
-    environ = {name: text for name, text in os.environ.items() if name not in train_gpt.KNOBS} | settings
+    environ = {name: text for name, text in os.environ.items() if name not in train_gpt.Config.knobs()} | settings
     command = [sys.executable, str(ROOT / "train_gpt.py")]
     return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300, check=False, **options)
 

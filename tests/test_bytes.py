@@ -4,7 +4,6 @@ Two tokenizers are trained here: `lossless` adds nothing to the text, `prefixed`
 
 import hashlib
 import json
-import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,9 +12,10 @@ import sentencepiece as spm
 from conftest import make_documents, write_shard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from models import run_audit
 
-import audit
-from train_gpt import TokenBytes, TokenStream, UserError, require
+import train_gpt
+from train_gpt import TokenBytes, TokenStream, UserError, manifest_bytes
 
 CHECKED = settings(database=None, deadline=None, derandomize=True)  # the same examples on every machine
 SPACE = "\u2581"
@@ -160,10 +160,8 @@ TEXTS = st.lists(WORDS | CHARACTERS | st.text(CHARACTERS, max_size=5), max_size=
 @given(texts=st.lists(TEXTS, min_size=1, max_size=4))
 @example(texts=["", "", "a"])
 def test_any_text_weighs_its_bytes(lossless, prefixed, texts):
-    assert weigh(prefixed, tokens_of(prefixed, texts)) == sum(len(text.encode()) for text in texts)
-    # Without a prefix a space that begins a document looks like the tokenizer's own: the audit refuses those.
-    texts = [text.removeprefix(" ") if not text.startswith("  ") else "a" + text for text in texts]
-    assert weigh(lossless, tokens_of(lossless, texts)) == sum(len(text.encode()) for text in texts)
+    for tokenizer in (prefixed, lossless):
+        assert weigh(tokenizer, tokens_of(tokenizer, texts)) == sum(len(text.encode()) for text in texts)
 
 
 # The audit
@@ -176,13 +174,13 @@ def states(size, kept=None):
 
 def test_audit_passes_and_says_what_it_proved(tokenizer, stream_of):
     tokens, size = tokens_of(tokenizer, DOCUMENTS), sum(len(text.encode()) for text in DOCUMENTS)
-    line = audit.audit(require, tokenizer.table, stream_of(tokens, tokenizer.size), states(size))[0]
+    line = run_audit(tokenizer.table, stream_of(tokens, tokenizer.size), states(size))[0]
     assert line.startswith("byte_audit:") and "\n" not in line
     assert f"{len(tokens)} tokens" in line and f"{len(DOCUMENTS)} documents" in line and f"{size} bytes" in line
     assert "(bytes:proved by manifest.json)" in line
     stream = stream_of(tokens, tokenizer.size)
-    assert "(not canonical FineWeb, not proved" in audit.audit(require, tokenizer.table, stream, None)[0]
-    facts = audit.audit(require, tokenizer.table, stream, states(size))[1]
+    assert "(not canonical FineWeb, not proved" in run_audit(tokenizer.table, stream)[0]
+    facts = run_audit(tokenizer.table, stream, states(size))[1]
     digest = hashlib.sha256(np.array(tokens, dtype="<u2").tobytes()).hexdigest()
     assert facts == {"val_bytes": size, "bytes_proved": True, "sha256_val_tokens": digest}
 
@@ -220,27 +218,103 @@ class ControlWeighs(TokenBytes):
         self.weight[self.model.bos_id()] = 3
 
 
-@pytest.mark.parametrize("wrong", [SpaceTwice, BytesOfThree, BytesByName, NoBoundaries, ControlWeighs])
+WRONG_TABLES = [SpaceTwice, BytesOfThree, BytesByName, NoBoundaries, ControlWeighs]
+
+
+@pytest.mark.parametrize("wrong", WRONG_TABLES)
 def test_audit_refuses_a_wrong_table(prefixed, stream_of, wrong):
+    """Weights are made of the pieces: where they differ from what these spell, no data is to blame."""
     stream = stream_of(tokens_of(prefixed, DOCUMENTS), prefixed.size)
-    with pytest.raises(UserError, match=r"fineweb_val_.*decodes .*weighs.*use the tokenizer of the shards"):
-        audit.audit(require, wrong(prefixed.path, prefixed.size), stream, None)
+    with pytest.raises(AssertionError, match=r"the first tokens weigh \d+ bytes and spell \d+: a fault of this script"):
+        run_audit(wrong(prefixed.path, prefixed.size), stream)
 
 
-def test_audit_refuses_a_lossless_document_that_begins_with_a_space(lossless, stream_of):
-    """The one byte that the published rule for a space after a boundary would take away."""
-    texts = ["the king", " the king", "of sea"]
-    tokens = tokens_of(lossless, texts)
-    assert weigh(lossless, tokens) == sum(len(text.encode()) for text in texts) - 1
-    with pytest.raises(UserError, match="decodes the first .* tokens to 23 bytes, but weighs them as 22"):
-        audit.audit(require, lossless.table, stream_of(tokens, lossless.size), None)
+class SpelledOtherwise(TokenBytes):
+    """A table that agrees with its pieces, which are not what the tokenizer means by them."""
+
+    def load_sentencepiece(self):
+        super().load_sentencepiece()
+        self.spell_otherwise()
+
+
+class SpelledWithSpaces(SpelledOtherwise):
+    def spell_otherwise(self):
+        self.pieces = [b" " + piece if token in self.leading else piece for token, piece in enumerate(self.pieces)]
+
+
+class SpelledByName(SpelledOtherwise):
+    def spell_otherwise(self):
+        for token in self.byte_ids:
+            self.pieces[token] = self.model.id_to_piece(token).encode()
+
+
+class SpelledInAnotherOrder(SpelledOtherwise):
+    """As many bytes, but others."""
+
+    def spell_otherwise(self):
+        for token in range(self.model.vocab_size()):
+            if self.pieces[token] and token not in self.byte_ids:
+                self.pieces[token] = self.pieces[token].decode()[::-1].encode()
+
+
+class SpelledFromTheStart(SpelledOtherwise):
+    """The space that the tokenizer puts before a document counts."""
+
+    def spell_otherwise(self):
+        self.drops_first_space = False
+
+
+@pytest.mark.parametrize("wrong", SpelledOtherwise.__subclasses__())
+def test_audit_refuses_pieces_that_are_not_the_text(prefixed, stream_of, wrong):
+    stream = stream_of(tokens_of(prefixed, DOCUMENTS), prefixed.size)
+    with pytest.raises(UserError, match=r"fineweb_val_.*decodes .*spell.*use the tokenizer of the shards"):
+        run_audit(wrong(prefixed.path, prefixed.size), stream)
+
+
+def test_a_document_that_begins_with_a_space_counts_it_where_the_model_adds_none(lossless, prefixed, stream_of):
+    texts = ["the king", " the king", "  of sea", " "]
+    size = sum(len(text.encode()) for text in texts)
+    for tokenizer in (lossless, prefixed):
+        tokens = tokens_of(tokenizer, texts)
+        line, facts = run_audit(tokenizer.table, stream_of(tokens, tokenizer.size), states(size))
+        assert f"decode to the {size} bytes they weigh" in line and facts["bytes_proved"]
+
+
+def test_a_model_that_strips_spaces_drops_a_first_one(tmp_path, stream_of):
+    """The published models are of this kind: their documents have no spaces at their ends."""
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(make_documents(150, seed=3)), model_prefix=str(tmp_path / "tok"), vocab_size=330,
+        model_type="bpe", byte_fallback=True, add_dummy_prefix=False, remove_extra_whitespaces=True,
+        hard_vocab_limit=False, num_threads=1, minloglevel=2,
+    )  # fmt: skip
+    tokenizer = load(str(tmp_path / "tok.model"))
+    tokens = tokens_of(tokenizer, [" the king", "of  sea "])
+    assert tokens == tokens_of(tokenizer, ["the king", "of sea"])
+    line, facts = run_audit(tokenizer.table, stream_of(tokens, tokenizer.size), states(len("the kingof sea")))
+    assert "decode to the 14 bytes they weigh" in line and facts["val_bytes"] == 14
+    # A space piece that follows a boundary all the same adds nothing, as in the published rule.
+    first = tokenizer.model.piece_to_id(SPACE + "the")
+    assert weigh(tokenizer, [tokenizer.model.bos_id(), first]) == 3
 
 
 def test_audit_refuses_the_tokenizer_of_other_shards(lossless, prefixed, stream_of):
-    tokens = tokens_of(prefixed, [f"{text} \U0001f600" for text in DOCUMENTS])
-    vocab_size = max(lossless.size, prefixed.size)
-    with pytest.raises(UserError, match="use the tokenizer of the shards"):
-        audit.audit(require, lossless.table, stream_of([min(t, lossless.size - 1) for t in tokens], vocab_size), None)
+    """By broken characters, by ids that it does not have, and else by the true bytes: any tokens spell some text."""
+    texts, vocab_size = [f"{text} \u2603" for text in DOCUMENTS], max(lossless.size, prefixed.size) + 1
+    size = sum(len(text.encode()) for text in texts)
+    for tokenizer, other in ((lossless, prefixed), (prefixed, lossless)):
+        tokens = tokens_of(tokenizer, texts)
+        run_audit(tokenizer.table, stream_of(tokens, tokenizer.size), states(size))
+        stream = stream_of([min(token, other.size - 1) for token in tokens], other.size)
+        with pytest.raises(UserError, match=f"use the tokenizer of the shards|manifest.json states {size}:"):
+            run_audit(other.table, stream, states(size))
+    (letter,) = lossless.model.encode("e")
+    broken = [letter, *(token for token in reversed(range(lossless.size)) if lossless.model.is_byte(token)), letter]
+    with pytest.raises(UserError, match="use the tokenizer of the shards"):  # bytes that make no characters
+        run_audit(lossless.table, stream_of(broken, lossless.size))
+    table = TokenBytes(lossless.path, vocab_size)
+    stream = stream_of([*tokens_of(lossless, texts), lossless.size], vocab_size)
+    with pytest.raises(UserError, match=f"has no token {lossless.size}: use the tokenizer of the shards"):
+        run_audit(table, stream)
 
 
 def test_audit_with_control_pieces_between_documents(tokenizer, stream_of):
@@ -249,41 +323,47 @@ def test_audit_with_control_pieces_between_documents(tokenizer, stream_of):
         tokens += [model.bos_id(), *model.encode(text), model.eos_id(), model.eos_id()]
     size = sum(len(text.encode()) for text in DOCUMENTS)
     stream = stream_of(tokens, tokenizer.size)
-    assert f"decode to the {size} bytes they weigh" in audit.audit(require, tokenizer.table, stream, states(size))[0]
+    assert f"decode to the {size} bytes they weigh" in run_audit(tokenizer.table, stream, states(size))[0]
 
 
-def test_audit_refuses_unknown_tokens(lossless, stream_of):
-    """What the tokenizer could not hold is lost: nobody knows how many bytes it was."""
-    tokens = [lossless.model.bos_id(), *lossless.model.encode("the king"), lossless.model.unk_id()]
-    with pytest.raises(UserError, match="decodes the first"):
-        audit.audit(require, lossless.table, stream_of(tokens, lossless.size), None)
+def test_audit_names_documents_with_unknown_tokens(lossless, stream_of):
+    """What the tokenizer could not hold is lost: it weighs nothing, and only the rest can be compared."""
+    whole = tokens_of(lossless, ["the king", "of sea"])
+    tokens = [*whole, lossless.model.unk_id(), *lossless.model.encode(" night")]
+    line, facts = run_audit(lossless.table, stream_of(tokens, lossless.size))
+    size = len("the king" "of sea" " night")
+    assert f"decode to the {size} bytes they weigh (1 documents hold unknown letters" in line
+    assert facts["val_bytes"] == size and not facts["bytes_proved"]
+    with pytest.raises(UserError, match=f"weighs {size} bytes, but manifest.json states {size + 3}"):
+        run_audit(lossless.table, stream_of(tokens, lossless.size), states(size + 3))
 
 
 def test_audit_weighs_the_first_token_too(lossless, stream_of):
     """A stream need not begin with a start token."""
     tokens = lossless.model.encode("the king")
-    assert "8 bytes" in audit.audit(require, lossless.table, stream_of(tokens, lossless.size), None)[0]
+    assert "8 bytes" in run_audit(lossless.table, stream_of(tokens, lossless.size))[0]
 
 
-def test_audit_of_a_part_leaves_out_only_trailing_byte_pieces(lossless, stream_of, monkeypatch):
+def bytes_of(tokenizer, tokens) -> int:
+    """What lossless tokens add to the text, one by one."""
+    model, size = tokenizer.model, 0
+    for token in tokens:
+        text = "" if model.is_control(token) else model.id_to_piece(token).replace(SPACE, " ")
+        size += 1 if model.is_byte(token) else len(text.encode())
+    return size
+
+
+def test_audit_of_a_part_leaves_nothing_out(lossless, stream_of, monkeypatch):
+    """Wherever it ends, be it inside a character."""
     texts = ["the king \U0001f600", "\U0001f600" * 5, "\u2603\u2603 night", "sea"]
     tokens, bos = tokens_of(lossless, texts), lossless.model.bos_id()
+    assert bytes_of(lossless, tokens) == sum(len(text.encode()) for text in texts)
     stream = stream_of(tokens, lossless.size)
-    for limit in range(1, len(tokens)):
-        monkeypatch.setattr(audit, "AUDIT_TOKENS", limit)
-        kept = tokens[:limit]
-        while lossless.model.is_byte(kept[-1]):
-            kept = kept[:-1]
-        documents = "".join("b" if token == bos else "." for token in kept).split("b")
-        parts, start = [], 0
-        for document in documents:
-            parts.append(kept[start : start + len(document)])
-            start += len(document) + 1
-        audited = sum(len(lossless.model.decode(part).encode()) for part in parts)
-        line = audit.audit(require, lossless.table, stream, None)[0]
-        assert f" {len(kept)} tokens in {kept.count(bos)} documents" in line and f" {audited} bytes" in line
-    monkeypatch.setattr(audit, "AUDIT_TOKENS", len(tokens))
-    assert f" {len(tokens)} tokens in {len(texts)} documents" in audit.audit(require, lossless.table, stream, None)[0]
+    for limit in range(1, len(tokens) + 1):
+        monkeypatch.setattr(train_gpt, "AUDIT_TOKENS", limit)
+        line = run_audit(lossless.table, stream)[0]
+        audited, documents = bytes_of(lossless, tokens[:limit]), tokens[:limit].count(bos)
+        assert f" {limit} tokens in {documents} documents decode to the {audited} bytes they weigh;" in line
 
 
 @pytest.mark.parametrize("start", [[], ["bos"]])
@@ -292,13 +372,46 @@ def test_audit_of_one_long_document_does_not_cut_a_character(lossless, stream_of
     text = "the \U0001f600 king \u2603\u2603" * 3
     tokens = [lossless.model.bos_id() for _ in start] + lossless.model.encode(text)
     stream = stream_of(tokens, lossless.size)
-    # Only byte pieces may be left out, for they may be half a character.
-    longest = max(map(len, re.findall("b+", "".join("b" if lossless.model.is_byte(t) else "-" for t in tokens))))
-    assert longest < 8
     for limit in range(8, len(tokens)):
-        monkeypatch.setattr(audit, "AUDIT_TOKENS", limit)
-        audited = int(re.match(r"byte_audit: (\d+) tokens", audit.audit(require, lossless.table, stream, None)[0])[1])
-        assert limit - longest <= audited <= limit
+        monkeypatch.setattr(train_gpt, "AUDIT_TOKENS", limit)
+        line = run_audit(lossless.table, stream)[0]
+        assert f"byte_audit: {limit} tokens" in line and f" {bytes_of(lossless, tokens[:limit])} bytes they" in line
+
+
+@pytest.mark.parametrize("left_out", [1, 2])
+def test_a_shard_that_ends_or_begins_inside_a_character(tokenizer, stream_of, left_out):
+    """As foreign shards may: each byte piece weighs one byte, whatever sign the decoder puts in its place."""
+    tokens, end = tokens_of(tokenizer, ["the king", "sea \u2603"]), len("the kingsea ")
+    assert all(tokenizer.model.is_byte(token) for token in tokens[-3:])
+    line, facts = run_audit(tokenizer.table, stream_of(tokens[:-left_out], tokenizer.size))
+    assert f"decode to the {end + 3 - left_out} bytes they weigh;" in line
+    assert facts["val_bytes"] == end + 3 - left_out
+    begun = [*tokens[-3:][left_out:], *tokens_of(tokenizer, ["the king"])]
+    line, facts = run_audit(tokenizer.table, stream_of(begun, tokenizer.size))
+    # The first token has no token before it, and is no target: it is not weighed.
+    assert f"decode to the {3 - left_out + 8} bytes they weigh; all {len(begun)} tokens weigh" in line
+
+
+def test_unknown_letters_of_a_model_without_byte_fallback_are_named(tmp_path, stream_of):
+    """SentencePiece's default: it decodes an unknown letter to a sign that the text does not have."""
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(make_documents(150, seed=3)), model_prefix=str(tmp_path / "tok"), vocab_size=60,
+        model_type="bpe", normalization_rule_name="identity", remove_extra_whitespaces=False, hard_vocab_limit=False,
+        num_threads=1, minloglevel=2,
+    )  # fmt: skip
+    tokenizer = load(str(tmp_path / "tok.model"))
+    texts = ["the king", "of the \u03b1 sea", "night \u03b1\u03b2"]
+    tokens = tokens_of(tokenizer, texts)
+    assert tokens.count(tokenizer.model.unk_id()) == 2  # letters in a row are one
+    text, kept = "".join(texts), "".join(texts).replace("\u03b1", "").replace("\u03b2", "")
+    # What follows an unknown letter follows a boundary, where a space adds nothing.
+    weighed = len(kept) - 1
+    stream = stream_of(tokens, tokenizer.size)
+    line, facts = run_audit(tokenizer.table, stream)
+    assert f"decode to the {weighed} bytes they weigh (2 documents hold unknown letters" in line
+    assert facts["val_bytes"] == weighed
+    line, facts = run_audit(tokenizer.table, stream, states(len(text.encode()), weighed))
+    assert f"bytes:lossy: of {len(text.encode())} in the text" in line and not facts["bytes_proved"]
 
 
 # The manifest
@@ -307,17 +420,17 @@ def test_audit_of_one_long_document_does_not_cut_a_character(lossless, stream_of
 def test_stated_bytes(lossless, stream_of, monkeypatch):
     tokens, size = tokens_of(lossless, DOCUMENTS), sum(len(text.encode()) for text in DOCUMENTS)
     stream = stream_of(tokens, lossless.size)
-    monkeypatch.setattr(audit, "AUDIT_TOKENS", 20)  # all tokens are weighed however few are decoded
-    line = audit.audit(require, lossless.table, stream, states(size))[0]
+    monkeypatch.setattr(train_gpt, "AUDIT_TOKENS", 20)  # all tokens are weighed however few are decoded
+    line = run_audit(lossless.table, stream, states(size))[0]
     assert f"all {len(tokens)} tokens weigh {size} bytes (bytes:proved" in line
     for wrong in (size - 1, size + 1, 0):
         with pytest.raises(UserError, match=rf"weighs {size} bytes, but manifest.json states {wrong}: .*again"):
-            audit.audit(require, lossless.table, stream, states(wrong))
+            run_audit(lossless.table, stream, states(wrong))
 
 
 def test_stated_bytes_of_a_long_text(lossless, monkeypatch):
     """All is weighed in blocks of 2^24 tokens; none may be lost or lose its context where two blocks meet."""
-    monkeypatch.setattr(audit, "AUDIT_TOKENS", 100)
+    monkeypatch.setattr(train_gpt, "AUDIT_TOKENS", 100)
     model = lossless.model
     period = np.array([model.bos_id(), *model.encode("the king \u6d77 of sea")], dtype=np.uint16)
     length, size = 2**24 + 1000, len("the king \u6d77 of sea".encode())
@@ -335,19 +448,19 @@ def test_stated_bytes_of_a_long_text(lossless, monkeypatch):
             return np.resize(np.roll(period, -start), count)
 
     stream = Stream()
-    line = audit.audit(require, lossless.table, stream, states(stated))[0]
+    line = run_audit(lossless.table, stream, states(stated))[0]
     assert f"all {length} tokens weigh {stated} bytes (bytes:proved" in line
     with pytest.raises(UserError, match=f"weighs {stated} bytes"):
-        audit.audit(require, lossless.table, stream, states(stated + 1))
+        run_audit(lossless.table, stream, states(stated + 1))
 
 
 def test_manifest_is_optional(tmp_path):
-    assert audit.manifest_bytes(require, str(tmp_path)) is None
+    assert manifest_bytes(str(tmp_path)) is None
     (tmp_path / "manifest.json").write_text(json.dumps({"splits": {"val": {"bytes": 123, "tokens": 5}, "train": {}}}))
-    assert audit.manifest_bytes(require, str(tmp_path)) == {"bytes": 123, "token_bytes": 123}
+    assert manifest_bytes(str(tmp_path)) == {"bytes": 123, "token_bytes": 123}
     lossy = {"splits": {"val": {"bytes": 123, "token_bytes": 120}}}
     (tmp_path / "manifest.json").write_text(json.dumps(lossy))
-    assert audit.manifest_bytes(require, str(tmp_path)) == {"bytes": 123, "token_bytes": 120}
+    assert manifest_bytes(str(tmp_path)) == {"bytes": 123, "token_bytes": 120}
 
 
 @pytest.mark.parametrize("text", [
@@ -358,7 +471,7 @@ def test_malformed_manifest(tmp_path, text):
     path = tmp_path / "manifest.json"
     path.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(UserError) as caught:
-        audit.manifest_bytes(require, str(tmp_path))
+        manifest_bytes(str(tmp_path))
     assert str(path) in str(caught.value) and "splits.val.bytes" in str(caught.value) and "again" in str(caught.value)
 
 
@@ -449,4 +562,4 @@ def test_missing_tokenizer(tmp_path):
 def test_a_whole_text_scored_by_other_bytes_than_the_audit_counted_is_no_result():
     trainer = SimpleNamespace(config=None, runtime=None, folder=None, watch=None)
     with pytest.raises(UserError, match="scored 10 bytes, but the text has 11"):
-        audit.write_result(require, trainer, None, SimpleNamespace(label="", bytes=10), {"val_bytes": 11})
+        train_gpt.write_result(trainer, None, SimpleNamespace(label="", bytes=10), {}, {"val_bytes": 11})

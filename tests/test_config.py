@@ -11,9 +11,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import check
 import train_gpt
-from train_gpt import KNOBS, Config, UserError
+from train_gpt import Config, UserError
+
+KNOBS = Config.knobs()
+check = train_gpt.tool("check")
 
 CHECKED = settings(database=None, deadline=None, derandomize=True)  # the same examples on every machine
 
@@ -334,7 +336,7 @@ def write_folder(config: Config, log_dir) -> str:
     runtime = SimpleNamespace(is_master=True, share=lambda value: value)
     folder, config = train_gpt.RunFolder(runtime), dataclasses.replace(config, log_dir=str(log_dir), run_id="run")
     folder.locate(config)
-    folder.create(config, b"")
+    folder.create(config, {"train_gpt.py": b""})
     folder.close()
     return str(log_dir / "run" / "config.env")
 

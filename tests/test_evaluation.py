@@ -17,6 +17,17 @@ import train_gpt
 from train_gpt import GPT, Evaluator, TokenBytes, TokenStream, UserError, blocked_attention
 
 
+class FromFunction(torch.nn.Module):
+    """A model without weights, of a function of inputs and targets."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, inputs, targets):
+        return self.function(inputs, targets)
+
+
 def counting_stream(folder, targets):
     """A stream whose token at position p is p: each token of a batch says where it comes from."""
     folder.mkdir(exist_ok=True)
@@ -91,7 +102,7 @@ def test_the_sums_over_ranks_are_those_of_all_targets(make_config, runtime, tmp_
         wanted, given = range(1, min(limit or targets, targets) + 1), []
         for fake in ranks_of(runtime, world_size):
             fake.sum = lambda values: given.append(values) or [1.0, len(wanted), 1, 0]  # noqa: B023
-            Evaluator(stream, POSITIONS, config, fake, accum).score(model)
+            Evaluator(stream, POSITIONS, config, fake, accum).score(FromFunction(model))
         contexts = [target - first_seen(target, T, stride or T) for target in wanted]
         expected = sum(math.sin(t) + math.cos(3 * c) for t, c in zip(wanted, contexts, strict=True))
         nats, tokens, weight, leave = (sum(column) for column in zip(*given, strict=True))
@@ -123,18 +134,15 @@ def evaluate(make_config, corpus):
 
 
 def byte_count(model, tokens):
-    """Bytes of tokens[1:], by the words of the design, one token at a time."""
+    """Bytes of tokens[1:], by the words of the design for a model that writes spaces as they are, one at a time."""
     total = 0
-    for before, token in zip(tokens[:-1], tokens[1:], strict=True):
+    for token in tokens[1:]:
         if model.is_control(token) or model.is_unknown(token) or model.is_unused(token):
             continue
         if model.is_byte(token):
             total += 1
             continue
-        piece, boundary = model.id_to_piece(token), model.is_control(before) or model.is_unknown(before)
-        if piece.startswith("\u2581"):
-            piece, total = piece[1:], total + (not boundary)
-        total += sum(1 if character == "\u2581" else len(character.encode()) for character in piece)
+        total += sum(1 if character == "\u2581" else len(character.encode()) for character in model.id_to_piece(token))
     return total
 
 
@@ -196,7 +204,7 @@ def test_a_target_that_no_rank_scored_is_noticed(evaluate, runtime, trained):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_no_number_is_refused(evaluate, runtime, value):
     with pytest.raises(UserError, match=f"validation loss is {value}"):
-        evaluate(runtime).score(lambda inputs, targets: torch.full(inputs.shape, value))
+        evaluate(runtime).score(FromFunction(lambda inputs, targets: torch.full(inputs.shape, value)))
 
 
 def test_the_label_says_partial_only_when_targets_are_left_out(evaluate, runtime, trained):
@@ -232,10 +240,30 @@ def test_what_a_model_caches_during_evaluation_can_be_trained_through(evaluate, 
         return (weight * cache[0]).expand(inputs.shape)
 
     recorded = []
-    evaluate(runtime).score(lambda *batch: recorded.append(model(*batch)) or recorded[-1])
+    evaluate(runtime).score(FromFunction(lambda *batch: recorded.append(model(*batch)) or recorded[-1]))
     assert not any(losses.requires_grad for losses in recorded), "scoring must record nothing for gradients"
     model(torch.zeros(2, 16), None).sum().backward()
     assert weight.grad == pytest.approx(16.0)
+
+
+class Dropping(torch.nn.Module):
+    """Every loss is 2, or with dropout 0 or 4."""
+
+    def __init__(self):
+        super().__init__()
+        self.dropout, self.modes = torch.nn.Dropout(0.5), []
+
+    def forward(self, inputs, targets):
+        self.modes.append(self.training)
+        return self.dropout(torch.full(inputs.shape, 2.0))
+
+
+def test_a_model_with_dropout_is_scored_without_and_trains_on_with_it(evaluate, runtime):
+    model, evaluator = Dropping(), evaluate(runtime)
+    assert evaluator.score(model).loss == 2.0
+    assert model.training and model(torch.zeros(4, 64), None).unique().tolist() == [0.0, 4.0]
+    evaluator.run_first_batch(model)
+    assert model.training and model.modes == [*[False] * (len(model.modes) - 2), True, False]
 
 
 def test_a_long_evaluation_reports_its_progress(evaluate, runtime, trained, monkeypatch):
@@ -247,7 +275,7 @@ def test_a_long_evaluation_reports_its_progress(evaluate, runtime, trained, monk
         return trained(inputs, targets)
 
     monkeypatch.setattr(train_gpt.time, "perf_counter", lambda: now[0])
-    evaluator.score(model, lines.append)
+    evaluator.score(FromFunction(model), lines.append)
     assert lines == ["eval_progress:25% eta:33s", "eval_progress:50% eta:22s", "eval_progress:75% eta:11s"]
 
 

@@ -14,6 +14,10 @@ import torch
 import train_gpt
 from train_gpt import GPT, RunFolder, UserError, blocked_attention, dequantize, export, quantize, quantize_rows, unpack
 
+evaluate = train_gpt.tool("evaluate")
+# Kinds of parameters that odd tensors are given out for.
+A, B, C = "blocks.0.attn.c_q.weight", "blocks.0.mlp.fc.weight", "blocks.1.mlp.fc.weight"
+D, E, NONE = "blocks.0.mlp.proj.weight", "blocks.0.attn.c_k.weight", "blocks.0.attn.c_v.weight"
 QUANTILE = 0.9999984  # the design: rows are clipped at the 99.99984th percentile
 
 
@@ -75,24 +79,24 @@ def test_a_matrix_of_more_than_2_to_the_24_elements_is_quantised_row_by_row():
 def test_non_finite_weights_are_refused(make_config, value, shape):
     tensor = randn(*shape)
     tensor.view(-1)[3] = value
-    with pytest.raises(UserError, match="wild.weight.*non-finite"):
-        quantize({"wild.weight": tensor}, make_config())
+    with pytest.raises(UserError, match=f"{B}.*non-finite"):
+        quantize({B: tensor}, make_config())
 
 
 @pytest.mark.parametrize("shape", [(300, 300), (8, 8)])
 def test_finite_weights_too_large_for_fp16_never_become_non_finite(make_config, shape):
     tensor = randn(*shape) * 1e8
     try:
-        restored = dequantize(quantize({"wild.weight": tensor}, make_config()))["wild.weight"]
+        restored = dequantize(quantize({B: tensor}, make_config()), make_config())[B]
     except UserError as error:
-        assert "wild.weight" in str(error)
+        assert B in str(error)
     else:
         assert restored.isfinite().all()
 
 
 def odd_state():
-    return {"a.weight": randn(256, 256), "b.weight": randn(256, 257), "c.weight": randn(70_000).bfloat16(),
-            "d.weight": randn(3, 200, 200), "e.weight": randn(5, 5).bfloat16(), "skip_weights": randn(2, 50_000)[:, :8],
+    return {A: randn(256, 256), B: randn(256, 257), C: randn(70_000).bfloat16(),
+            D: randn(3, 200, 200), E: randn(5, 5).bfloat16(), "skip_weights": randn(2, 50_000)[:, :8],
             "blocks.0.attn.q_gain": randn(8), "blocks.0.resid_mix": randn(2, 8), "counter": torch.arange(4),
             "tok_emb.weight": randn(1000, 100).bfloat16()}  # fmt: skip
 
@@ -103,23 +107,24 @@ def test_the_object_has_the_keys_and_types_of_the_format(make_config):
     assert set(artifact) == {"__quant_format__", "quantized", "scales", "dtypes", "passthrough", "qmeta",
                              "passthrough_orig_dtypes", "config"}  # fmt: skip
     assert artifact["__quant_format__"] == "int8_clean_per_row_v1"
-    big = {"b.weight", "c.weight", "d.weight", "tok_emb.weight"}  # a.weight has 65,536 elements exactly: kept
+    big = {B, C, D, "tok_emb.weight"}  # A has 65,536 elements exactly: kept
     assert set(artifact["quantized"]) == set(artifact["scales"]) == set(artifact["dtypes"]) == big
     assert set(artifact["passthrough"]) == set(state) - big
-    assert artifact["qmeta"] == {name: {"scheme": "per_row", "axis": 0} for name in ("b.weight", "tok_emb.weight")}
-    assert artifact["dtypes"] == {name: "float32" if name[0] in "bd" else "bfloat16" for name in big}
-    assert artifact["passthrough_orig_dtypes"] == {"a.weight": "float32", "e.weight": "bfloat16"}
+    assert artifact["qmeta"] == {name: {"scheme": "per_row", "axis": 0} for name in (B, "tok_emb.weight")}
+    assert artifact["dtypes"] == {name: "float32" if name in (B, D) else "bfloat16" for name in big}
+    assert artifact["passthrough_orig_dtypes"] == {A: "float32", E: "bfloat16"}
     for name in big:
         q, scale = artifact["quantized"][name], artifact["scales"][name]
         assert q.dtype == torch.int8 and q.shape == state[name].shape
         assert scale.dtype == torch.float16
         assert scale.shape == ((len(state[name]),) if state[name].ndim == 2 else ())
     for name, tensor in artifact["passthrough"].items():
-        small = name in ("a.weight", "e.weight")
+        small = name in (A, E)
         assert tensor.dtype == (torch.float16 if small else torch.int64 if name == "counter" else torch.float32)
         assert torch.equal(tensor, state[name].half() if small else state[name])
-    assert artifact["config"] == {name.lower(): getattr(config, name.lower()) for name in train_gpt.TOLD_KNOBS}
-    assert {"NUM_LAYERS", "NUM_HEADS", "ROPE_BASE", "LOGIT_SOFTCAP", "EVAL_STRIDE"} <= set(train_gpt.TOLD_KNOBS)
+    told = train_gpt.Config.told_knobs()
+    assert artifact["config"] == {name.lower(): getattr(config, name.lower()) for name in told}
+    assert {"NUM_LAYERS", "NUM_HEADS", "ROPE_BASE", "LOGIT_SOFTCAP", "EVAL_STRIDE"} <= set(told)
 
 
 def packed(artifact):
@@ -130,8 +135,8 @@ def packed(artifact):
 
 def test_every_tensor_comes_back_in_its_type_within_half_a_scale(make_config):
     state = odd_state()
-    artifact = unpack(packed(quantize(state, make_config())), "memory")
-    restored = dequantize(artifact)
+    artifact = unpack(packed(quantize(state, make_config())))
+    restored = dequantize(artifact, make_config())
     assert {name: (t.dtype, t.shape) for name, t in restored.items()} == {
         name: (t.dtype, t.shape) for name, t in state.items()}  # fmt: skip
     for name, tensor in state.items():
@@ -152,7 +157,7 @@ def wide_model(make_config, runtime, steps):
     """Width 512, where the matrices of attention are large enough to be quantised too."""
     config = make_config(MODEL_DIM=512, NUM_HEADS=8, NUM_KV_HEADS=4, NUM_LAYERS=2, MUON_BACKEND_STEPS=2)
     model = GPT(config, blocked_attention)
-    optimizers = train_gpt.build_optimizers(model, config, runtime)
+    optimizers = model.optimizers(config, runtime)
     tokens = torch.randint(config.vocab_size, (2, 33), generator=torch.Generator().manual_seed(0))
     for _ in range(steps):
         model(tokens[:, :-1], tokens[:, 1:]).mean().backward()
@@ -165,11 +170,11 @@ def wide_model(make_config, runtime, steps):
 @pytest.mark.parametrize("steps", [0, 3])
 def test_a_model_survives_the_round_trip(make_config, runtime, steps):
     config, model, tokens = wide_model(make_config, runtime, steps)
-    artifact = unpack(packed(quantize(model.state_dict(), config)), "memory")
+    artifact = unpack(packed(quantize(model.state_dict(), config)))
     matrices = {name for name, p in model.named_parameters() if p.numel() > 65_536}
     assert set(artifact["quantized"]) == matrices and len(matrices) == 1 + 2 * 6
     back = GPT(make_config(MODEL_DIM=512, NUM_HEADS=8, NUM_KV_HEADS=4, SEED=9), blocked_attention)
-    back.load_state_dict(dequantize(artifact), strict=True)
+    back.load_state_dict(dequantize(artifact, config), strict=True)
     with torch.no_grad():
         before, after = (m(tokens[:, :-1], tokens[:, 1:]) for m in (model, back))
     assert (before - after).abs().max() < 0.05
@@ -190,9 +195,9 @@ def foreign_artifact():
 
 
 @pytest.mark.parametrize("orig", [None, {}, {"blocks.0.attn_scale": "bfloat16"}])
-def test_an_artifact_of_the_public_reference_is_readable(orig):
+def test_an_artifact_of_the_public_reference_is_readable(make_config, orig):
     artifact = foreign_artifact() | ({} if orig is None else {"passthrough_orig_dtypes": orig, "qmeta": {}})
-    state = dequantize(unpack(packed(artifact), "foreign"))
+    state = evaluate.dequantize(evaluate.unpack(packed(artifact), "foreign"), make_config())
     torch.testing.assert_close(state["w"], torch.tensor([[63.5, -63.5, 32.0], [0.0, 0.25, -0.25]]), rtol=0, atol=0)
     torch.testing.assert_close(state["v"], torch.tensor([254.0, -254.0, 128.0]).bfloat16(), rtol=0, atol=0)
     kept = state["blocks.0.attn_scale"]
@@ -220,17 +225,30 @@ def test_unpack_refuses_what_is_no_artifact_and_runs_no_code(tmp_path):
         ours[:-1], ours[:-32], ours[:-1] + bytes([ours[-1] ^ 1]), ours + b"\0", good + b"\0",
     ]):  # fmt: skip
         with pytest.raises(UserError, match=f"^file{number} (is|holds) [^\n]*$"):
-            unpack(blob, f"file{number}")
-    unpack(ours, "ours"), unpack(good, "of the reference")
+            evaluate.unpack(blob, f"file{number}")
+    evaluate.unpack(ours, "ours"), evaluate.unpack(good, "of the reference")
     assert not (tmp_path / "trapped").exists()
     torch.load(io.BytesIO(zlib.decompressobj().decompress(trap)), weights_only=False)
     assert (tmp_path / "trapped").exists(), "the trap would have worked"
 
 
+def test_the_script_reads_back_its_own_file_or_none(make_config):
+    """A disk that gives back something else must not be scored."""
+    blob, raw = train_gpt.pack(quantize({B: randn(300, 300)}, make_config()))
+    assert len(zlib.decompress(blob[:-32])) == raw and list(unpack(blob)["quantized"]) == [B]
+    assert list(evaluate.unpack(blob, "file")["quantized"]) == [B], "and others read it too"
+    for place in (0, 5, len(blob) // 2, len(blob) - 33, len(blob) - 1):
+        with pytest.raises(UserError, match="the artifact does not match its checksum: check the disk"):
+            unpack(blob[:place] + bytes([blob[place] ^ 1]) + blob[place + 1 :])
+    for damaged in (b"", blob[:-1], blob[:-32], blob + b"\0"):
+        with pytest.raises(UserError, match="does not match its checksum"):
+            unpack(damaged)
+
+
 def exported(config, runtime, state, code_bytes):
     folder = RunFolder(runtime)
     folder.locate(config)
-    folder.create(config, b"code")
+    folder.create(config, {"train_gpt.py": b"code"})
     sizes = export(state, config, folder, code_bytes)
     folder.close()
     return folder.path, sizes, (folder.path / "train.log").read_text()
@@ -253,7 +271,7 @@ def test_the_logged_sizes_are_those_of_the_files(make_config, runtime):
     assert number(r"Total submission size int8\+zlib: (\d+) bytes$", log) == len(blob) + 1234
     numbers = re.search(r"\(payload:(\d+) raw_torch:(\d+) payload_ratio:(\d+\.\d\d)x\)$", log, re.MULTILINE)
     payload, raw_torch, ratio = numbers.groups()
-    artifact = unpack(blob, path)
+    artifact = unpack(blob)
     tensors = [*artifact["quantized"].values(), *artifact["scales"].values(), *artifact["passthrough"].values()]
     assert int(payload) == sum(t.numel() * t.element_size() for t in tensors)
     assert int(raw_torch) == len(zlib.decompress(blob[:-32]))
@@ -316,17 +334,17 @@ def test_each_matrix_has_the_bits_and_the_clip_of_its_class(make_config, codec):
         q, scale = quantize_rows(state[f"{name}.weight"], qmax, k)
         assert torch.equal(artifact["quantized"][f"{name}.weight"], q)
         assert torch.equal(artifact["scales"][f"{name}.weight"], scale)
-    restored = dequantize(artifact if codec == "zlib" else train_gpt.rans_pack(artifact))
+    restored = dequantize(artifact if codec == "zlib" else train_gpt.rans_pack(artifact, config), config)
     for name, q in artifact["quantized"].items():
         assert torch.equal(restored[name], q.float() * artifact["scales"][name].float()[:, None])
     assert torch.equal(restored["blocks.0.attn_scale"], state["blocks.0.attn_scale"])
 
 
 def test_rans_gives_back_every_type_and_shape(make_config):
-    state = odd_state() | {"none": torch.empty(0, 8)}
-    plain = dequantize(quantize(state, make_config()))
-    artifact = train_gpt.rans_pack(quantize(state, make_config(CODEC="rans")))
-    restored = dequantize(unpack(packed(artifact), "memory"))
+    state, config = odd_state() | {NONE: torch.empty(0, 8)}, make_config(CODEC="rans")
+    plain = dequantize(quantize(state, make_config()), make_config())
+    artifact = train_gpt.rans_pack(quantize(state, config), config)
+    restored = dequantize(unpack(packed(artifact)), config)
     assert set(restored) == set(plain)
     for name, tensor in plain.items():
         assert restored[name].dtype == tensor.dtype and restored[name].shape == tensor.shape
@@ -346,12 +364,12 @@ def test_the_file_and_the_log_are_named_by_codec_and_bits(make_config, runtime):
     assert not (path / "final_model.int8.ptz").exists() and "clip_multiplier" not in log
     assert number(r"Serialized model int6\+rans: (\d+) bytes \(payload:", log) == len(blob) == sizes["bytes_artifact"]
     assert number(r"Total submission size int6\+rans: (\d+) bytes$", log) == len(blob) + 1234
-    parts = train_gpt.rans_pack(quantize(state, config))
+    parts = train_gpt.rans_pack(quantize(state, config), config)
     payload = sum(t.nbytes for t in torch.utils._pytree.tree_leaves(parts) if isinstance(t, torch.Tensor))
     assert number(r"Serialized model .* \(payload:(\d+) ", log) == payload
     assert abs(len(blob) - payload) < 1000, "the container costs little"
-    restored = dequantize(unpack(blob, path))
-    expected = dequantize(quantize(state, config))
+    restored = dequantize(unpack(blob), config)
+    expected = dequantize(quantize(state, config), config)
     assert all(torch.equal(restored[name], expected[name]) for name in state)
 
 
@@ -368,8 +386,8 @@ def test_fitted_clips_land_just_under_the_limit(make_config, runtime, monkeypatc
     multiplier = sizes["clip_multiplier"]
     assert 0.5 < multiplier < 8 and multiplier != 1 and calls[0] == 1 and multiplier in calls and len(calls) <= 6
     assert f" clip_multiplier:{multiplier:.4f}\n" in log
-    restored = dequantize(unpack((path / train_gpt.artifact_names(config)[0]).read_bytes(), path))
-    expected = dequantize(quantize(state, config, None, multiplier))
+    restored = dequantize(unpack((path / train_gpt.artifact_names(config)[0]).read_bytes()), config)
+    expected = dequantize(quantize(state, config, None, multiplier), config)
     assert all(torch.equal(restored[name], expected[name]) for name in state)
 
 
@@ -386,7 +404,7 @@ def test_what_fitted_is_kept_when_nothing_else_does(make_config, runtime, monkey
     """Sizes that follow no law."""
     noise = torch.randint(256, (400_000,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     sizes = iter([260_000, 150_000, 170_000, *[290_000] * 5])
-    monkeypatch.setattr(train_gpt, "rans_pack", lambda artifact: {"x": noise[: next(sizes)].clone()})
+    monkeypatch.setattr(train_gpt, "rans_pack", lambda artifact, config: {"x": noise[: next(sizes)].clone()})
     found = exported(make_config(CODEC="rans", SIZE_LIMIT=200_000, **CLIPS), runtime, large_state(), 10)[1]
     assert 170_000 < found["bytes_artifact"] < 175_000
 

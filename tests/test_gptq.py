@@ -190,5 +190,5 @@ def test_only_what_has_a_hessian_is_rounded_by_gptq(make_config, runtime, monkey
         assert torch.equal(q, one["quantized"][key]) == (key != name)
         expected = gptq_round(state[key], scale, hessians[key], 15 if key == "tok_emb.weight" else 7)
         assert torch.equal(all_of_them["quantized"][key], expected) and not torch.equal(q, expected)
-        restored = dequantize(all_of_them)[key]
+        restored = dequantize(all_of_them, config)[key]
         assert torch.equal(restored, expected.float() * scale.float()[:, None]), "rounded for the scale as stored"

@@ -13,9 +13,10 @@ import models
 import pytest
 import torch
 
-import lifeline
 import train_gpt
 from train_gpt import Evaluator, RunFolder, Stopwatch, TokenStream, Trainer, TrainLoader
+
+checkpoint = train_gpt.tool("checkpoint")
 
 EVERYTHING = {
     "NUM_LAYERS": 3, "MLP_SLOPE": 0.5, "MLP_MULT": 1.7, "ROPE_DIMS": 4, "LN_SCALE": 1, "XSA_LAYERS": 2, "ATTN_GATE": 1,
@@ -169,8 +170,10 @@ def test_fitting_the_memory_compiles_nothing_but_what_the_training_uses(make_con
     """A graph for inputs and targets that are one tensor is of no use to any step, and takes a GPU as long as any."""
     config = make_config()
     loader = TrainLoader(TokenStream(config.data_path, "train", config.vocab_size), config, runtime, 1)
-    trainer = Trainer(config, runtime, RunFolder(runtime), Stopwatch(runtime.synchronize), loader)
-    lifeline.fit_memory(trainer)
+    folder = RunFolder(runtime)
+    hooks = train_gpt.Hooks(config, folder)
+    trainer = Trainer(config, runtime, folder, Stopwatch(runtime.synchronize), loader, hooks)
+    checkpoint.fit_memory(trainer)
     assert len(graphs) == 1
     trainer.step(1.0, 0.9)
     assert len(graphs) == 1
@@ -231,7 +234,7 @@ def score_again(corpus, folder, artifact, capsys, **knobs) -> list[str]:
 def test_an_artifact_of_everything_is_scored_again_without_being_told(go, corpus, tmp_path, capsys, monkeypatch):
     """The final validation sees what is exported: the average, and with the recurrence, even if it never began."""
     monkeypatch.setattr(train_gpt, "INT8_MIN_NUMEL", 500)  # so that small tensors are rounded
-    defaults = {name: field.default for name, field in train_gpt.KNOBS.items()}
+    defaults = {name: field.default for name, field in train_gpt.Config.knobs().items()}
     assert all(value != defaults[name] for name, value in EVERYTHING.items()), "a default would prove nothing"
     for name, knobs in {"begun": {}, "never": {"LOOP_START": 1}}.items():
         run = go(RUN_ID=name, **EVERYTHING | knobs)
@@ -240,10 +243,9 @@ def test_an_artifact_of_everything_is_scored_again_without_being_told(go, corpus
         assert "\nfinal_int6_rans_roundtrip_exact val_loss:" in run.log
         again = score_again(corpus, tmp_path / "again", artifact, capsys)
         assert again == [f"{run.result[key]:.8f}" for key in ("val_loss", "val_bpb")]
-        shape = {name: value for name, value in EVERYTHING.items() if name in train_gpt.MODEL_KNOBS}
-        told = models.tiny_settings(corpus)
-        shape |= {name: told[name] for name in train_gpt.MODEL_KNOBS if name in told and name not in shape}
-        shape |= {name: told[name] for name in ("VAL_BATCH_SIZE", "TRAIN_BATCH_TOKENS")}
+        told = [name for name in train_gpt.Config.told_knobs() if name not in ("CODEC", "WEIGHT_BITS")]
+        given = models.tiny_settings(corpus) | EVERYTHING
+        shape = {name: given[name] for name in told if name in given}
         again = score_again(corpus, tmp_path / "again", run.path / "final_model.pt", capsys, **shape)
         assert again == [f"{run.result[key]:.8f}" for key in ("pre_quant_val_loss", "pre_quant_val_bpb")]
     values = models.machine_settings(corpus, MODE="sample", ARTIFACT=artifact, LOG_DIR=tmp_path, SAMPLE_PROMPT="the")
@@ -257,7 +259,7 @@ def test_a_run_of_everything_goes_on_as_if_it_had_not_been_stopped(go, monkeypat
     whole, step, cuts = go(RUN_ID="whole", **knobs), Trainer.step, [2, 6]
 
     def disturbed(self, *args):
-        if self.runtime.patient and cuts and self.steps + 1 == cuts[0]:
+        if self.hooks.patient and cuts and self.steps + 1 == cuts[0]:
             cuts.pop(0)
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self, *args)

@@ -616,4 +616,4 @@ def test_a_value_at_the_edge_is_taken(text):
 
 def test_all_model_knobs_are_told_by_an_artifact():
     """Whatever changes the function that the weights stand for must travel with them."""
-    assert {*EVERYTHING, "X0_MIX", "START_TOKEN"} <= set(train_gpt.MODEL_KNOBS)
+    assert {*EVERYTHING, "X0_MIX", "START_TOKEN"} <= set(train_gpt.Config.told_knobs())

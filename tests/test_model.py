@@ -3,12 +3,14 @@ RoPE, the attention functions, initialisation, precision, the choice of a backen
 
 import functools
 import math
+import re
 import sys
 from types import ModuleType
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt
 from train_gpt import GPT, UserError, blocked_attention, expanded_attention, grouped_attention, rope_tables, rotate
@@ -304,7 +306,7 @@ def test_initial_weights_depend_on_the_seed_and_on_nothing_else(make_config):
 def test_a_parameter_without_an_initialisation_rule_raises(make_config):
     model = GPT(make_config())
     model.blocks[1].mystery = nn.Parameter(torch.zeros(3))
-    with pytest.raises(AssertionError, match=r"blocks\.1\.mystery"):
+    with pytest.raises(UserError, match=r"GPT.PARAMETERS has no row blocks\.mystery, .* parameter blocks\.1\.mystery "):
         model.init_weights(make_config())
 
 
@@ -343,10 +345,10 @@ def test_each_attention_backend_on_the_cpu_works_or_is_a_user_error(make_config,
     config = make_config(ATTENTION=name)
     if not works:
         with pytest.raises(UserError, match=f"ATTENTION={name} .*cpu.*{name} grouped_attention failed: .+") as error:
-            train_gpt.choose_attention(config, runtime)
+            train_gpt.choose_attention(config, runtime, compiled=False)
         assert f"{name} expanded_attention failed: " in str(error.value)
         return
-    attend, note = train_gpt.choose_attention(config, runtime)
+    attend, note = train_gpt.choose_attention(config, runtime, compiled=False)
     chosen = "blocked" if name == "auto" else name  # the fastest on a CPU at this length
     assert note.startswith(f"attention:{chosen} by {attend.__name__}")
     enabled = [switch for switch in SWITCHES if getattr(torch.backends.cuda, f"{switch}_sdp_enabled")()]
@@ -357,7 +359,7 @@ def test_each_attention_backend_on_the_cpu_works_or_is_a_user_error(make_config,
 
 def test_auto_on_the_cpu_avoids_quadratic_memory_for_long_sequences(make_config, runtime):
     config = make_config(TRAIN_SEQ_LEN=1088, TRAIN_BATCH_TOKENS=1088)
-    assert train_gpt.choose_attention(config, runtime)[1].startswith("attention:flash")
+    assert train_gpt.choose_attention(config, runtime, compiled=False)[1].startswith("attention:flash")
 
 
 class FailsBackward(torch.autograd.Function):
@@ -378,11 +380,38 @@ def test_a_backend_that_fails_is_passed_over_and_the_log_says_why(make_config, r
         return FailsBackward.apply(expanded_attention(q, k, v))
 
     monkeypatch.setattr(train_gpt, "grouped_attention", broken)
-    attend, note = train_gpt.choose_attention(make_config(ATTENTION="math"), runtime)
+    attend, note = train_gpt.choose_attention(make_config(ATTENTION="math"), runtime, compiled=False)
     assert attend is train_gpt.expanded_attention
     assert note == (
         "attention:math by expanded_attention; math broken failed: RuntimeError('no backward kernel\\nfor this')")
-    assert tried == [((1, 4, 32, 8), (1, 2, 32, 8), (1, 2, 32, 8), torch.float32)], "proved on one real sequence"
+    assert tried == [((8, 4, 32, 8), (8, 2, 32, 8), (8, 2, 32, 8), torch.float32)], "proved on a real micro-batch"
+
+
+def test_a_backend_that_gives_other_values_is_passed_over(make_config, runtime, monkeypatch):
+    """Regression: it was enough not to fail, as a mask that lets a token see the next one does not."""
+
+    def sees_the_next(q, k, v):
+        seen = torch.ones(q.size(2), q.size(2), dtype=torch.bool).tril(1)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
+
+    monkeypatch.setattr(train_gpt, "grouped_attention", sees_the_next)
+    attend, note = train_gpt.choose_attention(make_config(ATTENTION="math"), runtime, compiled=False)
+    assert attend is train_gpt.expanded_attention
+    assert re.search(r"; math sees_the_next failed: RuntimeError\('it errs by [\d.]+ of the largest value'\)$", note)
+
+
+def test_the_proof_of_a_backend_takes_fewer_sequences_where_memory_is_short(make_config, runtime, monkeypatch):
+    tried = []
+
+    def small(q, k, v):
+        tried.append(len(q))
+        if len(q) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return expanded_attention(q, k, v)
+
+    monkeypatch.setattr(train_gpt, "grouped_attention", small)
+    attend, note = train_gpt.choose_attention(make_config(ATTENTION="math"), runtime, compiled=False)
+    assert (attend, note, tried) == (small, "attention:math by small", [8, 4, 2])
 
 
 @pytest.mark.parametrize("attend", [blocked_attention, expanded_attention])
@@ -409,6 +438,20 @@ def test_the_whole_model_traces_into_one_graph_with_equal_losses_and_gradients(m
         torch.testing.assert_close(traced, eager, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("knobs", [{}, {"TIE_EMBEDDINGS": 0, "MLP_MULT": 3}, {"NUM_LAYERS": 3, "LOOP_LAYERS": "1-2"}],
+                         ids=str)  # fmt: skip
+def test_the_flops_of_a_token_are_those_that_torch_counts(make_config, knobs):
+    """Forward and backward, with the whole square of attention, as plain products compute it."""
+    config = make_config(**knobs)
+    train_gpt.pin_sdpa("math")
+    model, tokens = GPT(config, expanded_attention), random_tokens(config, batch=2, length=33)
+    for looping in {False, model.has_loops}:
+        model.looping = looping
+        with FlopCounterMode(display=False) as counter:
+            model(tokens[:, :-1], tokens[:, 1:]).mean().backward()
+        assert counter.get_total_flops() == model.flops_per_token(32) * 2 * 32
+
+
 def test_flash_attention_3_is_one_graph_with_the_model(make_config, runtime, monkeypatch):
     """Regression: what imports it must be traceable, or the first step of a GPU that has it ends the run."""
     calls = []
@@ -421,7 +464,7 @@ def test_flash_attention_3_is_one_graph_with_the_model(make_config, runtime, mon
     module.flash_attn_func = flash_attn_func
     monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
     config = make_config(ATTENTION="flash3")
-    attend, note = train_gpt.choose_attention(config, runtime)
+    attend, note = train_gpt.choose_attention(config, runtime, compiled=False)
     assert note == "attention:flash3 by flash3_attention" and calls == [True]
     models = [GPT(config, attend), GPT(config, blocked_attention)]
     tokens = torch.randint(config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
@@ -438,4 +481,4 @@ def test_flash_attention_3_is_one_graph_with_the_model(make_config, runtime, mon
 
 def test_flash_attention_3_that_is_not_there_is_said_so(make_config, runtime):
     with pytest.raises(train_gpt.UserError, match="flash3 flash3_attention failed: ModuleNotFoundError"):
-        train_gpt.choose_attention(make_config(ATTENTION="flash3"), runtime)
+        train_gpt.choose_attention(make_config(ATTENTION="flash3"), runtime, compiled=False)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import train_gpt
-from train_gpt import GPT, Muon, blocked_attention, build_optimizers, newton_schulz, parameter_groups
+from train_gpt import GPT, Muon, UserError, blocked_attention, newton_schulz, parameter_groups
 
 VECTORS = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights")
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -37,7 +37,7 @@ def test_a_parameter_that_no_group_covers_raises(make_config, shape, in_block):
     model = GPT(make_config())
     owner = model.blocks[0] if in_block else model
     owner.mystery = nn.Parameter(torch.zeros(shape))
-    with pytest.raises(AssertionError, match="mystery"):
+    with pytest.raises(UserError, match=r"GPT.PARAMETERS has no row .*mystery, .* parameter .*mystery begins"):
         parameter_groups(model)
 
 
@@ -47,7 +47,7 @@ def test_each_group_gets_its_own_rate_and_the_common_settings(make_config, runti
                          MATRIX_LR=0.05, BETA1=0.8, BETA2=0.9, ADAM_EPS=1e-6, MUON_MOMENTUM=0.7,
                          MUON_BACKEND_STEPS=3)  # fmt: skip
     model = GPT(config)
-    adam, muon = build_optimizers(model, config, runtime)
+    adam, muon = model.optimizers(config, runtime)
     rates = {p: group["lr"] for optimizer in (adam, muon) for group in optimizer.param_groups for p in group["params"]}
     assert len(rates) == len(list(model.parameters()))
     for name, p in model.named_parameters():
@@ -62,13 +62,12 @@ def test_each_group_gets_its_own_rate_and_the_common_settings(make_config, runti
         assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.8, 0.9), 1e-6, 0)
     (group,) = muon.param_groups
     assert (group["momentum"], group["steps"]) == (0.7, 3)
-    assert all(group["base_lr"] == group["lr"] for group in adam.param_groups + muon.param_groups)
 
 
 def test_adam_steps_equal_its_formula(make_config, runtime):
     config = make_config(BETA1=0.8, BETA2=0.9, ADAM_EPS=1e-3, SCALAR_LR=0.04, TIED_EMBED_LR=0.02)
     model = GPT(config)
-    adam = build_optimizers(model, config, runtime)[0]
+    adam = model.optimizers(config, runtime)[0]
     cases = [(model.tok_emb.weight, 0.02), (model.blocks[0].attn_scale, 0.04), (model.blocks[1].attn.q_gain, 0.04)]
     references = [(p.detach().double(), torch.zeros_like(p).double(), torch.zeros_like(p).double()) for p, _ in cases]
     for t in range(1, 5):
@@ -157,7 +156,7 @@ def uneven(*shape, seed):
 def test_muon_with_decay_and_row_norm_equals_the_formulas(make_config, runtime, row_norm, decay):
     config = make_config(MATRIX_LR=0.05, MUON_WEIGHT_DECAY=decay, MUON_ROW_NORM=row_norm, NUM_LAYERS=1)
     model = GPT(config)
-    muon = build_optimizers(model, config, runtime)[1]
+    muon = model.optimizers(config, runtime)[1]
     (group,) = muon.param_groups
     with torch.no_grad():
         for i, p in enumerate(group["params"]):
@@ -165,7 +164,7 @@ def test_muon_with_decay_and_row_norm_equals_the_formulas(make_config, runtime, 
     weights = [p.detach().double() for p in group["params"]]
     momenta = [torch.zeros_like(w) for w in weights]
     for t, (scale, mu) in enumerate([(1.0, 0.5), (0.5, 0.9), (0.0, 0.9), (2.0, 0.95)]):  # the decay follows the rate
-        lr = group["lr"] = group["base_lr"] * scale
+        lr = group["lr"] = 0.05 * scale
         group["momentum"] = mu
         for i, p in enumerate(group["params"]):
             p.grad = uneven(*p.shape, seed=100 * t + i) * 10.0**-t
@@ -208,20 +207,21 @@ def test_decay_of_embedding_head_and_vectors_is_that_of_adamw(make_config, runti
         for i, p in enumerate(model.parameters()):
             p.add_(randn(*p.shape, seed=i))
     wide = copy.deepcopy(model).double()
-    adam = build_optimizers(model, config, runtime)[0]
+    adam = model.optimizers(config, runtime)[0]
     settings = {"embed": (0.02 if tied else 0.1, embed_decay), "head": (0.03, embed_decay),
                 "scalar": (0.04, scalar_decay)}  # fmt: skip
     groups = parameter_groups(wide)
-    reference = torch.optim.AdamW([{"params": groups[name], "lr": lr, "weight_decay": decay, "base_lr": lr}
+    reference = torch.optim.AdamW([{"params": groups[name], "lr": lr, "weight_decay": decay}
                                    for name, (lr, decay) in settings.items() if groups[name]],
                                   betas=(0.8, 0.9), eps=1e-3)  # fmt: skip
+    rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in (adam, reference)]
     for t, scale in enumerate((1.0, 0.5, 0.0, 0.7)):
         for i, (p, q) in enumerate(zip(model.parameters(), wide.parameters(), strict=True)):
             p.grad = 0.01 * randn(*p.shape, seed=100 * t + i)
             q.grad = p.grad.double()
-        for optimizer in (adam, reference):
-            for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * scale
+        for optimizer, base in zip((adam, reference), rates, strict=True):
+            for group, lr in zip(optimizer.param_groups, base, strict=True):
+                group["lr"] = lr * scale
             optimizer.step()
     before = GPT(config)
     for (name, p), q, r in zip(model.named_parameters(), wide.parameters(), before.parameters(), strict=True):
@@ -305,17 +305,17 @@ def test_saved_and_loaded_optimizers_continue_bit_for_bit(make_config, runtime):
                 optimizer.step()
 
     model = GPT(config, blocked_attention)
-    optimizers = build_optimizers(model, config, runtime)
+    optimizers = model.optimizers(config, runtime)
     steps(model, optimizers, first=0)
     buffer = io.BytesIO()
     torch.save([part.state_dict() for part in (model, *optimizers)], buffer)
     buffer.seek(0)
     resumed = GPT(make_config(SEED=5), blocked_attention)
-    resumed_optimizers = build_optimizers(resumed, config, runtime)
+    resumed_optimizers = resumed.optimizers(config, runtime)
     for part, state in zip((resumed, *resumed_optimizers), torch.load(buffer, weights_only=True), strict=True):
         part.load_state_dict(state)
     steps(model, optimizers, first=3)
     steps(resumed, resumed_optimizers, first=3)
     for (name, p), q in zip(model.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(p, q), name
-    assert [g["base_lr"] for o in resumed_optimizers for g in o.param_groups] == [0.03, 0.02, 0.02]
+    assert [g["lr"] for o in resumed_optimizers for g in o.param_groups] == [0.03, 0.02, 0.02]

@@ -4,6 +4,7 @@ says or raises a UserError, and nothing else."""
 import dataclasses
 import hashlib
 import itertools
+import re
 import struct
 import zlib
 
@@ -15,10 +16,12 @@ from conftest import write_shard
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-import eval as eval_mode
-import lifeline
 import train_gpt
-from train_gpt import KNOBS, Config, UserError
+from train_gpt import Config, UserError
+
+KNOBS = Config.knobs()
+checkpoint = train_gpt.tool("checkpoint")
+evaluate = train_gpt.tool("evaluate")
 
 CHECKED = settings(database=None, deadline=None, derandomize=True, max_examples=150)  # the same on every machine
 
@@ -130,12 +133,18 @@ def environments(draw):
     return texts
 
 
+def meant(prompt: str) -> str:
+    """A prompt as the model gets it: what a line of a file cannot hold is written as \\uXXXX."""
+    return re.sub(r"\\u([0-9a-f]{4})", lambda match: chr(int(match[1], 16)), prompt.replace("\\n", "\n"))
+
+
 def assert_reads_back(config: Config):
-    """As an environment, and as the config.env that a run writes."""
+    """As an environment, and as the config.env that a run writes; a prompt may be spelled otherwise."""
     texts, shown = config.texts(), {name: getattr(config, name) for name in HIDDEN}
     assert all(KNOBS.keys() >= {name} and type(text) is str for name, text in texts.items())
     again = Config.load([], texts)
-    assert dataclasses.replace(again, **shown) == config
+    assert meant(again.sample_prompt) == meant(config.sample_prompt)
+    assert dataclasses.replace(again, **shown, sample_prompt=config.sample_prompt) == config
     assert again.texts() == texts
 
 
@@ -246,20 +255,21 @@ def artifact():
         packed = train_gpt.quantize(train_gpt.GPT(config).state_dict(), config)
     assert packed["quantized"] and packed["passthrough"]
     blob = models.seal(models.torch_bytes(packed))
-    state, told = eval_mode.read_model(blob, "file", train_gpt)
-    assert told["NUM_HEADS"] == "2" and told["TRAIN_SEQ_LEN"] == "8"
+    state, told, config_class = evaluate.read_model(blob, "file")
+    assert config_class is Config and told["NUM_HEADS"] == "2" and told["TRAIN_SEQ_LEN"] == "8"
     return blob, state
 
 
 def assert_a_model_or_refused(blob: bytes) -> bool:
     """Whether it is a model: what comes back could be loaded and used."""
     try:
-        state, told = eval_mode.read_model(blob, "the file", train_gpt)
+        state, told, config_class = evaluate.read_model(blob, "the file")
     except UserError as error:
         assert "the file" in str(error) and "\n" not in str(error)
         return False
     assert all(torch.isfinite(tensor).all() and tensor.is_floating_point() for tensor in state.values())
-    config = Config.load([], told)
+    config = config_class.load([], told)
+    assert config_class is Config
     assert (config.vocab_size, config.model_dim) == state["tok_emb.weight"].shape
     return True
 
@@ -270,14 +280,14 @@ def test_every_flipped_bit_of_an_artifact_is_noticed(artifact):
         flipped = bytearray(blob)
         flipped[position] ^= 1 << bit
         with pytest.raises(UserError):
-            eval_mode.read_model(bytes(flipped), "file", train_gpt)
+            evaluate.read_model(bytes(flipped), "file")
 
 
 def test_every_shortened_artifact_is_noticed(artifact):
     blob = artifact[0]
     for length in range(len(blob)):
         with pytest.raises(UserError):
-            eval_mode.read_model(blob[:length], "file", train_gpt)
+            evaluate.read_model(blob[:length], "file")
 
 
 @CHECKED
@@ -347,22 +357,22 @@ def test_an_artifact_of_strange_parts(artifact, data):
 
 
 @pytest.fixture(scope="module")
-def checkpoint():
+def saved():
     """(bytes, configuration, facts): of no training, but with everything in its place."""
     config, facts = tiny_config(), {"train_gpt.py": "0123", "training tokens": "99"}
     model = train_gpt.GPT(config)
-    state = {"format": lifeline.CHECKPOINT_FORMAT, "knobs": config.texts() | facts, "model": model.state_dict(),
+    state = {"format": checkpoint.CHECKPOINT_FORMAT, "knobs": config.texts() | facts, "model": model.state_dict(),
              "optimizer": {name: {"momentum_buffer": p.detach()} for name, p in model.named_parameters()},
              "rng": [{"cpu": torch.get_rng_state()[:64]}], "position": 0, "steps": 3, "train_seconds": 1.5,
              "finished": False, "resumed_at": []}  # fmt: skip
     blob = models.seal_checkpoint(state)
-    assert lifeline.read_checkpoint(blob, "file", config, facts)[1] == []
+    assert checkpoint.read_checkpoint(blob, "file", config, facts)[1] == []
     return blob, config, facts
 
 
 def refused_checkpoint(blob: bytes, config: Config, facts: dict) -> bool:
     try:
-        state, differences = lifeline.read_checkpoint(blob, "the file", config, facts)
+        state, differences = checkpoint.read_checkpoint(blob, "the file", config, facts)
     except UserError as error:
         assert "the file" in str(error) and "\n" not in str(error)
         return True
@@ -370,19 +380,19 @@ def refused_checkpoint(blob: bytes, config: Config, facts: dict) -> bool:
     return False
 
 
-def test_every_flipped_bit_of_a_checkpoint_is_noticed(checkpoint):
-    blob, config, facts = checkpoint
+def test_every_flipped_bit_of_a_checkpoint_is_noticed(saved):
+    blob, config, facts = saved
     for position, bit in itertools.product(range(len(blob)), range(8)):
         flipped = bytearray(blob)
         flipped[position] ^= 1 << bit
         with pytest.raises(UserError, match="checksum"):
-            lifeline.read_checkpoint(bytes(flipped), "file", config, facts)
+            checkpoint.read_checkpoint(bytes(flipped), "file", config, facts)
 
 
 @CHECKED
 @given(data=st.data())
-def test_a_checkpoint_that_was_tampered_with(checkpoint, data):
-    blob, config, facts = checkpoint
+def test_a_checkpoint_that_was_tampered_with(saved, data):
+    blob, config, facts = saved
     changed = data.draw(mutations(blob))
     assert changed == blob or refused_checkpoint(changed, config, facts)
     packed = data.draw(mutations(blob[:-32]))
@@ -391,14 +401,14 @@ def test_a_checkpoint_that_was_tampered_with(checkpoint, data):
 
 @CHECKED
 @given(data=st.binary(max_size=100))
-def test_any_bytes_as_a_checkpoint(checkpoint, data):
-    assert refused_checkpoint(data, *checkpoint[1:])
-    assert refused_checkpoint(data + hashlib.sha256(data).digest(), *checkpoint[1:])
+def test_any_bytes_as_a_checkpoint(saved, data):
+    assert refused_checkpoint(data, *saved[1:])
+    assert refused_checkpoint(data + hashlib.sha256(data).digest(), *saved[1:])
 
 
 @CHECKED
 @given(data=st.data())
-def test_a_checkpoint_of_strange_parts(checkpoint, data):
-    blob, config, facts = checkpoint
+def test_a_checkpoint_of_strange_parts(saved, data):
+    blob, config, facts = saved
     changed = data.draw(altered(models.load(blob[:-32])))
     refused_checkpoint(models.seal_checkpoint(changed), config, facts)

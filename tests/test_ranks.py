@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import lifeline
 import train_gpt
 
+checkpoint = train_gpt.tool("checkpoint")
 # 12 sequences a step; 7 validation windows, which neither 2 nor 3 ranks share evenly, the last of them ragged.
 COMMON = {"ITERATIONS": 10, "TRAIN_LOG_EVERY": 1, "TRAIN_BATCH_TOKENS": 384, "WARMUP_STEPS": 1, "VAL_LOSS_EVERY": 5,
           "VAL_TOKENS_LIMIT": 6 * 32 + 5, "VAL_BATCH_SIZE": 64, "NUM_LAYERS": 3}  # fmt: skip
@@ -32,7 +32,7 @@ def alone(tiny, monkeypatch, tmp_path):
 
     def start(**overrides):
         settings = tiny(**overrides, LOG_DIR=tmp_path / "alone")
-        for name in train_gpt.KNOBS:
+        for name in train_gpt.Config.knobs():
             monkeypatch.delenv(name, raising=False)
         for name, value in settings.items():
             monkeypatch.setenv(name, value)
@@ -91,16 +91,16 @@ def test_an_error_of_rank_0_alone_ends_the_run(launch, tmp_path):
 DRIVER = f"""
 import json, os, shutil, signal, sys, time
 sys.path.insert(0, {str(Path(train_gpt.__file__).parent)!r})
-import lifeline
 import train_gpt
+checkpoint = train_gpt.tool("checkpoint")
 
 rank, restarts = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 faults = json.loads(os.environ["FAULTS"])  # [restarts, rank, step, signal, whether to the launcher]
-step, write = train_gpt.Trainer.step, lifeline.write_checkpoint
+step, write = train_gpt.Trainer.step, checkpoint.write_checkpoint
 
 def disturbed(self, *args):
     for *when, number, to_launcher in faults:
-        if when == [restarts, rank, self.steps + 1] and self.runtime.patient:
+        if when == [restarts, rank, self.steps + 1] and self.hooks.patient:
             os.kill(os.getppid() if to_launcher else os.getpid(), number)
     time.sleep(float(os.environ.get("SLOW_STEP", 0)))
     return step(self, *args)
@@ -110,16 +110,14 @@ def slow(state, folder):
     write(state, folder)
     shutil.copy(folder.path / "checkpoint.pt", folder.path / f"checkpoint{{state['steps']}}.pt")
 
-train_gpt.Trainer.step, lifeline.write_checkpoint = disturbed, slow
-dist = train_gpt.dist
-init, destroy = dist.init_process_group, dist.destroy_process_group
+train_gpt.Trainer.step, checkpoint.write_checkpoint = disturbed, slow
+dist, leave = train_gpt.dist, os._exit
+init, os._exit = dist.init_process_group, lambda code: None
 dist.init_process_group = lambda backend, **options: dist.is_initialized() or init(backend, **options)
-dist.destroy_process_group = lambda: None
 for run in json.loads(os.environ.get("RUNS", "[{{}}]")):  # several with the same processes: to start them takes longest
     os.environ.update(run)
     code = train_gpt.main([])
-destroy()
-sys.exit(code)
+leave(code)
 """
 STEPS = {"ITERATIONS": 10, "VAL_LOSS_EVERY": 5, "VAL_TOKENS_LIMIT": 100, "TRAIN_BATCH_TOKENS": 384, "NUM_LAYERS": 3,
          "MUON_MOMENTUM_WARMUP_STEPS": 8}  # fmt: skip
@@ -163,8 +161,8 @@ def test_any_number_of_ranks_goes_on_from_any_other(tiny, disturb, alone, monkey
 
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
     monkeypatch.setattr(train_gpt.Trainer, "step", signalled)
-    kept, write = [], lifeline.write_checkpoint
-    monkeypatch.setattr(lifeline, "write_checkpoint", lambda state, folder: [
+    kept, write = [], checkpoint.write_checkpoint
+    monkeypatch.setattr(checkpoint, "write_checkpoint", lambda state, folder: [
         write(state, folder), kept.append((folder.path / "checkpoint.pt").read_bytes())])  # fmt: skip
     one_losses, one_result = alone(**STEPS)[:2]
     monkeypatch.undo()

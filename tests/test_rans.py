@@ -10,9 +10,10 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import eval as eval_mode
 import train_gpt
 from train_gpt import Config, UserError, rans_decode, rans_encode, rans_frequencies
+
+evaluate = train_gpt.tool("evaluate")
 
 CHECKED = settings(max_examples=150, deadline=None, derandomize=True)
 
@@ -151,11 +152,11 @@ def tiny_artifact(**changes) -> tuple[dict, dict]:
         patch.setattr(train_gpt, "INT8_MIN_NUMEL", 10)
         plain = train_gpt.quantize(state, config)
     assert len(plain["quantized"]) == 5 and plain["passthrough"]
-    return train_gpt.dequantize(plain), train_gpt.rans_pack(plain)
+    return train_gpt.dequantize(plain, config), train_gpt.rans_pack(plain, config)
 
 
 def read(artifact) -> dict:
-    return eval_mode.read_model(models.seal(models.torch_bytes(artifact)), "the file", train_gpt)[0]
+    return evaluate.read_model(models.seal(models.torch_bytes(artifact)), "the file")[0]
 
 
 def copy_of(artifact) -> dict:
@@ -179,12 +180,12 @@ def test_every_cut_and_every_flipped_byte_of_an_artifact_is_refused():
     blob = models.seal(models.torch_bytes(tiny_artifact()[1]))
     for length in range(len(blob)):
         with pytest.raises(UserError, match="the file"):
-            eval_mode.read_model(blob[:length], "the file", train_gpt)
+            evaluate.read_model(blob[:length], "the file")
     for position in range(len(blob)):
         changed = bytearray(blob)
         changed[position] ^= 1 << position % 8
         with pytest.raises(UserError, match="the file"):
-            eval_mode.read_model(bytes(changed), "the file", train_gpt)
+            evaluate.read_model(bytes(changed), "the file")
 
 
 def put(part, value):

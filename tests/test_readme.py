@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from train_gpt import KNOBS, Config
+from train_gpt import Config
 
+KNOBS = Config.knobs()
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -25,8 +26,8 @@ def test_ci_runs_the_two_commands_of_the_readme():
 
 def test_knobs_and_defaults_of_the_readme_are_those_of_the_script():
     named = set(re.findall(r"`([A-Z][A-Z0-9_]+)=?[^`]*`", README))
-    named = {name for name in named if not name.startswith(("TORCH_", "NCCL_", "SLURM_"))}  # of other programs
-    assert named - set(KNOBS) <= {"KEY", "FILE"} and len(named) > 25
+    named = {name for name in named if not name.startswith(("TORCH_", "NCCL_", "SLURM_", "GLOO_"))}  # of others
+    assert named - set(KNOBS) <= {"KEY", "FILE", "GPT", "PARAMETERS"} and len(named) > 25
     rows = re.findall(r"^\| (`[A-Z].*?) \| (.*?) \|", README, flags=re.MULTILINE)
     checked = 0
     for names, defaults in rows:
@@ -40,6 +41,6 @@ def test_knobs_and_defaults_of_the_readme_are_those_of_the_script():
 
 
 def test_files_that_the_readme_names_exist():
-    for name in re.findall(r"(?:data|tests|records)/[\w/.]+\.(?:py|md|env)", README):
+    for name in re.findall(r"(?:data|tests|tools|records)/[\w/.]+\.(?:py|md|env)", README):
         assert (ROOT / name).is_file(), name
     assert "@@" not in README, "an unfilled place"

@@ -4,9 +4,10 @@ import pytest
 import torch
 from conftest import ROOT
 
-import check
 import train_gpt
 from train_gpt import GPT, Config
+
+check = train_gpt.tool("check")
 
 RECIPES = {"demo_cpu": 2_363_920, "frontier_sp8192": 35_945_605, "frontier_sp1024": 32_275_589}
 
@@ -19,15 +20,15 @@ def test_a_recipe_is_a_configuration_that_fits_the_limit(name):
     params = sum(p.numel() for p in model.parameters())
     assert params == RECIPES.get(name, params)
     code = len((ROOT / "train_gpt.py").read_bytes())
-    assert check.projected_bytes(config, train_gpt, model) + code < config.size_limit
-    assert check.projected_bytes(config, train_gpt, model) > 0.4 * params, "or the law is not applied"
+    assert check.projected_bytes(config, model) + code < config.size_limit
+    assert check.projected_bytes(config, model) > 0.4 * params, "or the law is not applied"
 
 
 def test_the_size_law_projects_the_published_artifact_of_the_reference():
     """15,839,491 bytes: a run of the defaults on 8xH100, seed 1339."""
     with torch.device("meta"):
         model = GPT(Config())
-    assert check.projected_bytes(Config(), train_gpt, model) == pytest.approx(15_839_491, rel=0.01)
+    assert check.projected_bytes(Config(), model) == pytest.approx(15_839_491, rel=0.01)
 
 
 def test_the_frontier_without_its_two_gates_has_the_published_number_of_parameters():

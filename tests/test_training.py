@@ -31,7 +31,7 @@ def go(monkeypatch, capsys):
     """Function: main() with exactly these knobs in the environment; (exit code, standard output, standard error)."""
 
     def start(settings, *args):
-        for name in train_gpt.KNOBS:
+        for name in train_gpt.Config.knobs():
             monkeypatch.delenv(name, raising=False)
         for name, value in settings.items():
             monkeypatch.setenv(name, value)
@@ -48,7 +48,9 @@ def build(runtime):
     def start(config):
         stream = TokenStream(config.data_path, "train", config.vocab_size)
         loader = TrainLoader(stream, config, runtime, config.accumulation_steps(1, "cpu"))
-        return Trainer(config, runtime, RunFolder(runtime), Stopwatch(runtime.synchronize), loader)
+        folder = RunFolder(runtime)
+        hooks = train_gpt.Hooks(config, folder)
+        return Trainer(config, runtime, folder, Stopwatch(runtime.synchronize), loader, hooks)
 
     return start
 
@@ -111,6 +113,22 @@ def test_a_step_has_the_gradient_of_the_mean_loss_clipped_once_after_accumulatio
             assert error <= 2e-5 * factor * largest, name
 
 
+def test_an_extra_loss_trains_with_the_losses_and_is_in_no_log(make_config, build):
+    """Of a model that returns one; it is a mean over the micro-steps, as they are."""
+    trainer = build(make_config(GRAD_ACCUM_STEPS=4))
+    scatter(trainer.model)
+    model, by_hand = trainer.model, copy.deepcopy(trainer.model)
+    trainer.train_model = lambda x, y: (model(x, y), 0.3 * x.float().mean() * sum(p.sum() for p in model.parameters()))
+    trainer.optimizers = [Recorder(model)]
+    tokens = torch.from_numpy(trainer.loader.stream.read(0, 257).astype("int64"))
+    expected_loss = by_hand(tokens[:-1].view(8, 32), tokens[1:].view(8, 32)).mean()
+    expected_loss.backward()
+    assert trainer.step(1.0, 0.9).item() == pytest.approx(expected_loss.item(), rel=1e-6)
+    for name, p in by_hand.named_parameters():
+        expected = p.grad + 0.3 * tokens[:-1].double().mean().float()
+        torch.testing.assert_close(trainer.optimizers[0].grads[name], expected, rtol=1e-5, atol=1e-5)
+
+
 def test_micro_steps_do_not_change_the_losses_of_a_run(make_config, build):
     losses = []
     for cut in CUTS:
@@ -165,6 +183,29 @@ def test_warm_up_leaves_no_trace_and_training_after_it_is_the_same(make_config, 
         assert torch.equal(p, q), name
 
 
+@pytest.mark.parametrize("peak, ranks, share", [(None, 1, ""), (1e8, 1, " mfu:{:.1%}"), (1e8, 4, " mfu:{:.1%}")])
+def test_the_speed_is_that_of_the_last_steps(make_config, build, runtime, monkeypatch, peak, ranks, share):
+    trainer = build(make_config())
+    monkeypatch.setattr(train_gpt, "peak_flops", lambda runtime: peak)
+    runtime.world_size = ranks
+    trainer.recent.extend([0.25] * 30 + [0.5] * 10)  # 20 are kept
+    tokens_per_second = 256 / 0.375
+    achieved = tokens_per_second * trainer.model.flops_per_token(32)
+    assert trainer.speed() == "tok/s:683" + share.format(achieved / (1e8 * ranks))
+
+
+@pytest.mark.parametrize("name, dtype, tflops", [
+    ("NVIDIA H100 80GB HBM3", torch.bfloat16, 989), ("NVIDIA H100 PCIe", torch.bfloat16, 756),
+    ("NVIDIA L4", torch.bfloat16, 121), ("NVIDIA L40S", torch.bfloat16, 362),
+    ("NVIDIA GeForce RTX 4090", torch.bfloat16, 165), ("NVIDIA A100-SXM4-80GB", torch.bfloat16, 312),
+    ("NVIDIA H100 80GB HBM3", torch.float32, None), ("Tesla T4", torch.bfloat16, None),
+])  # fmt: skip
+def test_the_peak_of_a_gpu_is_told_by_its_name(name, dtype, tflops):
+    fake = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, device_name=lambda: name)
+    assert train_gpt.peak_flops(fake) == (tflops and 1e12 * tflops)
+    assert train_gpt.peak_flops(SimpleNamespace(device=torch.device("cpu"), dtype=dtype)) is None
+
+
 # The clock
 
 
@@ -179,13 +220,12 @@ def clock(monkeypatch):
         return step(self, *args)
 
     def timed_score(self, model, *args):
-        costs = iter([100.0])
+        def slow(*_):
+            fake.now += 100.0
+            handle.remove()  # the first batch alone
 
-        def slow(*batch):
-            fake.now += next(costs, 0.0)
-            return model(*batch)
-
-        return score(self, slow, *args)
+        handle = model.register_forward_pre_hook(slow)
+        return score(self, model, *args)
 
     monkeypatch.setattr(train_gpt.time, "perf_counter", lambda: fake.now)
     monkeypatch.setattr(Trainer, "step", timed_step)
@@ -308,17 +348,18 @@ def finished(tiny, go):
 
 
 LOSS, BPB, TIME = r"\d+\.\d{4}", r"\d+\.\d{4}", r"train_time:\d+ms step_avg:\d+\.\d\dms"
+SPEED = r"tok/s:\d+"
 EXPECTED_LINES = [
     r"train_loader:shards pattern=\S+/data/fineweb_train_\*\.bin tokens:\d+",
     r"val_loader:shards pattern=\S+/data/fineweb_val_\*\.bin tokens:\d+",
     r"attention:blocked by blocked_attention",
     r"model_params:\d+", r"seed:7", r"world_size:1 grad_accum_steps:1", r"warmup_step:1/2", r"warmup_step:2/2",
     rf"step:0/14 val_loss:{LOSS} val_bpb:{BPB} {TIME}",
-    *[rf"step:{i}/14 train_loss:{LOSS} {TIME}" for i in (1, 2, 3, 4, 5)],
+    *[rf"step:{i}/14 train_loss:{LOSS} {TIME} {SPEED}" for i in (1, 2, 3, 4, 5)],
     rf"step:5/14 val_loss:{LOSS} val_bpb:{BPB} {TIME}",
-    *[rf"step:{i}/14 train_loss:{LOSS} {TIME}" for i in (6, 7, 8, 9, 10)],
+    *[rf"step:{i}/14 train_loss:{LOSS} {TIME} {SPEED}" for i in (6, 7, 8, 9, 10)],
     rf"step:10/14 val_loss:{LOSS} val_bpb:{BPB} {TIME}",
-    rf"step:12/14 train_loss:{LOSS} {TIME}",
+    rf"step:12/14 train_loss:{LOSS} {TIME} {SPEED}",
     rf"step:14/14 val_loss:{LOSS} val_bpb:{BPB} {TIME}",
     r"Serialized model: \d+ bytes", r"Code size: \d+ bytes", r"Total submission size: \d+ bytes",
     r"Serialized model int8\+zlib: \d+ bytes \(payload:\d+ raw_torch:\d+ payload_ratio:\d+\.\d\dx\)",
@@ -387,6 +428,7 @@ def test_the_result_is_complete_and_agrees_with_log_metrics_and_files(finished):
         "scored_bytes": sum(len(text.encode()) for text in make_documents(30, seed=2)),
     }  # fmt: skip
     assert {name: result[name] for name in expected} == expected
+    assert result["sources"] == {"train_gpt.py": {"sha256": digest["train_gpt.py"], "bytes": sizes["train_gpt.py"]}}
     assert all(result[name] for name in ("device", "python", "platform", "note"))
     assert set(result["seconds"]) == {"startup", "compile", "training", "evaluation", "export"}
     assert all(seconds > 0 for seconds in result["seconds"].values())
@@ -406,9 +448,10 @@ def test_the_result_is_complete_and_agrees_with_log_metrics_and_files(finished):
 
 def test_the_score_of_record_is_that_of_the_file(finished, make_config, runtime):
     config = train_gpt.Config.load([], finished.settings)
-    artifact = train_gpt.unpack((finished.path / "final_model.int8.ptz").read_bytes(), "file")
+    artifact = train_gpt.unpack((finished.path / "final_model.int8.ptz").read_bytes())
     scores = []
-    for state in (train_gpt.dequantize(artifact), torch.load(finished.path / "final_model.pt", weights_only=True)):
+    for state in (train_gpt.dequantize(artifact, config),
+                  torch.load(finished.path / "final_model.pt", weights_only=True)):  # fmt: skip
         model = train_gpt.GPT(config, train_gpt.blocked_attention)
         model.load_state_dict(state)
         assert sum(p.numel() for p in model.parameters()) == finished.result["model_params"]

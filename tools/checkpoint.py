@@ -121,8 +121,9 @@ def write_checkpoint(state: dict, folder):
         os.replace(temporary, path)
         size, milliseconds = path.stat().st_size, 1000 * (time.perf_counter() - began)
         folder.log(f"checkpoint: saved step:{state['steps']} bytes:{size} write_time:{milliseconds:.0f}ms")
-    except (OSError, RuntimeError) as error:  # torch's writer turns the one into the other
-        folder.log(f"warning: no checkpoint of step {state['steps']} ({error}): the one before it stays")
+    except (OSError, RuntimeError) as error:  # torch's writer turns the one into the other, which says less
+        reason = error if isinstance(error, OSError) else error.__context__ or error
+        folder.log(f"warning: no checkpoint of step {state['steps']} ({reason}): the one before it stays")
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -289,11 +290,11 @@ class Checkpoints(train_gpt.Hooks):
     def put_back_one(self, optimizer, p, name: str, state: dict):
         """An optimizer's state of one parameter. Of an optimizer that is not ours only the shapes can be checked."""
         keys = {train_gpt.Muon: {"momentum_buffer"}, torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}}
-        values = state["optimizer"].get(name, {})
+        values, ours = state["optimizer"].get(name, {}), type(optimizer) in keys
         complete = values.keys() == keys.get(type(optimizer), values.keys())
-        shapes = all(value.shape == (() if key == "step" else p.shape) for key, value in values.items()
-                     if isinstance(value, torch.Tensor))
-        unused = not values and not (state["steps"] and p.requires_grad and type(optimizer) in keys)
+        shapes = all(value.shape == (() if key == "step" else p.shape) if isinstance(value, torch.Tensor) else not ours
+                     for key, value in values.items())
+        unused = not values and not (state["steps"] and p.requires_grad and ours)
         require(unused or values and complete and shapes, f"wrong or no state of {name}")
         if values:
             optimizer.state[p] = {key: value.to(p.device, torch.float32 if key == "step" else p.dtype)

@@ -151,8 +151,9 @@ def rans_unpack(artifact: dict, config: Config) -> dict:
     shapes, words = artifact["quantized"], artifact["stream"].numpy().view("<u2")
     tables = artifact["tables"].numpy()[rans_tables(shapes, config)]
     groups = rans_decode(words, [math.prod(shape) for shape in shapes.values()], tables)
-    return artifact | {"__quant_format__": INT8_FORMAT, "quantized": {name: torch.from_numpy(q.view(np.int8)).view(shape)
-                                     for (name, shape), q in zip(shapes.items(), groups, strict=True)}}
+    values = {name: torch.from_numpy(q.view(np.int8)).view(shape)
+              for (name, shape), q in zip(shapes.items(), groups, strict=True)}
+    return artifact | {"__quant_format__": INT8_FORMAT, "quantized": values}
 
 
 def fit_artifact(state: dict[str, Tensor], config: Config, code_bytes: int, hessians=None) -> tuple:

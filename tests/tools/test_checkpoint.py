@@ -28,10 +28,11 @@ from conftest import ROOT, write_shard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import lifeline
 import train_gpt
-from train_gpt import KNOBS, Evaluator, RunFolder, Stopwatch, TokenStream, Trainer, TrainLoader, UserError
+from train_gpt import Evaluator, RunFolder, Stopwatch, TokenStream, Trainer, TrainLoader, UserError
 
+checkpoint = train_gpt.tool("checkpoint")
+KNOBS = train_gpt.Config.knobs()
 CHECKED = settings(database=None, deadline=None, derandomize=True)  # the same examples on every machine
 EVERY_STEP = {"CHECKPOINT_EVERY_SECONDS": "1e-9"}
 # Six steps: the second half of them in the warmdown, the momentum still warming up, three validations.
@@ -42,7 +43,7 @@ SHORT = {"ITERATIONS": 6, "WARMDOWN_FRAC": 0.5, "MUON_MOMENTUM_WARMUP_STEPS": 5,
 @pytest.fixture(autouse=True)
 def as_it_was():
     """A run pins torch's attention switches and handles signals."""
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
     handlers = [signal.getsignal(number) for number in numbers]
     yield
     for number, handler in zip(numbers, handlers, strict=True):
@@ -103,14 +104,14 @@ def trainers(monkeypatch):
 @pytest.fixture
 def saved(monkeypatch):
     """{step: bytes of checkpoint.pt} of all that was saved before the end."""
-    kept, write = {}, lifeline.write_checkpoint
+    kept, write = {}, checkpoint.write_checkpoint
 
     def keep(state, folder):
         write(state, folder)
         if not state["finished"]:
             kept[state["steps"]] = (folder.path / "checkpoint.pt").read_bytes()
 
-    monkeypatch.setattr(lifeline, "write_checkpoint", keep)
+    monkeypatch.setattr(checkpoint, "write_checkpoint", keep)
     return kept
 
 
@@ -161,7 +162,7 @@ def at_step(monkeypatch):
         step, left = Trainer.step, [action]
 
         def disturbed(self, *args):
-            if self.runtime.patient and self.steps + 1 == number and left:
+            if self.hooks.patient and self.steps + 1 == number and left:
                 left.pop()(self)
             return step(self, *args)
 
@@ -258,8 +259,9 @@ def build(runtime):
         stream = TokenStream(config.data_path, "train", config.vocab_size)
         loader = TrainLoader(stream, config, runtime, config.accumulation_steps(1, "cpu"))
         folder = RunFolder(runtime)
-        line = lifeline.Lifeline(config, folder, stream, b"")
-        return Trainer(config, runtime, folder, Stopwatch(runtime.synchronize), loader, line)
+        hooks = checkpoint.Checkpoints(config, folder)
+        hooks.choose_folder(stream, {"train_gpt.py": b""})
+        return Trainer(config, runtime, folder, Stopwatch(runtime.synchronize), loader, hooks)
 
     with models.signals_restored():
         yield start
@@ -270,16 +272,16 @@ def test_the_generators_of_cpu_and_gpu_come_back(make_config, build, runtime, mo
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: torch.tensor([1, 2, 3], dtype=torch.uint8))
     monkeypatch.setattr(torch.cuda, "set_rng_state", given.append)
     runtime.device = torch.device("cuda")  # as far as generators go
-    state = trainer.lifeline.state(trainer)
+    state = trainer.hooks.state(trainer)
     drawn = torch.rand(5)
     torch.rand(100)
-    trainer.lifeline.put_back(trainer, state)
+    trainer.hooks.put_back(trainer, state)
     assert torch.equal(torch.rand(5), drawn) and [t.tolist() for t in given] == [[1, 2, 3]]
     del state["rng"][0]["cuda"]  # saved without a GPU
-    trainer.lifeline.put_back(trainer, state)
+    trainer.hooks.put_back(trainer, state)
     runtime.device = torch.device("cpu")
     rng = {"rng": [{"cpu": torch.get_rng_state(), "cuda": torch.zeros(3)}]}
-    trainer.lifeline.put_back(trainer, trainer.lifeline.state(trainer) | rng)
+    trainer.hooks.put_back(trainer, trainer.hooks.state(trainer) | rng)
     assert len(given) == 1
 
 
@@ -288,14 +290,14 @@ def test_each_rank_gets_its_own_generator_and_the_momenta_that_it_owns(make_conf
     config, alone = make_config(), build(make_config())
     for alone.steps in (1, 2, 3):
         alone.step(1.0, 0.9)
-    whole = alone.lifeline.state(alone)
+    whole = alone.hooks.state(alone)
     muon = {name for name, values in whole["optimizer"].items() if "momentum_buffer" in values}
     assert len(muon) == 12 and len(whole["optimizer"]) == len(list(alone.model.parameters()))
     ranks = {}
     for rank in (1, 0):
         fake = copy.copy(runtime)
         fake.rank, fake.world_size, fake.is_master = rank, 2, rank == 0
-        monkeypatch.setattr(lifeline, "gather", lambda runtime, value, rank=rank: ranks.update({rank: value}) or [
+        monkeypatch.setattr(checkpoint, "gather", lambda runtime, value, rank=rank: ranks.update({rank: value}) or [
             ranks[r] for r in sorted(ranks)])  # fmt: skip
         trainer = copy.copy(alone)
         adam, optimizer = alone.optimizers
@@ -303,7 +305,7 @@ def test_each_rank_gets_its_own_generator_and_the_momenta_that_it_owns(make_conf
         optimizer.state = {p: optimizer.state[p] for p in optimizer.param_groups[0]["params"][rank::2]}
         trainer.runtime, trainer.optimizers = fake, [adam, optimizer]
         torch.manual_seed(rank)
-        state = trainer.lifeline.state(trainer)
+        state = trainer.hooks.state(trainer)
         assert (state is None) == (rank == 1)
     mine, others = ranks[0], ranks[1]
     assert muon & mine["optimizer"].keys() and muon & others["optimizer"].keys()
@@ -318,7 +320,7 @@ def test_each_rank_gets_its_own_generator_and_the_momenta_that_it_owns(make_conf
             trainer, fake = build(config), copy.copy(runtime)
             fake.rank, fake.world_size = rank, world_size
             trainer.runtime = trainer.optimizers[1].runtime = fake
-            trainer.lifeline.put_back(trainer, state)
+            trainer.hooks.put_back(trainer, state)
             assert torch.equal(torch.get_rng_state(), state["rng"][rank % 2]["cpu"])
             values = {key[1:]: value for key, value in all_of(trainer).items() if key[0] in ("AdamW", "Muon")}
             for (name, key), value in values.items():
@@ -329,7 +331,7 @@ def test_each_rank_gets_its_own_generator_and_the_momenta_that_it_owns(make_conf
 
 
 def test_the_step_count_of_adam_stays_exact_beside_bf16_moments(make_config, build):
-    """bfloat16 holds no 257; the embedding is bfloat16 on accelerators, and its moments with it."""
+    """bfloat16 holds no 257, and the moments of a bfloat16 parameter are of its type."""
     trainer, other = build(make_config()), build(make_config())
     for one in (trainer, other):
         one.model.tok_emb.to(torch.bfloat16)
@@ -338,7 +340,7 @@ def test_the_step_count_of_adam_stays_exact_beside_bf16_moments(make_config, bui
     adam = trainer.optimizers[0].state[trainer.model.tok_emb.weight]
     adam["step"].fill_(257)
     assert adam["exp_avg"].dtype == torch.bfloat16
-    other.lifeline.put_back(other, trainer.lifeline.state(trainer))
+    other.hooks.put_back(other, trainer.hooks.state(trainer))
     assert_same(all_of(other), all_of(trainer))
     assert other.optimizers[0].state[other.model.tok_emb.weight]["step"] == 257
     other.step(1.0, 0.9)
@@ -349,15 +351,15 @@ def test_a_loss_that_is_still_on_its_way_is_awaited_before_a_checkpoint(make_con
     trainer = build(make_config())
     trainer.pending.append((1, 1.0, torch.tensor(math.nan), None))
     with pytest.raises(UserError, match="step 1: the loss is nan"):
-        trainer.lifeline.save(trainer, wait=True)
-    assert trainer.lifeline.written is None
+        trainer.hooks.save(trainer, wait=True)
+    assert trainer.hooks.written is None
 
 
 def test_a_copy_is_saved_and_not_what_training_goes_on_with(make_config, build):
     """The file is written while the next steps change the weights."""
     trainer = build(make_config())
     trainer.step(1.0, 0.9)
-    state = trainer.lifeline.state(trainer)
+    state = trainer.hooks.state(trainer)
     frozen = copy.deepcopy(state)
     trainer.step(1.0, 0.9)
     assert_same(state, frozen)
@@ -371,7 +373,7 @@ def test_a_copy_is_saved_and_not_what_training_goes_on_with(make_config, build):
 def clock(monkeypatch):
     """A clock that only steps (1 s, or `duration`), evaluations (100 s) and writing (1000 s) move."""
     fake = SimpleNamespace(now=0.0, duration=1.0)
-    step, score, write = Trainer.step, Evaluator.score, lifeline.write_checkpoint
+    step, score, write = Trainer.step, Evaluator.score, checkpoint.write_checkpoint
 
     def moving(seconds, call):
         def moved(*args):
@@ -383,7 +385,7 @@ def clock(monkeypatch):
     monkeypatch.setattr(train_gpt.time, "perf_counter", lambda: fake.now)
     monkeypatch.setattr(Trainer, "step", moving(0, step))
     monkeypatch.setattr(Evaluator, "score", moving(100, score))
-    fake.slow_disk = lambda: monkeypatch.setattr(lifeline, "write_checkpoint", moving(1000, write))
+    fake.slow_disk = lambda: monkeypatch.setattr(checkpoint, "write_checkpoint", moving(1000, write))
     fake.moving = moving
     return fake
 
@@ -423,8 +425,9 @@ def test_the_clock_goes_on_where_it_stood(go, clock, at_step, limit, steps, warm
 def test_when_a_checkpoint_is_due(go, clock, monkeypatch, knobs, expected):
     """Every minute of training where the run is capped over five, else never before the end."""
     clock.duration, steps = 20.0, []
-    write = lifeline.write_checkpoint
-    monkeypatch.setattr(lifeline, "write_checkpoint", lambda state, f: steps.append(state["steps"]) or write(state, f))
+    write = checkpoint.write_checkpoint
+    monkeypatch.setattr(checkpoint, "write_checkpoint",
+                        lambda state, folder: steps.append(state["steps"]) or write(state, folder))
     run = go(**{"ITERATIONS": 1000, "WARMUP_STEPS": 2, "VAL_LOSS_EVERY": 0} | knobs)
     assert run.code == 0 and steps == expected
     lines = re.findall(r"^checkpoint: saved step:(\d+) bytes:(\d+) write_time:\d+ms$", run.log, re.MULTILINE)
@@ -435,7 +438,7 @@ def test_when_a_checkpoint_is_due(go, clock, monkeypatch, knobs, expected):
 
 def test_the_pause_of_a_checkpoint_is_training_time_but_no_part_of_a_step(go, clock, trainers, monkeypatch):
     """Else it would be taken for the length of a step, and end the run that much earlier."""
-    monkeypatch.setattr(lifeline.Lifeline, "state", clock.moving(2, lifeline.Lifeline.state))
+    monkeypatch.setattr(checkpoint.Checkpoints, "state", clock.moving(2, checkpoint.Checkpoints.state))
     run = go(MAX_WALLCLOCK_SECONDS=18, ITERATIONS=1000, WARMUP_STEPS=2, CHECKPOINT_EVERY_SECONDS=5, VAL_LOSS_EVERY=0)
     assert set(trainers[0].recent) == {1.0}
     assert re.findall("saved step:([0-9]+)", run.log) == ["5", "10", "13"]
@@ -445,7 +448,7 @@ def test_the_pause_of_a_checkpoint_is_training_time_but_no_part_of_a_step(go, cl
 @pytest.mark.parametrize("limit", [13.5, 15.5, 18.5, 20.5, 21, 22.5, 27.5])
 def test_a_checkpoint_right_before_the_end_does_not_take_the_run_over_its_clock(go, clock, monkeypatch, limit):
     """The last one comes at the end anyway. Regression: its pause did."""
-    monkeypatch.setattr(lifeline.Lifeline, "state", clock.moving(2, lifeline.Lifeline.state))
+    monkeypatch.setattr(checkpoint.Checkpoints, "state", clock.moving(2, checkpoint.Checkpoints.state))
     run = go(MAX_WALLCLOCK_SECONDS=limit, ITERATIONS=1000, WARMUP_STEPS=2, CHECKPOINT_EVERY_SECONDS=5, VAL_LOSS_EVERY=0)
     assert limit - 1.5 < run.result["seconds"]["training"] <= limit and not run.result["over_clock"]
 
@@ -527,13 +530,13 @@ def another(value):
 
 
 def read(blob, config, **facts):
-    return lifeline.read_checkpoint(blob, "FILE", config, facts)
+    return checkpoint.read_checkpoint(blob, "FILE", config, facts)
 
 
 @pytest.mark.parametrize("name", KNOBS)
 def test_each_knob_may_change_or_not(make_config, name):
     config = make_config()
-    blob = dump({"format": lifeline.CHECKPOINT_FORMAT, "knobs": config.texts()})
+    blob = dump({"format": checkpoint.CHECKPOINT_FORMAT, "knobs": config.texts()})
     assert read(blob, config)[1] == []
     field = KNOBS[name].name
     old = getattr(config, field)
@@ -553,7 +556,7 @@ def test_each_knob_may_change_or_not(make_config, name):
     if name != "MAX_WALLCLOCK_SECONDS":
         knobs = {other: text for other, text in changed.texts().items() if other != name}
         with pytest.raises(UserError, match=f"FILE is of another run: {name} was unset, is"):  # a knob that is new
-            read(dump({"format": lifeline.CHECKPOINT_FORMAT, "knobs": knobs}), changed)
+            read(dump({"format": checkpoint.CHECKPOINT_FORMAT, "knobs": knobs}), changed)
 
 
 @pytest.mark.parametrize("name, old, new, allowed", [
@@ -563,7 +566,7 @@ def test_each_knob_may_change_or_not(make_config, name):
 ])  # fmt: skip
 def test_a_run_may_get_longer_and_not_shorter(make_config, name, old, new, allowed):
     """Without a clock it has all the time there is."""
-    blob = dump({"format": lifeline.CHECKPOINT_FORMAT, "knobs": make_config(**{name: old}).texts()})
+    blob = dump({"format": checkpoint.CHECKPOINT_FORMAT, "knobs": make_config(**{name: old}).texts()})
     if allowed:
         assert read(blob, make_config(**{name: new}))[1] == []
     else:
@@ -863,14 +866,14 @@ def test_a_file_size_limit_under_a_checkpoint(go, whole, monkeypatch):
     sizes = [(whole.path / name).stat().st_size for name in ("final_model.pt", "checkpoint.pt", "train_gpt.py")]
     limit, (soft, hard) = max(sizes[0], sizes[2]) + 1000, resource.getrlimit(resource.RLIMIT_FSIZE)
     assert limit < sizes[1], "the limit must cut the checkpoint alone"
-    write = lifeline.write_checkpoint
+    write = checkpoint.write_checkpoint
 
     def limited(state, folder):
         low = limit if state["steps"] > 1 else soft
         resource.setrlimit(resource.RLIMIT_FSIZE, (low, hard))
         write(state, folder)
 
-    monkeypatch.setattr(lifeline, "write_checkpoint", limited)
+    monkeypatch.setattr(checkpoint, "write_checkpoint", limited)
     try:
         run = go(**EVERY_STEP)
     finally:
@@ -897,7 +900,7 @@ def test_what_is_not_finite_never_replaces_the_last_good_checkpoint(go, whole, t
 
     monkeypatch.setattr(Trainer, "step", poisoned)
     run = go(**EVERY_STEP)
-    trainers[0].lifeline.writer.shutdown()  # as the end of a process does: what was being written is
+    trainers[0].hooks.writer.shutdown()  # as the end of a process does: what was being written is
     remedy = "lower the learning rates" if where == "weights" else "lower MATRIX_LR"
     assert run.code == 2 and run.err.startswith("error: step 4: ") and remedy in run.err
     assert run.result is None and not [*run.path.glob("final_model*")] and load(run.checkpoint)["steps"] == 3
@@ -925,15 +928,20 @@ def test_usr1_saves_and_goes_on(go, whole, at_step, saved):
 
 @needs_usr1
 def test_usr1_before_the_training_saves_its_beginning(go, whole, monkeypatch, saved):
-    fit = lifeline.fit_memory
-    monkeypatch.setattr(lifeline, "fit_memory", lambda trainer: send(signal.SIGUSR1)() or fit(trainer))
+    fit = checkpoint.fit_memory
+    monkeypatch.setattr(checkpoint, "fit_memory", lambda trainer: send(signal.SIGUSR1)() or fit(trainer))
     assert_ended_well(go(), like=whole)
     assert saved.keys() == {0}
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+ENDING = [pytest.param(getattr(signal, name, None), code, id=name,
+                       marks=pytest.mark.skipif(not hasattr(signal, name), reason=f"no {name} here"))
+          for name, code in (("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129))]  # fmt: skip
+
+
+@pytest.mark.parametrize("number, code", ENDING)
 @pytest.mark.parametrize("step", [1, 4, 6])
-def test_term_and_int_save_and_stop_and_the_run_goes_on(go, whole, at_step, number, code, step):
+def test_term_int_and_hup_save_and_stop_and_the_run_goes_on(go, whole, at_step, number, code, step):
     at_step(step, send(number))
     run = go()
     assert run.code == code and run.result is None and load(run.checkpoint)["steps"] == step
@@ -947,7 +955,22 @@ def test_term_and_int_save_and_stop_and_the_run_goes_on(go, whole, at_step, numb
     assert list(unique.values()) == timeless(whole.metrics) and run.result["resumed_at"] == [step]
 
 
-@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT", "SIGUSR1"])
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP here")
+def test_under_nohup_a_terminal_that_goes_away_changes_nothing(go, whole, at_step):
+    """It ignores SIGHUP before the program starts."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        at_step(3, send(signal.SIGHUP))
+        run = go()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert_ended_well(run, like=whole)
+    assert timeless(run.metrics) == timeless(whole.metrics)
+    assert re.findall("saved step:(.)", run.log) == ["6"]
+
+
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
 @pytest.mark.parametrize("validation, step", [(1, 0), (3, 4), (4, 6)])
 def test_a_signal_during_a_validation(go, whole, monkeypatch, number, validation, step):
     """The validation is dropped where the run ends, and made again where it goes on."""
@@ -968,7 +991,7 @@ def test_a_signal_during_a_validation(go, whole, monkeypatch, number, validation
     monkeypatch.setattr(Evaluator, "score", counted)
     monkeypatch.setattr(Evaluator, "batch_at", disturbed)
     run = go(VAL_BATCH_SIZE=32)  # a window at a time
-    if number in (signal.SIGTERM, signal.SIGINT):
+    if number != getattr(signal, "SIGUSR1", None):
         assert run.code == 128 + number and load(run.checkpoint)["steps"] == step
         assert load(run.checkpoint)["finished"] == (step == 6)
         assert [m["step"] for m in run.metrics if "val_loss" in m] == [0, 2, 4][: validation - 1]
@@ -1023,7 +1046,7 @@ def test_two_processes_cannot_use_one_folder(go, tiny, make_config, runtime, sto
     pytest.importorskip("fcntl")
     other = RunFolder(runtime)
     other.locate(make_config())
-    other.create(make_config(), b"code")
+    other.create(make_config(), {"train_gpt.py": b"code"})
     before = contents(stopped.path)
     run = go()
     assert run.code == 2 and "RUN_ID=run" in run.err and "another run is using it" in run.err
@@ -1054,7 +1077,7 @@ def test_the_folder_of_a_process_that_was_killed_is_free(go, whole, at_step):
 def folder_of(runtime, config, **environ):
     folder = RunFolder(runtime)
     environ = {f"TORCHELASTIC_{name}": str(value) for name, value in environ.items()}
-    folder.locate(config, lifeline.launch_name(config, folder, environ))
+    folder.locate(config, checkpoint.launch_name(config, folder, environ))
     return folder
 
 
@@ -1062,7 +1085,7 @@ def test_a_restart_finds_the_folder_of_its_launch(make_config, runtime, tmp_path
     config = make_config(RUN_ID="")
     for number, launch in enumerate(["abc", "abcd", "xabc", "abc", "other"]):
         folder = folder_of(runtime, dataclasses.replace(config, run_id=f"made{number}"), RUN_ID=launch)
-        folder.create(config, b"")
+        folder.create(config, {"train_gpt.py": b""})
         folder.close()
         os.utime(folder.path / "config.env", (1000 - number, 1000 - number))
     (tmp_path / "logs" / "empty").mkdir()
@@ -1077,7 +1100,7 @@ def test_a_restart_finds_the_folder_of_its_launch(make_config, runtime, tmp_path
 def test_a_launch_without_a_name_is_its_agent(make_config, runtime, monkeypatch):
     config = make_config(RUN_ID="")
     folder = folder_of(runtime, config, RUN_ID="none")
-    folder.create(config, b"")
+    folder.create(config, {"train_gpt.py": b""})
     folder.close()
     assert folder_of(runtime, config, RUN_ID="none", RESTART_COUNT=1).path == folder.path
     monkeypatch.setattr(os, "getpid", lambda: 1)  # a new name would be the same within a second
@@ -1124,7 +1147,7 @@ def test_the_micro_batch_is_halved_until_it_fits(go, small_memory, monkeypatch, 
                        r"grad_accum_steps:(\d+)$", run.log, re.M)  # fmt: skip
     assert [tuple(map(int, numbers)) for numbers in lines] == tried
     assert run.result["grad_accum_steps"] == (tried[-1][2] if tried else 1)
-    artifact = train_gpt.unpack((run.path / "final_model.int8.ptz").read_bytes(), "file")
+    artifact = train_gpt.unpack((run.path / "final_model.int8.ptz").read_bytes())
     assert int(artifact["config"]["micro_batch_tokens"]) == tried[-1][0] // 2 if tried else True
 
 
@@ -1143,19 +1166,19 @@ def test_a_micro_batch_that_was_asked_for_is_not_changed(go, small_memory, knobs
 def test_all_ranks_halve_when_one_of_them_lacks_memory(make_config, build, runtime):
     trainer, said = build(make_config()), iter([[1.0], [0.0]])
     runtime.sum = lambda values: next(said)
-    lifeline.fit_memory(trainer)
+    checkpoint.fit_memory(trainer)
     assert trainer.loader.accum_steps == 2 and next(said, None) is None
 
 
 def test_the_trial_leaves_nothing_behind_and_other_errors_are_not_hidden(make_config, build, small_memory):
     trainer = build(make_config())
     before, rng = all_of(trainer), torch.get_rng_state()
-    lifeline.fit_memory(trainer)
+    checkpoint.fit_memory(trainer)
     assert_same(all_of(trainer), before)
     assert all(p.grad is None for p in trainer.model.parameters()) and torch.equal(rng, torch.get_rng_state())
     small_memory(1, "no kernel for this")
     with pytest.raises(RuntimeError, match="no kernel"):
-        lifeline.fit_memory(trainer)
+        checkpoint.fit_memory(trainer)
 
 
 def test_the_trial_leaves_room_for_gradients_and_optimizers(make_config, build, monkeypatch):
@@ -1169,7 +1192,7 @@ def test_the_trial_leaves_room_for_gradients_and_optimizers(make_config, build, 
         return forward(self, *args)
 
     monkeypatch.setattr(train_gpt.GPT, "forward", counted)
-    lifeline.fit_memory(trainer)
+    checkpoint.fit_memory(trainer)
     assert most == [3 * sum(p.numel() for p in trainer.model.parameters())]
 
 

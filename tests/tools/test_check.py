@@ -1,0 +1,301 @@
+"""MODE=check tells what would go wrong, what a run would take, and which variables are almost knobs."""
+
+import json
+import random
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import models
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, write_shard
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from models import process, tree
+
+import train_gpt
+from train_gpt import GPT, Config
+
+KNOBS = Config.knobs()
+check = train_gpt.tool("check")
+CHECKED = settings(database=None, deadline=None, derandomize=True)  # the same examples on every machine
+
+
+@pytest.fixture
+def checked(corpus, tmp_path, monkeypatch, call):
+    """Function: (exit code, facts, problems, stdout) of MODE=check, which writes nothing."""
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+
+    def run(**knobs):
+        before = tree(tmp_path)
+        code, out, err = call(models.tiny_settings(corpus, **{"MODE": "check", "LOG_DIR": here / "logs"} | knobs))
+        assert tree(tmp_path) == before and not err
+        last = out.splitlines()[-1]
+        assert last.startswith("check_json:")
+        facts = json.loads(last.removeprefix("check_json:"), parse_constant=pytest.fail)
+        problems = facts.pop("problems")
+        for number, problem in enumerate(problems, 1):
+            assert f"\nproblem {number}: {problem}\n" in out
+        for name, value in facts.items():
+            assert f"{name}: {value}\n" in out
+        assert code == (1 if problems else 0), (problems, facts)
+        return code, facts, problems, out
+
+    return run
+
+
+def test_check_of_good_data(checked, corpus, monkeypatch):
+    monkeypatch.setenv("NCCL_DEBUG", "WARN")
+    code, facts, problems, out = checked(MAX_WALLCLOCK_SECONDS=600, ITERATIONS=1000)
+    assert code == 0 and not problems
+    config = Config.load([], models.tiny_settings(corpus))
+    params = sum(p.numel() for p in GPT(config).parameters())
+    sizes = [len((ROOT / "train_gpt.py").read_bytes()), check.projected_bytes(config, GPT(config))]
+    assert facts["model_params"] == params
+    assert [facts["bytes_code"], facts["bytes_artifact_projected"]] == sizes
+    assert facts["bytes_total_projected"] == sum(sizes) and facts["bytes_limit"] == 16_000_000
+    shards = {split: [np.fromfile(path, "<u2", offset=1024) for path in sorted((corpus / "data").glob(f"*_{split}_*"))]
+              for split in ("train", "val")}  # fmt: skip
+    assert facts["train_shards"] == len(shards["train"]) and facts["val_shards"] == 1
+    assert facts["train_tokens"] == sum(map(len, shards["train"])) and facts["val_tokens"] == len(shards["val"][0])
+    assert facts["val_bytes"] == json_bytes(corpus) and facts["bytes_proved"] is False
+    assert facts["tokens_per_step"] == 256 and facts["micro_batch_tokens"] * facts["grad_accum_steps"] == 256
+    assert facts["device_type"] == "cpu" and facts["ranks"] == 1 and facts["torch"] == torch.__version__
+    assert facts["seconds_per_token"] > 0 and facts["memory_estimate_mib"] >= 0
+    assert facts["seconds_per_step"] == pytest.approx(256 * facts["seconds_per_token"])
+    assert facts["steps_in_budget"] == min(1000, int(600 / facts["seconds_per_step"]))
+    assert facts["nccl_environment"] == {"NCCL_DEBUG": "WARN"}
+    assert "attention:" in facts["kernels"] and "compile:0" in facts["kernels"]
+
+
+def json_bytes(corpus) -> int:
+    """Bytes of the validation text, by decoding it."""
+    import sentencepiece as spm
+
+    model = spm.SentencePieceProcessor(model_file=str(corpus / "tok.model"))
+    tokens = np.fromfile(corpus / "data" / "fineweb_val_000000.bin", "<u2", offset=1024)
+    documents = np.split(tokens, np.flatnonzero(tokens == model.bos_id()))
+    return sum(len(model.decode(document.tolist()).encode()) for document in documents)
+
+
+def test_check_before_the_data_is_there(checked, tmp_path):
+    code, facts, problems, _ = checked(DATA_PATH=tmp_path / "nowhere", TOKENIZER_PATH=tmp_path / "none.model")
+    assert code == 1 and len(problems) == 1
+    assert f"DATA_PATH={tmp_path / 'nowhere'}" in problems[0]
+    assert "python data/prepare_shakespeare.py\n  python train_gpt.py records/recipes/demo_cpu.env" in problems[0]
+    assert facts["model_params"] > 0 and facts["schedule"] and facts["disk_free_mib"] > 0, "the rest is checked"
+
+
+def half_a_shard(data: Path):
+    path = data / "fineweb_train_000001.bin"
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+def token_at(name: str, place: int):
+    def change(data: Path):
+        tokens = np.fromfile(data / name, "<u2", offset=1024)
+        tokens[place] = 60_000
+        write_shard(data / name, tokens)
+
+    return change
+
+
+def manifest(data: Path):
+    (data / "manifest.json").write_text('{"splits": {"val": {"bytes": 5}}}')
+
+
+@pytest.mark.parametrize("damage, said", [
+    (half_a_shard, "make or fetch it again"), (manifest, "manifest.json states 5"),
+    (token_at("fineweb_train_000000.bin", 0), "token 60000"), (token_at("fineweb_train_000001.bin", -1), "token 60000"),
+    (token_at("fineweb_val_000000.bin", 1000), "token 60000"),
+    (lambda data: (data / "fineweb_val_000000.bin").unlink(), "holds no fineweb_val_"),
+    (lambda data: (data / "fineweb_train_000000.bin").rename(data / "fineweb_train_000005.bin"), "is missing"),
+], ids=["half", "manifest", "first", "last", "validation", "none", "gap"])  # fmt: skip
+def test_check_of_bad_data(checked, corpus, tmp_path, damage, said):
+    data = shutil.copytree(corpus / "data", tmp_path / "data")
+    damage(data)
+    code, facts, problems, _ = checked(DATA_PATH=data)
+    assert code == 1 and len(problems) == 1 and said in problems[0] and facts["model_params"]
+
+
+def test_check_labels_what_it_only_sampled(checked, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(check, "SAMPLED", 100)
+    _, facts, _, _ = checked()
+    assert facts["train_tokens_checked"].startswith(f"400 of {facts['train_tokens']}, ")
+    data = shutil.copytree(corpus / "data", tmp_path / "data")
+    token_at("fineweb_train_000001.bin", -100)(data)
+    assert "token 60000" in checked(DATA_PATH=data)[2][0]
+    monkeypatch.setattr(check, "SAMPLED", 2**16)
+    _, facts, _, _ = checked()
+    assert facts["train_tokens_checked"].startswith(f"{facts['train_tokens']} of {facts['train_tokens']}, ")
+
+
+def test_check_of_a_wrong_tokenizer(checked, corpus, tmp_path):
+    size = (corpus / "vocab_size").read_text()
+    code, _, problems, _ = checked(VOCAB_SIZE=2048)
+    assert code == 1 and f"set VOCAB_SIZE={size}" in problems[0]
+    code, _, problems, _ = checked(TOKENIZER_PATH=corpus / "data" / "fineweb_val_000000.bin")
+    assert code == 1 and "no SentencePiece model" in problems[0]
+    code, _, problems, _ = checked(TOKENIZER_PATH=tmp_path / "nowhere.model")
+    assert code == 1 and "prepare_shakespeare" in problems[0]
+
+
+def test_check_of_an_artifact_over_the_limit(checked):
+    total = checked()[1]["bytes_total_projected"]
+    for limit, code in ((total, 0), (total - 1, 1)):
+        assert checked(SIZE_LIMIT=limit)[0] == code
+    problem = checked(SIZE_LIMIT=total - 1)[2][0]
+    assert str(total) in problem and str(total - 1) in problem and "lower MODEL_DIM" in problem
+
+
+def test_check_of_a_full_disk(checked, monkeypatch):
+    usage = shutil.disk_usage
+    asked = []
+
+    def little(path):
+        asked.append(path)
+        return SimpleNamespace(**usage(path)._asdict() | {"free": 2**20})
+
+    monkeypatch.setattr(shutil, "disk_usage", little)
+    code, _, problems, _ = checked()
+    assert code == 1 and len(problems) == 1 and asked
+    assert "has 1 MiB free" in problems[0] and "LOG_DIR=" in problems[0] and "make room" in problems[0]
+
+
+def test_check_of_a_place_that_is_none(checked, corpus):
+    code, _, problems, _ = checked(LOG_DIR=corpus / "tok.model")
+    assert code == 1 and f"LOG_DIR={corpus / 'tok.model'}" in problems[0] and "choose another" in problems[0]
+
+
+def test_check_of_a_clock_shorter_than_a_step(checked):
+    code, facts, problems, _ = checked(MAX_WALLCLOCK_SECONDS="1e-6")
+    assert code == 1 and facts["steps_in_budget"] == 0
+    assert "one step takes" in problems[0] and "raise MAX_WALLCLOCK_SECONDS" in problems[0]
+
+
+def test_check_of_a_batch_that_ranks_cannot_share(checked):
+    code, _, problems, _ = checked(TARGET_WORLD_SIZE=3)
+    assert code == 1 and "3 ranks cannot share" in problems[0] and "use 288 tokens" in problems[0]
+
+
+def test_check_of_several_problems(checked, tmp_path):
+    code, _, problems, _ = checked(DATA_PATH=tmp_path / "nowhere", MAX_WALLCLOCK_SECONDS="1e-6", SIZE_LIMIT=10)
+    assert code == 1 and len(problems) == 3
+
+
+def test_check_here_of_a_run_on_eight_gpus(checked, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, facts, problems, _ = checked(TARGET_WORLD_SIZE=8, DEVICE="cuda", TRAIN_BATCH_TOKENS=1024, NUM_LAYERS=1,
+                                       MAX_WALLCLOCK_SECONDS=600)  # fmt: skip
+    assert code == 0 and not problems
+    assert facts["target_ranks"] == 8 and facts["ranks"] == 1 and facts["device_type"] == "cpu"
+    assert facts["grad_accum_steps"] == 1 and facts["micro_batch_tokens"] == 128
+    assert "no cuda device here" in facts["steps_in_budget"] and facts["seconds_per_step"] is None
+    assert facts["memory_mib"] is None
+    _, facts, _, _ = checked(TARGET_WORLD_SIZE=2, DEVICE="cuda", TRAIN_BATCH_TOKENS=1024, NUM_LAYERS=1)
+    assert facts["grad_accum_steps"] == 4, "eight micro-batches on any number of GPUs"
+
+
+def test_check_in_a_process_of_its_own(corpus, tmp_path):
+    environ = models.tiny_settings(corpus, MODE="check", DATA_PATH=tmp_path / "nowhere", LOG_DIR=tmp_path / "logs")
+    done = process(environ | {"ITERATION": "7"}, tmp_path)
+    lines = done.stdout.decode().splitlines()
+    assert done.returncode == 1 and not done.stderr and lines[-1].startswith("check_json:{")
+    assert json.loads(lines[-1].removeprefix("check_json:"))["problems"]
+    assert "warning: the environment variable ITERATION is no knob: did you mean ITERATIONS?" in lines
+    assert not list(tmp_path.iterdir())
+
+
+# The schedule in words
+
+SCHEDULES = [{}, {"WARMDOWN_FRAC": 0}, {"WARMDOWN_FRAC": 1}, {"WARMDOWN_FRAC": 0.5}, {"WARMDOWN_FRAC": 0.3526}]
+
+
+@pytest.mark.parametrize("knobs", SCHEDULES, ids=str)
+@pytest.mark.parametrize("clock", [0, 600, 7200])
+def test_the_schedule_in_words_is_that_of_the_run(knobs, clock):
+    """Every number in the words is where the learning rate turns."""
+    config = Config.load([], {name: str(v) for name, v in (
+        knobs | {"MAX_WALLCLOCK_SECONDS": clock, "ITERATIONS": 2000}).items()})  # fmt: skip
+    words = check.schedule(config)
+    rate = train_gpt.lr_scale
+    pattern = r"full until ((?:step )?)(\d+)(?: s|), then linear to 0 at (?:step )?(\d+)(?: s|)"
+    found = re.findall(pattern, words)
+    assert len(found) == (2 if clock else 1)
+    assert bool(clock) == words.endswith(", if that comes first") and bool(found[0][0]) != bool(clock)
+    ends = [(int(turn), int(end)) for _, turn, end in found]
+    by_step = [lambda step: rate(config, train_gpt.progress_at(config, step, 0.0))]
+    by_clock = [lambda s: rate(config, train_gpt.progress_at(config, 10, s))]
+    points = by_clock + by_step if clock else by_step
+    assert ends[-1][1] == 2000 and (not clock or ends[0][1] == clock)
+    for at, (turn, end) in zip(points, ends, strict=True):
+        assert all(at(x) == 1 for x in range(1, turn, 7))
+        if turn < end:
+            assert at(end) == 0 and at((turn + end) / 2) == pytest.approx(0.5, abs=0.01)
+            assert at(turn + 0.02 * (end - turn) + 1) < 1
+        else:
+            assert at(end - 1) == 1
+
+
+# Typos
+
+
+def neighbours(name: str, rng: random.Random) -> set[str]:
+    """All deletions and transpositions, and at every place an insertion and a substitution."""
+    letters, places = "ABCDEFGHIJKLMNOPQRSTUVWXYZ_0123456789", range(len(name))
+    found = {name[:i] + name[i + 1 :] for i in places}
+    found |= {name[:i] + name[i + 1 : i + 2] + name[i] + name[i + 2 :] for i in places}
+    found |= {name[:i] + rng.choice(letters) + name[i + 1 :] for i in places}
+    found |= {name[:i] + rng.choice(letters) + name[i:] for i in range(len(name) + 1)}
+    return found - KNOBS.keys()
+
+
+@pytest.mark.parametrize("name", KNOBS)
+def test_every_slip_of_a_knob_draws_a_warning(name):
+    slips = neighbours(name, random.Random(name))
+    assert len(slips) >= 3 * len(name)
+    for slip in slips:
+        (warning,) = check.typo_warnings({slip: "1", "PATH": "/bin", name: "2"}, KNOBS)
+        match = re.fullmatch(rf"warning: the environment variable {slip} is no knob: did you mean (\w+)\?", warning)
+        assert match[1] in KNOBS
+        near = neighbours_of_all(match[1])
+        assert slip in near or match[1] == name or match[1] in neighbours_of_all(name), "another only if it is as near"
+
+
+def neighbours_of_all(name: str) -> set[str]:
+    """Every name that is one edit away."""
+    letters, places = "ABCDEFGHIJKLMNOPQRSTUVWXYZ_0123456789", range(len(name))
+    return ({name[:i] + name[i + 1 :] for i in places}
+            | {name[:i] + name[i + 1 : i + 2] + name[i] + name[i + 2 :] for i in places}
+            | {name[:i] + letter + name[i + 1 :] for i in places for letter in letters}
+            | {name[:i] + letter + name[i:] for i in range(len(name) + 1) for letter in letters})  # fmt: skip
+
+
+def test_lower_case_draws_a_warning():
+    for name in KNOBS:
+        assert f"did you mean {name}?" in check.typo_warnings({name.lower(): "1"}, KNOBS)[0]
+
+
+def test_what_launchers_and_shells_set_draws_no_warning():
+    torchrun = "LOCAL_RANK RANK GROUP_RANK ROLE_RANK ROLE_NAME LOCAL_WORLD_SIZE WORLD_SIZE GROUP_WORLD_SIZE " \
+        "ROLE_WORLD_SIZE MASTER_ADDR MASTER_PORT TORCHELASTIC_RESTART_COUNT TORCHELASTIC_MAX_RESTARTS " \
+        "TORCHELASTIC_RUN_ID TORCHELASTIC_USE_AGENT_STORE TORCHELASTIC_ERROR_FILE TORCH_NCCL_ASYNC_ERROR_HANDLING " \
+        "OMP_NUM_THREADS"  # fmt: skip
+    shell = "_ PATH HOME USER SHELL PWD TERM LANG EDITOR SHLVL LOGNAME MAIL DISPLAY TMPDIR HOSTNAME PS1 LC_ALL"
+    slurm = "SLURM_JOB_ID SLURM_NTASKS SLURM_PROCID SLURM_NODEID SLURM_NNODES SLURM_LOCALID SLURM_STEP_ID"
+    names = f"{torchrun} {shell} {slurm}".split()
+    assert check.typo_warnings(dict.fromkeys([*names, *KNOBS], "1"), KNOBS) == []
+
+
+@CHECKED
+@given(names=st.lists(st.text(max_size=12)))
+@example(names=["ITERATION\udcff", "SEEDS\n", "", "\x1b[2J"])
+def test_a_warning_can_always_be_printed(names):
+    """Also about names that are not text."""
+    for warning in check.typo_warnings(dict.fromkeys(names, "1"), KNOBS):
+        assert warning.isprintable() and warning.encode()
