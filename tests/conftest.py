@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 
@@ -14,6 +15,26 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train_gpt  # noqa: E402
+
+# Property tests take the same examples on every machine, in CI above all: a red run is then the fault of a change. Others
+# are for finding faults: `python -m pytest --hypothesis-profile=random` draws them by a seed, which is printed at the
+# end, and `--hypothesis-profile=random --hypothesis-seed=N` draws those of seed N again.
+hypothesis.settings.register_profile("fixed", database=None, deadline=None, derandomize=True)
+hypothesis.settings.register_profile("random", database=None, deadline=None, derandomize=False, print_blob=True)
+hypothesis.settings.load_profile("fixed")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config):
+    if config.getoption("hypothesis_profile") == "random" and config.getoption("hypothesis_seed") is None:
+        config.option.hypothesis_seed = str(random.SystemRandom().randrange(10**6))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.getoption("hypothesis_profile") == "random":
+        seed = config.getoption("hypothesis_seed")
+        terminalreporter.write_line(f"examples by --hypothesis-profile=random --hypothesis-seed={seed}")
+
 
 WORDS = "the king of sea and na\u00efve caf\u00e9 night \u6d77 love sleeps".split() + ["  indented", "\n"]
 
@@ -89,7 +110,7 @@ def launch(tiny, tmp_path_factory):
     CompletedProcess."""
 
     def start(ranks=1, args=(), timeout=300, script=ROOT / "train_gpt.py", max_restarts=0, **overrides):
-        environ = {k: v for k, v in os.environ.items() if k not in train_gpt.KNOBS} | tiny(**overrides)
+        environ = {k: v for k, v in os.environ.items() if k not in train_gpt.Config.knobs()} | tiny(**overrides)
         environ["TMPDIR"] = str(tmp_path_factory.mktemp("launch"))  # where torchrun leaves folders behind
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
                     f"--max-restarts={max_restarts}"] if ranks > 1 else []  # fmt: skip

@@ -241,7 +241,7 @@ def knob_sets(draw):
     return knobs
 
 
-@settings(database=None, deadline=None, derandomize=True, max_examples=40)
+@settings(max_examples=40)
 @given(knobs=knob_sets(), looping=st.booleans(), seed=st.integers(0, 9), attend=st.sampled_from(ATTENTIONS))
 def test_any_combination_of_knobs_equals_the_slow_reference(knobs, looping, seed, attend):
     assert_equals_the_reference(config_of(**knobs), attend, looping, seed, length=6)

@@ -14,7 +14,7 @@ import eval as eval_mode
 import train_gpt
 from train_gpt import Config, UserError, rans_decode, rans_encode, rans_frequencies
 
-CHECKED = settings(max_examples=150, deadline=None, derandomize=True)
+CHECKED = settings(max_examples=150)
 
 
 def tables_of(groups):
