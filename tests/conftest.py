@@ -16,9 +16,9 @@ sys.path.insert(0, str(ROOT))
 
 import train_gpt  # noqa: E402
 
-# Property tests take the same examples on every machine, in CI above all: a red run is then the fault of a change. Others
-# are for finding faults: `python -m pytest --hypothesis-profile=random` draws them by a seed, which is printed at the
-# end, and `--hypothesis-profile=random --hypothesis-seed=N` draws those of seed N again.
+# Property tests take the same examples on every machine, in CI above all, so that what turns red is a change's fault.
+# To look for faults, `python -m pytest --hypothesis-profile=random` draws others by a seed that it prints at the end;
+# with `--hypothesis-seed=N` as well it draws those of seed N again.
 hypothesis.settings.register_profile("fixed", database=None, deadline=None, derandomize=True)
 hypothesis.settings.register_profile("random", database=None, deadline=None, derandomize=False, print_blob=True)
 hypothesis.settings.load_profile("fixed")

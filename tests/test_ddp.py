@@ -2,6 +2,7 @@
 of the reduction and a layer runs several times."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,12 +48,13 @@ os._exit(0)  # gloo may abort a tidy end
 def test_gradients_of_two_compiled_ranks_with_recurrence_equal_those_of_one_process(launch, tmp_path):
     """torch's own splitting of the graph at DDP's buckets corrupts them on torch 2.8: the pieces give away buffers that
     others still need."""
-    (tmp_path / "worker.py").write_text(WORKER, encoding="utf-8")
-    found = {}
+    worker, found = tmp_path / "worker.py", {}
+    worker.write_text(WORKER, encoding="utf-8")
+    model = {"NUM_LAYERS": 2, "LOOP_LAYERS": "0-0", "LOOP_PASSES": 2, "X0_MIX": 0, "MODEL_DIM": 256}
     for ranks, compiled in ((1, 0), (2, 1)):
         path = tmp_path / f"gradients{ranks}.pt"
-        done = launch(ranks=ranks, script=tmp_path / "worker.py", COMPILE=compiled, NUM_LAYERS=2, LOOP_LAYERS="0-0",
-                      LOOP_PASSES=2, X0_MIX=0, MODEL_DIM=256, SCRIPT_FOLDER=train_gpt.__file__.removesuffix("train_gpt.py"), GRADIENTS=path)
+        done = launch(ranks=ranks, script=worker, **model, COMPILE=compiled, GRADIENTS=path,
+                      SCRIPT_FOLDER=Path(train_gpt.__file__).parent)  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         found[ranks] = torch.load(path, weights_only=True)
     for name, expected in found[1].items():

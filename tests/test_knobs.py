@@ -171,7 +171,8 @@ def slow_logits(w, tokens_T, config, looping=True):
 
 def assert_equals_the_reference(config, attend, looping=True, seed=0, length=9):
     """In float64 on both sides, so that nothing but a fault can make a difference, however badly conditioned."""
-    model, tokens = scatter(GPT(config, attend, torch.float64).double(), seed), random_tokens(config, 2, length + 1, seed)
+    model = scatter(GPT(config, attend, torch.float64).double(), seed)
+    tokens = random_tokens(config, 2, length + 1, seed)
     if config.loop_layers:
         model.looping = looping
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
@@ -620,4 +621,4 @@ def test_a_value_at_the_edge_is_taken(text):
 
 def test_all_model_knobs_are_told_by_an_artifact():
     """Whatever changes the function that the weights stand for must travel with them."""
-    assert {*EVERYTHING, "X0_MIX", "START_TOKEN"} <= set(train_gpt.MODEL_KNOBS)
+    assert {*EVERYTHING, "X0_MIX", "START_TOKEN"} <= set(Config.told_knobs())
