@@ -44,8 +44,9 @@ def settings(logs: Path, run_id: str) -> dict[str, str]:
     return knobs | dict(os.environ)
 
 
-def launch(environ: dict[str, str], ranks: int, nodes: int, recipe: Path) -> list[subprocess.Popen]:
+def launch(environ: dict[str, str], arguments, errors=subprocess.DEVNULL) -> list[subprocess.Popen]:
     """One process, or one torchrun agent per node; the first one's output carries the log."""
+    ranks, nodes, recipe = arguments.ranks, arguments.nodes, arguments.recipe
     script = [str(ROOT / "train_gpt.py"), str(recipe)]
     if ranks == 1:
         commands = [[sys.executable, *script]]
@@ -59,7 +60,7 @@ def launch(environ: dict[str, str], ranks: int, nodes: int, recipe: Path) -> lis
         # Without it torchrun's shared store keeps the addresses of dead ranks, which a restart may then wait for.
         environ = environ | ({"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if nodes > 1 else {})
     outputs = [subprocess.PIPE] + [subprocess.DEVNULL] * (len(commands) - 1)
-    return [subprocess.Popen(command, env=environ, stdout=output, stderr=subprocess.DEVNULL, text=True)
+    return [subprocess.Popen(command, env=environ, stdout=output, stderr=errors, text=True)
             for command, output in zip(commands, outputs, strict=True)]  # fmt: skip
 
 
@@ -136,9 +137,11 @@ def outcome(folder: Path) -> dict:
     return {key: result[key] for key in SAME} | {"losses": losses}
 
 
-def undisturbed(logs: Path, ranks: int, nodes: int, recipe: Path) -> tuple[dict, dict]:
-    """(outcome, {phase: seconds from its first line to its last}) of a run that nobody kills."""
-    processes = launch(settings(logs, "undisturbed"), ranks, nodes, recipe)
+def undisturbed(logs: Path, arguments) -> tuple[dict, dict]:
+    """(outcome, {phase: seconds from its first line to its last}) of a run that nobody kills. If it fails, which it
+    does without data, its own message says what to do."""
+    with open(logs / "errors", "w", encoding="utf-8") as errors:
+        processes = launch(settings(logs, "undisturbed"), arguments, errors)
     drain(processes)
     log, text, times = Log(logs / "undisturbed" / "train.log"), "", {}
     while any(process.poll() is None for process in processes):
@@ -148,6 +151,8 @@ def undisturbed(logs: Path, ranks: int, nodes: int, recipe: Path) -> tuple[dict,
                 if re.search(pattern, text):
                     times.setdefault((phase, which), time.monotonic())
         time.sleep(0.002)
+    if any(process.returncode for process in processes):
+        sys.exit(f"the run that nobody disturbs failed:\n{(logs / 'errors').read_text(encoding='utf-8')}")
     longest = {phase: max(0.005, times[phase, 1] - times[phase, 0]) for phase in PHASES if phase != "training"}
     return outcome(logs / "undisturbed"), longest | {"training": 0.3}
 
@@ -161,7 +166,7 @@ def disturbed(logs: Path, name: str, arguments, longest: dict, rng: random.Rando
         nonlocal processes
         if all(process.poll() is not None for process in processes):
             environ = settings(logs, folders[-1].name)
-            processes = launch(environ, arguments.ranks, arguments.nodes, arguments.recipe)
+            processes = launch(environ, arguments)
             drain(processes)
 
     log = Log(folders[-1] / "train.log")
@@ -197,7 +202,7 @@ def main() -> int:
     rng, kills, runs, wrong = random.Random(seed), 0, 0, 0
     with tempfile.TemporaryDirectory() as temporary:
         logs = Path(temporary)
-        expected, longest = undisturbed(logs, arguments.ranks, arguments.nodes, arguments.recipe)
+        expected, longest = undisturbed(logs, arguments)
         print("undisturbed:", {key: expected[key] for key in SAME}, "phases in s:", longest, flush=True)
         for number in range(arguments.rounds):
             hits, folders = disturbed(logs, f"disturbed_{number}", arguments, longest, rng, arguments.phases)

@@ -922,7 +922,7 @@ ENTRIES = st.fixed_dictionaries({"name": NAMES, "tokenizer_name": NAMES, "model_
 )})  # fmt: skip
 
 
-@settings(database=None, deadline=None, derandomize=True, max_examples=300)
+@settings(max_examples=300)
 @given(st.lists(ENTRIES, max_size=3), st.lists(ENTRIES, max_size=3), st.data())
 def test_no_manifest_leads_out_of_the_data_root(script, datasets, tokenizers, data):
     """Whatever it says, and whatever files the repository has: a UserError, or files in their folders."""

@@ -21,3 +21,12 @@ def test_a_run_killed_in_three_phases_ends_like_an_undisturbed_one(corpus, tmp_p
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"^3 kills in \d+ runs, 0 of which ended otherwise", done.stdout, re.MULTILINE), done.stdout
     assert "the same" in done.stdout
+
+
+def test_without_data_it_says_which_command_brings_some(tmp_path):
+    environ = {name: text for name, text in os.environ.items() if name not in train_gpt.Config.knobs()}
+    command = [sys.executable, str(FAULTS), "--rounds", "1"]
+    environ |= {"DATA_PATH": str(tmp_path / "nowhere"), "TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"DATA_PATH={tmp_path / 'nowhere'}" in done.stderr and "python data/prepare_shakespeare.py" in done.stderr

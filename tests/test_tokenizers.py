@@ -55,7 +55,7 @@ texts = st.one_of(st.text(letters, max_size=80), words)
 
 
 @kinds
-@settings(max_examples=1000, deadline=None, derandomize=True)
+@settings(max_examples=1000)
 @given(text=texts)
 @example(text="")
 @example(text="<|endoftext|>")

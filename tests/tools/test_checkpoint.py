@@ -33,7 +33,7 @@ from train_gpt import Evaluator, RunFolder, Stopwatch, TokenStream, Trainer, Tra
 
 checkpoint = train_gpt.tool("checkpoint")
 KNOBS = train_gpt.Config.knobs()
-CHECKED = settings(database=None, deadline=None, derandomize=True)  # the same examples on every machine
+CHECKED = settings()  # those of the profile that conftest.py loads
 EVERY_STEP = {"CHECKPOINT_EVERY_SECONDS": "1e-9"}
 # Six steps: the second half of them in the warmdown, the momentum still warming up, three validations.
 SHORT = {"ITERATIONS": 6, "WARMDOWN_FRAC": 0.5, "MUON_MOMENTUM_WARMUP_STEPS": 5, "VAL_LOSS_EVERY": 2,

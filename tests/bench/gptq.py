@@ -1,6 +1,6 @@
 """What GPTQ saves over plain rounding at the same entropy, for several numbers of bits, on a trained model. No test.
 
-    DATA_PATH=... TOKENIZER_PATH=... python tests/bench_gptq.py logs/<run_id>/config.env logs/<run_id>/final_model.pt
+    DATA_PATH=... TOKENIZER_PATH=... python tests/bench/gptq.py logs/<run_id>/config.env logs/<run_id>/final_model.pt
 
 The configuration is that of the run; knobs in the environment win (VAL_TOKENS_LIMIT; GPTQ_BATCHES, otherwise 16).
 Every matrix has the same bits and the same clip k in standard deviations. Where the entropies of the two differ by more
@@ -15,18 +15,18 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train_gpt as tg  # noqa: E402
 
 CLIPS = {4: 5.0, 5: 8.5, 6: 12.85, 7: 15.0, 8: 20.0}  # standard deviations
 
 
-def entropy(artifact: dict) -> float:
+def entropy(artifact: dict, config) -> float:
     """Bits per weight of the integers, with a table for attention, MLP and embedding each."""
     counts = np.zeros((3, 256))
-    for name, q in artifact["quantized"].items():
-        row = tg.TENSOR_CLASSES.index(tg.tensor_class(name))
-        counts[row] += np.bincount(q.numpy().view(np.uint8).ravel(), minlength=256)
+    tables = tg.rans_tables(artifact["quantized"], config)
+    for q, table in zip(artifact["quantized"].values(), tables, strict=True):
+        counts[table] += np.bincount(q.numpy().view(np.uint8).ravel(), minlength=256)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     return -(counts * np.log2(np.where(counts > 0, shares, 1))).sum() / counts.sum()
 
@@ -36,19 +36,20 @@ def main():
     config = tg.Config.load([config_file], {"GPTQ_BATCHES": "16"} | dict(os.environ))
     runtime = tg.Runtime(config, {})
     model, scorer, note = tg.build_model(config, runtime)
-    state = tg.load_tensors(Path(model_file).read_bytes(), model_file)
+    state = tg.tool("evaluate").load_tensors(Path(model_file), model_file)
     model.load_state_dict(state)
     accum_steps = config.accumulation_steps(1, runtime.device.type)
     loader = tg.TrainLoader(tg.TokenStream(config.data_path, "train", config.vocab_size), config, runtime, accum_steps)
     val = tg.TokenStream(config.data_path, "val", config.vocab_size)
-    evaluator = tg.Evaluator(val, tg.TokenBytes(config.tokenizer_path, config.vocab_size), config, runtime)
+    token_bytes = tg.TokenBytes(config.tokenizer_path, config.vocab_size, config.vocab_padding)
+    evaluator = tg.Evaluator(val, token_bytes, config, runtime)
     hessians = tg.collect_hessians(model, loader, config.gptq_batches, runtime)
 
     def score(bits: int, k: float, hessians) -> tuple[float, float]:
         clips = {f"clip_{kind}": k for kind in tg.TENSOR_CLASSES}
         quantised = tg.quantize(state, replace(config, weight_bits=bits, embed_bits=bits, **clips), hessians)
-        model.load_state_dict(tg.dequantize(quantised))
-        return entropy(quantised), evaluator.score(scorer).loss
+        model.load_state_dict(tg.dequantize(quantised, config))
+        return entropy(quantised, config), evaluator.score(scorer).loss
 
     unquantised = evaluator.score(scorer)
     weights = sum(t.numel() for t in state.values() if t.numel() > tg.INT8_MIN_NUMEL)

@@ -1,8 +1,8 @@
 """What rANS saves over zlib and lzma on the same quantised weights, how long each takes, and what the size law says.
 
-    python tests/bench_export.py --model logs/<run_id>/final_model.pt      the weights of a run
-    python tests/bench_export.py --gaussian 17e6                           normal random matrices of so many weights
-    PAIRS=5 python tests/bench_export.py --gaussian 17e6                   rounds of which the medians are told: 3
+    python tests/bench/export.py --model logs/<run_id>/final_model.pt      the weights of a run
+    python tests/bench/export.py --gaussian 17e6                           normal random matrices of so many weights
+    PAIRS=5 python tests/bench/export.py --gaussian 17e6                   rounds of which the medians are told: 3
 
 Knobs of the export may be set (WEIGHT_BITS, EMBED_BITS, CLIP_ATTN, CLIP_MLP, CLIP_EMBED); without, it is 6 bits and
 clips of 12.85 standard deviations. The coders take turns. Each codes the values as bytes, one per weight; "entropy" is
@@ -11,7 +11,6 @@ MODE=check projects by the size law.
 """
 
 import argparse
-import hashlib
 import lzma
 import os
 import statistics
@@ -24,8 +23,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import check  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train_gpt  # noqa: E402
 
 
@@ -54,12 +52,11 @@ def main():
     knobs |= dict.fromkeys(("CLIP_ATTN", "CLIP_MLP", "CLIP_EMBED"), "12.85")
     config = train_gpt.Config.load([], knobs | dict(os.environ))
     if options.model:
-        state = train_gpt.load_tensors(options.model.read_bytes(), options.model)
+        state = train_gpt.tool("evaluate").load_tensors(options.model, options.model)
     else:
         state = gaussian_state(int(options.gaussian))
     plain = train_gpt.quantize(state, config)
-    container = train_gpt.rans_pack(plain)
-    kinds = np.array([train_gpt.TENSOR_CLASSES.index(train_gpt.tensor_class(name)) for name in plain["quantized"]])
+    container, kinds = train_gpt.rans_pack(plain, config), train_gpt.rans_tables(plain["quantized"], config)
     groups = [q.flatten().numpy().view(np.uint8) for q in plain["quantized"].values()]
     lengths_of, tables, raw = [*map(len, groups)], container["tables"].numpy()[kinds], b"".join(map(bytes, groups))
     counts = np.zeros((3, 256))
@@ -88,10 +85,10 @@ def main():
     for name, (encode, decode) in taken.items():
         print(f"{name:8} {lengths[name]:10} {lengths[name] / entropy - 1:12.3%} {statistics.median(encode):9.3f} "
               f"{statistics.median(decode):9.3f}")
-    stream = zlib.compress(train_gpt.torch_bytes(container), 9)
-    artifact = len(stream) + hashlib.sha256().digest_size
-    told = check.projected_bytes(config, train_gpt, SimpleNamespace(state_dict=lambda: state))
-    print(f"artifact: {artifact} bytes; the size law says {told:.0f}, {told / artifact - 1:+.3%}")
+    size = len(train_gpt.pack(container)[0])
+    model = SimpleNamespace(state_dict=lambda: state, row=config.model_class().row)
+    projected = train_gpt.tool("check").projected_bytes(config, model)
+    print(f"artifact: {size} bytes; the size law says {projected}, {projected / size - 1:+.3%}")
 
 
 if __name__ == "__main__":

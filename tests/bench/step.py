@@ -1,8 +1,8 @@
 """How much of the machine's bf16 matrix rate a training step reaches, beside a deliberately plain eager baseline.
 
-    python tests/bench.py                     the demo's scale: 4 layers, width 256, 8,192 tokens a step
-    MODEL_DIM=512 python tests/bench.py       any knob of train_gpt.py
-    PAIRS=20 python tests/bench.py            more pairs
+    python tests/bench/step.py                     the demo's scale: 4 layers, width 256, 8,192 tokens a step
+    MODEL_DIM=512 python tests/bench/step.py       any knob of train_gpt.py
+    PAIRS=20 python tests/bench/step.py            more pairs
 
 rate = 6 * parameters * tokens/s / FLOPs per second of a 1024-wide bf16 product, measured in this process. The two
 contenders and the product take turns, so that a machine whose speed drifts moves all three alike: quote the ratios.
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train_gpt  # noqa: E402
 
 SHAPE = {"NUM_LAYERS": 4, "MODEL_DIM": 256, "NUM_HEADS": 4, "NUM_KV_HEADS": 2, "TRAIN_SEQ_LEN": 256,
@@ -36,8 +36,8 @@ class PlainBlock(nn.Module):
         self.d, self.group = d, c.num_heads // c.num_kv_heads
         self.q, self.proj = (nn.Linear(c.model_dim, c.model_dim, bias=False) for _ in range(2))
         self.k, self.v = (nn.Linear(c.model_dim, d * c.num_kv_heads, bias=False) for _ in range(2))
-        self.fc = nn.Linear(c.model_dim, c.mlp_mult * c.model_dim, bias=False)
-        self.out = nn.Linear(c.mlp_mult * c.model_dim, c.model_dim, bias=False)
+        hidden = round(c.mlp_mult * c.model_dim)
+        self.fc, self.out = nn.Linear(c.model_dim, hidden, bias=False), nn.Linear(hidden, c.model_dim, bias=False)
         self.gain = nn.Parameter(torch.full((c.num_heads, 1), c.qk_gain_init))
         self.scales = nn.Parameter(torch.ones(2, c.model_dim))
         self.mix = nn.Parameter(torch.tensor([[1.0], [0.0]]).repeat(1, c.model_dim))
@@ -114,8 +114,8 @@ def plain_step(config):
 def our_step(config):
     """A function that makes one step of the trainer on random tokens, and its number of parameters."""
     runtime = train_gpt.Runtime(config, {})
-    loader = RandomTokens(config, runtime)
-    trainer = train_gpt.Trainer(config, runtime, train_gpt.RunFolder(runtime), None, loader)
+    folder, loader = train_gpt.RunFolder(runtime), RandomTokens(config, runtime)
+    trainer = train_gpt.Trainer(config, runtime, folder, None, loader, train_gpt.Hooks(config, folder))
     print(trainer.note)
     return lambda: float(trainer.step(1.0, 0.95)), sum(p.numel() for p in trainer.model.parameters())
 

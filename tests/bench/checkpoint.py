@@ -1,6 +1,6 @@
 """What a checkpoint costs at the reference shape: alternating pairs of windows, one with a checkpoint and one without.
 
-    python tests/bench_checkpoint.py           PAIRS=8 STEPS=2 by default; any knob may be set
+    python tests/bench/checkpoint.py           PAIRS=8 STEPS=2 by default; any knob may be set
 
 A window is STEPS steps. In the one with a checkpoint the state is copied before the first step and written while the
 steps run; the window ends when both are done. The difference of the two is what a checkpoint costs, and 60 s, the
@@ -15,11 +15,10 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from bench import RandomTokens  # noqa: E402
+from step import RandomTokens  # noqa: E402
 
-import lifeline  # noqa: E402
 import train_gpt  # noqa: E402
 
 INTERVAL = 60.0  # CHECKPOINT_EVERY_SECONDS of a run of 600 s
@@ -32,23 +31,22 @@ def main():
         config = train_gpt.Config.load([], knobs | dict(os.environ))
         runtime = train_gpt.Runtime(config, {})
         run_folder, watch = train_gpt.RunFolder(runtime), train_gpt.Stopwatch(runtime.synchronize)
-        run_folder.locate(config)
-        run_folder.create(config, b"")
+        loader, hooks = RandomTokens(config, runtime), train_gpt.tool("checkpoint").Checkpoints(config, run_folder)
+        hooks.choose_folder(loader.stream, sources={})
+        run_folder.create(config, {})
         run_folder.log = lambda line: None
-        loader = RandomTokens(config, runtime)
-        trainer = train_gpt.Trainer(config, runtime, run_folder, watch, loader,
-                                    lifeline.Lifeline(config, run_folder, loader.stream, b""))  # fmt: skip
+        trainer = train_gpt.Trainer(config, runtime, run_folder, watch, loader, hooks)
         params = sum(p.numel() for p in trainer.model.parameters())
 
         def window(save: bool) -> float:
             runtime.synchronize()
             began = time.perf_counter()
             if save:
-                trainer.lifeline.save(trainer, wait=False)
+                hooks.save(trainer, wait=False)
             for _ in range(steps):
                 float(trainer.step(1.0, 0.95))
             if save:
-                trainer.lifeline.written.result()
+                hooks.written.result()
             return time.perf_counter() - began
 
         for save in (True, False):
