@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import socket
+import struct
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,16 @@ SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 
 class UserError(Exception):
     """Something the user can put right: one line with what was given, what was expected and what to do."""
+
+
+def first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def require(ok, message: str) -> None:
+    if not ok:
+        raise UserError(message)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -72,6 +83,21 @@ def hash_file(path: Path) -> str:
 
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def find_shard_fault(path: Path) -> str | None:
+    """What keeps the trainer from reading the file at `path` as a shard: int32 magic, version, token count, zeros up to
+    1,024 bytes, then as many uint16 tokens."""
+    size, header_bytes = path.stat().st_size, 4 * SHARD_HEADER_INTS
+    if size < header_bytes:
+        return f"has {size} bytes, less than a header of a shard"
+    with open(path, "rb") as file:
+        magic, version, count = struct.unpack("<3i", file.read(12))
+    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
+        return f"has magic {magic} version {version}, expected {SHARD_MAGIC} version {SHARD_VERSION}, as a shard"
+    if count < 1 or size != header_bytes + 2 * count:
+        return f"has {size} bytes, but states {count} tokens, which take {header_bytes + 2 * count}"
+    return None
 
 
 def write_file(path: Path, data: bytes) -> None:
