@@ -103,7 +103,7 @@ def find_shard_fault(path: Path) -> str | None:
 def write_file(path: Path, data: bytes) -> None:
     """Write so that the name appears only with all of its bytes on disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}~{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(data)
