@@ -8,6 +8,7 @@ import socket
 import struct
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -140,9 +141,12 @@ def locked(path: Path, owner: Callable[[], str]) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=0)
+        with warnings.catch_warnings(record=True) as told:  # of a file system without locks, where a file has to do
+            lock.acquire(timeout=0)
     except Timeout:
         raise UserError(f"{owner()}; wait for it (if there is no such process, delete {path})") from None
+    for warning in told:
+        say(f"note: {path.parent}: {warning.message}", sys.stderr)
     try:
         yield
     finally:
