@@ -20,7 +20,7 @@ MEANT = {code: char for char, code in SPELLED.items()}
 
 # The lookbehind and the possessive run (*+) keep long runs of small letters from being tried at each of their letters.
 CODED = re.compile(rf"[{T}{A}{M}{E}{SPACE_MARK}]|( ?)(?<![A-Za-z])([a-z]*+[A-Z][A-Za-z]*)")
-MARKED = re.compile(rf"{E}(?:{M}{M}|{A}{M}|[{T}{A}{M}])|{T}( ?)([a-z])|{A}( ?[a-z]+)|{M}([a-z])|[{T}{A}{M}{E}]")
+MARKED = re.compile(rf"{E}(?:{M}{M}|{A}{M}|[{T}{A}{M}])|{T}( ?[a-z])|{A}( ?[a-z]+)|{M}([a-z])|[{T}{A}{M}{E}]")
 
 
 def encode(text: str) -> str:
@@ -42,9 +42,7 @@ def decode(text: str) -> str:
     """The text of which `text` is the encoding. Of any other, such as a sampled one, marks without a letter vanish."""
 
     def mean(match: re.Match) -> str:
-        space, first, run, later = match.groups()
-        if first or later:
-            return (space or "") + (first or later).upper()
-        return run.upper() if run else MEANT.get(match[0], "")
+        letters = match[1] or match[2] or match[3]
+        return letters.upper() if letters else MEANT.get(match[0], "")
 
     return MARKED.sub(mean, text)
