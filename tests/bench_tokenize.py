@@ -5,9 +5,9 @@
 
 Prints, for pairs of runs one after the other (so that what else the machine does disturbs both): MB of text a second of
 `SentencePieceProcessor.encode(documents, num_threads=2)` on documents in memory, the same of the whole command with two
-workers (start, reading, unpacking, encoding, proof, writing), their ratio, and the command's peak memory, which is the
-largest sum of the resident memory of all its processes, looked at 50 times a second (Linux only). The processor time of
-both is the better measure where other work takes turns on the cores. Then whether one worker makes the same shards.
+threads (start, reading, unpacking, encoding, proof, writing), their ratio, and the command's peak resident memory (as
+Linux counts it). The processor time of both is the better measure where other work takes turns on the cores. Then
+whether one thread makes the same shards.
 """
 
 import argparse
@@ -18,52 +18,35 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import sentencepiece as spm
 
 SCRIPT = Path(__file__).resolve().parents[1] / "data" / "tokenize_text.py"
 sys.path.insert(0, str(SCRIPT.parent))
 
-import tokenize_text as tt  # noqa: E402
+import texts  # noqa: E402
 
 BATCH = 1000  # documents that SentencePiece gets at a time: all at once is slower, as it makes a list of every token
-PAGE_BYTES = 4096
 
 
 def read_documents(path: str, field: str) -> list[str]:
-    files = tt.find_files([path], None, field=field, separator=b"", held_out=False)
-    with tt.Progress("reading", files) as progress:
-        chunks = tt.read_chunks(files, progress)
-        parsed = (tt.parse_record(chunk, i) for chunk in chunks for i in range(len(chunk.records)))
-        return [text for text, _ in filter(None, parsed)]
+    form, packing = texts.classify(Path(path))
+    file = texts.TextFile(Path(path), form, packing, field, separator=b"", document_bytes=0, held_out=False)
+    progress = SimpleNamespace(update=lambda size: None)
+    return [document.text for document in texts.read_documents(file, progress, None)]
 
 
-def resident_bytes(pid: int) -> int:
-    """Of a process and all below it; 0 for one that has ended."""
-    try:
-        own = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE_BYTES
-        return own + sum(map(resident_bytes, map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())))
-    except OSError:
-        return 0
-
-
-def processor_seconds() -> float:
-    """Of this process and of the commands that have ended."""
-    return sum(os.times()[:4])
-
-
-def run(out: Path, *arguments) -> tuple[float, int]:
-    """Seconds and peak bytes of one command."""
+def run(out: Path, *arguments) -> tuple[float, float, int]:
+    """Seconds, processor seconds and peak bytes of one command."""
     command = [sys.executable, SCRIPT, *map(str, arguments), "--out", out]
-    started, peak = time.perf_counter(), 0
+    started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    while process.poll() is None:
-        peak = max(peak, resident_bytes(process.pid))
-        time.sleep(0.02)
-    seconds = time.perf_counter() - started
-    if process.returncode:
-        sys.exit(process.stdout.read())
-    return seconds, peak
+    said = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(said)
+    return time.perf_counter() - started, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -83,27 +66,24 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root, command = Path(folder), [args.text, "--field", args.field]
         if args.model is None:
-            seconds, peak = run(root / "trained", *command, "--tokenizer", "train:sp1024", "--workers", 2)
+            seconds, _, peak = run(root / "trained", *command, "--tokenizer", "train:sp1024", "--threads", 2)
             print(f"train:sp1024 and encode: {seconds:.1f} s, {size / seconds:.2f} MB/s, peak {peak / 2**20:.0f} MiB")
             (args.model,) = (root / "trained" / "tokenizers").iterdir()
         sp = spm.SentencePieceProcessor(model_file=str(args.model))
         ratios = []
         for pair in range(args.pairs):
-            started, spent = time.perf_counter(), [processor_seconds()]
+            started, spent = time.perf_counter(), time.process_time()
             for at in range(0, len(documents), BATCH):
                 sp.encode(documents[at : at + BATCH], num_threads=2)
-            theirs = size / (time.perf_counter() - started)
-            spent.append(processor_seconds())
-            out = root / f"two_{pair}"
-            seconds, peak = run(out, *command, "--tokenizer", args.model, "--workers", 2)
-            spent.append(processor_seconds())
+            theirs, spent = size / (time.perf_counter() - started), time.process_time() - spent
+            seconds, ours, peak = run(root / f"two_{pair}", *command, "--tokenizer", args.model, "--threads", 2)
             ratios.append(size / seconds / theirs)
-            print(f"pair {pair}: sentencepiece {theirs:.2f} MB/s, command {size / seconds:.2f} MB/s, "
-                  f"ratio {ratios[-1]:.2f}, peak {peak / 2**20:.0f} MiB; processor seconds {spent[1] - spent[0]:.1f} "
-                  f"and {spent[2] - spent[1]:.1f}", flush=True)  # fmt: skip
+            print(f"pair {pair}: sentencepiece {theirs:.2f} MB/s, command {size / seconds:.2f} MB/s, ratio "
+                  f"{ratios[-1]:.2f}, peak {peak / 2**20:.0f} MiB; processor seconds {spent:.1f} and {ours:.1f}",
+                  flush=True)  # fmt: skip
         print(f"ratio: median {sorted(ratios)[len(ratios) // 2]:.2f}, least {min(ratios):.2f}, n = {len(ratios)}")
-        run(root / "one", *command, "--tokenizer", args.model, "--workers", 1)
-        print(f"the same shards with one worker: {hashes(root / 'one') == hashes(root / 'two_0')}")
+        run(root / "one", *command, "--tokenizer", args.model, "--threads", 1)
+        print(f"the same shards with one thread: {hashes(root / 'one') == hashes(root / 'two_0')}")
 
 
 if __name__ == "__main__":

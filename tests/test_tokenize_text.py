@@ -1,4 +1,4 @@
-"""data/tokenize_text.py: every form of input, three kinds of tokenizer, true bytes, the same files whatever happens."""
+"""data/tokenize_text.py: every form of input, every kind of tokenizer, true bytes, the same files whatever happens."""
 
 import gzip
 import hashlib
@@ -12,7 +12,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +21,17 @@ from conftest import make_documents
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-import audit
 import train_gpt
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 SCRIPT = DATA / "tokenize_text.py"
-sys.path.insert(0, str(DATA))  # so that worker processes find the module by the same name
+sys.path.insert(0, str(DATA))
 
+import case_marks  # noqa: E402
+import common  # noqa: E402
+import texts  # noqa: E402
 import tokenize_text as tt  # noqa: E402
+import vocab  # noqa: E402
 
 MARK = "\u2581"
 EMOJI = "\U0001f600"
@@ -47,9 +49,10 @@ def offline(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def small_chunks(monkeypatch):
-    """Many chunks from little text."""
-    monkeypatch.setattr(tt, "BLOCK_BYTES", 3000)
+def small_batches(monkeypatch):
+    """Many blocks and batches from little text."""
+    monkeypatch.setattr(texts, "BLOCK_BYTES", 3000)
+    monkeypatch.setattr(tt, "BATCH_BYTES", 3000)
 
 
 def write_jsonl(path: Path, documents, field="text") -> Path:
@@ -59,13 +62,11 @@ def write_jsonl(path: Path, documents, field="text") -> Path:
 
 
 def run(root: Path, *arguments) -> int:
-    """The command, in this process unless `arguments` name workers."""
-    workers = [] if "--workers" in arguments else ["--workers", "1"]
-    return tt.main([*map(str, arguments), "--out", str(root), *workers])
+    return tt.main([*map(str, arguments), "--out", str(root)])
 
 
 def only_folder(root: Path) -> Path:
-    (folder,) = (root / "datasets").iterdir()
+    (folder,) = (path for path in (root / "datasets").iterdir() if path.is_dir())
     return folder
 
 
@@ -74,7 +75,8 @@ def manifest_of(root: Path) -> dict:
 
 
 def snapshot(root: Path) -> dict[str, bytes]:
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*")
+            if path.is_file() and path.suffix != ".lock"}  # fmt: skip
 
 
 def read_split(root: Path, split: str) -> np.ndarray:
@@ -90,8 +92,8 @@ def read_bytes_split(root: Path, split: str) -> list[str]:
     return [(part[1:] - 4).astype(np.uint8).tobytes().decode() for part in parts[1:]]
 
 
-def train_model(documents, vocab=300) -> bytes:
-    return tt.train_sentencepiece([text.encode() for text in documents], vocab, "test")
+def train_model(documents, size=300) -> bytes:
+    return vocab.train_sentencepiece([text.encode() for text in documents], size, "test")
 
 
 @pytest.fixture(scope="module")
@@ -99,14 +101,23 @@ def own_model() -> bytes:
     return train_model(make_documents(200, seed=1), 320)
 
 
-IDENTITY = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
-FOREIGN = {  # how models of other origin differ from those trained here
+KEEP = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+PLAIN = KEEP | {"add_dummy_prefix": False}
+FOREIGN = {  # how models of other origin differ from those made here
     "published": {"add_dummy_prefix": False},  # newlines become spaces, spaces are merged and stripped
     "prefixed": {},  # SentencePiece's defaults: a space of its own before the text
-    "prefixed, keeping spaces": IDENTITY,
+    "prefixed, keeping spaces": KEEP,
+    "stripped": KEEP | {"add_dummy_prefix": False, "remove_extra_whitespaces": True},
     "suffixed": {"treat_whitespace_as_suffix": True},
     "with a rule": {"normalization_rule_tsv": None, "add_dummy_prefix": False},  # which is not its own repetition
+    "unigram": PLAIN | {"model_type": "unigram"},
+    "across spaces": PLAIN | {"split_by_whitespace": False},
+    "with symbols": PLAIN | {"user_defined_symbols": ["king of", "\n", "<user>"]},
+    "without <s>": PLAIN | {"bos_id": -1},
+    "without <s> and </s>": PLAIN | {"bos_id": -1, "eos_id": -1},
+    "without byte fallback": PLAIN | {"byte_fallback": False, "character_coverage": 0.99},
 }
+EXACT = {"own", "unigram", "across spaces", "with symbols", "without <s>", "without <s> and </s>"}
 
 
 @pytest.fixture(scope="module")
@@ -116,10 +127,11 @@ def models(own_model, tmp_path_factory) -> dict[str, bytes]:
     made = {"own": own_model}
     for name, options in FOREIGN.items():
         model = io.BytesIO()
-        options = {key: value or str(rule) if key.endswith("tsv") else value for key, value in options.items()}
+        options = {key: str(rule) if key.endswith("tsv") else value for key, value in options.items()}
         spm.SentencePieceTrainer.train(
-            sentence_iterator=iter(make_documents(200, seed=1)), model_writer=model, vocab_size=320, model_type="bpe",
-            byte_fallback=True, hard_vocab_limit=False, num_threads=1, minloglevel=2, **options,
+            sentence_iterator=iter(make_documents(200, seed=1)), model_writer=model, vocab_size=320,
+            hard_vocab_limit=False, num_threads=1, minloglevel=2,
+            **{"model_type": "bpe", "byte_fallback": True} | options,
         )  # fmt: skip
         made[name] = model.getvalue()
     return made
@@ -158,6 +170,9 @@ def write_form(folder: Path, form: str) -> list:
             (folder / ("a" if i < 5 else "b/c")).with_name(f"{i}.txt").write_bytes(text.encode())
         for ignored in (".git/config.txt", ".hidden.txt", "notes.md"):
             (folder / ignored).write_text("no")
+        (folder / "b").rename(folder.with_name("elsewhere"))
+        (folder / "b").symlink_to(folder.with_name("elsewhere"))
+        (folder / "b" / "circle").symlink_to(folder)
         return [folder]
     if form == "glob":
         for i, text in enumerate(DOCUMENTS):
@@ -190,10 +205,12 @@ PACKED = [f"{form}{packing}" for form in ("txt", "jsonl") for packing in ("", ".
 
 @pytest.mark.parametrize("form", ["folder", "glob", "several files", "parquet", "field", "format", *PACKED])
 def test_every_form_gives_the_documents(tmp_path, form, monkeypatch):
-    monkeypatch.setattr(tt, "BLOCK_BYTES", 37)  # so that records, separators and characters lie across blocks
+    monkeypatch.setattr(texts, "BLOCK_BYTES", 37)  # so that records, separators and characters lie across blocks
     assert run(tmp_path / "out", *write_form(tmp_path / "in", form), *BYTES, "--val-docs", 2) == 0
     assert read_bytes_split(tmp_path / "out", "val") == DOCUMENTS[:2]
     assert read_bytes_split(tmp_path / "out", "train") == DOCUMENTS[2:]
+    left_out = {"folder": {"hidden": 2, "no text by the name": 1}, "several files": {"given twice": 1}}
+    assert manifest_of(tmp_path / "out")["corpus"].get("left_out") == left_out.get(form)
 
 
 @pytest.mark.parametrize("form", ["txt", "jsonl"])
@@ -202,16 +219,8 @@ def test_standard_input(tmp_path, form, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(path.read_bytes())))
     assert run(tmp_path / "out", "-", "--format", form, *separator, *BYTES, "--val-docs", 2) == 0
     assert read_bytes_split(tmp_path / "out", "train") == DOCUMENTS[2:]
-    assert [path.name for path in (tmp_path / "out" / "datasets").iterdir()] == ["stdin_byte260"]
+    assert only_folder(tmp_path / "out").name == "stdin_byte260"
     assert manifest_of(tmp_path / "out")["corpus"]["files"][0]["file"] == "stdin"
-
-
-def test_a_txt_without_separator_is_one_document(tmp_path):
-    for name in "ab":
-        (tmp_path / f"{name}.txt").write_bytes(f"{name}\n\n\n{name}".encode())
-    assert run(tmp_path / "out", tmp_path / "b.txt", "--val", tmp_path / "a.txt", *BYTES) == 0
-    assert read_bytes_split(tmp_path / "out", "train") == ["b\n\n\nb"]
-    assert read_bytes_split(tmp_path / "out", "val") == ["a\n\n\na"]
 
 
 def test_empty_texts_are_no_documents(tmp_path):
@@ -219,11 +228,6 @@ def test_empty_texts_are_no_documents(tmp_path):
     assert run(tmp_path / "out", source, *BYTES, "--val-docs", 2) == 0
     assert read_bytes_split(tmp_path / "out", "val") == ["a", "b"]
     assert manifest_of(tmp_path / "out")["dropped"]["empty"] == 3
-
-
-@pytest.mark.parametrize("given, meant", [(r"\n\n", b"\n\n"), (r"\\n", rb"\n"), ("\u00e9\\t", "\u00e9\t".encode())])
-def test_separators_are_written_with_escapes(given, meant):
-    assert tt.separator(given) == meant
 
 
 def damage(kind: str, folder: Path) -> list:
@@ -258,6 +262,13 @@ def damage(kind: str, folder: Path) -> list:
     if kind == "an empty file":
         (folder / "a.txt").touch()
         return [folder / "a.txt", "empty", "0 documents"]
+    if kind == "an empty xz":
+        (folder / "a.jsonl.xz").touch()
+        return [folder / "a.jsonl.xz", "a.jsonl.xz", "cut short"]
+    if kind == "a second xz that is damaged":
+        path = folder / "a.txt.xz"
+        path.write_bytes(lzma.compress(b"a") + b"no xz at all")
+        return [path, str(path), "damaged"]
     if kind == "no parquet":
         pytest.importorskip("pyarrow")
         (folder / "a.parquet").write_bytes(b"PAR1 no more")
@@ -265,7 +276,7 @@ def damage(kind: str, folder: Path) -> list:
     faults = {
         "no UTF-8 in a jsonl": (b'{"text": "\xff"}', "0xff"),
         "no JSON": (b'{"text": "a"', "no JSON"),
-        "another field": (b'{"content": "a"}', "'text'", "content", "--field"),
+        "another field": (b'{"content": "a"}', "'text'", "content (str)", "--field"),
         "a number for a text": (b'{"text": 7}', "int"),
         "a list": (b'["text"]', "list"),
         "half a character": (b'{"text": "\\ud800"}', "surrogate"),
@@ -277,38 +288,19 @@ def damage(kind: str, folder: Path) -> list:
 
 
 FAULTS = ["no UTF-8 in a txt", "no file", "nothing of the kind in a folder", "a glob without matches",
-          "an unknown suffix", "an empty file", "no parquet", "no UTF-8 in a jsonl", "no JSON", "another field",
-          "a number for a text", "a list", "half a character", "deep nesting", "cut gz", "cut xz", "cut zst",
-          "flipped gz", "flipped xz", "flipped zst"]  # fmt: skip
+          "an unknown suffix", "an empty file", "an empty xz", "a second xz that is damaged", "no parquet",
+          "no UTF-8 in a jsonl", "no JSON", "another field", "a number for a text", "a list", "half a character",
+          "deep nesting", "cut gz", "cut xz", "cut zst", "flipped gz", "flipped xz", "flipped zst"]  # fmt: skip
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "train:sp300"])
 @pytest.mark.parametrize("kind", FAULTS)
-def test_a_fault_is_one_line_that_names_its_place(tmp_path, kind, tokenizer, capsys, small_chunks):
+def test_a_fault_is_one_line_that_names_its_place(tmp_path, kind, tokenizer, capsys, small_batches):
     path, *words = damage(kind, tmp_path)
     options = words[:2] if words[0] == "--separator" else []
     assert run(tmp_path / "out", path, *options, "--tokenizer", tokenizer) == 2
     assert_one_line(capsys, *words[len(options) :])
-    for manifest in (tmp_path / "out").rglob("manifest.json"):
-        assert "incomplete" in json.loads(manifest.read_text()), "nothing may look complete"
-    assert not list((tmp_path / "out").rglob("*.tmp"))
-
-
-def test_a_fault_in_a_worker_is_one_line(tmp_path, capsys):
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "a"}\n{"text": "b"}\n{"text"\n')
-    assert run(tmp_path / "out", path, *BYTES, "--workers", 2) == 2
-    assert_one_line(capsys, f"{path}: line 3: no JSON")
-
-
-def leave(chunk):
-    os._exit(1)
-
-
-def test_a_worker_that_dies_is_one_line():
-    chunk = tt.Chunk(tt.TextFile(Path("a"), "txt", "", "", b"", False), 0, 0, [b"a"])
-    with pytest.raises(tt.UserError, match="--workers 2: a worker died"):
-        list(tt.map_chunks(leave, (), [(chunk, ())], 2))
+    assert not snapshot(tmp_path / "out")
 
 
 MISTAKES = {
@@ -320,47 +312,46 @@ MISTAKES = {
     "--tokenizer bytes --val-share 0.999999": "train split would be empty",
     "--tokenizer bytes --name a/b": "--name a/b",
     "--tokenizer bytes --val -": "standard input",
+    "--tokenizer bytes --case-marks": "train:spN",
+    "--tokenizer bytes --separator x": "--format txt",
 }
+MISTAKES |= {f"--tokenizer bytes {wrong}": "error: " for wrong in (
+    "--val-docs 1 --val-share 0.5", "--val-share 0", "--val-share nan", "--val-docs 0", "--shard-tokens 0",
+    "--threads -1", "--separator=", "--val-docs one", "--document-bytes 3")}  # fmt: skip
 
 
 @pytest.mark.parametrize("options", MISTAKES)
 def test_a_mistake_is_one_line(tmp_path, options, capsys):
     source = write_jsonl(tmp_path / "a.jsonl", [f"document {i}" for i in range(30)])
-    assert run(tmp_path / "out", source, *options.split()) == 2
-    assert_one_line(capsys, MISTAKES[options])
+    try:
+        assert run(tmp_path / "out", source, *options.split()) == 2
+    except SystemExit as ended:  # of argparse, after its usage
+        assert ended.code == 2 and MISTAKES[options] in capsys.readouterr().err
+    else:
+        assert_one_line(capsys, MISTAKES[options])
 
 
-@pytest.mark.parametrize(
-    "options",
-    ["--val-docs 1 --val-share 0.5", "--val-share 0", "--val-share nan", "--val-docs 0", "--shard-tokens 0",
-     "--workers -1", "--separator=", "--val-docs one"],
-)  # fmt: skip
-def test_a_wrong_option_ends_with_2(tmp_path, options, capsys):
-    with pytest.raises(SystemExit) as ended:
-        run(tmp_path / "out", tmp_path / "a.txt", *BYTES, *options.split())
-    assert ended.value.code == 2 and "Traceback" not in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("lack", ["start token", "single space", "model"])
-def test_a_model_that_the_trainer_cannot_use_is_refused(tmp_path, lack, capsys, own_model):
-    path, model = tmp_path / "a.model", io.BytesIO(b"no model")
-    if lack != "model":
-        documents = ["\u4e2d\u6587" * 9] if lack == "single space" else make_documents(20, seed=1)
-        options = {"bos_id": -1} if lack == "start token" else {"add_dummy_prefix": False}
-        spm.SentencePieceTrainer.train(
-            sentence_iterator=iter(documents), model_writer=model, vocab_size=300, model_type="bpe", minloglevel=2,
-            byte_fallback=True, hard_vocab_limit=False, normalization_rule_name="identity", **options,
-        )  # fmt: skip
-    path.write_bytes(model.getvalue())
-    assert run(tmp_path / "out", write_jsonl(tmp_path / "a.jsonl", ["a", "b"]), "--tokenizer", path) == 2
-    assert_one_line(capsys, str(path), lack)
-
-
-def test_a_document_beyond_the_bound_is_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tt, "MAX_DOCUMENT_BYTES", 1000)
+def test_a_document_beyond_the_bound_is_refused_or_cut(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(texts, "MAX_DOCUMENT_BYTES", 1000)
     (tmp_path / "a.txt").write_text("short\n---\n" + "x" * 2000)
     assert run(tmp_path / "out", tmp_path / "a.txt", r"--separator=---\n", *BYTES) == 2
-    assert_one_line(capsys, "document 2", "--separator")
+    assert_one_line(capsys, "line 3", "--separator", "--document-bytes")
+    assert run(tmp_path / "out", tmp_path / "a.txt", r"--separator=---\n", "--document-bytes", 900, *BYTES) == 0
+
+
+@pytest.mark.parametrize("block", [1, 7, 64, 10_000])
+@pytest.mark.parametrize("separator", [(), ("--separator", "<>")])
+def test_a_text_without_separators_is_cut_by_its_size(tmp_path, monkeypatch, block, separator):
+    monkeypatch.setattr(texts, "BLOCK_BYTES", block)
+    text = " ".join(make_documents(3, seed=2)).replace("  ", "<>")
+    (tmp_path / "text8").write_bytes(text.encode())
+    options = ["--format", "txt", "--document-bytes", 50, *separator, "--val-docs", 4]
+    assert run(tmp_path / "out", tmp_path / "text8", *BYTES, *options) == 0
+    found = [document for split in ("val", "train") for document in read_bytes_split(tmp_path / "out", split)]
+    assert "".join(found) == (text.replace("<>", "") if separator else text), "nothing is removed"
+    sizes = [len(document.encode()) for document in found]
+    assert max(sizes) <= 50 and (separator or min(sizes[:-1]) > 46)
+    assert manifest_of(tmp_path / "out")["corpus"]["document_bytes"] == 50
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
@@ -368,6 +359,50 @@ def test_a_pipe_that_is_read_once_is_refused(tmp_path, capsys):
     os.mkfifo(tmp_path / "a.txt")
     assert run(tmp_path / "out", tmp_path / "a.txt", *BYTES) == 2
     assert_one_line(capsys, "standard input")
+
+
+@pytest.mark.parametrize("given", ["", "*/*.txt", "**/*.txt"])
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, given, monkeypatch, capsys):
+    for name in ("in/a/1.txt", "in/closed/2.txt"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("text")
+    scandir, access = os.scandir, os.access
+
+    def closed(path="."):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    monkeypatch.setattr(os, "access", lambda path, mode: not path.endswith("closed") and access(path, mode))
+    assert run(tmp_path / "out", tmp_path / "in" / given, *BYTES) == 2
+    assert_one_line(capsys, "closed: cannot be read")
+
+
+@needs_gpt2
+@pytest.mark.parametrize("header", [b"", np.array([20240520, 1, 9, *[0] * 253], "<i4").tobytes()])
+def test_tokens_of_another_tool_become_documents(tmp_path, header, monkeypatch, capsys):
+    """nanoGPT ends each document with <|endoftext|>; shards begin them with it."""
+    monkeypatch.setattr(texts, "BLOCK_BYTES", 10)
+    documents, gpt2 = make_documents(12, seed=3), vocab.Tiktoken("gpt2")
+    stream = [token for text in documents for token in [*gpt2.encoding.encode_ordinary(text), gpt2.start]]
+    (tmp_path / "train.bin").write_bytes(header + np.array(stream, "<u2").tobytes())
+    assert run(tmp_path / "out", tmp_path / "train.bin", "--tokenizer", "gpt2", "--val-docs", 2) == 0
+    tokens = [*read_split(tmp_path / "out", "val"), *read_split(tmp_path / "out", "train")]
+    assert gpt2.encoding.decode(tokens) == "<|endoftext|>" + "<|endoftext|>".join(documents)
+    assert sum(it["documents"] for it in manifest_of(tmp_path / "out")["splits"].values()) == 12
+    for wrong in ("bytes", "train:sp300"):
+        assert run(tmp_path / "wrong", tmp_path / "train.bin", "--tokenizer", wrong) == 2
+        assert_one_line(capsys, "train.bin", "name the tokenizer that made it")
+
+
+@needs_gpt2
+def test_the_trainer_reads_shards_of_modded_nanogpt_and_llm_c_as_they_are(tmp_path):
+    tokens = np.array([50256, 15496, 995], "<u2")
+    header = np.array([20240520, 1, len(tokens), *[0] * 253], "<i4")
+    (tmp_path / "fineweb_val_000000.bin").write_bytes(header.tobytes() + tokens.tobytes())
+    stream = train_gpt.TokenStream(str(tmp_path), "val", 50_304)
+    assert train_gpt.TokenBytes("gpt2", 50_304).weigh(stream.read(0, 3)) == len("Hello world")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -378,23 +413,27 @@ def test_a_pipe_that_is_read_once_is_refused(tmp_path, capsys):
 CHARACTERS = st.characters(exclude_categories=["Cs"])
 SPECIAL = [" ", "  ", " " * 20, "\n", "\r\n", "\t", "\0", "\x1b", MARK, f"{MARK} ", EMOJI, "\U0001f469\u200d\U0001f4bb",
            "\u0301", "\u202e", "\ufeff", "\ufffd", "\u2585", "<s>", "</s>", "<unk>", "<pad>", "<0x20>", "<|endoftext|>",
-           "\ufb01", "\u00a0", "\u3000", "the king", "the", "\u6d77", "\u1100\u1161", "\u05d0", "\u0627"]  # fmt: skip
+           "\ufb01", "\u00a0", "\u3000", "the king", "the", "\u6d77", "\u1100\u1161", "\u05d0", "\u0627", " The",
+           "KING", "McDonald", " iPhone", "A", " B", *case_marks.MARKS]  # fmt: skip
 TEXTS = st.lists(st.one_of(st.text(CHARACTERS, max_size=12), st.sampled_from(SPECIAL)), max_size=12).map("".join)
-KINDS = ["sentencepiece", "bytes", pytest.param("gpt2", marks=needs_gpt2)]
+KINDS = ["sentencepiece", "case marks", "bytes", pytest.param("gpt2", marks=needs_gpt2)]
 
 
 @pytest.fixture(scope="module")
 def tokenizers(own_model):
     os.environ["GPT2_BPE_DIR"] = str(GPT2_FOLDER)
-    made = {"sentencepiece": tt.SentencePiece(own_model), "bytes": tt.Bytes()}
-    return made | ({"gpt2": tt.Tiktoken("gpt2")} if GPT2_FOLDER else {})
+    documents = [text.title().encode() if i % 3 else text.encode() for i, text in enumerate(make_documents(200, 1))]
+    marked = vocab.SentencePiece(vocab.train_sentencepiece(documents, 330, "test", vocab.MARKS_OPTIONS))
+    made = {"sentencepiece": vocab.SentencePiece(own_model), "case marks": marked, "bytes": vocab.Bytes()}
+    return made | ({"gpt2": vocab.Tiktoken("gpt2")} if GPT2_FOLDER else {})
 
 
 def decode(tokenizer, tokens: list[int]) -> str:
     """Oracle: the libraries' own decoders."""
-    if isinstance(tokenizer, tt.SentencePiece):
-        return tokenizer.sp.decode(tokens)
-    if isinstance(tokenizer, tt.Tiktoken):
+    if isinstance(tokenizer, vocab.SentencePiece):
+        text = tokenizer.sp.decode(tokens)
+        return case_marks.decode(text) if tokenizer.case_marks else text
+    if isinstance(tokenizer, vocab.Tiktoken):
         return tokenizer.encoding.decode_bytes(tokens).decode()
     return bytes(token - 4 for token in tokens).decode()
 
@@ -407,8 +446,8 @@ def decode(tokenizer, tokens: list[int]) -> str:
 @example(text="<|endoftext|><s>")
 @given(text=TEXTS)
 def test_every_text_comes_back(tokenizers, kind, text):
-    tokenizer = tokenizers[kind]
-    encoded = tt.encode_documents(tokenizer, [(text, text.encode()), ("next", b"next")])
+    tokenizer, raws = tokenizers[kind], [text.encode(), b"next"]
+    encoded = tt.prove(tokenizer, raws, tokenizer.encode([text, "next"]))
     tokens = encoded.tokens.tolist()
     starts = [i for i, token in enumerate(tokens) if tokenizer.boundary[token]]
     assert len(starts) == 2 and {tokens[i] for i in starts} == {tokenizer.start}, "no special token from text"
@@ -417,121 +456,89 @@ def test_every_text_comes_back(tokenizers, kind, text):
     assert encoded.bytes == encoded.token_bytes == len(text.encode()) + 4
 
 
+@settings(max_examples=1000, deadline=None)
+@given(text=TEXTS)
+def test_case_marks_are_lossless_and_leave_no_capital(text):
+    marked = case_marks.encode(text)
+    assert case_marks.decode(marked) == text
+    assert MARK not in marked and not any("A" <= char <= "Z" for char in marked)
+    unweighed = sum(marked.count(mark) for mark in case_marks.UNWEIGHED)
+    assert len(marked.encode()) - 3 * unweighed == len(text.encode()), "the bytes are those of the text"
+
+
+def test_case_marks_by_hand():
+    t, a, m, e = case_marks.MARKS
+    cases = {"The NASA": f"{t}the{a} nasa", "a McDonald": f"a{t} mc{m}donald"}
+    cases |= {"iPhone  X\nYou": f"i{m}phone {t} x\n{t}you"}
+    cases |= {t + a + m + e + MARK: e + t + e + a + e + m + e + m + m + e + a + m, "\u00c9T": f"\u00c9{t}t"}
+    for text, marked in cases.items():
+        assert case_marks.encode(text) == marked
+    assert case_marks.decode(f"{t}{t}{a}1{m} {e}x") == "1 x", "a sampled mark without a letter vanishes"
+
+
+def test_case_marks_share_pieces(tokenizers):
+    tokenizer = tokenizers["case marks"]
+    small, capital = (tokenizer.encode([f"a{word} b"])[0].tolist() for word in (" king", " King"))
+    assert [token for token in capital if tokenizer.weight[token] or tokenizer.boundary[token]] == small
+    assert [tokenizer.sp.id_to_piece(token) for token in capital if token not in small] == ["\ue001"]
+
+
 @pytest.mark.parametrize("name", ["own", *FOREIGN])
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @example(text="a  b")
-@example(text="b \n c")
-@example(text="the king and night")
 @example(text=f"a {MARK}b{MARK}{MARK}c ")
 @given(text=TEXTS)
 def test_encoding_is_the_models_own_encoding(models, name, text):
-    tokenizer = opened.get(name) or opened.setdefault(name, tt.SentencePiece(models[name]))
-    assert tokenizer.exact == (name == "own") and tokenizer.by_words == (name != "suffixed")
-    text = text.replace(MARK, "").lstrip(" ") if name == "own" else text  # which are spelled in bytes on purpose
-    assert np.frombuffer(tokenizer.encode(text), np.uint16).tolist() == tokenizer.sp.encode(text)
+    tokenizer = opened.get(name) or opened.setdefault(name, vocab.SentencePiece(models[name]))
+    assert tokenizer.exact == (name in EXACT)
+    text = text.replace(MARK, "").lstrip(" ") if tokenizer.exact else text  # which are spelled in bytes on purpose
+    assert tokenizer.encode([text])[0].tolist() == tokenizer.sp.encode(text)
 
 
-opened: dict[str, tt.SentencePiece] = {}
-
-
-def test_words_are_not_cut_where_pieces_reach_across(tmp_path):
-    model = io.BytesIO()
-    spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(["to be or not to be"] * 9), model_writer=model, vocab_size=275, model_type="bpe",
-        split_by_whitespace=False, byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=False,
-        remove_extra_whitespaces=False, hard_vocab_limit=False, minloglevel=2,
-    )  # fmt: skip
-    tokenizer = tt.SentencePiece(model.getvalue())
-    assert not tokenizer.by_words
-    assert np.frombuffer(tokenizer.encode("to be"), np.uint16).tolist() == tokenizer.sp.encode("to be")
-
-
-def test_unigrams_are_not_cut_into_words():
-    model = io.BytesIO()
-    spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(make_documents(50, seed=1)), model_writer=model, vocab_size=300, model_type="unigram",
-        byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
-        hard_vocab_limit=False, num_threads=1, minloglevel=2,
-    )  # fmt: skip
-    tokenizer = tt.SentencePiece(model.getvalue())
-    assert tokenizer.exact and not tokenizer.by_words
+opened: dict[str, vocab.SentencePiece] = {}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_long_text_is_encoded_in_parts_to_the_same_tokens(tokenizers, kind, monkeypatch):
     tokenizer = tokenizers[kind]
     text = "  \n\n   lead" + "\n   x\t  y".join(make_documents(20, seed=3)) + "   \n  end  "
-    whole = tokenizer.encode(text)
-    for part in range(20, 40):
-        monkeypatch.setattr(tt, "PART_CHARACTERS", part)
-        assert len(list(tt.cut_parts(text))) > 100 and "".join(tt.cut_parts(text)) == text
-        assert tokenizer.encode(text) == whole
+    whole = tokenizer.encode([text])[0].tolist()
+    for part in range(20, 40, 3):
+        monkeypatch.setattr(vocab, "PART_CHARACTERS", part)
+        assert len(list(vocab.cut_parts(text))) > 100 and "".join(vocab.cut_parts(text)) == text
+        assert tokenizer.encode([text], threads=2)[0].tolist() == whole
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("text", [" " * 99, "\u6d77" * 99, f"x{MARK}" * 50 + "\n" * 9, "ab" * 45 + " " * 45 + "c d"])
 def test_a_long_text_without_a_place_to_cut_comes_back(tokenizers, kind, text, monkeypatch):
-    monkeypatch.setattr(tt, "PART_CHARACTERS", 10)
-    assert max(map(len, tt.cut_parts(text))) <= 20
-    encoded = tt.encode_documents(tokenizers[kind], [(text, text.encode())])
+    monkeypatch.setattr(vocab, "PART_CHARACTERS", 10)
+    assert max(map(len, vocab.cut_parts(text))) <= 20
+    encoded = tt.prove(tokenizers[kind], [text.encode()], tokenizers[kind].encode([text]))
     assert encoded.lossy_documents == 0 and encoded.token_bytes == len(text.encode())
     assert decode(tokenizers[kind], encoded.tokens[1:].tolist()) == text
 
 
-def test_the_word_cache_may_overflow(own_model, monkeypatch):
-    text = " ".join(make_documents(5, seed=4))
-    whole = tt.SentencePiece(own_model).encode(text)
-    monkeypatch.setattr(tt, "CACHED_WORDS", 3)
-    tokenizer = tt.SentencePiece(own_model)
-    assert tokenizer.encode(text) == whole and 0 < len(tokenizer.cache) <= 3
-    assert tokenizer.encode(" ".join(text.split())) and 0 < len(tokenizer.spaced) <= 3
-
-
-def test_the_word_cache_keeps_no_long_words(own_model):
-    tokenizer = tt.SentencePiece(own_model)
-    assert len(tokenizer.encode("sea " + "\u6d77" * 10_000 + " sea")) > 4
-    assert [*tokenizer.cache, *tokenizer.spaced] == ["sea", "sea"]
-
-
-def test_long_streams_are_spelled_across_blocks(tokenizers):
-    text = "the sea " * 40_000
-    tokens = np.frombuffer(tokenizers["sentencepiece"].encode(text), np.uint16)
-    assert len(tokens) > 2**16
-    assert tokenizers["sentencepiece"].spell(np.concatenate([[1], tokens]).astype(np.uint16))[0] == text.encode()
-
-
-@needs_gpt2
-def test_gpt2_has_its_known_tokens(tokenizers):
-    """From the GPT-2 release: `encoder.encode("Hello world")`; 50,257 tokens of which the last ends a text."""
-    gpt2 = tokenizers["gpt2"]
-    assert (gpt2.vocab_size, gpt2.start) == (50257, 50256)
-    assert np.frombuffer(gpt2.encode("Hello world"), np.uint16).tolist() == [15496, 995]
-    assert gpt2.spell(np.array([50256, 15496, 995]))[0] == b"Hello world"
-
-
-@needs_gpt2
-@pytest.mark.parametrize("fault", ["absent", "changed"])
-def test_wrong_files_of_gpt2_are_named(tmp_path, fault, monkeypatch, capsys):
-    for name in tt.GPT2_FILES:
-        (tmp_path / name).write_bytes((GPT2_FOLDER / name).read_bytes())
-    broken = tmp_path / "encoder.json"
-    broken.unlink() if fault == "absent" else broken.write_text("{}")
-    monkeypatch.setenv("GPT2_BPE_DIR", str(tmp_path))
-    assert run(tmp_path / "out", write_jsonl(tmp_path / "a.jsonl", ["a", "b"]), "--tokenizer", "gpt2") == 2
-    assert_one_line(capsys, "GPT2_BPE_DIR", str(broken), "sha256" if fault == "changed" else "vocab.bpe")
-
-
-def test_without_a_network_gpt2_says_what_to_do(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("fault", ["absent", "changed", "no network"])
+def test_gpt2_that_cannot_be_loaded_says_what_to_do(tmp_path, fault, monkeypatch, capsys):
     import tiktoken.load
 
     def refuse(path):
         raise ConnectionError("no route to host")
 
-    monkeypatch.setattr(tiktoken.load, "read_file", refuse)
-    monkeypatch.delenv("GPT2_BPE_DIR")
-    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    words = ["GPT2_BPE_DIR", "TIKTOKEN_CACHE_DIR", "no route" if fault == "no network" else "encoder.json"]
+    monkeypatch.setenv("GPT2_BPE_DIR", str(tmp_path))
+    if fault == "no network":
+        monkeypatch.setattr(tiktoken.load, "read_file", refuse)
+        monkeypatch.delenv("GPT2_BPE_DIR")
+        monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    elif GPT2_FOLDER:
+        (tmp_path / "vocab.bpe").write_bytes((GPT2_FOLDER / "vocab.bpe").read_bytes())
+        if fault == "changed":
+            (tmp_path / "encoder.json").write_text("{}")
+            words.append("sha256")
     assert run(tmp_path / "out", write_jsonl(tmp_path / "a.jsonl", ["a", "b"]), "--tokenizer", "gpt2") == 2
-    assert_one_line(capsys, "no route", "TIKTOKEN_CACHE_DIR", "GPT2_BPE_DIR")
+    assert_one_line(capsys, *words)
 
 
 def test_a_vocabulary_beyond_uint16_is_refused(tmp_path, monkeypatch, capsys):
@@ -544,13 +551,34 @@ def test_a_vocabulary_beyond_uint16_is_refused(tmp_path, monkeypatch, capsys):
     assert_one_line(capsys, "65,537", "uint16")
 
 
-def test_a_tokenizer_learns_from_the_shortest_documents():
+@pytest.mark.parametrize("lack", ["single space", "no SentencePiece model"])
+def test_a_model_that_the_trainer_cannot_use_is_refused(tmp_path, lack, capsys):
+    path, model = tmp_path / "a.model", io.BytesIO(b"no model")
+    if lack == "single space":
+        spm.SentencePieceTrainer.train(sentence_iterator=iter(["\u4e2d\u6587" * 9]), model_writer=model, vocab_size=300,
+                                       model_type="bpe", hard_vocab_limit=False, minloglevel=2, **PLAIN)  # fmt: skip
+    path.write_bytes(model.getvalue())
+    assert run(tmp_path / "out", write_jsonl(tmp_path / "a.jsonl", ["a", "b"]), "--tokenizer", path) == 2
+    assert_one_line(capsys, str(path), lack)
+
+
+def test_a_tokenizer_learns_from_short_texts_and_from_such_without_spaces():
     assert spm.SentencePieceProcessor(model_proto=train_model(["a b"] * 9, 262)).encode("a b")
-
-
-def test_a_text_without_spaces_still_gets_a_piece_for_them():
     sp = spm.SentencePieceProcessor(model_proto=train_model(["\u4e2d\u6587\u5b57"] * 9, 265))
     assert sp.id_to_piece(sp.piece_to_id(MARK)) == MARK
+
+
+@pytest.mark.parametrize("character", ["\u2585", MARK])
+def test_a_text_with_a_character_of_the_trainers_own_is_learned_from(tmp_path, character, capsys):
+    """SentencePiece drops every sentence with U+2585, and takes U+2581 for a space."""
+    documents = [f"walrus walrus {character} chart {i}" for i in range(60)]
+    source = write_jsonl(tmp_path / "a.jsonl", documents)
+    assert run(tmp_path / "out", source, "--tokenizer", "train:sp300", "--val-docs", 2) == 0
+    about = manifest_of(tmp_path / "out")
+    assert about["tokenizer"]["trained_on"]["reserved_characters"] == 58 and about["splits"]["train"]["lossless"]
+    assert "58 characters U+2581 and U+2585" in capsys.readouterr().out
+    (model,) = (tmp_path / "out" / "tokenizers").iterdir()
+    assert f"{MARK}walrus" in spm.SentencePieceProcessor(model_file=str(model)).encode("a walrus", out_type=str)
 
 
 def test_a_tokenizer_learns_from_training_documents_only_and_from_no_more_than_asked(tmp_path, monkeypatch):
@@ -586,7 +614,7 @@ def test_a_tokenizer_learns_from_training_documents_only_and_from_no_more_than_a
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "train:sp300"])
 @pytest.mark.parametrize("how", ["docs", "file"])
-def test_duplicates_of_validation_are_dropped_from_training(tmp_path, how, tokenizer, small_chunks):
+def test_duplicates_of_validation_are_dropped_from_training(tmp_path, how, tokenizer, small_batches):
     documents = make_documents(80, seed=6)
     val, train = documents[:30], documents[30:]
     mixed = [*train[:20], val[3], *train[20:], train[0], val[29], val[3]]
@@ -607,11 +635,11 @@ def test_duplicates_of_validation_are_dropped_from_training(tmp_path, how, token
         assert read_bytes_split(tmp_path / "out", "train") == [*train, train[0]], "duplicates within a split stay"
 
 
-def test_a_share_is_chosen_by_the_text_alone(tmp_path, small_chunks):
+def test_a_share_is_chosen_by_the_text_alone(tmp_path, small_batches):
     documents = [f"document number {i}" for i in range(2000)]
     chosen = []
-    for name, texts in {"a": documents, "b": [*documents[::-1], *documents[:500]]}.items():
-        source = write_jsonl(tmp_path / f"{name}.jsonl", texts)
+    for name, members in {"a": documents, "b": [*documents[::-1], *documents[:500]]}.items():
+        source = write_jsonl(tmp_path / f"{name}.jsonl", members)
         assert run(tmp_path / name, source, *BYTES, "--val-share", 0.1) == 0
         chosen.append(set(read_bytes_split(tmp_path / name, "val")))
         assert not chosen[-1] & set(read_bytes_split(tmp_path / name, "train"))
@@ -656,7 +684,7 @@ def spell_pieces(sp, tokens) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["train:sp300", "bytes", pytest.param("gpt2", marks=needs_gpt2)])
-def test_the_manifest_is_true_and_the_trainer_reads_the_shards(tmp_path, source, kind, small_chunks):
+def test_the_manifest_is_true_and_the_trainer_reads_the_shards(tmp_path, source, kind, small_batches):
     assert run(tmp_path / "out", source, "--tokenizer", kind, "--val-docs", 20, "--shard-tokens", 4000) == 0
     folder, manifest = only_folder(tmp_path / "out"), manifest_of(tmp_path / "out")
     documents = [json.loads(line)["text"] for line in source.read_text(encoding="utf-8").splitlines()]
@@ -665,13 +693,13 @@ def test_the_manifest_is_true_and_the_trainer_reads_the_shards(tmp_path, source,
     assert manifest["corpus"]["files"] == [{"file": "text.jsonl", "bytes": source.stat().st_size,
                                             "sha256": hashlib.sha256(source.read_bytes()).hexdigest()}]  # fmt: skip
     size = len("".join(documents[:20]).encode())
-    assert audit.manifest_bytes(train_gpt.require, str(folder)) == {"bytes": size, "token_bytes": size}
-    for split, texts in {"val": documents[:20], "train": documents[20:]}.items():
+    assert manifest["splits"]["val"]["bytes"] == size
+    for split, members in {"val": documents[:20], "train": documents[20:]}.items():
         entry, stream = manifest["splits"][split], train_gpt.TokenStream(str(folder), split, about["vocab_size"])
         tokens = stream.read(0, len(stream))
         assert entry["tokens"] == len(tokens) == sum(shard["tokens"] for shard in entry["shards"])
-        assert entry["documents"] == np.count_nonzero(tokens == about["start"]) == len(texts)
-        assert entry["bytes"] == entry["token_bytes"] == len("".join(texts).encode())
+        assert entry["documents"] == np.count_nonzero(tokens == about["start"]) == len(members)
+        assert entry["bytes"] == entry["token_bytes"] == len("".join(members).encode())
         assert entry["lossless"] is True and entry["lossy_documents"] == 0
         assert [shard["file"] for shard in entry["shards"]] == [p.name for p in sorted(folder.glob(f"*_{split}_*"))]
         assert all(shard["tokens"] == 4000 for shard in entry["shards"][:-1]) and entry["shards"][-1]["tokens"] <= 4000
@@ -681,9 +709,6 @@ def test_the_manifest_is_true_and_the_trainer_reads_the_shards(tmp_path, source,
         model = tmp_path / "out" / "tokenizers" / about["file"]
         assert hashlib.sha256(model.read_bytes()).hexdigest() == about["sha256"]
         weigher = train_gpt.TokenBytes(str(model), about["vocab_size"])
-        stream = train_gpt.TokenStream(str(folder), "val", about["vocab_size"])
-        stated = audit.manifest_bytes(train_gpt.require, str(folder))
-        assert "proved" in audit.audit(train_gpt.require, weigher, stream, stated)[0]
         tokens = read_split(tmp_path / "out", "train")
         assert weigher.weigh(tokens) == manifest["splits"]["train"]["bytes"]
         assert spell_pieces(weigher.model, tokens[tokens != 1]) == "".join(documents[20:]).encode()
@@ -691,45 +716,47 @@ def test_the_manifest_is_true_and_the_trainer_reads_the_shards(tmp_path, source,
         assert "file" not in about and not (tmp_path / "out" / "tokenizers").exists()
 
 
-@pytest.mark.parametrize("name", FOREIGN)
-def test_a_foreign_model_is_measured(tmp_path, source, models, name, capsys):
+# Until the trainer's audit is one of bytes, it cannot decode what is no text.
+strings_only = pytest.mark.skipif((DATA.parent / "audit.py").exists(), reason="needs an audit of bytes")
+UNKNOWN = "without <s> and </s>", "without byte fallback"
+
+
+@pytest.mark.parametrize("name", [pytest.param(it, marks=strings_only if it in UNKNOWN else ())
+                                  for it in ("own", *FOREIGN)])  # fmt: skip
+def test_the_trainer_accepts_what_is_made_with_any_model(tmp_path, source, models, name, capsys, tiny, monkeypatch):
+    """Exact, or LOSSY with the number; and the score of one step is over the bytes that the manifest states."""
     (tmp_path / "foreign.model").write_bytes(models[name])
     assert run(tmp_path / "out", source, "--tokenizer", tmp_path / "foreign.model", "--val-docs", 20) == 0
-    manifest, folder = manifest_of(tmp_path / "out"), only_folder(tmp_path / "out")
-    out = capsys.readouterr().out
+    manifest, folder, out = manifest_of(tmp_path / "out"), only_folder(tmp_path / "out"), capsys.readouterr().out
     documents = [json.loads(line)["text"] for line in source.read_text(encoding="utf-8").splitlines()]
-    weigher = train_gpt.TokenBytes(str(tmp_path / "out" / "tokenizers" / f"{folder.name}.model"), 320)
-    sp = weigher.model
-    for split, texts in {"val": documents[:20], "train": documents[20:]}.items():
-        tokens, entry = read_split(tmp_path / "out", split), manifest["splits"][split]
-        assert tokens.tolist() == [token for text in texts for token in [sp.bos_id(), *sp.encode(text)]]
-        assert entry["bytes"] == len("".join(texts).encode())
-        assert entry["token_bytes"] == weigher.weigh(tokens)
-        if name == "published":
-            assert entry["lossy_documents"] == sum(sp.decode(sp.encode(text)) != text for text in texts)
+    sp = spm.SentencePieceProcessor(model_proto=models[name])
+    for split, split_texts in {"val": documents[:20], "train": documents[20:]}.items():
+        entry, tokens = manifest["splits"][split], read_split(tmp_path / "out", split)
+        assert entry["bytes"] == len("".join(split_texts).encode())
+        assert np.count_nonzero(tokens == manifest["tokenizer"]["start"]) >= entry["documents"] == len(split_texts)
         difference = entry["token_bytes"] - entry["bytes"]
-        if name == "prefixed, keeping spaces" and split == "train":  # its own space weighs nothing in the trainer
-            assert entry["lossless"] and difference == 0
+        if name in EXACT or (name, split) == ("prefixed, keeping spaces", "train"):  # its own space weighs nothing
+            assert entry["lossless"] and difference == 0 and f"{split}: lossless" in out
         else:
             assert entry["lossless"] is False and 0 < entry["lossy_documents"] <= entry["documents"]
             assert f"{split}: LOSSY, {entry['lossy_documents']:,} documents" in out and f"{difference:+,} (" in out
-        assert (f"{split}: lossless" in out) == entry["lossless"]
-
-
-def test_a_model_in_the_data_root_is_used_where_it_is(tmp_path, source, own_model):
-    model = tmp_path / "out" / "tokenizers" / "shared.model"
-    model.parent.mkdir(parents=True)
-    model.write_bytes(own_model)
-    assert run(tmp_path / "out", source, "--tokenizer", model) == 0
-    assert list(model.parent.iterdir()) == [model]
-    assert manifest_of(tmp_path / "out")["tokenizer"]["file"] == "shared.model"
+        if name == "published":
+            assert entry["lossy_documents"] == sum(sp.decode(sp.encode(text)) != text for text in split_texts)
+    model = tmp_path / "out" / "tokenizers" / f"{folder.name}.model"
+    environ = tiny(DATA_PATH=folder, TOKENIZER_PATH=model, VOCAB_SIZE=sp.vocab_size(), ITERATIONS=1)
+    for knob, value in environ.items():
+        monkeypatch.setenv(knob, value)
+    assert train_gpt.main([]) == 0
+    result = json.loads((tmp_path / "logs" / "run" / "result.json").read_text())
+    assert result["scored_bytes"] == manifest["splits"]["val"]["token_bytes"]
 
 
 @pytest.mark.parametrize("tokenizer", ["train:sp300", pytest.param("gpt2", marks=needs_gpt2)])
-def test_the_same_files_with_one_and_with_three_workers(tmp_path, source, tokenizer, small_chunks):
-    for workers in 1, 3:
-        options = ["--tokenizer", tokenizer, "--val-share", 0.2, "--shard-tokens", 4000, "--workers", workers]
-        assert run(tmp_path / str(workers), source, *options) == 0
+def test_the_same_files_with_any_number_of_threads_and_batches(tmp_path, source, tokenizer, monkeypatch):
+    for threads, size in {1: 3000, 3: 2**20}.items():
+        monkeypatch.setattr(tt, "BATCH_BYTES", size)
+        options = ["--tokenizer", tokenizer, "--val-share", 0.2, "--shard-tokens", 4000, "--threads", threads]
+        assert run(tmp_path / str(threads), source, *options) == 0
     assert len(list(only_folder(tmp_path / "1").glob("fineweb_train_*"))) > 2
     assert snapshot(tmp_path / "1") == snapshot(tmp_path / "3")
 
@@ -738,140 +765,113 @@ def test_the_recorded_command_makes_the_same_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_bytes("--\t\\\n".join(make_documents(40, seed=9)).encode())
     options = ["--separator=--\\t\\\\\\n", "--tokenizer", "train:sp300", "--val-docs", 7, "--shard-tokens", 3000]
-    assert run(tmp_path / "a", "text.txt", *options, "--name", "other") == 0
+    options += ["--document-bytes", 300, "--case-marks", "--name", "other"]
+    assert run(tmp_path / "a", "text.txt", *options) == 0
     command = shlex.split(manifest_of(tmp_path / "a")["command"])
     assert command[:2] == ["python", "data/tokenize_text.py"]
     assert run(tmp_path / "b", *command[2:]) == 0
     assert snapshot(tmp_path / "a") == snapshot(tmp_path / "b")
 
 
-# A process that is killed at the moment when the Nth file would get its name: nothing is cleaned up.
+# A process that ends at the moment when the Nth file or folder would get its name: nothing is cleaned up.
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, {data!r})
 import tokenize_text
-if __name__ == "__main__":
-    tokenize_text.BLOCK_BYTES = 3000
-    replace, left = os.replace, [{moment}]
-    def killed(source, target):
+left = [{moment}]
+def killed(change):
+    def instead(source, target):
         if not left[0]:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.{signal})
         left[0] -= 1
-        replace(source, target)
-    os.replace = killed
-    sys.exit(tokenize_text.main(sys.argv[1:]))
+        change(source, target)
+    return instead
+os.replace, os.rename = killed(os.replace), killed(os.rename)
+tokenize_text.leave(tokenize_text.main(sys.argv[1:]))
 """
 
 
-def kill_at(folder: Path, moment: int, *arguments) -> None:
+def kill_at(folder: Path, moment: int, *arguments, signal="SIGKILL") -> subprocess.CompletedProcess:
     script = folder / "killed.py"
-    script.write_text(KILLED.format(data=str(DATA), moment=moment), encoding="utf-8")
-    done = subprocess.run([sys.executable, script, *map(str, arguments)], capture_output=True, timeout=120, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    script.write_text(KILLED.format(data=str(DATA), moment=moment, signal=signal), encoding="utf-8")
+    return subprocess.run([sys.executable, script, *map(str, arguments)], capture_output=True, timeout=120, check=False)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
-@pytest.mark.parametrize("moment, workers", [(0, 1), (1, 1), (2, 1), (3, 2), (4, 1), (9, 1), (-2, 1), (-1, 2)])
-def test_a_killed_run_goes_on_to_the_same_files(tmp_path, source, moment, workers, small_chunks, monkeypatch, capsys):
-    options = [source, "--tokenizer", "train:sp300", "--val-share", "0.3", "--shard-tokens", 3000]
-    replaced, replace = [], os.replace
-    monkeypatch.setattr(os, "replace", lambda a, b: (replaced.append(b), replace(a, b)))
+@pytest.mark.parametrize("moment", range(5))
+def test_a_killed_run_leaves_nothing_that_looks_complete(tmp_path, source, moment):
+    options = [source, "--tokenizer", "train:sp300", "--val-share", "0.3", "--name", "mine", "--overwrite"]
     assert run(tmp_path / "whole", *options) == 0
-    whole = snapshot(tmp_path / "whole")
-    moment %= len(replaced)
-    assert len(replaced) > 12
-    kill_at(tmp_path, moment, *options, "--out", tmp_path / "out", "--workers", workers)
-
-    left, folder, kept = snapshot(tmp_path / "out"), only_folder(tmp_path / "out"), []
-    shards = {name: data for name, data in left.items() if name.endswith(".bin")}
-    assert all(whole[name] == data for name, data in shards.items()), "a file appeared before it was whole"
-    if moment > 0:
-        marker = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        kept = [shard["file"] for state in marker["progress"].values() for shard in state["shards"]]
-        with pytest.raises(train_gpt.UserError, match="prepare the data again"):
-            audit.manifest_bytes(train_gpt.require, str(folder))
-    assert kept or moment < 4
-    stamps = {name: (folder / name).stat().st_mtime_ns for name in kept}
-    monkeypatch.setattr(tt, "train_sentencepiece", None if moment > 1 else tt.train_sentencepiece)
-    capsys.readouterr()
+    assert run(tmp_path / "out", source, "--tokenizer", "train:sp290", "--name", "mine") == 0
+    former, whole = snapshot(tmp_path / "out"), snapshot(tmp_path / "whole")
+    done = kill_at(tmp_path, moment, *options, "--out", tmp_path / "out")
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    left = snapshot(tmp_path / "out")
+    left = {name: data for name, data in left.items() if "~" not in name and not name.endswith(".tmp")}
+    if moment < 2:  # the mark of the working folder, then the former data set steps aside
+        assert left == former
+    else:
+        assert not any(name.startswith("datasets") for name in left), "beside which tokenizer?"
+        assert all(data in (former[name], whole[name]) for name, data in left.items())
     assert run(tmp_path / "out", *options) == 0
     assert snapshot(tmp_path / "out") == whole
-    assert stamps == {name: (folder / name).stat().st_mtime_ns for name in kept}
-    assert (f"going on after {len(kept)} whole shards" in capsys.readouterr().out) == bool(kept)
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
-@pytest.mark.parametrize("change", ["input", "option", "shard"])
-def test_what_does_not_belong_to_the_same_run_is_not_kept(tmp_path, source, change, small_chunks):
-    options = ["--tokenizer", "bytes", "--val-share", "0.3", "--shard-tokens", 3000]
-    kill_at(tmp_path, 9, source, *options, "--out", tmp_path / "out", "--workers", 1)
-    if change == "input":
-        source.write_bytes(source.read_bytes().replace(b"king", b"KING"))
-    elif change == "option":
-        options += ["--val-share", "0.2"]
-    else:
-        shard = next(only_folder(tmp_path / "out").glob("fineweb_train_000000.bin"))
-        shard.write_bytes(shard.read_bytes()[:-2] + b"xx")
-    assert run(tmp_path / "out", source, *options) == run(tmp_path / "fresh", source, *options) == 0
-    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "fresh")
+def test_ctrl_c_says_what_is_there(tmp_path, source):
+    done = kill_at(tmp_path, 1, source, "--tokenizer", "train:sp300", "--out", tmp_path / "out", signal="SIGINT")
+    assert done.returncode == 130
+    assert done.stderr == b"interrupted: nothing is in place that was not before; the same command begins anew\n"
+    assert not snapshot(tmp_path / "out")
 
 
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc to look at processes")
-def test_workers_end_with_a_killed_parent(tmp_path):
-    """The parent waits for more input while it is killed; so do its workers, who must not wait for ever."""
-    code = f"""
-import os, sys, time
-sys.path.insert(0, {str(DATA)!r})
-import tokenize_text as tt
-from pathlib import Path
-def calls():
-    chunk = tt.Chunk(tt.TextFile(Path("a"), "txt", "", "", b"", False), 0, 0, [b"a"])
-    for _ in range(6):
-        yield chunk, ()
-    print("reading", flush=True)
-    time.sleep(60)
-if __name__ == "__main__":
-    list(tt.map_chunks(tt.examine, (), calls(), 2))
-"""
-    (tmp_path / "parent.py").write_text(code)
-    parent = subprocess.Popen([sys.executable, tmp_path / "parent.py"], stdout=subprocess.PIPE)
-    parent.stdout.readline()
-    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
-    assert len(children) >= 2
-    parent.kill()
-    parent.wait()
-    parent.stdout.close()
-    deadline = time.monotonic() + 30
-    while any(map(is_running, children)):
-        assert time.monotonic() < deadline, "workers outlive their parent"
-        time.sleep(0.05)
+def test_two_commands_at_once_do_not_mix(tmp_path, source, capsys):
+    with common.claimed(tmp_path / "out" / "datasets" / "mine", "the first command"):
+        assert run(tmp_path / "out", source, *BYTES, "--name", "mine") == 2
+        assert_one_line(capsys, "mine", "another command is making it", str(os.getpid()), "the first command")
+        assert run(tmp_path / "out", source, *BYTES, "--name", "mine.other") == 0
+    assert run(tmp_path / "out", source, *BYTES, "--name", "mine") == 0
 
 
-def is_running(pid: str) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+def test_a_race_for_one_name_has_one_winner(tmp_path):
+    commands = []
+    for language, words in {"en": "alpha beta", "de": "omega psi"}.items():
+        (tmp_path / language).mkdir()
+        source = write_jsonl(tmp_path / language / "train.jsonl", [f"{words} {i} " * 50 for i in range(300)])
+        commands.append([sys.executable, SCRIPT, source, *BYTES, "--out", tmp_path / "out"])
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for command in commands]
+    ended = [process.communicate(timeout=120)[1] and process.returncode for process in running]
+    assert sorted(process.returncode for process in running) == [0, 2], ended
+    winner = "alpha" if running[0].returncode == 0 else "omega"
+    assert all(winner in text for text in read_bytes_split(tmp_path / "out", "train"))
+    entry = manifest_of(tmp_path / "out")["splits"]["train"]["shards"][0]
+    assert hashlib.sha256((only_folder(tmp_path / "out") / entry["file"]).read_bytes()).hexdigest() == entry["sha256"]
 
 
-def test_an_interrupt_says_how_to_go_on(tmp_path, source, monkeypatch, capsys):
-    def interrupted(*_):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("terminal", ["closed pipe", "ascii", "cp1252"])
+def test_a_printed_line_never_ends_a_run(tmp_path, terminal):
+    source = write_jsonl(tmp_path / f"{EMOJI}.jsonl", make_documents(20, seed=1))
+    command = [sys.executable, SCRIPT, source, *BYTES, "--out", tmp_path / f"\u6d77{EMOJI}", "--name", "mine"]
+    environ = os.environ | {"PYTHONIOENCODING": "utf-8" if terminal == "closed pipe" else terminal}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environ)
+    if terminal == "closed pipe":
+        process.stdout.close()
+    assert process.wait(timeout=60) == 0 and process.stderr.read() == b""
+    assert is_whole(tmp_path / f"\u6d77{EMOJI}")
+    process.stderr.close()
 
-    monkeypatch.setattr(tt, "encode_chunk", interrupted)
-    assert run(tmp_path / "out", source, *BYTES) == 130
-    assert "the same command goes on" in capsys.readouterr().err
-    assert not list((tmp_path / "out").rglob("*.tmp"))
+
+def is_whole(root: Path) -> bool:
+    return common.is_complete(only_folder(root), None, manifest_of(root))
 
 
 def test_a_second_run_changes_nothing(tmp_path, source, monkeypatch, capsys):
     assert run(tmp_path / "out", source, "--tokenizer", "train:sp300") == 0
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
-    monkeypatch.setattr(tt, "take_survey", None)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    monkeypatch.setattr(tt, "take_sample", None)
     capsys.readouterr()
     assert run(tmp_path / "out", source, "--tokenizer", "train:sp300") == 0
     assert "nothing to do" in capsys.readouterr().out
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
 
 
 DAMAGES = {
@@ -916,40 +916,5 @@ def test_an_unwritable_root_is_one_line(tmp_path, source, capsys):
     assert_one_line(capsys, "--out DIR")
 
 
-def test_progress_is_lines_where_there_is_no_terminal(tmp_path, source, monkeypatch, capsys, small_chunks):
-    monkeypatch.setattr(tt.Progress, "EVERY_S", 0)
-    assert run(tmp_path / "out", source, *BYTES) == 0
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) > 3 and all(line.startswith("encode: ") for line in lines)
-    assert "100.0%" in lines[-1]
-
-
-def test_progress_is_a_bar_on_a_terminal(tmp_path, source, monkeypatch):
-    pytest.importorskip("tqdm")
-
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    assert run(tmp_path / "out", source, *BYTES) == 0
-    assert "encode" in sys.stderr.getvalue() and "B/s" in sys.stderr.getvalue()
-
-
-def test_little_is_in_flight(monkeypatch):
-    """However slow the workers, the reader is at most a few chunks ahead of what has been taken."""
-    chunk, read, taken = tt.Chunk(tt.TextFile(Path("a"), "txt", "", "", b"", False), 0, 0, [b"a" * 1000]), [], 0
-
-    def calls():
-        for _ in range(40):
-            read.append(1)
-            yield chunk, ()
-
-    for _ in tt.map_chunks(tt.examine, (), calls(), 2):
-        taken += 1
-        assert len(read) - taken <= 2 * 2 + 1
-    assert taken == 40
-
-
 def test_the_space_mark_is_written_as_an_escape():
-    assert all(MARK not in Path(path).read_text(encoding="utf-8") for path in (SCRIPT, __file__))
+    assert all(MARK not in path.read_text(encoding="utf-8") for path in (*DATA.glob("*.py"), Path(__file__)))
