@@ -14,7 +14,9 @@ import torch
 from conftest import make_documents, write_shard
 
 import train_gpt
-from train_gpt import GPT, Evaluator, TokenBytes, TokenStream, UserError, blocked_attention
+from train_gpt import GPT, Evaluator, TokenBytes, TokenStream, UserError
+
+kernels = train_gpt.tool("kernels")
 
 
 class FromFunction(torch.nn.Module):
@@ -113,7 +115,7 @@ def test_the_sums_over_ranks_are_those_of_all_targets(make_config, runtime, tmp_
 @pytest.fixture
 def trained(make_config):
     """A model with random weights everywhere, such that context matters."""
-    model = GPT(make_config(TRAIN_SEQ_LEN=16), blocked_attention)
+    model = GPT(make_config(TRAIN_SEQ_LEN=16), kernels.blocked_attention)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():

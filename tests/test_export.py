@@ -12,7 +12,10 @@ import pytest
 import torch
 
 import train_gpt
-from train_gpt import GPT, RunFolder, UserError, blocked_attention, dequantize, export, quantize, quantize_rows, unpack
+from train_gpt import GPT, RunFolder, UserError, dequantize, export, quantize, quantize_rows, unpack
+
+compress = train_gpt.tool("compress")
+kernels = train_gpt.tool("kernels")
 
 evaluate = train_gpt.tool("evaluate")
 # Kinds of parameters that odd tensors are given out for.
@@ -156,7 +159,7 @@ def test_every_tensor_comes_back_in_its_type_within_half_a_scale(make_config):
 def wide_model(make_config, runtime, steps):
     """Width 512, where the matrices of attention are large enough to be quantised too."""
     config = make_config(MODEL_DIM=512, NUM_HEADS=8, NUM_KV_HEADS=4, NUM_LAYERS=2, MUON_BACKEND_STEPS=2)
-    model = GPT(config, blocked_attention)
+    model = GPT(config, kernels.blocked_attention)
     optimizers = model.optimizers(config, runtime)
     tokens = torch.randint(config.vocab_size, (2, 33), generator=torch.Generator().manual_seed(0))
     for _ in range(steps):
@@ -173,7 +176,7 @@ def test_a_model_survives_the_round_trip(make_config, runtime, steps):
     artifact = unpack(packed(quantize(model.state_dict(), config)))
     matrices = {name for name, p in model.named_parameters() if p.numel() > 65_536}
     assert set(artifact["quantized"]) == matrices and len(matrices) == 1 + 2 * 6
-    back = GPT(make_config(MODEL_DIM=512, NUM_HEADS=8, NUM_KV_HEADS=4, SEED=9), blocked_attention)
+    back = GPT(make_config(MODEL_DIM=512, NUM_HEADS=8, NUM_KV_HEADS=4, SEED=9), kernels.blocked_attention)
     back.load_state_dict(dequantize(artifact, config), strict=True)
     with torch.no_grad():
         before, after = (m(tokens[:, :-1], tokens[:, 1:]) for m in (model, back))
@@ -334,7 +337,7 @@ def test_each_matrix_has_the_bits_and_the_clip_of_its_class(make_config, codec):
         q, scale = quantize_rows(state[f"{name}.weight"], qmax, k)
         assert torch.equal(artifact["quantized"][f"{name}.weight"], q)
         assert torch.equal(artifact["scales"][f"{name}.weight"], scale)
-    restored = dequantize(artifact if codec == "zlib" else train_gpt.rans_pack(artifact, config), config)
+    restored = dequantize(artifact if codec == "zlib" else compress.rans_pack(artifact, config), config)
     for name, q in artifact["quantized"].items():
         assert torch.equal(restored[name], q.float() * artifact["scales"][name].float()[:, None])
     assert torch.equal(restored["blocks.0.attn_scale"], state["blocks.0.attn_scale"])
@@ -343,7 +346,7 @@ def test_each_matrix_has_the_bits_and_the_clip_of_its_class(make_config, codec):
 def test_rans_gives_back_every_type_and_shape(make_config):
     state, config = odd_state() | {NONE: torch.empty(0, 8)}, make_config(CODEC="rans")
     plain = dequantize(quantize(state, make_config()), make_config())
-    artifact = train_gpt.rans_pack(quantize(state, config), config)
+    artifact = compress.rans_pack(quantize(state, config), config)
     restored = dequantize(unpack(packed(artifact)), config)
     assert set(restored) == set(plain)
     for name, tensor in plain.items():
@@ -364,7 +367,7 @@ def test_the_file_and_the_log_are_named_by_codec_and_bits(make_config, runtime):
     assert not (path / "final_model.int8.ptz").exists() and "clip_multiplier" not in log
     assert number(r"Serialized model int6\+rans: (\d+) bytes \(payload:", log) == len(blob) == sizes["bytes_artifact"]
     assert number(r"Total submission size int6\+rans: (\d+) bytes$", log) == len(blob) + 1234
-    parts = train_gpt.rans_pack(quantize(state, config), config)
+    parts = compress.rans_pack(quantize(state, config), config)
     payload = sum(t.nbytes for t in torch.utils._pytree.tree_leaves(parts) if isinstance(t, torch.Tensor))
     assert number(r"Serialized model .* \(payload:(\d+) ", log) == payload
     assert abs(len(blob) - payload) < 1000, "the container costs little"
@@ -404,7 +407,7 @@ def test_what_fitted_is_kept_when_nothing_else_does(make_config, runtime, monkey
     """Sizes that follow no law."""
     noise = torch.randint(256, (400_000,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     sizes = iter([260_000, 150_000, 170_000, *[290_000] * 5])
-    monkeypatch.setattr(train_gpt, "rans_pack", lambda artifact, config: {"x": noise[: next(sizes)].clone()})
+    monkeypatch.setattr(compress, "rans_pack", lambda artifact, config: {"x": noise[: next(sizes)].clone()})
     found = exported(make_config(CODEC="rans", SIZE_LIMIT=200_000, **CLIPS), runtime, large_state(), 10)[1]
     assert 170_000 < found["bytes_artifact"] < 175_000
 

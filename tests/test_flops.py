@@ -5,7 +5,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from train_gpt import GPT, Config, expanded_attention
+import train_gpt
+from train_gpt import GPT, Config
+
+kernels = train_gpt.tool("kernels")
 
 SHAPE = {"vocab_size": 56, "num_layers": 3, "model_dim": 32, "num_heads": 4, "num_kv_heads": 2, "train_seq_len": 24,
          "train_batch_tokens": 24}  # fmt: skip
@@ -27,7 +30,7 @@ def counted(model, config, rows=2) -> float:
 ], ids=str)  # fmt: skip
 def test_flops_per_token_are_those_that_torch_counts(knobs):
     config = Config(**SHAPE | knobs)
-    model, totals = GPT(config, expanded_attention), set()
+    model, totals = GPT(config, kernels.expanded_attention), set()
     for looping in (False, bool(config.loop_layers)):
         model.looping = looping
         assert model.flops_per_token(config.train_seq_len) == counted(model, config)
@@ -38,7 +41,7 @@ def test_flops_per_token_are_those_that_torch_counts(knobs):
 def test_what_the_gates_take_is_left_out():
     """Twelve channels of an input: a product that is nothing beside the others."""
     config = Config(**SHAPE, attn_gate=True, smear_gate=True)
-    model = GPT(config, expanded_attention)
+    model = GPT(config, kernels.expanded_attention)
     gates = 6 * config.num_layers * config.num_heads * 12
     smear = counted(model, config) - model.flops_per_token(config.train_seq_len) - gates
     assert 0 <= smear <= 6 * 12, "one more row of twelve, if torch counts a product with a vector"

@@ -8,7 +8,10 @@ import pytest
 import torch
 
 import train_gpt
-from train_gpt import GPT, UserError, collect_hessians, dequantize, gptq_round, quantize, quantize_rows
+from train_gpt import GPT, UserError, dequantize, quantize, quantize_rows
+
+compress = train_gpt.tool("compress")
+kernels = train_gpt.tool("kernels")
 
 
 def problem(rows=24, width=300, qmax=31, seed=0, samples=900):
@@ -50,7 +53,7 @@ def loss(w, q, scale, hessian):
 def test_the_values_are_those_of_float64_column_by_column(qmax, block):
     w, scale, hessian = problem(qmax=qmax)
     kept = w.clone(), scale.clone(), hessian.clone()
-    q = gptq_round(w, scale, hessian, qmax, block)
+    q = compress.gptq_round(w, scale, hessian, qmax, block)
     assert all(torch.equal(a, b) for a, b in zip(kept, (w, scale, hessian), strict=True)), "the arguments stay"
     assert q.dtype == torch.int8 and q.shape == w.shape and q.abs().max() <= qmax and q.is_contiguous()
     expected = reference(w, scale, hessian, qmax)
@@ -64,28 +67,29 @@ def test_it_errs_less_than_plain_rounding_where_it_counts(qmax):
     for seed in range(3):
         w, scale, hessian = problem(qmax=qmax, seed=seed)
         plain = (w / scale.float()[:, None]).round().clamp(-qmax, qmax)
-        assert loss(w, gptq_round(w, scale, hessian, qmax), scale, hessian) < 0.8 * loss(w, plain, scale, hessian)
+        rounded = compress.gptq_round(w, scale, hessian, qmax)
+        assert loss(w, rounded, scale, hessian) < 0.8 * loss(w, plain, scale, hessian)
 
 
 def test_inputs_without_correlation_are_rounded_plainly():
     w, scale, _ = problem()
     hessian = torch.rand(300, generator=torch.Generator().manual_seed(1)).add(0.1).diag()
-    assert torch.equal(gptq_round(w, scale, hessian, 31), (w / scale.float()[:, None]).round().to(torch.int8))
+    assert torch.equal(compress.gptq_round(w, scale, hessian, 31), (w / scale.float()[:, None]).round().to(torch.int8))
 
 
 def test_inputs_that_are_never_used_become_zero():
     w, scale, hessian = problem()
     hessian[[5, 200]] = 0
     hessian[:, [5, 200]] = 0
-    q = gptq_round(w, scale, hessian, 31)
+    q = compress.gptq_round(w, scale, hessian, 31)
     assert (q[:, [5, 200]] == 0).all() and (q != 0).any(0).sum() == 298
     assert (q == reference(w, scale, hessian, 31)).double().mean() > 0.995
-    assert (gptq_round(w, scale, torch.zeros(300, 300), 31) == 0).all()
+    assert (compress.gptq_round(w, scale, torch.zeros(300, 300), 31) == 0).all()
 
 
 def test_a_hessian_of_few_samples_is_damped():
     w, scale, hessian = problem(samples=3)
-    assert loss(w, gptq_round(w, scale, hessian, 31), scale, hessian) < loss(
+    assert loss(w, compress.gptq_round(w, scale, hessian, 31), scale, hessian) < loss(
         w, quantize_rows(w, 31, 12.85)[0], scale, hessian)  # fmt: skip
 
 
@@ -93,7 +97,7 @@ def test_what_has_no_factor_is_damped_ten_times_as_much():
     w, scale, _ = problem(width=40)
     hessian = torch.eye(40)
     hessian[0, 1] = hessian[1, 0] = 1.05  # the least eigenvalue is -0.05: 0.01 is too little
-    assert torch.equal(gptq_round(w, scale, hessian, 31), reference(w, scale, hessian, 31, damp=0.1))
+    assert torch.equal(compress.gptq_round(w, scale, hessian, 31), reference(w, scale, hessian, 31, damp=0.1))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e9])
@@ -101,7 +105,7 @@ def test_what_never_has_a_factor_is_refused(value):
     w, scale, hessian = problem(width=40)
     hessian[3, 3] = value
     with pytest.raises(UserError, match="GPTQ_BATCHES=0"):
-        gptq_round(w, scale, hessian, 31)
+        compress.gptq_round(w, scale, hessian, 31)
 
 
 # Hessians
@@ -109,7 +113,7 @@ def test_what_never_has_a_factor_is_refused(value):
 
 def small_model(make_config, **knobs):
     config = make_config(MODEL_DIM=32, NUM_LAYERS=3, **knobs)
-    model = GPT(config, train_gpt.blocked_attention)
+    model = GPT(config, kernels.blocked_attention)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
@@ -139,9 +143,9 @@ def direct_hessians(model, batches, monkeypatch) -> dict:
 
 
 def gathered(model, batches, runtime):
-    """collect_hessians over these micro-batches, as the first of a step each."""
+    """compress.collect_hessians over these micro-batches, as the first of a step each."""
     loader = SimpleNamespace(next_step=map(lambda tokens: ([tokens], None), batches).__next__)
-    return collect_hessians(model, loader, len(batches), runtime)
+    return compress.collect_hessians(model, loader, len(batches), runtime)
 
 
 @pytest.mark.parametrize("tied", [0, 1])
@@ -188,7 +192,7 @@ def test_only_what_has_a_hessian_is_rounded_by_gptq(make_config, runtime, monkey
         scale = plain["scales"][key]
         assert torch.equal(scale, one["scales"][key]) and torch.equal(scale, all_of_them["scales"][key])
         assert torch.equal(q, one["quantized"][key]) == (key != name)
-        expected = gptq_round(state[key], scale, hessians[key], 15 if key == "tok_emb.weight" else 7)
+        expected = compress.gptq_round(state[key], scale, hessians[key], 15 if key == "tok_emb.weight" else 7)
         assert torch.equal(all_of_them["quantized"][key], expected) and not torch.equal(q, expected)
         restored = dequantize(all_of_them, config)[key]
         assert torch.equal(restored, expected.float() * scale.float()[:, None]), "rounded for the scale as stored"

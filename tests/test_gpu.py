@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import train_gpt
-from train_gpt import GPT, blocked_attention
+from train_gpt import GPT
+
+kernels = train_gpt.tool("kernels")
 
 CAPABLE = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not CAPABLE, reason="needs a CUDA device with bf16 and flash")]
@@ -92,19 +94,19 @@ def test_auto_chooses_the_attention_of_the_chip(on_device):
     expected = {"flash"}
     if torch.cuda.get_device_capability()[0] in (9, 10):  # FlashAttention 3 where it is installed and works here
         expected = {"cudnn", "flash3"} if importlib.util.find_spec("flash_attn_interface") else {"cudnn"}
-    attend, note = train_gpt.choose_attention(config, runtime, compiled=True)
+    attend, note = kernels.choose_attention(config, runtime, compiled=True)
     assert re.match(r"attention:(\w+) by (grouped|flash3)_attention", note)[1] in expected, note
 
 
 def test_every_attention_backend_that_runs_agrees_with_our_own(on_device):
     config, runtime = on_device()
-    expected = scatter(GPT(config, blocked_attention, torch.bfloat16).cuda())
+    expected = scatter(GPT(config, kernels.blocked_attention, torch.bfloat16).cuda())
     expected = losses_and_gradients(expected, expected, config)
     tried = []
     for name in ("flash3", "flash", "cudnn", "efficient", "math"):
         config, runtime = on_device(ATTENTION=name)
         try:
-            attend, _ = train_gpt.choose_attention(config, runtime, compiled=False)
+            attend, _ = kernels.choose_attention(config, runtime, compiled=False)
         except train_gpt.UserError:
             continue  # cuDNN and the others depend on the chip and the build; flash must be there (see above)
         model = scatter(GPT(config, attend, torch.bfloat16).cuda())
@@ -119,7 +121,7 @@ def test_every_attention_backend_that_runs_agrees_with_our_own(on_device):
 ], ids=["default", "frontier", "frontier untied"])  # fmt: skip
 def test_compiled_equals_eager_at_a_real_size_with_and_without_recurrence(on_device, knobs):
     config, runtime = on_device(**REAL | knobs)
-    attend, _ = train_gpt.choose_attention(config, runtime, compiled=True)
+    attend, _ = kernels.choose_attention(config, runtime, compiled=True)
     model = scatter(GPT(config, attend, torch.bfloat16).cuda())
     torch._dynamo.reset()
     compiled, losses = torch.compile(model, dynamic=False, fullgraph=True), []
@@ -177,7 +179,7 @@ def test_a_capped_compiled_run_ends_before_its_cap_and_its_artifact_scores_the_s
     assert 0 < int(peak) <= int(reserved)
     assert result["val_bpb"] == pytest.approx(result["pre_quant_val_bpb"], rel=0.02)
     config = train_gpt.Config.load([], tiny(**settings))
-    model = GPT(config, blocked_attention)  # float32 on the CPU
+    model = GPT(config, kernels.blocked_attention)  # float32 on the CPU
     blob = (Path(tiny()["LOG_DIR"]) / "run" / "final_model.int8.ptz").read_bytes()
     model.load_state_dict(train_gpt.dequantize(train_gpt.unpack(blob), config))
     stream = train_gpt.TokenStream(config.data_path, "val", config.vocab_size)

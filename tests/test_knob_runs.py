@@ -16,6 +16,8 @@ import torch
 import train_gpt
 from train_gpt import Evaluator, RunFolder, Stopwatch, TokenStream, Trainer, TrainLoader
 
+kernels = train_gpt.tool("kernels")
+
 checkpoint = train_gpt.tool("checkpoint")
 
 EVERYTHING = {
@@ -146,7 +148,7 @@ def graphs(monkeypatch):
 
     torch._dynamo.reset()
     monkeypatch.setattr(train_gpt.torch, "compile", lambda model, **how: compile_model(model, backend=backend, **how))
-    monkeypatch.setattr(train_gpt, "choose_compile", lambda config, runtime: (True, "counted"))
+    monkeypatch.setattr(kernels, "choose_compile", lambda config, runtime: (True, "counted"))
     yield made
     torch._dynamo.reset()
 

@@ -14,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-from train_gpt import GPT, Config, UserError, blocked_attention, expanded_attention, parameter_groups, rope_tables
+from train_gpt import GPT, Config, UserError, parameter_groups, rope_tables
+
+kernels = train_gpt.tool("kernels")
 
 SMALL = {"VOCAB_SIZE": 40, "NUM_LAYERS": 4, "MODEL_DIM": 32, "NUM_HEADS": 4, "NUM_KV_HEADS": 2, "TRAIN_SEQ_LEN": 16,
          "TRAIN_BATCH_TOKENS": 16, "START_TOKEN": 3}  # fmt: skip
@@ -38,7 +40,8 @@ CASES = [
     EVERYTHING, EVERYTHING_ELSE,
 ]  # fmt: skip
 LOOPED = [case for case in CASES if "LOOP_LAYERS" in case]
-ATTENTIONS = [functools.partial(blocked_attention, block=4), expanded_attention]  # a short sequence has several blocks
+# A short sequence has several blocks.
+ATTENTIONS = [functools.partial(kernels.blocked_attention, block=4), kernels.expanded_attention]
 
 
 def label(value):
@@ -293,7 +296,7 @@ def test_bf16_is_close_to_float32_and_new_parameters_and_gradients_stay_fp32(kno
     config = config_of(**knobs)
     tokens, losses, grads = random_tokens(config, 8, 17), [], []
     for dtype in (torch.float32, torch.bfloat16):
-        model = scatter(GPT(config, expanded_attention, dtype))
+        model = scatter(GPT(config, kernels.expanded_attention, dtype))
         losses.append(model(tokens[:, :-1], tokens[:, 1:]))
         losses[-1].mean().backward()
         grads.append({name: p.grad for name, p in model.named_parameters()})
@@ -491,7 +494,7 @@ def first_release(w, tokens, config):
         u = rms(x)
         q, k, v = (F.linear(u, b[f"attn.c_{c}.weight"]).unflatten(-1, (-1, d)) for c in "qkv")
         q, k = turned(rms(q)) * b["attn.q_gain"][:, None], turned(rms(k))
-        y = blocked_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2).flatten(2)
+        y = kernels.blocked_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2).flatten(2)
         x = x + b["attn_scale"] * F.linear(y, b["attn.proj.weight"])
         x = x + b["mlp_scale"] * F.linear(F.relu(F.linear(rms(x), b["mlp.fc.weight"])).square(), b["mlp.proj.weight"])
         skips += [x] if i < half else []
@@ -501,7 +504,7 @@ def first_release(w, tokens, config):
 @pytest.mark.parametrize("layers", [1, 4, 5])
 def test_the_default_forward_and_backward_are_bit_for_bit_those_of_the_first_release(layers):
     config = config_of(NUM_LAYERS=layers)
-    model, tokens = scatter(GPT(config, blocked_attention)), random_tokens(config, 2, 17)
+    model, tokens = scatter(GPT(config, kernels.blocked_attention)), random_tokens(config, 2, 17)
     w = {name: p.detach().clone().requires_grad_(p.numel() > 0) for name, p in model.named_parameters()}
     logits = first_release(w, tokens[:, :-1], config)
     F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").mean().backward()

@@ -13,11 +13,14 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt
-from train_gpt import GPT, UserError, blocked_attention, expanded_attention, grouped_attention, rope_tables, rotate
+from train_gpt import GPT, UserError, grouped_attention, rope_tables, rotate
 
-ATTENTIONS = [blocked_attention, expanded_attention, grouped_attention]
+kernels = train_gpt.tool("kernels")
+
+ATTENTIONS = [kernels.blocked_attention, kernels.expanded_attention, grouped_attention]
 # Blocks of 4, so that a short sequence has several.
-SHORT_ATTENTIONS = [functools.partial(blocked_attention, block=4), expanded_attention, grouped_attention]
+SHORT_BLOCKS = functools.partial(kernels.blocked_attention, block=4)
+SHORT_ATTENTIONS = [SHORT_BLOCKS, kernels.expanded_attention, grouped_attention]
 SWITCHES = ("flash", "cudnn", "mem_efficient", "math")
 
 
@@ -345,21 +348,22 @@ def test_each_attention_backend_on_the_cpu_works_or_is_a_user_error(make_config,
     config = make_config(ATTENTION=name)
     if not works:
         with pytest.raises(UserError, match=f"ATTENTION={name} .*cpu.*{name} grouped_attention failed: .+") as error:
-            train_gpt.choose_attention(config, runtime, compiled=False)
-        assert f"{name} expanded_attention failed: " in str(error.value)
+            kernels.choose_attention(config, runtime, compiled=False)
+        assert f"{name} kernels.expanded_attention failed: " in str(error.value)
         return
-    attend, note = train_gpt.choose_attention(config, runtime, compiled=False)
+    attend, note = kernels.choose_attention(config, runtime, compiled=False)
     chosen = "blocked" if name == "auto" else name  # the fastest on a CPU at this length
     assert note.startswith(f"attention:{chosen} by {attend.__name__}")
     enabled = [switch for switch in SWITCHES if getattr(torch.backends.cuda, f"{switch}_sdp_enabled")()]
     assert enabled == ([] if chosen == "blocked" else [chosen])
     model, tokens = scatter(GPT(config, attend)), random_tokens(config, batch=2, length=9)
-    torch.testing.assert_close(model(tokens), scatter(GPT(config, blocked_attention))(tokens), rtol=1e-5, atol=1e-5)
+    other = scatter(GPT(config, kernels.blocked_attention))
+    torch.testing.assert_close(model(tokens), other(tokens), rtol=1e-5, atol=1e-5)
 
 
 def test_auto_on_the_cpu_avoids_quadratic_memory_for_long_sequences(make_config, runtime):
     config = make_config(TRAIN_SEQ_LEN=1088, TRAIN_BATCH_TOKENS=1088)
-    assert train_gpt.choose_attention(config, runtime, compiled=False)[1].startswith("attention:flash")
+    assert kernels.choose_attention(config, runtime, compiled=False)[1].startswith("attention:flash")
 
 
 class FailsBackward(torch.autograd.Function):
@@ -377,11 +381,11 @@ def test_a_backend_that_fails_is_passed_over_and_the_log_says_why(make_config, r
 
     def broken(q, k, v):
         tried.append((tuple(q.shape), tuple(k.shape), tuple(v.shape), q.dtype))
-        return FailsBackward.apply(expanded_attention(q, k, v))
+        return FailsBackward.apply(kernels.expanded_attention(q, k, v))
 
     monkeypatch.setattr(train_gpt, "grouped_attention", broken)
-    attend, note = train_gpt.choose_attention(make_config(ATTENTION="math"), runtime, compiled=False)
-    assert attend is train_gpt.expanded_attention
+    attend, note = kernels.choose_attention(make_config(ATTENTION="math"), runtime, compiled=False)
+    assert attend is kernels.expanded_attention
     assert note == (
         "attention:math by expanded_attention; math broken failed: RuntimeError('no backward kernel\\nfor this')")
     assert tried == [((8, 4, 32, 8), (8, 2, 32, 8), (8, 2, 32, 8), torch.float32)], "proved on a real micro-batch"
@@ -395,8 +399,8 @@ def test_a_backend_that_gives_other_values_is_passed_over(make_config, runtime, 
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
 
     monkeypatch.setattr(train_gpt, "grouped_attention", sees_the_next)
-    attend, note = train_gpt.choose_attention(make_config(ATTENTION="math"), runtime, compiled=False)
-    assert attend is train_gpt.expanded_attention
+    attend, note = kernels.choose_attention(make_config(ATTENTION="math"), runtime, compiled=False)
+    assert attend is kernels.expanded_attention
     assert re.search(r"; math sees_the_next failed: RuntimeError\('it errs by [\d.]+ of the largest value'\)$", note)
 
 
@@ -407,14 +411,14 @@ def test_the_proof_of_a_backend_takes_fewer_sequences_where_memory_is_short(make
         tried.append(len(q))
         if len(q) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return expanded_attention(q, k, v)
+        return kernels.expanded_attention(q, k, v)
 
     monkeypatch.setattr(train_gpt, "grouped_attention", small)
-    attend, note = train_gpt.choose_attention(make_config(ATTENTION="math"), runtime, compiled=False)
+    attend, note = kernels.choose_attention(make_config(ATTENTION="math"), runtime, compiled=False)
     assert (attend, note, tried) == (small, "attention:math by small", [8, 4, 2])
 
 
-@pytest.mark.parametrize("attend", [blocked_attention, expanded_attention])
+@pytest.mark.parametrize("attend", [kernels.blocked_attention, kernels.expanded_attention])
 def test_the_whole_model_traces_into_one_graph_with_equal_losses_and_gradients(make_config, attend):
     config = make_config(NUM_LAYERS=3)
     model, graphs = scatter(GPT(config, attend)), []
@@ -444,7 +448,7 @@ def test_the_flops_of_a_token_are_those_that_torch_counts(make_config, knobs):
     """Forward and backward, with the whole square of attention, as plain products compute it."""
     config = make_config(**knobs)
     train_gpt.pin_sdpa("math")
-    model, tokens = GPT(config, expanded_attention), random_tokens(config, batch=2, length=33)
+    model, tokens = GPT(config, kernels.expanded_attention), random_tokens(config, batch=2, length=33)
     for looping in {False, model.has_loops}:
         model.looping = looping
         with FlopCounterMode(display=False) as counter:
@@ -458,15 +462,15 @@ def test_flash_attention_3_is_one_graph_with_the_model(make_config, runtime, mon
 
     def flash_attn_func(q_BTHd, k_BTKd, v_BTKd, causal):
         calls.append(causal)
-        return blocked_attention(*(x.transpose(1, 2) for x in (q_BTHd, k_BTKd, v_BTKd))).transpose(1, 2), None
+        return kernels.blocked_attention(*(x.transpose(1, 2) for x in (q_BTHd, k_BTKd, v_BTKd))).transpose(1, 2), None
 
     module = ModuleType("flash_attn_interface")
     module.flash_attn_func = flash_attn_func
     monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
     config = make_config(ATTENTION="flash3")
-    attend, note = train_gpt.choose_attention(config, runtime, compiled=False)
+    attend, note = kernels.choose_attention(config, runtime, compiled=False)
     assert note == "attention:flash3 by flash3_attention" and calls == [True]
-    models = [GPT(config, attend), GPT(config, blocked_attention)]
+    models = [GPT(config, attend), GPT(config, kernels.blocked_attention)]
     tokens = torch.randint(config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
     for model in models:
         scatter_ = torch.Generator().manual_seed(1)
@@ -481,4 +485,4 @@ def test_flash_attention_3_is_one_graph_with_the_model(make_config, runtime, mon
 
 def test_flash_attention_3_that_is_not_there_is_said_so(make_config, runtime):
     with pytest.raises(train_gpt.UserError, match="flash3 flash3_attention failed: ModuleNotFoundError"):
-        train_gpt.choose_attention(make_config(ATTENTION="flash3"), runtime, compiled=False)
+        kernels.choose_attention(make_config(ATTENTION="flash3"), runtime, compiled=False)

@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 import train_gpt
-from train_gpt import GPT, Muon, UserError, blocked_attention, newton_schulz, parameter_groups
+from train_gpt import GPT, Muon, UserError, newton_schulz, parameter_groups
+
+kernels = train_gpt.tool("kernels")
 
 VECTORS = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights")
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -304,13 +306,13 @@ def test_saved_and_loaded_optimizers_continue_bit_for_bit(make_config, runtime):
             for optimizer in optimizers:
                 optimizer.step()
 
-    model = GPT(config, blocked_attention)
+    model = GPT(config, kernels.blocked_attention)
     optimizers = model.optimizers(config, runtime)
     steps(model, optimizers, first=0)
     buffer = io.BytesIO()
     torch.save([part.state_dict() for part in (model, *optimizers)], buffer)
     buffer.seek(0)
-    resumed = GPT(make_config(SEED=5), blocked_attention)
+    resumed = GPT(make_config(SEED=5), kernels.blocked_attention)
     resumed_optimizers = resumed.optimizers(config, runtime)
     for part, state in zip((resumed, *resumed_optimizers), torch.load(buffer, weights_only=True), strict=True):
         part.load_state_dict(state)

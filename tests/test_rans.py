@@ -11,7 +11,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-from train_gpt import Config, UserError, rans_decode, rans_encode, rans_frequencies
+from train_gpt import Config, UserError
+
+compress = train_gpt.tool("compress")
 
 evaluate = train_gpt.tool("evaluate")
 
@@ -19,7 +21,7 @@ CHECKED = settings(max_examples=150)
 
 
 def tables_of(groups):
-    return np.stack([rans_frequencies(np.bincount(group, minlength=256)) for group in groups])
+    return np.stack([compress.rans_frequencies(np.bincount(group, minlength=256)) for group in groups])
 
 
 def scalar_encode(groups, tables, steps):
@@ -73,9 +75,9 @@ groups_of_bytes = st.lists(few | st.binary(max_size=60), max_size=4)
 def test_the_words_are_those_of_a_scalar_coder_and_decode_to_the_symbols(groups, steps):
     groups = [np.frombuffer(group, np.uint8) for group in groups]
     tables = tables_of(groups) if groups else np.zeros((0, 256), np.int64)
-    words = rans_encode(groups, tables, steps)
+    words = compress.rans_encode(groups, tables, steps)
     assert words.dtype == np.uint16 and words.tolist() == scalar_encode(groups, tables, steps)
-    back = rans_decode(words, [*map(len, groups)], tables.astype(np.int16), steps)
+    back = compress.rans_decode(words, [*map(len, groups)], tables.astype(np.int16), steps)
     assert all(group.dtype == np.uint8 for group in back) and same(back, groups)
 
 
@@ -83,15 +85,15 @@ def test_the_words_of_thousands_of_gaussian_symbols_are_those_of_a_scalar_coder(
     groups = gaussian_groups(20_011)
     tables = tables_of(groups)
     for steps in (7, 8192):
-        words = rans_encode(groups, tables, steps)
+        words = compress.rans_encode(groups, tables, steps)
         assert words.tolist() == scalar_encode(groups, tables, steps)
-        assert same(rans_decode(words, [*map(len, groups)], tables, steps), groups)
+        assert same(compress.rans_decode(words, [*map(len, groups)], tables, steps), groups)
 
 
 @pytest.mark.parametrize("step", [0.2, 0.4145, 1.5])
 def test_the_size_is_within_3_thousandths_of_the_entropy(step):
     groups = gaussian_groups(2_000_000, step=step)
-    words, entropy = rans_encode(groups, tables_of(groups)), entropy_bytes(groups)
+    words, entropy = compress.rans_encode(groups, tables_of(groups)), entropy_bytes(groups)
     assert entropy <= 2 * len(words) < 1.003 * entropy
     assert 2 * len(words) < len(zlib.compress(b"".join(map(bytes, groups)), 1))
 
@@ -105,7 +107,7 @@ def test_the_size_is_within_3_thousandths_of_the_entropy(step):
 @example(counts=[1, 99] * 128)
 def test_frequencies_make_a_table_of_exactly_what_occurs(counts):
     counts = np.array(counts)
-    frequencies = rans_frequencies(counts)
+    frequencies = compress.rans_frequencies(counts)
     assert frequencies.sum() == 2**14 and frequencies.min() >= 0
     if counts.any():
         assert ((frequencies > 0) == (counts > 0)).all()
@@ -119,22 +121,22 @@ def test_a_damaged_stream_is_refused_or_is_another_stream_of_the_coder():
     """Some changes make the exact code of other symbols. No coder can tell those, so a checksum stands around it."""
     groups = gaussian_groups(300)
     tables, counts, taken = tables_of(groups), [*map(len, groups)], 0
-    words = rans_encode(groups, tables, 100)
+    words = compress.rans_encode(groups, tables, 100)
     for length in range(len(words)):
         with pytest.raises((UserError, ValueError)):
-            rans_decode(words[:length], counts, tables, 100)
+            compress.rans_decode(words[:length], counts, tables, 100)
     with pytest.raises(UserError):
-        rans_decode(np.append(words, np.uint16(0)), counts, tables, 100)
+        compress.rans_decode(np.append(words, np.uint16(0)), counts, tables, 100)
     for position in range(len(words)):
         for bit in range(16):
             changed = words.copy()
             changed[position] ^= 1 << bit
             try:
-                others = rans_decode(changed, counts, tables, 100)
+                others = compress.rans_decode(changed, counts, tables, 100)
             except (UserError, ValueError):
                 continue
             taken += 1
-            assert (rans_encode(others, tables, 100) == changed).all()
+            assert (compress.rans_encode(others, tables, 100) == changed).all()
     assert taken < len(words), "of 16 changes a word, hardly any"
 
 
@@ -152,7 +154,7 @@ def tiny_artifact(**changes) -> tuple[dict, dict]:
         patch.setattr(train_gpt, "INT8_MIN_NUMEL", 10)
         plain = train_gpt.quantize(state, config)
     assert len(plain["quantized"]) == 5 and plain["passthrough"]
-    return train_gpt.dequantize(plain, config), train_gpt.rans_pack(plain, config)
+    return train_gpt.dequantize(plain, config), compress.rans_pack(plain, config)
 
 
 def read(artifact) -> dict:
@@ -309,7 +311,7 @@ def test_a_stream_tampered_with_is_refused_or_decodes_to_what_it_says():
 
 def test_claims_are_checked_before_anything_is_allocated(monkeypatch):
     artifact = tiny_artifact()[1]
-    monkeypatch.setattr(train_gpt, "rans_decode", lambda *args: pytest.fail("too late"))
+    monkeypatch.setattr(train_gpt, "compress.rans_decode", lambda *args: pytest.fail("too late"))
     for change in ("terabytes", "beyond the limit", "beyond int64", "tables by stride 0", "thousands of matrices",
                    "terabytes in int32", "terabytes in tensors"):  # fmt: skip
         changed = copy_of(artifact)

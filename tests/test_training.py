@@ -17,6 +17,8 @@ from conftest import ROOT, make_documents
 import train_gpt
 from train_gpt import Evaluator, RunFolder, Stopwatch, TokenBytes, TokenStream, Trainer, TrainLoader
 
+kernels = train_gpt.tool("kernels")
+
 
 @pytest.fixture(autouse=True)
 def all_kernels():
@@ -186,7 +188,7 @@ def test_warm_up_leaves_no_trace_and_training_after_it_is_the_same(make_config, 
 @pytest.mark.parametrize("peak, ranks, share", [(None, 1, ""), (1e8, 1, " mfu:{:.1%}"), (1e8, 4, " mfu:{:.1%}")])
 def test_the_speed_is_that_of_the_last_steps(make_config, build, runtime, monkeypatch, peak, ranks, share):
     trainer = build(make_config())
-    monkeypatch.setattr(train_gpt, "peak_flops", lambda runtime: peak)
+    monkeypatch.setattr(kernels, "peak_flops", lambda runtime: peak)
     runtime.world_size = ranks
     trainer.recent.extend([0.25] * 30 + [0.5] * 10)  # 20 are kept
     tokens_per_second = 256 / 0.375
@@ -202,8 +204,8 @@ def test_the_speed_is_that_of_the_last_steps(make_config, build, runtime, monkey
 ])  # fmt: skip
 def test_the_peak_of_a_gpu_is_told_by_its_name(name, dtype, tflops):
     fake = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, device_name=lambda: name)
-    assert train_gpt.peak_flops(fake) == (tflops and 1e12 * tflops)
-    assert train_gpt.peak_flops(SimpleNamespace(device=torch.device("cpu"), dtype=dtype)) is None
+    assert kernels.peak_flops(fake) == (tflops and 1e12 * tflops)
+    assert kernels.peak_flops(SimpleNamespace(device=torch.device("cpu"), dtype=dtype)) is None
 
 
 # The clock
@@ -452,7 +454,7 @@ def test_the_score_of_record_is_that_of_the_file(finished, make_config, runtime)
     scores = []
     for state in (train_gpt.dequantize(artifact, config),
                   torch.load(finished.path / "final_model.pt", weights_only=True)):  # fmt: skip
-        model = train_gpt.GPT(config, train_gpt.blocked_attention)
+        model = train_gpt.GPT(config, kernels.blocked_attention)
         model.load_state_dict(state)
         assert sum(p.numel() for p in model.parameters()) == finished.result["model_params"]
         stream = TokenStream(config.data_path, "val", config.vocab_size)

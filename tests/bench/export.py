@@ -26,6 +26,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train_gpt  # noqa: E402
 
+compress = train_gpt.tool("compress")
+
 
 def gaussian_state(weights: int) -> dict[str, torch.Tensor]:
     """A fifth of attention, three of MLP, one of embedding, 512 wide; a vector that is kept."""
@@ -56,7 +58,7 @@ def main():
     else:
         state = gaussian_state(int(options.gaussian))
     plain = train_gpt.quantize(state, config)
-    container, kinds = train_gpt.rans_pack(plain, config), train_gpt.rans_tables(plain["quantized"], config)
+    container, kinds = compress.rans_pack(plain, config), compress.rans_tables(plain["quantized"], config)
     groups = [q.flatten().numpy().view(np.uint8) for q in plain["quantized"].values()]
     lengths_of, tables, raw = [*map(len, groups)], container["tables"].numpy()[kinds], b"".join(map(bytes, groups))
     counts = np.zeros((3, 256))
@@ -65,8 +67,8 @@ def main():
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     entropy = -(counts * np.log2(np.where(counts > 0, shares, 1))).sum() / 8
     coders = {
-        "rANS": (lambda: train_gpt.rans_encode(groups, tables).tobytes(),
-                 lambda data: np.concatenate(train_gpt.rans_decode(np.frombuffer(data, "<u2"), lengths_of, tables))),
+        "rANS": (lambda: compress.rans_encode(groups, tables).tobytes(),
+                 lambda data: np.concatenate(compress.rans_decode(np.frombuffer(data, "<u2"), lengths_of, tables))),
         "zlib -9": (lambda: zlib.compress(raw, 9), zlib.decompress),
         "lzma": (lambda: lzma.compress(raw), lzma.decompress),
     }  # fmt: skip

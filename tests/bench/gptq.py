@@ -18,13 +18,15 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train_gpt as tg  # noqa: E402
 
+compress = tg.tool("compress")
+
 CLIPS = {4: 5.0, 5: 8.5, 6: 12.85, 7: 15.0, 8: 20.0}  # standard deviations
 
 
 def entropy(artifact: dict, config) -> float:
     """Bits per weight of the integers, with a table for attention, MLP and embedding each."""
     counts = np.zeros((3, 256))
-    tables = tg.rans_tables(artifact["quantized"], config)
+    tables = compress.rans_tables(artifact["quantized"], config)
     for q, table in zip(artifact["quantized"].values(), tables, strict=True):
         counts[table] += np.bincount(q.numpy().view(np.uint8).ravel(), minlength=256)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
@@ -43,7 +45,7 @@ def main():
     val = tg.TokenStream(config.data_path, "val", config.vocab_size)
     token_bytes = tg.TokenBytes(config.tokenizer_path, config.vocab_size, config.vocab_padding)
     evaluator = tg.Evaluator(val, token_bytes, config, runtime)
-    hessians = tg.collect_hessians(model, loader, config.gptq_batches, runtime)
+    hessians = compress.collect_hessians(model, loader, config.gptq_batches, runtime)
 
     def score(bits: int, k: float, hessians) -> tuple[float, float]:
         clips = {f"clip_{kind}": k for kind in tg.TENSOR_CLASSES}

@@ -15,9 +15,11 @@ from models import exact_line, process, tree
 import train_gpt
 from train_gpt import GPT, Config, TokenBytes
 
+kernels = train_gpt.tool("kernels")
+
 evaluate = train_gpt.tool("evaluate")
 sample = train_gpt.tool("sample")
-CHECKED = settings(database=None, deadline=None, derandomize=True)  # the same examples on every machine
+CHECKED = settings()  # those of the profile that conftest.py loads
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,7 @@ def model(trained):
     """(model, configuration) of the artifact, with longer texts than it was trained on."""
     state, told, _ = evaluate.read_model((trained / "final_model.int8.ptz").read_bytes(), "artifact")
     config = Config.load([], told | {"TRAIN_SEQ_LEN": "160", "TRAIN_BATCH_TOKENS": "160"})
-    gpt = GPT(config, train_gpt.blocked_attention)  # which no switch of torch turns off
+    gpt = GPT(config, kernels.blocked_attention)  # which no switch of torch turns off
     gpt.load_state_dict(state)
     return gpt, config
 
