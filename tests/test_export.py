@@ -237,14 +237,14 @@ def test_unpack_refuses_what_is_no_artifact_and_runs_no_code(tmp_path):
 
 def test_the_script_reads_back_its_own_file_or_none(make_config):
     """A disk that gives back something else must not be scored."""
-    blob, raw = train_gpt.pack(quantize({B: randn(300, 300)}, make_config()))
+    _, blob, raw = train_gpt.encode({B: randn(300, 300)}, make_config())
     assert len(zlib.decompress(blob[:-32])) == raw and list(unpack(blob)["quantized"]) == [B]
     assert list(evaluate.unpack(blob, "file")["quantized"]) == [B], "and others read it too"
     for place in (0, 5, len(blob) // 2, len(blob) - 33, len(blob) - 1):
-        with pytest.raises(UserError, match="the artifact does not match its checksum: check the disk"):
+        with pytest.raises(UserError, match="the artifact and its checksum differ: check the disk"):
             unpack(blob[:place] + bytes([blob[place] ^ 1]) + blob[place + 1 :])
     for damaged in (b"", blob[:-1], blob[:-32], blob + b"\0"):
-        with pytest.raises(UserError, match="does not match its checksum"):
+        with pytest.raises(UserError, match="its checksum differ"):
             unpack(damaged)
 
 

@@ -10,7 +10,6 @@ from types import ModuleType
 import pytest
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt
 from train_gpt import GPT, UserError, grouped_attention, rope_tables, rotate
@@ -309,7 +308,7 @@ def test_initial_weights_depend_on_the_seed_and_on_nothing_else(make_config):
 def test_a_parameter_without_an_initialisation_rule_raises(make_config):
     model = GPT(make_config())
     model.blocks[1].mystery = nn.Parameter(torch.zeros(3))
-    with pytest.raises(UserError, match=r"GPT.PARAMETERS has no row blocks\.mystery, .* parameter blocks\.1\.mystery "):
+    with pytest.raises(UserError, match=r"GPT.PARAMETERS has no row blocks\.mystery for blocks\.1\.mystery: add one"):
         model.init_weights(make_config())
 
 
@@ -349,7 +348,7 @@ def test_each_attention_backend_on_the_cpu_works_or_is_a_user_error(make_config,
     if not works:
         with pytest.raises(UserError, match=f"ATTENTION={name} .*cpu.*{name} grouped_attention failed: .+") as error:
             kernels.choose_attention(config, runtime, compiled=False)
-        assert f"{name} kernels.expanded_attention failed: " in str(error.value)
+        assert f"{name} expanded_attention failed: " in str(error.value)
         return
     attend, note = kernels.choose_attention(config, runtime, compiled=False)
     chosen = "blocked" if name == "auto" else name  # the fastest on a CPU at this length
@@ -383,7 +382,7 @@ def test_a_backend_that_fails_is_passed_over_and_the_log_says_why(make_config, r
         tried.append((tuple(q.shape), tuple(k.shape), tuple(v.shape), q.dtype))
         return FailsBackward.apply(kernels.expanded_attention(q, k, v))
 
-    monkeypatch.setattr(train_gpt, "grouped_attention", broken)
+    monkeypatch.setattr(kernels, "grouped_attention", broken)
     attend, note = kernels.choose_attention(make_config(ATTENTION="math"), runtime, compiled=False)
     assert attend is kernels.expanded_attention
     assert note == (
@@ -398,7 +397,7 @@ def test_a_backend_that_gives_other_values_is_passed_over(make_config, runtime, 
         seen = torch.ones(q.size(2), q.size(2), dtype=torch.bool).tril(1)
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
 
-    monkeypatch.setattr(train_gpt, "grouped_attention", sees_the_next)
+    monkeypatch.setattr(kernels, "grouped_attention", sees_the_next)
     attend, note = kernels.choose_attention(make_config(ATTENTION="math"), runtime, compiled=False)
     assert attend is kernels.expanded_attention
     assert re.search(r"; math sees_the_next failed: RuntimeError\('it errs by [\d.]+ of the largest value'\)$", note)
@@ -413,7 +412,7 @@ def test_the_proof_of_a_backend_takes_fewer_sequences_where_memory_is_short(make
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return kernels.expanded_attention(q, k, v)
 
-    monkeypatch.setattr(train_gpt, "grouped_attention", small)
+    monkeypatch.setattr(kernels, "grouped_attention", small)
     attend, note = kernels.choose_attention(make_config(ATTENTION="math"), runtime, compiled=False)
     assert (attend, note, tried) == (small, "attention:math by small", [8, 4, 2])
 
@@ -440,20 +439,6 @@ def test_the_whole_model_traces_into_one_graph_with_equal_losses_and_gradients(m
     assert len(graphs) == 1
     for eager, traced in zip(results[:2], results[2:], strict=True):
         torch.testing.assert_close(traced, eager, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("knobs", [{}, {"TIE_EMBEDDINGS": 0, "MLP_MULT": 3}, {"NUM_LAYERS": 3, "LOOP_LAYERS": "1-2"}],
-                         ids=str)  # fmt: skip
-def test_the_flops_of_a_token_are_those_that_torch_counts(make_config, knobs):
-    """Forward and backward, with the whole square of attention, as plain products compute it."""
-    config = make_config(**knobs)
-    train_gpt.pin_sdpa("math")
-    model, tokens = GPT(config, kernels.expanded_attention), random_tokens(config, batch=2, length=33)
-    for looping in {False, model.has_loops}:
-        model.looping = looping
-        with FlopCounterMode(display=False) as counter:
-            model(tokens[:, :-1], tokens[:, 1:]).mean().backward()
-        assert counter.get_total_flops() == model.flops_per_token(32) * 2 * 32
 
 
 def test_flash_attention_3_is_one_graph_with_the_model(make_config, runtime, monkeypatch):

@@ -39,7 +39,7 @@ def test_a_parameter_that_no_group_covers_raises(make_config, shape, in_block):
     model = GPT(make_config())
     owner = model.blocks[0] if in_block else model
     owner.mystery = nn.Parameter(torch.zeros(shape))
-    with pytest.raises(UserError, match=r"GPT.PARAMETERS has no row .*mystery, .* parameter .*mystery begins"):
+    with pytest.raises(UserError, match=r"GPT.PARAMETERS has no row .*mystery for .*mystery: add one"):
         parameter_groups(model)
 
 
