@@ -579,7 +579,7 @@ def compare_spelling(token_bytes: TokenBytes, stream: TokenStream) -> str:
         texts = (spelled, token_bytes.decode(document) if known else spelled)
         ours, theirs = (text.decode(errors="replace").strip("\ufffd") for text in texts)
         require(ours == theirs and ours.encode() in spelled, f"{stream.pattern}: {token_bytes.path} decodes a "
-                f"document to {theirs[:40]!r} and on, but it is {ours[:40]!r}: use the tokenizer of the shards")
+                f"document to {theirs[:40]!r} and on, its pieces spell {ours[:40]!r}: use the tokenizer of the shards")
     boundary = np.flatnonzero(token_bytes.boundary)[:1].astype(tokens.dtype)
     weighed = token_bytes.weigh(np.concatenate([boundary, tokens]))
     assert weighed == length, f"the first tokens weigh {weighed} bytes and spell {length}: a fault of this script"
@@ -987,12 +987,12 @@ class Evaluator:
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), mask, scored
 
     @torch.no_grad()  # not inference_mode: tables cached in it would poison the next step
-    def score(self, model, log=lambda line: None, interrupted=lambda: False, batches=None) -> Score | None:
-        """The Score over all ranks; None if one was interrupted, or for a warm-up by `batches`."""
+    def score(self, model, log=lambda line: None, interrupted=lambda: False) -> Score | None:
+        """The Score over all ranks; None if one was interrupted."""
         sums, count, weight = [], 0, 0
         begun = reported = time.perf_counter()
         model.eval()
-        for index in self.windows[:: self.batch][:batches]:
+        for index in self.windows[:: self.batch]:
             if interrupted():
                 break
             inputs, targets, mask, scored = self.batch_at(index)
@@ -1005,8 +1005,6 @@ class Evaluator:
                 reported = time.perf_counter()
                 log(f"eval_progress:{done:.0%} eta:{(reported - begun) * (1 - done) / done:.0f}s")
         model.train()
-        if batches:
-            return None
         nats = sum(torch.stack(sums).tolist()) if sums else 0.0
         nats, count, weight, stop = self.runtime.sum([nats, count, weight, bool(interrupted())])
         if stop:
@@ -1211,7 +1209,9 @@ class Trainer:
                     self.folder.log(f"warmup_step:{step}/{total}{' looping' * looping}")
                     if step == total > 1:  # the first step compiles; the last tells how long one takes
                         self.recent.append(self.watch.elapsed("compile") - began)
-                evaluator.score(self.compiled_model, batches=1)
+                with torch.no_grad():  # as a validation does it
+                    self.compiled_model.eval()(*evaluator.batch_at(evaluator.windows.start)[:2])
+                self.compiled_model.train()
             if self.calibration:
                 self.reserve = tool("compress").calibration_seconds(self)
         for part, state in zip(parts, before, strict=False):
