@@ -1139,6 +1139,7 @@ class Trainer:
         self.loader, self.hooks = loader, hooks
         # The model; the same compiled, which scores; and that under DDP, which trains. They share their weights.
         self.model, self.compiled_model, self.note = build_model(config, runtime)
+        torch.manual_seed(config.seed + runtime.rank)  # for a model that draws in training, as dropout does
         self.train_model, self.optimizers = self.compiled_model, self.model.optimizers(config, runtime)
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["base_lr"] = group["lr"]  # which the schedule scales
