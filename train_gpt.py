@@ -1139,8 +1139,8 @@ class Trainer:
         self.loader, self.hooks = loader, hooks
         # The model; the same compiled, which scores; and that under DDP, which trains. They share their weights.
         self.model, self.compiled_model, self.note = build_model(config, runtime)
-        torch.manual_seed(config.seed + runtime.rank)  # for a model that draws in training, as dropout does
         self.train_model, self.optimizers = self.compiled_model, self.model.optimizers(config, runtime)
+        torch.manual_seed(config.seed + runtime.rank)  # of what a model draws while it trains, such as dropout
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["base_lr"] = group["lr"]  # which the schedule scales
         if runtime.world_size > 1:  # all ranks have the same tables: no buffers need to be sent around
@@ -1462,8 +1462,7 @@ def write_result(trainer: Trainer, before: Score, after: Score, sources: dict[st
 # ---------- main: wiring only -----------------------------------------------------------------------------------------
 def main(argv: list[str] | None = None, config_class: type[Config] = Config) -> int:
     """The exit code. A model file hands over its own Config, which names its model: all else is this script's."""
-    argv = sys.argv[1:] if argv is None else argv
-    folder, code = None, 0
+    argv, folder, code = sys.argv[1:] if argv is None else argv, None, 0
     with contextlib.suppress(AttributeError):  # of what stands in for a terminal
         sys.stdout.reconfigure(errors="replace")  # letters that it lacks must not end the run
     try:

@@ -215,7 +215,7 @@ class Checkpoints(train_gpt.Hooks):
         self.folder.log(f"checkpoint: writing step:{trainer.steps}")
         if self.written:
             self.written.result()
-        state = self.state(trainer, copy=not wait)
+        state = self.state(trainer, not wait)
         if state:
             self.written = self.writer.submit(write_checkpoint, state, self.folder)
         self.runtime.share(self.written and self.written.result()) if wait else None  # before any rank leaves

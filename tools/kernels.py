@@ -98,7 +98,7 @@ def choose_attention(config, runtime, compiled: bool):
     for name in order.split() if config.attention == "auto" else [config.attention]:
         for kernel in ("flash", "cudnn", "mem_efficient", "math"):
             switch = getattr(torch.backends.cuda, f"enable_{kernel}_sdp")
-            switch(kernel.removeprefix("mem_") == name)
+            switch(name in own or kernel.removeprefix("mem_") == name)
         for attend in own.get(name, [grouped_attention, expanded_attention]):
             for halvings in range(rows.bit_length()):  # as will be done to the micro-batch
                 try:
