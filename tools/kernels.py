@@ -105,6 +105,8 @@ def choose_attention(config, runtime, compiled: bool):
                     prove_attention(attend, config, runtime, rows >> halvings, compiled)
                     return attend, f"attention:{name} by {attend.__name__}{failed}"
                 except Exception as error:  # of the kernel, its package, or the compiler
+                    if compiled:
+                        torch._dynamo.reset()  # each size is one more graph, and there may only be so many
                     if rows >> halvings == 1 or not is_out_of_memory(error):
                         failed += f"; {name} {attend.__name__} failed: {error!r:.120}"
                         break
