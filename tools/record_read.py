@@ -237,7 +237,8 @@ class Run:
     def tokens_per_step(self) -> float | None:
         if self.result and self.result.get("steps"):
             return self.result["train_tokens"] / self.result["steps"]
-        return self.log.last(r"train_batch_tokens: ?(\d+)", float) if self.log else None
+        batch = self.log.knobs.get("TRAIN_BATCH_TOKENS") if self.log else None
+        return float(batch) if batch else self.log and self.log.last(r"train_batch_tokens: ?(\d+)", float)
 
     @property
     def implied_bytes(self) -> float | None:

@@ -139,19 +139,22 @@ def check_validation(record: Record) -> Iterator[Finding | Skip]:
             judged = True
             if tokens != stated - 1:
                 yield Finding("validation", run.name, f"scored {tokens} targets, the data has {stated - 1}", remedy)
-        elif tokens and (record.ours or fineweb(run)):
-            judged = record_data.known_text(tokens) is not None
-            # With another tokenizer the number is another: then the bytes tell, in the next check.
-            if not judged and run.log and re.search(r"sp1024|fineweb_1024|sp8192|fineweb_8192|sp4096", run.log.text):
-                judged = True
-                yield Finding("validation", run.name, f"scored {tokens} targets, which is no known FineWeb validation "
-                              "text with this tokenizer", remedy)
+        elif tokens and record_data.known_text(tokens):
+            judged = True
+        elif tokens and fineweb_by(run, KNOWN_TOKENIZERS):
+            judged = True
+            yield Finding("validation", run.name, f"scored {tokens} targets, which is no known FineWeb validation text "
+                          "with this tokenizer", remedy)
     if not judged:
         yield Skip("no number of targets, or a text that is not known and has no data_manifest.json")
 
 
-def fineweb(run: Run) -> bool:
-    return bool(run.log and re.search(r"fineweb", run.log.text, re.IGNORECASE))
+# In names of FineWeb's shards and tokenizers. With any other tokenizer the number of targets is another one.
+KNOWN_TOKENIZERS, ANY_TOKENIZER = r"fineweb10B_sp(1024|4096|8192)\b|fineweb_(1024|4096|8192)_bpe", r"fineweb10B"
+
+
+def fineweb_by(run: Run, tokenizer: str) -> bool:
+    return bool(run.log and re.search(tokenizer, run.log.text))
 
 
 def check_bytes(record: Record) -> Iterator[Finding | Skip]:
@@ -169,14 +172,13 @@ def check_bytes(record: Record) -> Iterator[Finding | Skip]:
             expected, slack = true, error
         elif not true and known:
             expected, slack = known[1], error + record_data.RAGGED
-        elif not true and fineweb(run) and not record.ours:  # some other tokenizer of the same text
+        elif not true and fineweb_by(run, ANY_TOKENIZER) and not fineweb_by(run, KNOWN_TOKENIZERS):
             expected, slack = record_data.FINEWEB_BYTES, error + record_data.RAGGED
         else:
             continue
         judged = True
-        counted = [implied] + [run.result["scored_bytes"]] * bool((run.result or {}).get("scored_bytes"))
-        for found in counted:
-            if not math.isclose(found, expected, rel_tol=slack):
+        for found in (implied, (run.result or {}).get("scored_bytes")):
+            if found and not math.isclose(found, expected, rel_tol=slack):
                 yield Finding("bytes", run.name, f"its score divides by {found:.0f} bytes, the text has {expected} "
                               f"({found / expected - 1:+.2%})", remedy)
                 break
