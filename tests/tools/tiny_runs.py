@@ -47,27 +47,25 @@ def with_manifest(corpus: Path, folder: Path) -> Path:
     return folder
 
 
-def environment(corpus: Path, logs: Path, **knobs) -> dict[str, str]:
-    import train_gpt
-
+def settings(corpus: Path) -> dict[str, str]:
+    """The knobs of a run of a second."""
     data = work() / "data"
     data = data if data.exists() else with_manifest(corpus, data)
-    base = {
-        "DATA_PATH": data, "TOKENIZER_PATH": corpus / "tok.model", "LOG_DIR": logs, "DEVICE": "cpu",
-        "VOCAB_SIZE": (corpus / "vocab_size").read_text(), "DTYPE": "float32", "COMPILE": 0, "NUM_LAYERS": 2,
-        "MAX_WALLCLOCK_SECONDS": 0, "ITERATIONS": 24, "MODEL_DIM": 32, "NUM_HEADS": 4, "NUM_KV_HEADS": 2,
-        "TRAIN_SEQ_LEN": 32, "TRAIN_BATCH_TOKENS": 256, "VAL_BATCH_SIZE": 512, "WARMUP_STEPS": 0, "VAL_LOSS_EVERY": 0,
-        "MATRIX_LR": 0.02, "TRAIN_LOG_EVERY": 4,
+    knobs = {
+        "DATA_PATH": data, "TOKENIZER_PATH": corpus / "tok.model", "DEVICE": "cpu", "DTYPE": "float32", "COMPILE": 0,
+        "VOCAB_SIZE": (corpus / "vocab_size").read_text(), "NUM_LAYERS": 2, "MAX_WALLCLOCK_SECONDS": 0,
+        "ITERATIONS": 24, "MODEL_DIM": 32, "NUM_HEADS": 4, "NUM_KV_HEADS": 2, "TRAIN_SEQ_LEN": 32,
+        "TRAIN_BATCH_TOKENS": 256, "VAL_BATCH_SIZE": 512, "WARMUP_STEPS": 0, "VAL_LOSS_EVERY": 0, "TRAIN_LOG_EVERY": 4,
     }  # fmt: skip
-    clean = {name: text for name, text in os.environ.items() if name not in train_gpt.KNOBS}
-    return clean | {name: str(value) for name, value in (base | knobs).items()} | {"PYTHONPATH": str(ROOT)}
+    return {name: str(value) for name, value in knobs.items()}
 
 
 @functools.cache
 def make_runs(corpus: Path) -> list[Path]:
     """Run folders of seeds 1, 2 and 3, by one process."""
     logs = work() / "logs"
-    environ = environment(corpus, logs) | {"TINY_RUN_SEEDS": " ".join(map(str, SEEDS))}
+    environ = dict(os.environ) | settings(corpus)
+    environ |= {"LOG_DIR": str(logs), "PYTHONPATH": str(ROOT), "TINY_RUN_SEEDS": " ".join(map(str, SEEDS))}
     done = subprocess.run([sys.executable, "-c", RUN_ALL], env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return [logs / f"run{seed}" for seed in SEEDS]
