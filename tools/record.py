@@ -11,6 +11,7 @@ This file only dispatches; each command is in record_<command>.py. Needs require
 
 import argparse
 import importlib
+import os
 import sys
 from pathlib import Path
 
@@ -42,6 +43,9 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         return importlib.import_module(COMMANDS[arguments.command][0]).main(arguments)
+    except BrokenPipeError:  # a reader like `head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -201,7 +201,5 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(reports, indent=1))
     else:
-        print(*map(show, reports), sep="\n")
-        if not reports:
-            print("no record here to check")
+        print("\n".join(map(show, reports)) or "no record here to check")
     return 1 if any(report["findings"] for report in reports) else 0

@@ -68,14 +68,15 @@ class Log:
         exact = [score for score in scores if "exact" in score.label]
         return (exact or scores or [None])[-1]
 
+    @cached_property
+    def body(self) -> str:
+        """What the run printed: all but its source, which names defaults that the run may not have had."""
+        return self.text[len(self.source or "") :]
+
     def last(self, pattern: str, kind=int):
         """The group of the last match, as `kind`."""
-        found = re.findall(pattern, self.text, re.MULTILINE)
+        found = re.findall(pattern, self.body, re.MULTILINE)
         return kind(found[-1]) if found else None
-
-    def line_of(self, pattern: str) -> int:
-        match = re.search(pattern, self.text, re.MULTILINE)
-        return self.text.count("\n", 0, match.start()) + 1 if match else 1
 
     @cached_property
     def tokens(self) -> int | None:
@@ -104,7 +105,7 @@ class Log:
     @cached_property
     def code_bytes(self) -> set[int]:
         """Several where a script logs its code both plain and compressed."""
-        return {int(n) for n in re.findall(r"^Code size[^:\n]*: ?(\d+)", self.text, re.MULTILINE)}
+        return {int(n) for n in re.findall(r"^Code size[^:\n]*: ?(\d+)", self.body, re.MULTILINE)}
 
     @cached_property
     def total_bytes(self) -> int | None:
@@ -129,9 +130,8 @@ class Log:
 def parse_log(path: Path) -> Log:
     text = path.read_text(encoding="utf-8", errors="replace").replace("\r\n", "\n")
     log = Log(path, text)
-    body = text if log.source is None else text[len(log.source) :]
-    skipped = text.count("\n", 0, len(text) - len(body))
-    for number, line in enumerate(body.splitlines(), 1 + skipped):
+    skipped = text.count("\n", 0, len(text) - len(log.body))
+    for number, line in enumerate(log.body.splitlines(), 1 + skipped):
         if match := re.match(r"(?:seed|\s+seed): ?(\d+)\s*$", line):
             log.seeds.add(int(match[1]))
         elif match := re.match(r"([* ]) ([A-Z][A-Z0-9_]+)=(.*)$", line):

@@ -154,7 +154,7 @@ KNOWN_TOKENIZERS, ANY_TOKENIZER = r"fineweb10B_sp(1024|4096|8192)\b|fineweb_(102
 
 
 def fineweb_by(run: Run, tokenizer: str) -> bool:
-    return bool(run.log and re.search(tokenizer, run.log.text))
+    return bool(run.log and re.search(tokenizer, run.log.body))
 
 
 def check_bytes(record: Record) -> Iterator[Finding | Skip]:
