@@ -1,0 +1,181 @@
+"""record.py rescore: the artifact by the record's own script. What breaks a rule is found, each by its name."""
+
+import tiny_runs  # first: it knows where the tools are
+
+# isort: split
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import record
+import record_rescore
+from record_folder import open_record
+from record_read import read_run
+
+RULES = {"causality", "normalisation", "each target once", "evaluation without training data",
+         "evaluation without a network"}  # fmt: skip
+
+
+@functools.cache
+def seed_one(corpus):
+    return tiny_runs.make_runs(corpus)[0]
+
+
+@pytest.fixture
+def copy(corpus, tmp_path):
+    """Function: a copy of a run folder with places of its script replaced."""
+
+    def make(*replacements):
+        folder = tmp_path / "run"
+        shutil.copytree(seed_one(corpus), folder)
+        text = (folder / "train_gpt.py").read_text()
+        for old, new in replacements:
+            assert old in text, f"the script has changed: {old}"
+            text = text.replace(old, new)
+        (folder / "train_gpt.py").write_text(text)
+        return folder
+
+    return make
+
+
+def rescore(folder, capsys, *more):
+    """(exit code, {check: what was said} of findings, report)."""
+    code = record.main(["rescore", str(folder), "--json", *more])
+    report = json.loads(capsys.readouterr().out)
+    return code, {finding["check"]: finding["problem"] for finding in report["findings"]}, report
+
+
+def test_a_sound_run_has_its_digits_again_and_keeps_every_rule(copy, capsys):
+    folder = copy()
+    code, findings, report = rescore(folder, capsys)
+    assert (code, findings) == (0, {}) and set(report["passed"]) == RULES | {"score"}
+    result, measured = json.loads((folder / "result.json").read_text()), report["measured"]
+    assert measured["score"]["val_bpb"] == result["val_bpb"] and measured["score"]["once"] == result["val_tokens"]
+    assert len(measured["moved"]) == len(measured["sums"]) == 64 and len(measured["moved_in_evaluation"]) == 4
+    assert max(measured["moved"]) == 0.0 and measured["score"]["learned"] is False
+    assert np.allclose(measured["sums"], 1, atol=1e-5)
+
+
+BROKEN = {
+    # name: (what is changed in the script, findings besides that of the score, which changes with all of them)
+    "a model that peeks by one token": ([(".triu(start + 1)", ".triu(start + 2)")], {"causality"}),
+    "a score that is no probability": ([
+        ('reduction="none").view_as(targets_BT)', 'reduction="none").view_as(targets_BT) / 2')], {"normalisation"}),
+    "half of the targets": ([("fresh & (target < scored.stop)", "fresh & (target % 2 == 0)")], {"each target once"}),
+    "the easy targets": ([("sums.append(torch.where(mask, model(inputs, targets), 0.0).sum())",
+                           "sums.append(torch.where(mask, model(inputs, targets), 0.0).clamp(max=3.0).sum())")],
+                         {"each target once"}),
+    "training text and the network": ([(
+        "    return stream, token_bytes, facts",
+        "    import socket\n"
+        "    with contextlib.suppress(OSError):\n"
+        "        open(f'{config.data_path}/fineweb_train_000000.bin', 'rb')\n"
+        "    with contextlib.suppress(OSError):\n"
+        "        socket.create_connection(('127.0.0.1', 9))\n"
+        "    return stream, token_bytes, facts")],
+        {"evaluation without training data", "evaluation without a network"}),
+    "learning before scoring": (
+        [("            sums.append(torch.where(mask, model(inputs, targets), 0.0).sum())",
+          "            with torch.enable_grad():\n"
+          "                model(inputs, targets).mean().backward()\n"
+          "            with torch.no_grad():\n"
+          "                for p in model.parameters():\n"
+          "                    p -= 0.1 * p.grad if p.grad is not None else 0.0\n"
+          "                    p.grad = None\n"
+          "            sums.append(torch.where(mask, model(inputs, targets), 0.0).sum())")], {"causality"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_breaks_a_rule_is_found_by_name(name, copy, capsys):
+    replacements, expected = BROKEN[name]
+    code, findings, report = rescore(copy(*replacements), capsys)
+    assert code == 1 and set(findings) - {"score"} == expected, findings
+    assert ("score" in findings) is (name != "training text and the network")
+    if name == "learning before scoring":
+        assert report["measured"]["score"]["learned"] and "which learns" in findings["causality"]
+        assert max(report["measured"]["moved"]) == 0.0  # the model alone is sound
+
+
+MODEL_FILE = '''"""A model on the seam: the script's own, with another activation."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, next(str(p) for p in Path(__file__).resolve().parents if (p / "train_gpt.py").is_file()))
+import torch
+
+import train_gpt
+
+
+class Smooth(train_gpt.GPT):
+    def logits(self, x_BTD):
+        return super().logits(x_BTD) * 0.9
+
+
+@dataclass(frozen=True)
+class SmoothConfig(train_gpt.Config):
+    @classmethod
+    def model_class(cls):
+        return Smooth
+
+
+if __name__ == "__main__":
+    sys.exit(train_gpt.main(config_class=SmoothConfig))
+'''
+
+
+def test_a_model_on_the_seam_is_packed_and_scored_again(corpus, tmp_path, capsys):
+    (tmp_path / "train_gpt.py").write_bytes((tiny_runs.ROOT / "train_gpt.py").read_bytes())
+    (tmp_path / "smooth.py").write_text(MODEL_FILE)
+    environ = os.environ | tiny_runs.settings(corpus) | {"LOG_DIR": str(tmp_path / "logs"), "RUN_ID": "smooth"}
+    done = subprocess.run([sys.executable, str(tmp_path / "smooth.py")], env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    arguments = ["--track", "track_cpu_1min_16mb", "--slug", "smooth", "--author", "A", "--github-id", "a"]
+    arguments += ["--artifact", "--records", str(tmp_path / "records"), "--date", "2026-01-01"]
+    assert record.main(["new", str(tmp_path / "logs" / "smooth"), *arguments]) == 0, capsys.readouterr().out
+    folder = tmp_path / "records" / "track_cpu_1min_16mb" / "2026-01-01_smooth"
+    said = (folder / "README.md").read_text()
+    assert "python smooth.py config.env" in said and (folder / "smooth.py").is_file()
+    capsys.readouterr()
+    code, findings, report = rescore(folder, capsys)
+    assert (code, findings) == (0, {}) and set(report["passed"]) == RULES | {"score"}
+
+
+def test_another_device_gets_the_wider_tolerance_and_another_artifact_none(corpus):
+    folder = seed_one(corpus)
+    run = record_rescore.Record(folder, [read_run(folder)])
+    result = run.runs[0].result
+    score = {"val_bpb": result["val_bpb"] + 1e-3, "val_loss": 2.0, "summed_loss": 2.0, "of": 9, "once": 9, "tokens": 9,
+             "twice": 0, "wrong": 0, "learned": False}  # fmt: skip
+    found = {"score": score, "moved": [0.0], "moved_in_evaluation": [0.0], "sums": [1.0], "opened": [], "refused": [],
+             "device": result["device"], "torch": result["torch"], "dtype": result["dtype"]}  # fmt: skip
+    artifact = folder / "final_model.int8.ptz"
+    assert [f.check for f in record_rescore.judge(run, artifact, found)[0]] == ["score"]
+    findings, passed, _ = record_rescore.judge(run, artifact, found | {"device": "another"})
+    assert not findings and "tolerance 0.002 on other hardware" in passed["score"]
+    assert "score" in record_rescore.judge(run, folder / "config.env", found)[2]
+
+
+@pytest.mark.parametrize("remove, said", [
+    ("train_gpt.py", "has no train_gpt.py"), ("final_model.int8.ptz", "has no final_model"),
+    ("data", "holds no validation shards"),
+])  # fmt: skip
+def test_what_is_missing_is_named(remove, said, copy, capsys, tmp_path):
+    folder = copy()
+    more = ["--data", str(tmp_path)] if remove == "data" else []
+    if remove != "data":
+        (folder / remove).unlink()
+    assert record.main(["rescore", str(folder), *more]) == 2 and said in capsys.readouterr().err
+
+
+def test_a_folder_of_a_public_script_is_left_to_check(tmp_path, capsys):
+    (tmp_path / "submission.json").write_text("{}")
+    assert not open_record(tmp_path).ours
+    assert record.main(["rescore", str(tmp_path)]) == 2 and "read by `record.py check`" in capsys.readouterr().err

@@ -1,0 +1,205 @@
+"""record.py compare A B: is B better than A, by how much, how surely, and at what cost.
+
+Welch's one-sided t-test (unequal variances) of the seeds' losses against the rule that a record must win by 0.005 nats
+at p < 0.01, and the same in bits per byte; the difference with its 95% confidence interval; the seeds that would settle
+it; step time and bytes; and how much of A's run B needs for A's loss.
+"""
+
+import argparse
+import json
+import math
+import statistics
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from record_read import Run, UserError, read_group
+from scipy import stats
+
+MARGIN_NATS, P_VALUE, POWER, CONFIDENCE, MOST_SEEDS = 0.005, 0.01, 0.8, 0.95, 1000
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Welch's test that B is lower than A by more than `margin`. `difference` is mean(A) - mean(B); the interval is
+    two-sided. p and the interval are None where a side has a single seed, or no spread at all."""
+
+    n_a: int
+    n_b: int
+    mean_a: float
+    mean_b: float
+    std_a: float | None
+    std_b: float | None
+    margin: float
+    difference: float
+    p: float | None
+    low: float | None
+    high: float | None
+    seeds_needed: int | None  # on each side
+    problem: str = ""
+
+
+def welch(a: list[float], b: list[float], margin: float) -> Comparison:
+    means = statistics.fmean(a), statistics.fmean(b)
+    deviations = tuple(statistics.stdev(x) if len(x) > 1 else None for x in (a, b))
+    p = low = high = needed = None
+    if None not in deviations and any(deviations):
+        p = float(stats.ttest_ind(np.array(a) - margin, b, equal_var=False, alternative="greater").pvalue)
+        interval = stats.ttest_ind(a, b, equal_var=False).confidence_interval(CONFIDENCE)
+        low, high = float(interval.low), float(interval.high)
+        needed = seeds_needed(means[0] - means[1] - margin, *deviations)
+    return Comparison(len(a), len(b), *means, *deviations, margin, means[0] - means[1], p, low, high, needed)
+
+
+def seeds_needed(gain: float, std_a: float, std_b: float) -> int | None:
+    """Seeds on each side with which a test at P_VALUE sees a true `gain` over the margin with a chance of POWER, if the
+    deviations are those seen; None if there is nothing to see. The noncentral t distribution gives the chance."""
+    if gain <= 0:
+        return None
+    variances = std_a**2, std_b**2
+    for n in range(2, MOST_SEEDS + 1):
+        error = sum(variances) / n
+        freedom = error**2 / sum((v / n) ** 2 / (n - 1) for v in variances)  # Welch and Satterthwaite
+        critical = stats.t.ppf(1 - P_VALUE, freedom)
+        if stats.nct.sf(critical, freedom, gain / math.sqrt(error)) >= POWER:
+            return n
+    return None
+
+
+def scores(runs: list[Run], key: str) -> list[float]:
+    return [value for run in runs if (value := getattr(run, key)) is not None]
+
+
+def nats_per_bpb(runs: list[Run]) -> float:
+    """What a bit per byte of this text is in nats per token: the ratio of a run's two scores."""
+    return statistics.fmean(run.val_loss / run.val_bpb for run in runs if run.val_loss and run.val_bpb)
+
+
+def record_test(a: list[Run], b: list[Run]) -> Comparison:
+    """The rule for records: B beats A by 0.005 nats. Where their tokenizers cut the text into different numbers of
+    tokens nats do not compare: then bits per byte do, with the margin that 0.005 nats are in A's tokens."""
+    a, b = ([run for run in runs if run.val_bpb and run.val_loss] for runs in (a, b))
+    if not a or not b:
+        return Comparison(len(a), len(b), *[math.nan] * 2, None, None, 0, math.nan, None, None, None, None, "no scores")
+    texts = [statistics.median(run.implied_bytes or 0 for run in runs) for runs in (a, b)]
+    same_text = not all(texts) or math.isclose(*texts, rel_tol=1.5e-3)
+    same_tokens = math.isclose(nats_per_bpb(a), nats_per_bpb(b), rel_tol=1e-4)
+    if same_tokens:
+        test = welch(scores(a, "val_loss"), scores(b, "val_loss"), MARGIN_NATS)
+    else:
+        test = welch(scores(a, "val_bpb"), scores(b, "val_bpb"), MARGIN_NATS / nats_per_bpb(a))
+    problem = ""
+    if not same_text:
+        problem = f"the texts differ: {texts[0]:.0f} and {texts[1]:.0f} bytes were scored"
+    elif test.p is None:
+        problem = f"{test.n_a} and {test.n_b} seeds allow no test: at least two with different scores are needed"
+    return Comparison(**asdict(test) | {"problem": problem})
+
+
+def curve(run: Run) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(steps, losses, training seconds) of a run: its validations if there are several, else train_loss as a running
+    mean over 5% of the run."""
+    lines = run.metrics()
+    train = [(m["step"], m["train_loss"], m["train_seconds"]) for m in lines if "train_loss" in m]
+    seconds = {step: clock for step, _, clock in train}
+    val = [(m["step"], m["val_loss"], seconds.get(m["step"], 0.0)) for m in lines if "val_loss" in m]
+    if len(val) > 2:
+        return tuple(np.array(column, float) for column in zip(*val, strict=True))
+    if not train:
+        return tuple(np.empty((3, 0)))
+    steps, losses, clocks = (np.array(column, float) for column in zip(*train, strict=True))
+    width = max(1, len(losses) // 20)
+    smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
+    return steps[width - 1 :], smooth, clocks[width - 1 :]
+
+
+def compute_multiplier(a: list[Run], b: list[Run]) -> dict | None:
+    """The share of A's steps, tokens and seconds in which B reaches A's final loss, medians over the pairs of runs;
+    None for a pair where B does not. Both curves are of the same kind, or there is nothing to compare."""
+    pairs = []
+    for one in a:
+        for other in b:
+            (steps_a, loss_a, clock_a), (steps_b, loss_b, clock_b) = curve(one), curve(other)
+            if not len(loss_a) or not len(loss_b):
+                return None
+            reached = np.flatnonzero(loss_b <= loss_a[-1])
+            if not len(reached):
+                pairs.append((math.inf, math.inf, math.inf))
+                continue
+            at = reached[0]
+            tokens = (other.tokens_per_step or 1) / (one.tokens_per_step or 1)
+            share = steps_b[at] / steps_a[-1]
+            pairs.append((share, share * tokens, clock_b[at] / clock_a[-1] if clock_a[-1] else math.nan))
+    medians = [statistics.median(column) for column in zip(*pairs, strict=True)]
+    return dict(zip(("steps", "tokens", "seconds"), medians, strict=True))
+
+
+def compare(a: list[Run], b: list[Run]) -> dict:
+    """All of it, as plain values."""
+    for name, runs in (("A", a), ("B", b)):
+        if not scores(runs, "val_bpb"):
+            raise UserError(f"{name} has no run with a score: give finished runs")
+        if any(run.partial for run in runs):
+            raise UserError(f"{name} has runs that scored a part of the text: give runs with VAL_TOKENS_LIMIT=0")
+    nats_a, nats_b = scores(a, "val_loss"), scores(b, "val_loss")
+    costs = {}
+    for key, unit in (("step_ms", "ms"), ("train_seconds", "s"), ("bytes_total", "bytes"), ("eval_seconds", "s")):
+        values = [scores(runs, key) for runs in (a, b)]
+        if all(values):
+            costs[key] = {"a": statistics.median(values[0]), "b": statistics.median(values[1]), "unit": unit}
+    nats = asdict(welch(nats_a, nats_b, 0.0)) if nats_a and nats_b else None
+    return {"record": asdict(record_test(a, b)), "nats": nats,
+            "bpb": asdict(welch(scores(a, "val_bpb"), scores(b, "val_bpb"), 0.0)), "costs": costs,
+            "compute": compute_multiplier(a, b), "compute_reverse": compute_multiplier(b, a)}  # fmt: skip
+
+
+def describe(test: dict, unit: str) -> str:
+    spread = [f"{test[f'mean_{x}']:.5f}" + (f" ± {test[f'std_{x}']:.5f}" if test[f"std_{x}"] is not None else "")
+              + f" (n = {test[f'n_{x}']})" for x in "ab"]
+    text = f"A {spread[0]}, B {spread[1]}: B is lower by {test['difference']:+.5f} {unit}"
+    if test["low"] is not None:
+        text += f", 95% interval {test['low']:+.5f} to {test['high']:+.5f}, p = {test['p']:.3g}"
+    return text
+
+
+def verdict(test: dict) -> str:
+    if test["problem"]:
+        return f"not settled: {test['problem']}"
+    if test["p"] < P_VALUE:
+        return f"B beats A by the rule for records: p = {test['p']:.3g} < {P_VALUE} for a gain over 0.005 nats"
+    text = f"B does not beat A by the rule for records: p = {test['p']:.3g} for a gain over 0.005 nats"
+    if test["seeds_needed"] is None:
+        return text + ("; the gain seen is under 0.005 nats: more seeds of the same would not help"
+                       if test["difference"] <= test["margin"] else f"; over {MOST_SEEDS} seeds would be needed")
+    more = [max(0, test["seeds_needed"] - test[f"n_{x}"]) for x in "ab"]
+    return text + (f"; with {more[0]} more seeds of A and {more[1]} of B such a gain and spread would settle it "
+                   f"four times in five")
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+    for name in ("a", "b"):
+        parser.add_argument(name, metavar=name.upper(), help="a record, a run folder, or several by a glob or commas")
+    parser.add_argument("--json", action="store_true", help="all numbers as JSON")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    found = compare(read_group(arguments.a), read_group(arguments.b))
+    if arguments.json:
+        print(json.dumps(found, indent=1))
+        return 0
+    print(verdict(found["record"]))
+    print("bits per byte:", describe(found["bpb"], "BPB"))
+    if found["nats"]:
+        print("nats per token:", describe(found["nats"], "nats"))
+    for name, cost in found["costs"].items():
+        print(f"{name}: A {cost['a']:,.6g}, B {cost['b']:,.6g} {cost['unit']} ({cost['b'] / cost['a'] - 1:+.1%})")
+    for key, (one, other) in (("compute", "BA"), ("compute_reverse", "AB")):
+        share = found[key]
+        if share is None:
+            print("compute: not known, as metrics.jsonl is not there")
+            break
+        if all(map(math.isfinite, share.values())):
+            print(f"compute: {one} reaches the final loss of {other} in {share['steps']:.2f} of its steps, "
+                  f"{share['tokens']:.2f} of its tokens, {share['seconds']:.2f} of its time")
+        else:
+            print(f"compute: {one} does not reach the final loss of {other}")
+    return 0

@@ -1,0 +1,137 @@
+"""record.py rescore FOLDER: score the artifact of a record again by its own script, and test the rules on it.
+
+In a process of its own, without a network, with the validation shards alone in DATA_PATH: the score; that no score
+moves when the tokens after it are replaced, at 64 places in single windows and at 4 through the whole evaluation (so
+also for a model that learns while it scores); that the probabilities at 64 places sum to 1 over the vocabulary; that
+each target is scored once and that the score is the mean of exactly those; and that no training data are read. Any
+model on the seam works. The record's code is run: do so only on a machine where anyone's code may run.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import record_data
+from record_check import show
+from record_folder import Finding, Record, open_record, sha256
+from record_read import ROOT, UserError
+
+PLACES = 64
+SAME, ELSEWHERE = 1e-8, 2e-3  # BPB: the same device, ranks and torch repeat every digit; another rounds otherwise
+MOVED = 1e-6  # nats; what reads no future moves by nothing
+SUM = 1e-3  # of probabilities, in fp32 over some thousand tokens
+
+
+def without_network() -> list[str]:
+    """A prefix that gives a process no network at all, where the system has one; the child refuses it in any case."""
+    prefix = ["unshare", "--net", "--map-root-user"]
+    tried = shutil.which("unshare") and subprocess.run([*prefix, "true"], capture_output=True, check=False)
+    return prefix if tried and tried.returncode == 0 else []
+
+
+def validation_only(data: Path, folder: Path) -> Path:
+    """A data folder with links to the validation shards and the manifest of another."""
+    shards = record_data.shards(data, "val")
+    if not shards:
+        raise UserError(f"{data} holds no validation shards: give --data FOLDER")
+    for path in [*shards, *data.glob("manifest.json")]:
+        (folder / path.name).symlink_to(path.resolve())
+    return folder
+
+
+def probe(record: Record, artifact: Path, data: Path, tokenizer: str, timeout: float | None) -> dict:
+    with tempfile.TemporaryDirectory() as temporary:
+        only = validation_only(data, Path(temporary))
+        command = [*without_network(), sys.executable, str(Path(__file__).with_name("record_probe.py")),
+                   str(record.folder.resolve()), str(only), tokenizer, str(artifact.resolve()), str(PLACES)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=timeout, cwd=temporary)
+    if done.returncode or not done.stdout.strip():
+        raise UserError(f"the record's script ended with exit code {done.returncode}, see above: it needs "
+                        "train_gpt.py, every other source, config.env and the artifact of one run")  # fmt: skip
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def judge(record: Record, artifact: Path, found: dict) -> tuple[list[Finding], dict[str, str], dict[str, str]]:
+    """(findings, what passed with its numbers, what was not checked)."""
+    findings, passed, skipped = [], {}, {}
+
+    def answer(check: str, good: bool, told: str, remedy: str):
+        if good:
+            passed[check] = told
+        else:
+            findings.append(Finding(check, artifact.name, told, remedy))
+
+    score, digest = found["score"], sha256(artifact)
+    run = next((run for run in record.runs if run.result and run.result.get("sha256_artifact") == digest), None)
+    if run is None:
+        skipped["score"] = "no result.json in the folder is of this artifact"
+    else:
+        same = (run.result["device"], run.result["torch"], run.result["world_size"], run.result["dtype"]) == (
+            found["device"], found["torch"], 1, found["dtype"])  # fmt: skip
+        slack = SAME if same else ELSEWHERE
+        told = (f"{score['val_bpb']:.8f} BPB, {run.name} says {run.val_bpb:.8f}; tolerance {slack:g} on "
+                f"{'the same' if same else 'other'} hardware")  # fmt: skip
+        answer("score", abs(score["val_bpb"] - run.val_bpb) <= slack, told, "ship the artifact and script of one run")
+    future = "a prediction may depend on the tokens before it alone"
+    moved = max([*found["moved"], *found["moved_in_evaluation"]])
+    answer("causality", moved <= MOVED, f"replacing later tokens moves a loss by {moved:.3g} nats at most, over "
+           f"{len(found['moved'])} places in windows and {len(found['moved_in_evaluation'])} in the evaluation"
+           + (", which learns" if score["learned"] else ""), future)  # fmt: skip
+    odd = max(found["sums"], key=lambda total: abs(total - 1))
+    answer("normalisation", abs(odd - 1) <= SUM, f"probabilities sum to {odd:.6f} where they are furthest from 1, of "
+           f"{len(found['sums'])} places", "a score must be the logarithm of a distribution over the vocabulary")
+    exact = score["once"] == score["of"] == score["tokens"] and not score["twice"] and not score["wrong"]
+    summed = abs(score["summed_loss"] - score["val_loss"]) <= 1e-5
+    answer("each target once", exact and summed, f"{score['once']} of {score['of']} targets were scored once, "
+           f"{score['twice']} more often, {score['wrong']} with another token; their mean loss is "
+           f"{score['summed_loss']:.6f}, the score {score['val_loss']:.6f}", "score every target of the text once")
+    answer("evaluation without training data", not found["opened"], f"opened {found['opened'][:3]}" if found["opened"]
+           else "opened no training shard", "an evaluation reads the artifact and the validation text")
+    answer("evaluation without a network", not found["refused"], f"tried {found['refused'][:3]}" if found["refused"]
+           else "tried no connection", "an evaluation reads the artifact and the validation text")
+    return findings, passed, skipped
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a record with its artifact, or a run folder")
+    parser.add_argument("--artifact", type=Path, help="where it is, if not in the folder")
+    parser.add_argument("--data", type=Path, help="folder of the shards; default: DATA_PATH of config.env")
+    parser.add_argument("--tokenizer", help="default: TOKENIZER_PATH of config.env")
+    parser.add_argument("--timeout", type=float, help="seconds at most")
+    parser.add_argument("--json", action="store_true", help="the report as JSON")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """The exit code: 1 if there are findings."""
+    record = open_record(arguments.folder)
+    if (record.folder / "train.log").is_file() and not record.ours:  # a run folder
+        from record_read import read_run
+
+        record = Record(record.folder, [read_run(record.folder)])
+    missing = [name for name in ("train_gpt.py", "config.env") if not (record.folder / name).is_file()]
+    if missing:
+        raise UserError(f"{record.folder} has no {', '.join(missing)}: only records and runs of train_gpt.py can be "
+                        "scored again; those of other scripts are read by `record.py check`")  # fmt: skip
+    artifacts = [arguments.artifact] if arguments.artifact else sorted(record.folder.glob("final_model.*.ptz"))
+    if not artifacts or not artifacts[0].is_file():
+        raise UserError(f"{record.folder} has no final_model.*.ptz: give --artifact FILE, or pack with --artifact")
+    data = arguments.data or ROOT / record.config.get("DATA_PATH", "")
+    tokenizer = arguments.tokenizer or record.config.get("TOKENIZER_PATH", "")
+    tokenizer = str((ROOT / tokenizer).resolve()) if (ROOT / tokenizer).is_file() else tokenizer
+    try:
+        found = probe(record, artifacts[0], data, tokenizer, arguments.timeout)
+    except subprocess.TimeoutExpired as error:
+        raise UserError(f"no answer within {error.timeout:.0f} s: give a longer --timeout") from error
+    findings, passed, skipped = judge(record, artifacts[0], found)
+    report = {"folder": str(record.folder), "findings": [asdict(f) for f in findings], "passed": list(passed),
+              "not_checked": skipped}  # fmt: skip
+    if arguments.json:
+        print(json.dumps(report | {"numbers": passed, "measured": found}, indent=1))
+    else:
+        print(show(report), *(f"  {name}: {told}" for name, told in passed.items()), sep="\n")
+    return 1 if findings else 0

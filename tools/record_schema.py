@@ -1,0 +1,166 @@
+"""submission.json: what a record of this repository must state, and what the public challenge's files state in their
+drifting names; and what the name of a track says of its limits."""
+
+import datetime
+import json
+import re
+from dataclasses import dataclass, field
+from decimal import Decimal
+from pathlib import Path
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+from record_read import UserError
+
+MEGABYTE = 10**6  # decimal: 16 MB are 16,000,000 bytes, and not 16 MiB, which are 16,777,216
+DATE = r"^\d{4}-\d{2}-\d{2}([T ].*)?$"
+Text = Field(min_length=1)
+Positive = Field(gt=0, allow_inf_nan=False)
+
+
+class SeedResult(BaseModel):
+    val_loss: float = Positive
+    val_bpb: float = Positive
+    artifact_bytes: int = Positive
+    steps: int = Positive
+    step_avg_ms: float = Positive
+    train_time_s: float = Positive
+    eval_time_s: float = Positive
+
+
+class Submission(BaseModel):
+    """A record of this repository. Every number is computed by `record.py new`; more fields may follow."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    author: str = Text
+    github_id: str = Text
+    name: str = Text
+    date: str = Field(pattern=DATE)
+    track: str = Text
+    blurb: str = Text
+    val_loss: float = Positive
+    val_bpb: float = Positive
+    val_bpb_std: float | None = Field(ge=0, description="sample standard deviation; null for a single seed")
+    bytes_total: int = Positive
+    bytes_code: int = Positive
+    seeds: list[int] = Field(min_length=1)
+    seed_results: dict[str, SeedResult]
+    hardware: str = Text
+    pytorch_version: str = Text
+    pre_quant_val_bpb: float = Positive
+    step_stop: int = Positive
+    wallclock_seconds: float = Positive
+    eval_time_seconds: float = Positive
+    base: str | None = Field(description="folder of the record that this one claims to beat, in the same track")
+
+
+def names(*choices: str):
+    return AliasChoices(*choices)
+
+
+class PublicSubmission(BaseModel):
+    """The core fields, under every name seen in public folders."""
+
+    model_config = ConfigDict(extra="allow")
+    author: str = Field(min_length=1, validation_alias=names("author", "authors", "submitter", "author_name", "team"))
+    github_id: str = Field(min_length=1, coerce_numbers_to_str=True, validation_alias=names(
+        "github_id", "github", "github_username", "github_user", "github_handle", "submitter"))
+    name: str = Field(min_length=1, validation_alias=names(
+        "name", "title", "run_name", "submission_name", "record_name", "blurb", "notes", "description"))
+    date: str = Field(pattern=DATE, validation_alias=names("date", "timestamp", "submission_date", "created_at"))
+    val_bpb: float = Field(gt=0, allow_inf_nan=False, validation_alias=names(
+        "val_bpb", "val_bpb_mean", "mean_val_bpb", "bpb", "final_val_bpb", "val_bpb_exact", "bpb_mean", "score"))
+
+
+ALIASES = {  # of numbers that are compared where they are stated
+    "val_bpb": PublicSubmission.model_fields["val_bpb"].validation_alias.choices,
+    "val_loss": ("val_loss", "val_loss_mean", "mean_val_loss", "final_val_loss"),
+    "val_bpb_std": ("val_bpb_std", "std_val_bpb", "val_bpb_stdev", "val_bpb_std_dev", "bpb_std"),
+    "bytes_total": ("bytes_total", "total_bytes", "bytes_total_max", "max_bytes_total", "artifact_bytes",
+                    "artifact_size_bytes", "total_submission_bytes", "artifact_bytes_max", "artifact_bytes_mean"),
+    "bytes_code": ("bytes_code", "code_bytes", "code_size_bytes", "code_size"),
+}
+SEED_TABLES = ("seed_results", "per_seed", "results", "per_seed_results", "runs", "seeds_results")
+
+
+@dataclass
+class Claim:
+    """submission.json as it is compared: numbers with the digits they were written with."""
+
+    raw: dict
+    val_bpb: Decimal | None = None
+    val_loss: Decimal | None = None
+    val_bpb_std: Decimal | None = None
+    bytes_total: Decimal | None = None
+    bytes_code: Decimal | None = None
+    seeds: dict[int, dict[str, Decimal]] = field(default_factory=dict)  # what is claimed for each seed
+    listed: list[int] = field(default_factory=list)
+
+
+def number(value) -> Decimal | None:
+    value = Decimal(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    return value if isinstance(value, Decimal) and value.is_finite() else None
+
+
+def seed_claims(raw: dict) -> dict[int, dict[str, Decimal]]:
+    """{seed: {field: number}} of tables by seed (1337, "seed_42"), lists of rows, or bare scores."""
+    table = next((raw[name] for name in SEED_TABLES if isinstance(raw.get(name), dict | list)), {})
+    rows = table.items() if isinstance(table, dict) else [
+        (row["seed"], row) for row in table if isinstance(row, dict) and "seed" in row]
+    claims = {}
+    for key, row in rows:
+        match = re.fullmatch(r"(?:seed[_ -]?)?(\d+)", str(key))
+        row = row if isinstance(row, dict) else {"val_bpb": row}
+        if match:
+            found = {name: next((n for alias in choices if (n := number(row.get(alias))) is not None), None)
+                     for name, choices in ALIASES.items()}
+            claims[int(match[1])] = {name: value for name, value in found.items() if value is not None}
+    return claims
+
+
+def read_claim(path: Path) -> tuple[Claim, dict]:
+    """(numbers to compare, the same file as plain JSON to validate)."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        raw, plain = json.loads(text, parse_float=Decimal), json.loads(text)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path.name}: no JSON ({error})") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path.name} holds a {type(raw).__name__}, expected an object")
+    claim = Claim(raw)
+    for name, choices in ALIASES.items():
+        setattr(claim, name, next((n for alias in choices if (n := number(raw.get(alias))) is not None), None))
+    claim.seeds = seed_claims(raw)
+    listed = raw.get("seeds")
+    claim.listed = [seed for seed in listed if isinstance(seed, int)] if isinstance(listed, list) else []
+    return claim, plain
+
+
+def schema_errors(plain: dict, ours: bool) -> list[tuple[str, str]]:
+    """(field, what is wrong with it)."""
+    try:
+        (Submission if ours else PublicSubmission).model_validate(plain)
+    except ValidationError as error:
+        return [(".".join(map(str, e["loc"])), f"{e['msg']}, found {e['input']!r:.60}" if e["type"] != "missing"
+                 else "missing") for e in error.errors()]
+    try:
+        datetime.date.fromisoformat(str(plain.get("date") or plain.get("timestamp") or "2000-01-01")[:10])
+    except ValueError as error:
+        return [("date", f"{error}, found {plain.get('date')!r}")]
+    return []
+
+
+@dataclass(frozen=True)
+class Track:
+    """Limits by the name of a track: track_10min_16mb is 600 s, for training and for evaluation each, and 16,000,000
+    bytes. A part that the name lacks is no limit."""
+
+    name: str
+    seconds: float | None
+    bytes: int | None
+
+
+def parse_track(name: str) -> Track:
+    clock = re.search(r"(?:^|_)(\d+)(s|min|h)(?:_|$)", name)
+    size = re.search(r"(?:^|_)(\d+)mb(?:_|$)", name)
+    units = {"s": 1, "min": 60, "h": 3600}
+    return Track(name, clock and int(clock[1]) * units[clock[2]], size and int(size[1]) * MEGABYTE)

@@ -1,0 +1,276 @@
+"""Searches over knobs, by optuna: its samplers, its median pruner fed while a run goes on, its storage.
+
+    python tools/sweep.py space.toml                 begins, or goes on after a stop; as many workers as are started
+    python tools/sweep.py space.toml --show          the table so far
+
+space.toml:
+    name = "rates"
+    trials = 30                                      # in all, over every worker
+    config = "records/recipes/demo_cpu.env"          # optional; script = "train_gpt.py" is the default
+    objective = "val_bpb"                            # of result.json; lower is better
+    storage = "sqlite:///logs/rates/study.db"        # the default; see below
+    sampler = "TPESampler"                           # any of optuna.samplers that needs no arguments
+    seed = 1                                         # of the sampler, for one worker; several want none
+    [fixed]
+    SEED = 1337
+    [space]
+    MATRIX_LR = {low = 0.01, high = 0.1, log = true}
+    NUM_LAYERS = {low = 3, high = 6}                 # whole numbers
+    MLP_SLOPE = [0, 0.5]                             # a choice
+    [pruner]
+    startup_trials = 5                               # that run to their end before any is stopped
+    after = 0.2                                      # share of a run before which none is stopped; off = true: never
+
+A trial is a process of the script with its knobs as environment, in logs/<name>/. While it runs, its train_loss from
+metrics.jsonl, averaged over each 5% of the run, goes to the median pruner, which stops what is worse than the median of
+the others there. A trial that fails is kept with its error. A worker that was killed leaves a trial without an end: the
+next start on its machine gives those knobs to a new trial.
+
+Several machines: one study in one database (storage = "postgresql://..." or "mysql://...", with its driver installed),
+or a journal on a disk that all see (storage = "/shared/rates.journal"); start the same command on each. SQLite is for
+the workers of one machine. `optuna-dashboard <storage>` (a package of its own) shows a study while it grows.
+"""
+
+import argparse
+import os
+import socket
+import sys
+import time
+import tomllib
+import warnings
+from pathlib import Path
+
+import runner
+from record_read import Run, UserError, read_env
+
+try:
+    import optuna
+    from optuna.trial import TrialState
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"error: {missing}: pip install optuna (it is in requirements-dev.txt)") from None
+
+KEYS = {"seed", "name", "trials", "config", "script", "objective", "storage", "sampler", "fixed", "space", "pruner"}
+STAGES = 20  # of a run, at each of which the pruner is asked
+POLL_SECONDS = 0.5
+
+
+def read_space(path: Path) -> dict:
+    try:
+        space = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{path}: {error}: see `python tools/sweep.py --help` for its form") from error
+    odd = space.keys() - KEYS
+    if odd or not space.get("space"):
+        raise UserError(f"{path}: {f'unknown keys {sorted(odd)}' if odd else 'no [space]'}: expected {sorted(KEYS)}")
+    for knob, form in space["space"].items():
+        good = form if isinstance(form, list) else isinstance(form, dict) and {"low", "high"} <= form.keys()
+        if not good:
+            raise UserError(f"{path}: {knob} = {form}: expected {{low = ..., high = ...}} or a list of choices")
+    return {"name": path.stem, "trials": 20, "objective": "val_bpb", "fixed": {}, "pruner": {}} | space
+
+
+def open_storage(where: str):
+    """A database by its URL, or a journal by the path of a file."""
+    if "://" in where:
+        if where.startswith("sqlite:///"):
+            Path(where.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+            # Two workers may write at once: wait for the other instead of failing.
+            return optuna.storages.RDBStorage(where, engine_kwargs={"connect_args": {"timeout": 60}})
+        return optuna.storages.RDBStorage(where)
+    Path(where).parent.mkdir(parents=True, exist_ok=True)
+    return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(where))
+
+
+def open_study(space: dict) -> optuna.Study:
+    name, options = space.get("sampler", "TPESampler"), {"seed": space["seed"]} if "seed" in space else {}
+    try:
+        sampler = getattr(optuna.samplers, name)(**options)
+    except (AttributeError, TypeError) as error:
+        raise UserError(f"sampler = {name!r} {options}: {error}: expected one of optuna.samplers that needs no more, "
+                        "like TPESampler, RandomSampler or BruteForceSampler (a grid)") from error
+    options = space["pruner"]
+    pruner = optuna.pruners.NopPruner() if options.get("off") else optuna.pruners.MedianPruner(
+        options.get("startup_trials", 5), round(STAGES * options.get("after", 0.2)))  # fmt: skip
+    where = space.get("storage", f"sqlite:///logs/{space['name']}/study.db")
+    for patience in range(10):  # two workers that begin at once may both try to make the tables
+        try:
+            return optuna.create_study(storage=open_storage(where), sampler=sampler, pruner=pruner,
+                                       study_name=space["name"], load_if_exists=True)  # fmt: skip
+        except Exception as error:
+            if patience == 9:
+                raise UserError(f"storage = {where!r} cannot be opened: {error!r:.200}") from error
+            time.sleep(0.2 * (patience + 1))
+
+
+def suggest(trial: optuna.Trial, space: dict) -> dict[str, str]:
+    """{KNOB: text}. Whole bounds make whole numbers, unless `log` or a bound says otherwise."""
+    knobs = {}
+    for name, form in space["space"].items():
+        if isinstance(form, list):
+            value = trial.suggest_categorical(name, form)
+        elif isinstance(form["low"], int) and isinstance(form["high"], int):
+            value = trial.suggest_int(name, form["low"], form["high"], step=form.get("step", 1),
+                                      log=form.get("log", False))  # fmt: skip
+        else:
+            value = trial.suggest_float(name, form["low"], form["high"], step=form.get("step"),
+                                        log=form.get("log", False))  # fmt: skip
+        knobs[name] = text_of(value)
+    return {name: text_of(value) for name, value in space["fixed"].items()} | knobs
+
+
+def text_of(value) -> str:
+    return str(int(value) if isinstance(value, bool) else value)
+
+
+def stages(run: Run, config: dict[str, str]) -> dict[int, float]:
+    """{stage from 1: mean train_loss in it} of the stages that are over. Progress is by steps or by the clock, as the
+    script counts it, so that runs of different speeds are compared at equal shares of their budgets."""
+    iterations, clock = (float(config.get(name, 0)) for name in ("ITERATIONS", "MAX_WALLCLOCK_SECONDS"))
+    losses = {}
+    for line in run.metrics():
+        if "train_loss" in line:
+            by_clock = line["train_seconds"] / clock if clock else 0.0
+            progress = max(line["step"] / iterations if iterations else 0.0, by_clock)
+            losses.setdefault(min(int(progress * STAGES), STAGES), []).append(line["train_loss"])
+    return {stage + 1: sum(of) / len(of) for stage, of in losses.items() if stage < max(losses)}
+
+
+def watch(trial: optuna.Trial, process, folder: Path, run_id: str) -> bool:
+    """Report while the run goes on; whether the pruner stopped it."""
+    reported = 0
+    while process.poll() is None:
+        time.sleep(POLL_SECONDS)
+        config = folder / run_id / "config.env"
+        run = Run(run_id, metrics_path=folder / run_id / "metrics.jsonl")
+        for stage, loss in sorted(stages(run, read_env(config)).items() if config.is_file() else ()):
+            if stage > reported:
+                trial.report(loss, stage)
+                reported = stage
+                if trial.should_prune():
+                    runner.stop(process)
+                    return True
+    return False
+
+
+class TrialFailed(Exception):
+    """A run that ended without a score."""
+
+
+def run_trial(trial: optuna.Trial, space: dict, target: runner.Target) -> float:
+    """The objective: one run."""
+    knobs, run_id = suggest(trial, space), f"trial{trial.number:04d}"
+    folder = Path("logs") / space["name"]
+    for name, value in (("host", socket.gethostname()), ("pid", os.getpid()), ("run_id", run_id)):
+        trial.set_user_attr(name, value)
+    process = runner.start(target, knobs | {"RUN_ID": run_id}, folder)
+    try:
+        pruned = watch(trial, process, folder, run_id)
+    except BaseException:
+        runner.stop(process)
+        raise
+    if pruned:
+        raise optuna.TrialPruned
+    run = runner.read_finished(folder, run_id)
+    facts = {"step_ms": run.step_ms, "bytes_total": run.bytes_total, "steps": run.steps, "seconds": run.train_seconds}
+    for name, fact in facts.items():
+        trial.set_user_attr(name, fact)
+    value = (run.result or {}).get(space["objective"]) or getattr(run, space["objective"], None)
+    if process.returncode or value is None:
+        why = runner.last_words(folder, run_id)
+        trial.set_user_attr("error", why if process.returncode else f"no {space['objective']} in its result: {why}")
+        raise TrialFailed(why)
+    return value
+
+
+def search(study: optuna.Study, space: dict, target: runner.Target):
+    """Trials until there are as many as asked for, over all workers, or the sampler has no more to try."""
+
+    def after(study: optuna.Study, trial):
+        print(f"trial {trial.number} {trial.state.name}: {begun(study)} of {space['trials']}", flush=True)
+        if begun(study) >= space["trials"]:
+            study.stop()
+
+    reclaim(study)
+    if begun(study) < space["trials"]:
+        study.optimize(lambda trial: run_trial(trial, space, target), callbacks=[after], catch=TrialFailed)
+
+
+def reclaim(study: optuna.Study):
+    """Give the knobs of trials whose worker on this machine is dead to new trials. What such a worker had started goes
+    on by itself, and is not waited for."""
+    for frozen in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        about = frozen.user_attrs
+        if about.get("host") == socket.gethostname() and not is_alive(about["pid"]):
+            try:
+                study.tell(frozen.number, state=TrialState.FAIL)
+            except (ValueError, RuntimeError):  # another worker was first
+                continue
+            study.enqueue_trial(frozen.params, user_attrs={"again": frozen.number}, skip_if_exists=False)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def begun(study: optuna.Study) -> int:
+    """Trials that count against the number asked for: all but those that wait, or whose worker died."""
+    trials = study.get_trials(deepcopy=False)
+    again = {trial.user_attrs.get("again") for trial in trials}
+    return sum(trial.state != TrialState.WAITING and trial.number not in again for trial in trials)
+
+
+def table(study: optuna.Study, objective: str) -> str:
+    """Markdown, the best first; then what was pruned, then what failed."""
+    trials = study.get_trials(deepcopy=False)
+    order = {TrialState.COMPLETE: 0, TrialState.PRUNED: 1, TrialState.FAIL: 2}
+    ranked = sorted((trial for trial in trials if trial.state in order),
+                    key=lambda t: (order[t.state], t.value if t.value is not None else 0.0, t.number))  # fmt: skip
+    lines = [f"| rank | {objective} | trial | knobs | ms a step | steps | bytes | seconds |", "|" + "---|" * 8]
+    for rank, trial in enumerate(ranked, 1):
+        about, last = trial.user_attrs, max(trial.intermediate_values, default=0)
+        score = {TrialState.COMPLETE: f"{trial.value:.5f}" if trial.value is not None else "",
+                 TrialState.PRUNED: f"pruned at {last / STAGES:.0%}",
+                 TrialState.FAIL: f"failed: {about.get('error', 'its worker died')}"}[trial.state]  # fmt: skip
+        knobs = " ".join(f"{name}={value:.5g}" if isinstance(value, float) else f"{name}={value}"
+                         for name, value in trial.params.items())  # fmt: skip
+        seconds = about.get("seconds")
+        cells = [rank if trial.state == TrialState.COMPLETE else "", score, trial.number, f"`{knobs}`",
+                 f"{about['step_ms']:.1f}" if about.get("step_ms") else "", about.get("steps") or "",
+                 f"{about['bytes_total']:,}" if about.get("bytes_total") else "",
+                 f"{seconds:.1f}" if seconds else ""]  # fmt: skip
+        lines.append("| " + " | ".join(str(cell).replace("|", "/") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("space", type=Path, metavar="SPACE.toml")
+    parser.add_argument("--show", action="store_true", help="only the table")
+    arguments = parser.parse_args(argv)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # what fails is in the table
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    try:
+        space = read_space(arguments.space)
+        spec = ",".join(space[key] for key in ("script", "config") if key in space)
+        target = runner.parse_target(spec) if spec else runner.Target(runner.REPOSITORY_SCRIPT, None)
+        study = open_study(space)
+        if not arguments.show:
+            search(study, space, target)
+        print(table(study, space["objective"]))
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on", file=sys.stderr)
+        return 130
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
