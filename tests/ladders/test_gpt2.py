@@ -209,7 +209,7 @@ def test_one_batch_is_overfitted_on_a_text_that_is_the_batch(start, data):
     loader = train_gpt.TrainLoader(stream, config, train_gpt.Runtime(config, {}), 1)
     steps = [loader.next_step() for _ in range(3)]
     assert all(torch.equal(a, b) for step in steps for a, b in zip(step, steps[0], strict=True))
-    assert "step:40/40 train_loss:" in start(RUN_ID="run", ITERATIONS="40", LEARNING_RATE="0.01")
+    assert "step:80/80 train_loss:" in start(RUN_ID="run", ITERATIONS="80", LEARNING_RATE="0.01")
     log = (data.parent / "logs/run/metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line)["train_loss"] for line in log if "train_loss" in line]
     assert losses[0] > 5 and losses[-1] < 0.2
