@@ -1557,6 +1557,7 @@ class Trainer:
         # The model; the same compiled, which scores; and that under DDP, which trains. They share their weights.
         self.model, self.compiled_model, self.note = build_model(config, runtime)
         self.train_model, self.optimizers = self.compiled_model, self.model.optimizers(config, runtime)
+        torch.manual_seed(config.seed + runtime.rank)  # of what a model draws while it trains, such as dropout
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["base_lr"] = group["lr"]  # which the schedule scales
         if runtime.world_size > 1:  # all ranks have the same tables: no buffers need to be sent around
