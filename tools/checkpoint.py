@@ -9,6 +9,7 @@ on exactly where it was: weights, optimizers, average, generators, position in t
 """
 
 import hashlib
+import io
 import math
 import os
 import signal
@@ -58,14 +59,16 @@ def locate_checkpoint(config, folder) -> Path | None:
     return named
 
 
-def read_checkpoint(blob: bytes, source, config, facts: dict[str, str]) -> tuple[dict, list[str]]:
-    """(state, in what its run differed from this one of all that shapes the result). A longer run is no difference."""
+def read_checkpoint(file: Path | bytes, source, config, facts: dict[str, str]) -> tuple[dict, list[str]]:
+    """(state, in what its run differed from this one of all that shapes the result). A longer run is no difference.
+
+    Of a path the tensors stay in the file, mapped, until they are copied to where they belong."""
     knobs = config.knobs()
-    require(hashlib.sha256(blob[:-32]).digest() == blob[-32:],
+    require(matches_checksum(file),
             f"{source} is damaged: it does not match its checksum: resume from another, or remove it to start again")
     read = train_gpt.tool("evaluate")
     with read.reading(source):
-        state, differences = read.load_tensors(blob[:-32], source), []
+        state, differences = read.load_tensors(file, source), []
         require(state["format"] == CHECKPOINT_FORMAT, f"{source} is no checkpoint of format {CHECKPOINT_FORMAT}")
         then, now = state["knobs"], config.texts() | facts
         require(all(type(text) is str for text in then.values()), "its knobs are no texts")
@@ -79,15 +82,49 @@ def read_checkpoint(blob: bytes, source, config, facts: dict[str, str]) -> tuple
         return state, differences
 
 
+def matches_checksum(file: Path | bytes) -> bool:
+    """Whether the last 32 bytes are the sha256 of all before them; a file is read piece by piece."""
+    with io.BytesIO(file) if isinstance(file, bytes) else open(file, "rb") as stream:
+        left, digest = stream.seek(0, os.SEEK_END) - 32, hashlib.sha256()
+        stream.seek(0)
+        while left > 0:
+            piece = stream.read(min(left, 2**24))
+            digest.update(piece)
+            left -= len(piece) or left  # a file that shrinks meanwhile
+        return stream.read() == digest.digest()
+
+
+class HashedFile:
+    """A file that is hashed while it is written, so that no copy of what is saved is held in memory."""
+
+    def __init__(self, file):
+        self.file, self.digest, self.flush = file, hashlib.sha256(), file.flush
+
+    def write(self, data) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
+
+
 def write_checkpoint(state: dict, folder):
-    """A full disk costs the checkpoint and not the run."""
-    began, data = time.perf_counter(), train_gpt.torch_bytes(state)
+    """To a temporary file, which is read back before it takes the place of the one before. A full disk costs the
+    checkpoint and not the run."""
+    began, path, temporary = time.perf_counter(), folder.path / "checkpoint.pt", folder.path / ".checkpoint.pt.tmp"
     try:
-        folder.write("checkpoint.pt", data + hashlib.sha256(data).digest())
-        milliseconds = 1000 * (time.perf_counter() - began)
-        folder.log(f"checkpoint: saved step:{state['steps']} bytes:{len(data) + 32} write_time:{milliseconds:.0f}ms")
-    except OSError as error:
+        with open(temporary, "wb") as file:
+            hashed = HashedFile(file)
+            torch.save(state, hashed)
+            file.write(hashed.digest.digest())
+            file.flush()
+            os.fsync(file.fileno())
+        if not matches_checksum(temporary):
+            raise OSError("it does not hold what was written to it: check the disk")
+        os.replace(temporary, path)
+        size, milliseconds = path.stat().st_size, 1000 * (time.perf_counter() - began)
+        folder.log(f"checkpoint: saved step:{state['steps']} bytes:{size} write_time:{milliseconds:.0f}ms")
+    except (OSError, RuntimeError) as error:  # torch's writer turns the one into the other
         folder.log(f"warning: no checkpoint of step {state['steps']} ({error}): the one before it stays")
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def gather(runtime, value) -> list:
@@ -136,12 +173,14 @@ class Checkpoints(train_gpt.Hooks):
         config, folder = self.config, self.folder
         folder.locate(config, launch_name(config, folder, os.environ))
         source = locate_checkpoint(config, folder) if self.runtime.is_master else None
-        self.source, blob = self.runtime.share((source, source.read_bytes()) if source else (None, None))
+        # One process maps the file; several may have no common disk, and get its bytes from rank 0.
+        several = source and self.runtime.world_size > 1
+        self.source, file = self.runtime.share((source, source.read_bytes() if several else source))
         text = stream.read(0, min(2**20, len(stream)))
         self.facts = {name: hashlib.sha256(data).hexdigest()[:16] for name, data in sources.items()}
         self.facts["training data"] = f"{len(stream)} tokens {hashlib.sha256(text).hexdigest()[:16]}"
         self.found, self.differences = (
-            read_checkpoint(blob, source, config, self.facts) if self.source else (None, []))
+            read_checkpoint(file, self.source, config, self.facts) if self.source else (None, []))
 
     def wants_checkpoint(self, trainer) -> bool:
         """Rank 0 every CHECKPOINT_EVERY_SECONDS, but not shortly before the end, which has its own; any rank when a
@@ -153,22 +192,24 @@ class Checkpoints(train_gpt.Hooks):
         return bool(due or self.save_asked)
 
     def save(self, trainer, wait: bool):
-        """Copy the state now, and write it while training goes on, unless told to `wait`."""
+        """Copy the state now, and write it while training goes on; or `wait`, when a CPU's state needs no copy."""
         self.save_asked = False
         if trainer.exporting:  # the weights are no longer those of the training, whose last checkpoint was made before
             return
         trainer.settle(keep=0)  # so that every loss up to here is known to be finite
         self.folder.log(f"checkpoint: writing step:{trainer.steps}")
-        state = self.state(trainer)
+        if self.written:
+            self.written.result()
+        state = self.state(trainer, copy=not wait)
         if state:
-            self.written.result() if self.written else None
             self.written = self.writer.submit(write_checkpoint, state, self.folder)
         self.runtime.share(self.written and self.written.result()) if wait else None  # before any rank leaves
         self.saved_step = trainer.steps
         self.saved_at = trainer.settled_at = trainer.watch.elapsed("training")  # the pause is no part of a step's time
 
-    def state(self, trainer) -> dict | None:
-        """All that a run needs to go on, copied to the CPU, on rank 0; None on the others. Collective."""
+    def state(self, trainer, copy: bool = True) -> dict | None:
+        """All that a run needs to go on, on the CPU, on rank 0; None on the others. Collective. Without `copy` what is
+        there already is not copied: it must not change before it is written."""
         names, own = {p: name for name, p in trainer.model.named_parameters()}, {}
         for optimizer in trainer.optimizers:
             if trainer.runtime.is_master or isinstance(optimizer, train_gpt.Muon):  # Adam's is the same everywhere
@@ -176,10 +217,10 @@ class Checkpoints(train_gpt.Hooks):
         rng = {"cpu": torch.get_rng_state()}
         if trainer.runtime.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state()
-        ranks = gather(trainer.runtime, {"optimizer": to_host(own), "rng": rng})
+        ranks = gather(trainer.runtime, {"optimizer": to_host(own, copy), "rng": rng})
         if not trainer.runtime.is_master:
             return None
-        model, average = to_host(trainer.model.state_dict()), to_host(trainer.average)
+        model, average = to_host(trainer.model.state_dict(), copy), to_host(trainer.average, copy)
         require(math.isfinite(sum(float(tensor.sum()) for tensor in model.values())), f"step {trainer.steps}: "
                        "weights are not finite: the last good checkpoint stays: lower the learning rates")
         return {"format": CHECKPOINT_FORMAT, "knobs": self.config.texts() | self.facts, "model": model,
@@ -245,19 +286,19 @@ class Checkpoints(train_gpt.Hooks):
                                   if isinstance(value, torch.Tensor) else value for key, value in values.items()}
 
 
-def to_host(tree):
-    """Copies in the host's memory; from a GPU through pinned memory, all in one wait."""
+def to_host(tree, copy: bool):
+    """In the host's memory; from a GPU through pinned memory, in one wait. Without `copy`, what is there stays."""
 
-    def copy(value):
-        if not isinstance(value, torch.Tensor):
+    def move(value):
+        if not isinstance(value, torch.Tensor) or (value.device.type == "cpu" and not copy):
             return value
-        host = torch.empty_like(value, device="cpu", pin_memory=value.device.type == "cuda")
+        host = torch.empty_like(value, device="cpu", pin_memory=value.device.type == "cuda", requires_grad=False)
         return host.copy_(value.detach(), non_blocking=True)
 
-    copies = tree_map(copy, tree)
+    moved = tree_map(move, tree)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return copies
+    return moved
 
 
 def fit_memory(trainer):

@@ -42,12 +42,16 @@ def reading(source):
                         "use another file, or make it again") from error  # fmt: skip
 
 
-def load_tensors(data: bytes, source) -> dict:
-    """A dictionary saved by torch.save. No pickled code runs, and no compressed entry unpacks to more than there is."""
+def load_tensors(file: Path | bytes, source) -> dict:
+    """A dictionary saved by torch.save, of a file, mapped into memory, or of bytes; what follows it is ignored. No
+    pickled code runs, and no compressed entry unpacks to more than there is."""
     with reading(source):
-        entries = zipfile.ZipFile(io.BytesIO(data)).infolist()
-        require(sum(entry.file_size for entry in entries) <= len(data), f"{source} unpacks to more than it holds")
-        value = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        mapped = isinstance(file, Path)
+        size = file.stat().st_size if mapped else len(file)
+        entries = zipfile.ZipFile(file if mapped else io.BytesIO(file)).infolist()
+        require(sum(entry.file_size for entry in entries) <= size, f"{source} unpacks to more than it holds")
+        value = torch.load(file if mapped else io.BytesIO(file), map_location="cpu", weights_only=True,
+                           mmap=True if mapped else None)
         require(isinstance(value, dict), f"{source} holds a {type(value).__name__}, no dictionary")
         return value
 
