@@ -56,6 +56,7 @@ class LatentConfig(train_gpt.Config):
     weight_decay: float = knob(0.01, "AdamW's decay of the matrices", 0)
     beta2: float = knob(0.999, "Adam's second decay", 0, 0.999999)
     grad_clip_norm: float = knob(1.0, "most global gradient norm, which the log shows; 0: off", 0)
+    loader: str = knob("shuffle", "order of the training sequences", choices=("stream", "shuffle"))
     train_seq_len: int = arch(256, "tokens per sequence, in training and in evaluation", 1)
     train_batch_tokens: int = knob(8192, "tokens per step: 32 sequences of 256", 1)
     iterations: int = knob(10_000, "optimizer steps at most", 1)
@@ -204,24 +205,25 @@ class BalancedAdamW(torch.optim.AdamW):
 
 
 def normal_init(p: Tensor, config: LatentConfig, generator):
-    p.normal_(std=0.02, generator=generator)
+    """PyTorch's own for embeddings; its own for the rest is train_gpt.uniform_init."""
+    p.normal_(generator=generator)
 
 
 class LatentMoE(train_gpt.Model):
     PARAMETERS = {
         "tok_emb": Row(normal_init, "embed", bits="embed_bits"),
         "pos_emb": Row(normal_init, "embed", bits="embed_bits"),
-        "lm_head": Row(normal_init, "head"),
+        "lm_head": Row(train_gpt.uniform_init, "head"),
         "lm_head.bias": Row(0.0, "scalar", fp32=True),
         "blocks.norm1": Row(1.0, "scalar", fp32=True),
         "blocks.norm2": Row(1.0, "scalar", fp32=True),
-        "blocks.experts.router": Row(normal_init, "matrix", "mlp", fp32=True),
+        "blocks.experts.router": Row(train_gpt.uniform_init, "matrix", "mlp", fp32=True),
         "blocks.experts.bias": Row(0.0, "scalar", fp32=True),  # a buffer, which the artifact has too
     }
     for part in ("kv_down", "q_down", "k_up", "v_up", "q_up", "k_rope", "q_rope", "proj"):
-        PARAMETERS[f"blocks.attn.{part}"] = Row(normal_init, "matrix", "attn")
+        PARAMETERS[f"blocks.attn.{part}"] = Row(train_gpt.uniform_init, "matrix", "attn")
     for part in ("shared.gate", "shared.fc", "shared.proj", "routed.gate", "routed.fc", "routed.proj"):
-        PARAMETERS[f"blocks.experts.{part}"] = Row(normal_init, "matrix", "mlp")
+        PARAMETERS[f"blocks.experts.{part}"] = Row(train_gpt.uniform_init, "matrix", "mlp")
 
     def __init__(self, config: LatentConfig, attend=train_gpt.expanded_attention, dtype: torch.dtype = torch.float32):
         super().__init__()

@@ -47,7 +47,9 @@ def look(folder: Path) -> dict:
     model = latent_moe.LatentMoE(config)
     model.load_state_dict(torch.load(folder / "final_model.pt", weights_only=True))
     stream = train_gpt.TokenStream(config.data_path, "train", config.vocab_size)
-    tokens = torch.from_numpy(stream.read(0, LOAD_TOKENS).astype("int64")).view(-1, config.train_seq_len)
+    T = config.train_seq_len
+    starts = range(0, len(stream) - T, (len(stream) - T) * T // LOAD_TOKENS)  # from all over the text
+    tokens = torch.stack([torch.from_numpy(stream.read(start, T).astype("int64")) for start in starts])
     with torch.no_grad():
         for rows in tokens.split(32):  # in training mode, which counts
             model.features(rows)
