@@ -73,28 +73,28 @@ def run(rung: str, seed: int):
     kept.write_text(json.dumps(told, indent=1) + "\n")
 
 
-def numbers(values) -> str:
-    return ", ".join(f"{value:.2f}" for value in values)
+def numbers(values, digits: int) -> str:
+    return ", ".join(f"{value:.{digits}f}" for value in values)
 
 
 def table(found: dict[str, list[dict]]) -> str:
     """The rungs, published and ours, and how far their orders agree."""
-    head = ["rung", "parameters", "published: epochs 1, 2, 3", "ms", "ours: steps 200, 400, 600", "seeds apart",
+    head = ["rung", "parameters", "published: epochs 1, 2, 3", "ms", "ours: steps 150, 300, 450", "seeds apart",
             "raw", "ms"]  # fmt: skip
     rows, last = [head, ["---"] * len(head)], {}
     for rung, (losses, milliseconds) in PUBLISHED.items():
         runs = found.get(rung)
         if not runs:
-            rows.append([rung, "", numbers(losses), f"{milliseconds}", f"not run: `run.py {rung}`", "", "", ""])
+            rows.append([rung, "", numbers(losses, 2), f"{milliseconds}", f"not run: `run.py {rung}`", "", "", ""])
             continue
         ours = [[run["val"][step] for step in sorted(run["val"], key=int)] for run in runs]
         finals = [run["pre_quant_val_loss"] for run in runs]
         raw = [run["raw_val_loss"] for run in runs if "raw_val_loss" in run]
         rows.append([
-            rung, f"{runs[0]['model_params']:,}", numbers(losses), f"{milliseconds}",
-            numbers(map(fmean, zip(*ours, strict=True))) + f" ({runs[0]['steps']} steps)" * (rung in LARGE),
+            rung, f"{runs[0]['model_params']:,}", numbers(losses, 2), f"{milliseconds}",
+            numbers(map(fmean, zip(*ours, strict=True)), 3) + f" ({runs[0]['steps']} steps)" * (rung in LARGE),
             f"{max(finals) - min(finals):.3f}" if len(runs) > 1 else "one seed",
-            numbers([fmean(raw)]) if raw else "", f"{fmean(run['step_avg_ms'] for run in runs):.0f}",
+            numbers([fmean(raw)], 3) if raw else "", f"{fmean(run['step_avg_ms'] for run in runs):.0f}",
         ])  # fmt: skip
         last |= {} if rung in LARGE else {rung: fmean(finals)}
     published = {rung: PUBLISHED[rung][0][-1] for rung in last}
