@@ -89,10 +89,10 @@ def run_full():
     with subprocess.Popen(**command("full"), stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             print(line, end="", flush=True)
-            lines += [line.strip()] if re.match(r"step:|model_params|device|resumed|checkpoint", line) else []
-            if found := re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text()):
-                peak = int(found[1]) / 2**20
-            lines[-1:] = [f"{lines[-1]} peak:{peak:.2f}GiB"] if line.startswith(("step:", "checkpoint")) else lines[-1:]
+            found = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())
+            peak = int(found[1]) / 2**20 if found else peak
+            if re.match("device|model_params|step:|checkpoint", line):
+                lines.append(f"{line.strip()} peak:{peak:.2f}GiB")
             if line.startswith(f"step:{FULL_STEPS}/"):
                 process.send_signal(signal.SIGTERM)
     (HERE / "logs" / "full.json").write_text(json.dumps({"log": lines, "peak_gib": round(peak, 2)}, indent=1) + "\n")
