@@ -112,7 +112,8 @@ def table(found: dict[str, dict]) -> str:
         lines.append(f"| {rung} | {told['steps']} | {told['train_tokens']:,} | {trained:.3f} | "
                      f"{told['pre_quant_val_loss']:.3f} | {told['val_bpb']:.3f} | {load} |")
     for rung in ("text", "unshifted"):
-        lines += ["", f"{rung}:", "", *(f"    {text!r}"[:400] for text in found.get(rung, {}).get("texts", []))]
+        texts = [repr(text)[1:111] for text in found.get(rung, {}).get("texts", [])]
+        lines += ["", f"To five prompts {rung} writes:", "", "```", *texts, "```"]
     return "\n".join(lines) + "\n"
 
 
@@ -124,19 +125,20 @@ def picture(found: dict[str, dict]):
 
     styles = {"bias": ("#0072B2", "-"), "loss": ("#E69F00", "--"), "none": ("#009E73", "-."),
               "unshifted": ("#D55E00", "-"), "text": ("#000000", ":")}  # fmt: skip
-    figure, axis = pyplot.subplots(figsize=(8, 4.5))
+    figure, (axis, spread) = pyplot.subplots(1, 2, figsize=(11, 4.5), width_ratios=(3, 2))
     for rung, (colour, line) in styles.items():
         if rung in found:
             means = found[rung][f"train_loss_means_of_{EVERY}"]
             steps = range(EVERY, EVERY * len(means) + 1, EVERY)
             label = f"{rung} (validation {found[rung]['pre_quant_val_loss']:.2f})"
             axis.plot(steps, means, color=colour, linestyle=line, label=label)
-    axis.set_xlabel("step of 2,048 tokens")
-    axis.set_ylabel(f"training loss in nats a token, means of {EVERY} steps")
-    axis.set_title("Latent attention with experts, small, on the demo's text")
-    axis.set_xscale("log")
-    axis.grid(alpha=0.3)
-    axis.legend()
+            spread.plot(sorted(sum(found[rung]["load"], [])), color=colour, linestyle=line, label=rung)
+    axis.set(xlabel="step of 2,048 tokens", ylabel=f"training loss, nats a token, means of {EVERY} steps", xscale="log")
+    spread.set(xlabel="routed experts of all layers, sorted", ylabel="load over an even share")
+    for part, place in ((axis, "center right"), (spread, "upper left")):
+        part.grid(alpha=0.3)
+        part.legend(loc=place)
+    figure.suptitle("Latent attention with experts, small, on the demo's text")
     figure.tight_layout()
     figure.savefig(HERE / "losses.png", dpi=90)
 
