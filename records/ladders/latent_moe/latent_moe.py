@@ -225,7 +225,7 @@ class LatentMoE(train_gpt.Model):
     for part in ("shared.gate", "shared.fc", "shared.proj", "routed.gate", "routed.fc", "routed.proj"):
         PARAMETERS[f"blocks.experts.{part}"] = Row(train_gpt.uniform_init, "matrix", "mlp")
 
-    def __init__(self, config: LatentConfig, attend=train_gpt.expanded_attention, dtype: torch.dtype = torch.float32):
+    def __init__(self, config: LatentConfig, attend=train_gpt.grouped_attention, dtype: torch.dtype = torch.float32):
         super().__init__()
         D, V = config.model_dim, config.vocab_size
         self.dtype, self.shift, self.drop = dtype, config.shift, config.dropout

@@ -153,7 +153,7 @@ class Small(train_gpt.Model):
         PARAMETERS[f"blocks.{part}"] = Row(1.0, "scalar", fp32=True)
         PARAMETERS[f"blocks.{part}.bias"] = Row(0.0, "scalar", fp32=True)
 
-    def __init__(self, config: SmallConfig, attend=train_gpt.expanded_attention, dtype: torch.dtype = torch.float32):
+    def __init__(self, config: SmallConfig, attend=train_gpt.grouped_attention, dtype: torch.dtype = torch.float32):
         super().__init__()
         D, V, T = config.model_dim, config.vocab_size, config.train_seq_len
         self.dtype, self.drop = dtype, config.dropout
