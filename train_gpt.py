@@ -1152,6 +1152,7 @@ class Trainer:
         self.reserve, self.hessians = 0.0, {}  # seconds of the clock that are kept for them; what they give
         # All steps are done, and their last checkpoint; the weights are no longer those of the training.
         self.steps, self.finished, self.exporting = 0, False, False
+        self.grad_norm = torch.zeros((), device=runtime.device)  # of the last step, where GRAD_CLIP_NORM asks for it
         # Losses on their way to the host, seconds of the last steps, the training clock when the last of them ended.
         self.pending, self.recent, self.settled_at = deque(), deque(maxlen=20), 0.0
 
@@ -1169,7 +1170,7 @@ class Trainer:
                 sum((term / len(inputs) for term in extra), loss).backward()
             losses[micro] = loss.detach()
         if self.config.grad_clip_norm:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip_norm)
+            self.grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip_norm)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * scale
@@ -1236,10 +1237,10 @@ class Trainer:
         """Log the steps that are done, all but the last `keep` dispatched: their losses arrive while those run."""
         config = self.config
         while len(self.pending) > keep:
-            step, scale, loss, event = self.pending.popleft()
+            step, scale, told, event = self.pending.popleft()
             if event:
                 event.synchronize()
-            loss, clock = float(loss), self.watch.elapsed("training")
+            (loss, norm), clock = told.tolist(), self.watch.elapsed("training")
             self.recent.append(clock - self.settled_at)
             self.settled_at = clock
             if not math.isfinite(loss):
@@ -1247,8 +1248,9 @@ class Trainer:
                                 "TIED_EMBED_LR and SCALAR_LR, or set GRAD_CLIP_NORM")
             if config.train_log_every and (step <= 10 or step % config.train_log_every == 0):
                 line = f"step:{step}/{config.iterations} train_loss:{loss:.4f} {times(step, clock)}"
-                self.folder.log(f"{line} {self.speed()}")
+                self.folder.log(f"{line} {self.speed()}{f' grad_norm:{norm:.4f}' * bool(config.grad_clip_norm)}")
             numbers = {"step": step, "train_loss": loss, "lr_scale": scale, "train_seconds": round(clock, 4)}
+            numbers |= {"grad_norm": norm} if config.grad_clip_norm else {}
             self.folder.append("metrics.jsonl", json.dumps(numbers))
 
     def speed(self) -> str:
@@ -1313,10 +1315,11 @@ class Trainer:
             if runtime.world_size > 1:
                 dist.all_reduce(loss)
                 loss /= runtime.world_size
+            told = torch.stack([loss, self.grad_norm])
             if cuda:  # to the host, without waiting for it
-                loss, event = torch.empty((), pin_memory=True).copy_(loss, non_blocking=True), torch.cuda.Event()
+                told, event = torch.empty(2, pin_memory=True).copy_(told, non_blocking=True), torch.cuda.Event()
                 event.record()
-            self.pending.append((self.steps, scale, loss, event))
+            self.pending.append((self.steps, scale, told, event))
             self.settle(keep=1 if cuda else 0)  # a GPU may have one more step queued
 
 def times(step: int, clock: float) -> str:

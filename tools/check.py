@@ -105,6 +105,8 @@ def meeting(environ, rank: int, world_size: int):
 def schedule(config) -> str:
     """The learning rate over the run, as a person would say it."""
     clock, steps = config.max_wallclock_seconds, config.iterations
+    if config.model_class().lr_scale is not train_gpt.Model.lr_scale:
+        return "as the model's own lr_scale says"
     full = 1 - config.warmdown_frac
     by_clock = f"full until {full * clock:.0f} s, then linear to 0 at {clock:.0f} s"
     by_steps = f"full until step {full * steps:.0f}, then linear to 0 at step {steps}"

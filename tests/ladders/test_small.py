@@ -1,0 +1,98 @@
+"""The small ladder: shapes, dropout, average, and the life of a run."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import seam
+import torch
+
+import train_gpt
+
+small = seam.load("small")
+RUNGS = sorted(Path(small.__file__).parent.glob("*.env"))
+TINY = {"NUM_LAYERS": 2, "MODEL_DIM": 16, "FF_DIM": 24, "TRAIN_SEQ_LEN": 16, "TRAIN_BATCH_TOKENS": 64,
+        "VAL_BATCH_SIZE": 128, "ITERATIONS": 5, "LR_WARMUP_STEPS": 0}  # fmt: skip
+COUNTS = {
+    "01_sgd": 1_863_025, "02_adam": 1_863_025, "03_cosine": 1_863_025, "04_rope": 1_658_800, "05_no_dropout": 1_658_800,
+    "06_ema": 1_658_800, "07_swiglu": 2_102_272, "08_layers8": 2_142_800, "09_ff512": 2_042_360,
+    "10_layers18": 15_669_248, "11_warmup": 2_102_272, "12_rate3e-4": 2_102_272, "13_layers23": 97_198_592,
+    "14_learned": 2_102_272 + 35 * 200,
+}  # fmt: skip
+
+
+def config(rung="01_sgd", **overrides):
+    path = Path(small.__file__).with_name(f"{rung}.env")
+    return small.SmallConfig.load([str(path)], {name: str(value) for name, value in overrides.items()})
+
+
+@pytest.mark.parametrize("rung", COUNTS)
+def test_counts_are_the_published_ones(rung):
+    with torch.device("meta"):
+        model = small.Small(config(rung))
+    assert sum(p.numel() for p in model.parameters()) == COUNTS[rung]
+    assert {path.stem for path in RUNGS} == set(COUNTS)
+
+
+def test_dropout_keeps_the_expectation_and_is_off_in_evaluation(monkeypatch):
+    model = small.Small(config(**TINY, VOCAB_SIZE=64))
+    block, x = model.blocks[0], torch.ones(400, 500)
+    torch.manual_seed(0)
+    y = block.drop(x)
+    assert (y == 0).float().mean() == pytest.approx(0.2, abs=0.005)
+    assert torch.equal(y[y != 0], torch.full_like(y[y != 0], 1 / 0.8))
+    assert y.mean() == pytest.approx(1, abs=0.005)
+
+    tokens = torch.arange(16)[None]
+    plain = small.Small(config(**TINY, VOCAB_SIZE=64, DROPOUT=0))  # the same weights
+    assert not model(tokens).equal(model(tokens))
+    assert model.eval()(tokens).equal(plain(tokens)) and model(tokens).equal(plain.eval()(tokens))
+    assert model.train()(tokens).sub(plain(tokens)).abs().max() > 0.1
+    # Every place of it: embedding, after attention, in and after the feed-forward part.
+    kept = []
+    monkeypatch.setattr(torch.nn.functional, "dropout", lambda x, share, *how: kept.append(share) or x)
+    model(tokens)
+    assert kept == [0.2] * (1 + 3 * 2)
+
+
+@pytest.mark.parametrize("rung", ["01_sgd", "07_swiglu", "14_learned"])
+def test_causal_by_gradient(rung):
+    model = small.Small(config(rung, **TINY, VOCAB_SIZE=64)).eval()
+    seen = []
+    model.tok_emb.register_forward_hook(lambda module, inputs, x: x.retain_grad() or seen.append(x))
+    model(torch.arange(16)[None])[0, 7].square().sum().backward()
+    assert (seen[0].grad[0, 8:] == 0).all() and (seen[0].grad[0, :8] != 0).any(dim=1).all()
+
+
+def test_schedule():
+    c, scale = config("11_warmup", ITERATIONS=1030), small.Small(config("11_warmup", **TINY)).lr_scale
+    found = [scale(c, step, step / 1030) for step in (0, 29, 30, 530, 1030)]
+    assert found == pytest.approx([1 / 30, 1, 1, 0.5, 0])
+    assert small.Small(config(**TINY)).lr_scale(config(), 700, 0.5) == 1
+
+
+def test_every_parameter_is_trained_once():
+    for rung, decay in (("01_sgd", 0.0), ("07_swiglu", 0.1)):
+        model = small.Small(config(rung, **TINY))
+        matrices, vectors = model.optimizers(config(rung), None)[0].param_groups
+        assert sorted(map(id, matrices["params"] + vectors["params"])) == sorted(map(id, model.parameters()))
+        assert all(p.ndim == 2 for p in matrices["params"]) and all(p.ndim == 1 for p in vectors["params"])
+        assert (matrices["weight_decay"], vectors["weight_decay"]) == (decay, 0)
+
+
+@pytest.mark.parametrize("rung", ["01_sgd", "06_ema", "14_learned"])
+def test_life_of_a_run(rung, corpus, tmp_path, capfd):
+    lines = train_gpt.read_env_file(Path(small.__file__).with_name(f"{rung}.env"))
+    lines.pop("VOCAB_SIZE", None)
+    rate = {"LEARNING_RATE": 0.1 if rung == "01_sgd" else 0.01, "LR_WARMUP_STEPS": 2, "LOADER": "stream"}
+    seam.check_life(small.SmallConfig, corpus, tmp_path, capfd, **lines | TINY | rate)
+
+
+def test_from_a_flat_copy_without_the_path(tmp_path):
+    for path in (small.__file__, train_gpt.__file__):
+        shutil.copy(path, tmp_path)
+    for script in (tmp_path / "small.py", small.__file__):
+        call = subprocess.run([sys.executable, "-P", script, "no.env"], capture_output=True, text=True, cwd=tmp_path)
+        assert call.returncode == 2 and "no.env cannot be read" in call.stderr
