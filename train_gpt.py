@@ -1135,8 +1135,8 @@ class Hooks:
 class Trainer:
     """Model, optimizers and data of one run, and the loop over them."""
     def __init__(self, config: Config, runtime: Runtime, folder, watch: Stopwatch, loader: TrainLoader, hooks: Hooks):
-        self.config, self.runtime, self.folder, self.watch = config, runtime, folder, watch
-        self.loader, self.hooks = loader, hooks
+        self.config, self.runtime, self.folder = config, runtime, folder
+        self.watch, self.loader, self.hooks = watch, loader, hooks
         # The model; the same compiled, which scores; and that under DDP, which trains. They share their weights.
         self.model, self.compiled_model, self.note = build_model(config, runtime)
         self.train_model, self.optimizers = self.compiled_model, self.model.optimizers(config, runtime)
@@ -1152,7 +1152,7 @@ class Trainer:
         self.reserve, self.hessians = 0.0, {}  # seconds of the clock that are kept for them; what they give
         # All steps are done, and their last checkpoint; the weights are no longer those of the training.
         self.steps, self.finished, self.exporting = 0, False, False
-        self.grad_norm = torch.zeros((), device=runtime.device)  # of the last step, where GRAD_CLIP_NORM asks for it
+        self.grad_norm = torch.zeros((), device=runtime.device)  # of the last step, with GRAD_CLIP_NORM
         # Losses on their way to the host, seconds of the last steps, the training clock when the last of them ended.
         self.pending, self.recent, self.settled_at = deque(), deque(maxlen=20), 0.0
 
@@ -1238,8 +1238,7 @@ class Trainer:
         config = self.config
         while len(self.pending) > keep:
             step, scale, told, event = self.pending.popleft()
-            if event:
-                event.synchronize()
+            (event or self.runtime).synchronize()
             (loss, norm), clock = told.tolist(), self.watch.elapsed("training")
             self.recent.append(clock - self.settled_at)
             self.settled_at = clock
@@ -1298,8 +1297,8 @@ class Trainer:
                 continue  # the pause may have used up the clock
             if stop:
                 self.stop()
-            every = config.val_loss_every
-            if stop or (every and self.steps % every == 0 and (self.steps or config.val_at_start)):
+            due = config.val_loss_every and self.steps % config.val_loss_every == 0
+            if stop or (due and (self.steps or config.val_at_start)):
                 score = self.validate(evaluator)
                 if not score:
                     continue
@@ -1314,8 +1313,7 @@ class Trainer:
             self.steps += 1
             if runtime.world_size > 1:
                 dist.all_reduce(loss)
-                loss /= runtime.world_size
-            told = torch.stack([loss, self.grad_norm])
+            told = torch.stack([loss / runtime.world_size, self.grad_norm])
             if cuda:  # to the host, without waiting for it
                 told, event = torch.empty(2, pin_memory=True).copy_(told, non_blocking=True), torch.cuda.Event()
                 event.record()
@@ -1330,9 +1328,8 @@ def tool(name: str, without: str = "", log=print):
     """The module tools/NAME.py beside this script, by its path: no package of that name can take its place. Where it
     is missing: an error, or None and a line that says what is missed `without` it."""
     here, key = Path(__file__).resolve().parent, f"train_gpt.tools.{name}"
-    path = here / "tools" / f"{name}.py"
-    if name == "compress" and not path.exists():  # in a run folder, whose sources stand side by side
-        path = here / "compress.py"
+    beside = name == "compress" and not (here / "tools").exists()  # as the sources in a run folder stand
+    path = here / f"{name}.py" if beside else here / "tools" / f"{name}.py"
     if key not in sys.modules and path.is_file():
         spec = importlib.util.spec_from_file_location(key, path)
         sys.modules[key] = importlib.util.module_from_spec(spec)
