@@ -66,7 +66,7 @@ class Config:
     """A field's name in capitals is its environment variable. A model file may subclass this."""
     # What this call does, where it reads and writes
     mode: str = free("train", "what this call does", choices=("train", "check", "eval", "sample"))
-    data_path: str = free("./data/datasets/fineweb10B_sp1024", "folder of fineweb_{train,val}_*.bin")
+    data_path: str = free("./data/datasets/fineweb10B_sp1024", "folder of fineweb_*.bin shards")
     tokenizer_path: str = free("./data/tokenizers/fineweb_1024_bpe.model", "a .model, a tiktoken name, or bytes")
     log_dir: str = free("./logs", "folder of the run folders")
     run_id: str = free("", "name of the run folder; empty: a time stamp")
@@ -217,12 +217,12 @@ class Config:
         """{KNOB: text} that reads back as this, but for what belongs to one run or one call."""
         once = ("RUN_ID", "MODE", "ARTIFACT", "RESUME", "RESUME_FORCE")
         values = {name: getattr(self, name.lower()) for name in self.knobs() if name not in once}
-        odd = r'["\x00-\x1f\x7f-\x9f\u2028\u2029]'  # what a line of a file, or quotes, cannot hold
+        odd = r'["\\\x00-\x1f\x7f-\x9f\u2028\u2029]'  # what a line of a file cannot hold, or means more there
         values["SAMPLE_PROMPT"] = re.sub(odd, lambda m: f"\\u{ord(m[0]):04x}", self.sample_prompt)
         return {name: str(int(v) if isinstance(v, bool) else v) for name, v in values.items()}
     def accumulation_steps(self, world_size: int, device_type: str) -> int:
         """Micro-steps per step: GRAD_ACCUM_STEPS, or the fewest that give whole sequences, keep to
-        MICRO_BATCH_TOKENS and on GPUs are at least 8 / world_size, so that one works as eight do."""
+        MICRO_BATCH_TOKENS and on GPUs are at least 8 / world_size, so that one works as eight."""
         T, micro, wanted = self.train_seq_len, self.micro_batch_tokens, self.grad_accum_steps
         total, ranks = self.train_batch_tokens // T, world_size
         require(total % ranks == 0, f"TRAIN_BATCH_TOKENS={total * T} is {total} sequences, which {ranks} ranks "
@@ -240,8 +240,10 @@ def divisors(n: int) -> list[int]:
     return sorted({d for k in range(1, math.isqrt(n) + 1) if n % k == 0 for d in (k, n // k)})
 
 def parse(field: dataclasses.Field, text: str):
-    """The value of a knob from its text, in which spaces at the ends count in a prompt alone."""
-    kind, text = type(field.default), text if field.name == "sample_prompt" else text.strip()
+    """The value of a knob from its text; a prompt keeps its spaces and may hold escapes."""
+    if field.name == "sample_prompt":
+        return re.sub(r"\\u([0-9a-f]{4})", lambda m: chr(int(m[1], 16)), text.replace(r"\n", "\n"))
+    kind, text = type(field.default), text.strip()
     with contextlib.suppress(ValueError, KeyError, OverflowError):
         value = {"0": False, "1": True}[text] if kind is bool else kind(text)
         if kind is str or math.isfinite(value):
@@ -289,7 +291,7 @@ class Runtime:
             self.join("nccl" if one_each else "gloo", environ)
     def join(self, backend: str, environ):
         """Meet the other ranks; an hour is for those that compile more slowly."""
-        hour, check = datetime.timedelta(hours=1), tool("check", "no word of ranks that wait", log=str)
+        hour, check = datetime.timedelta(hours=1), tool("check", "no word of late ranks", log=str)
         with check.meeting(environ, self.rank, self.world_size) if check else contextlib.nullcontext(str) as roll_call:
             store, rank, size = next(dist.rendezvous("env://", timeout=hour))
             if environ.get("GROUP_WORLD_SIZE") == "1":  # after a restart it holds dead ranks' keys
@@ -1335,8 +1337,7 @@ def tool(name: str, without: str = "", log=print):
         sys.modules[key] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[key])
     require(key in sys.modules or without, f"{path} is not there: take it from the repository")
-    if key not in sys.modules:
-        log(f"warning: tools/{name}.py is not beside the script: {without}")
+    key in sys.modules or log(f"warning: tools/{name}.py is not beside the script: {without}")
     return sys.modules.get(key)
 
 def source_paths(config: Config) -> dict[str, Path]:
@@ -1387,8 +1388,7 @@ def prepare(config: Config, folder: RunFolder, sources: dict[str, bytes], watch:
     accum_steps = config.accumulation_steps(runtime.world_size, runtime.device.type)
     stream = TokenStream(config.data_path, "train", config.vocab_size)
     folder.log(f"train_loader:shards pattern={stream.pattern} tokens:{len(stream)}")
-    if runtime.is_master:
-        stream.read(0, len(stream.shards[0]))  # checks its tokens; later shards as they are read
+    stream.read(0, len(stream.shards[0]) if runtime.is_master else 1)  # checks tokens; of later shards when read
     keeper = tool("checkpoint", "no checkpoints, no resuming, no fitting of micro-batches to the memory", folder.log)
     hooks = keeper.Checkpoints(config, folder) if keeper else Hooks(config, folder)
     hooks.choose_folder(stream, sources)

@@ -99,6 +99,7 @@ class Recorder:
 def open_record(record: Path, data: str, tokenizer: str, artifact: Path):
     """(train_gpt as the record has it, configuration, model with the artifact's weights, compiled model, folder)."""
     train_gpt = load("train_gpt", record / "train_gpt.py")
+    load("train_gpt.tools.kernels", Path(__file__).with_name("kernels.py"))  # those that the run had, to the last digit
     held = train_gpt.unpack(artifact.read_bytes())
     source = held.get("source")
     config_class = train_gpt.Config

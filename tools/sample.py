@@ -9,7 +9,6 @@ SAMPLE_PROMPT ends with a sample in its log.
 import contextlib
 import math
 import os
-import re
 import sys
 
 import torch
@@ -22,8 +21,7 @@ def generate(model, config, token_bytes):
     """Yield the prompt, then pieces of the text that the model continues it with; ends with the document.
 
     Each token is a forward pass over the last TRAIN_SEQ_LEN tokens: simple, and fast enough for a few hundred."""
-    # \n is a line break, \u and four digits any character that a configuration file cannot hold.
-    prompt = re.sub(r"\\u([0-9a-f]{4})", lambda m: chr(int(m[1], 16)), config.sample_prompt.replace("\\n", "\n"))
+    prompt = config.sample_prompt
     generator = torch.Generator().manual_seed(config.seed)
     device, T = next(model.parameters()).device, config.train_seq_len
     start = token_bytes.start if token_bytes.start >= 0 else int(token_bytes.boundary.argmax())  # another boundary

@@ -87,7 +87,7 @@ def reference_losses(state, tokens, targets, heads):
 @pytest.mark.parametrize("init, tied", [("torch", "0"), ("torch", "1"), ("gpt2", "1")])
 def test_losses_are_those_of_a_reference_in_float64(init, tied):
     config = gpt2.GPT2Config.load([], TINY | {"INIT": init, "TIE_EMBEDDINGS": tied})
-    for attend in (train_gpt.expanded_attention, train_gpt.blocked_attention):
+    for attend in (train_gpt.grouped_attention, train_gpt.tool("kernels").blocked_attention):
         model = gpt2.GPT2(config, attend, torch.float64).double()
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():  # so that no vector is zeros or ones

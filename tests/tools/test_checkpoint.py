@@ -349,7 +349,7 @@ def test_the_step_count_of_adam_stays_exact_beside_bf16_moments(make_config, bui
 def test_a_loss_that_is_still_on_its_way_is_awaited_before_a_checkpoint(make_config, build):
     """On a GPU the last one may be, and may be no number."""
     trainer = build(make_config())
-    trainer.pending.append((1, 1.0, torch.tensor(math.nan), None))
+    trainer.pending.append((1, 1.0, torch.tensor([math.nan, 0.0]), None))
     with pytest.raises(UserError, match="step 1: the loss is nan"):
         trainer.hooks.save(trainer, wait=True)
     assert trainer.hooks.written is None

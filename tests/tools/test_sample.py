@@ -70,7 +70,7 @@ LONG = "the king of the sea sleeps and the night of love is caf\u00e9 na\u00efve
 def test_without_temperature_it_is_the_likeliest_continuation(model, words, prompt, length):
     """Over contexts of every length up to the longest and beyond, padded or not."""
     gpt, config = model
-    pieces = generate(gpt, config, words, sample_prompt=prompt.replace("\n", "\\n"), temperature=0.0, sample_tokens=70,
+    pieces = generate(gpt, config, words, sample_prompt=prompt, temperature=0.0, sample_tokens=70,
                       train_seq_len=length, train_batch_tokens=length)  # fmt: skip
     expected = text_of(words, prompt, greedy(gpt, words, prompt, 70, length)).rstrip("\ufffd")
     assert pieces[0] == prompt and "".join(pieces[1:]) == expected and expected
@@ -192,7 +192,7 @@ def test_it_ends_after_so_many_tokens(words):
 def test_the_model_hears_the_start_the_prompt_and_at_most_its_length(words):
     (token,) = words.model.encode("e")
     prompt = words.model.encode("the king\nof")
-    _, script = say(words, [token], r"the king\nof", length=160, count=3)
+    _, script = say(words, [token], "the king\nof", length=160, count=3)
     for number, heard in enumerate(script.heard):
         past = [words.model.bos_id(), *prompt, *[token] * number]
         assert heard[: len(past)] == past and len(heard) <= 160

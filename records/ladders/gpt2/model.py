@@ -158,7 +158,7 @@ class GPT2(train_gpt.Model):
         "lm_head": Row(matrix_init, "head"),
     }
 
-    def __init__(self, config: GPT2Config, attend=train_gpt.expanded_attention, dtype: torch.dtype = torch.float32):
+    def __init__(self, config: GPT2Config, attend=train_gpt.grouped_attention, dtype: torch.dtype = torch.float32):
         super().__init__()
         torch.set_float32_matmul_precision(config.matmul_precision)
         D, self.dtype = config.model_dim, dtype

@@ -69,7 +69,7 @@ def prepare() -> str:
     """Write the shards; the name of the data set. The text is trained on whole, as published: the validation split,
     which the trainer wants, is its end once more, and its score says nothing."""
     name, text = read_text()
-    tokens = train_gpt.load_tiktoken("gpt2").encode_ordinary(text)[:TOKENS]
+    tokens = train_gpt.tool("tokenizers").load_tiktoken("gpt2").encode_ordinary(text)[:TOKENS]
     if len(tokens) < TOKENS:
         sys.exit(f"error: the text has {len(tokens)} tokens, tiny Shakespeare has {TOKENS}")
     for suffix, part in (("", tokens), ("_batch", tokens[:BATCH])):
