@@ -344,9 +344,14 @@ class RunFolder:
         if not self.runtime.is_master:
             return
         try:
-            while self.is_stamp and self.path.exists():  # of another host, by chance
-                self.path = Path(f"{self.path}_2")
-            self.path.mkdir(parents=True, exist_ok=not self.is_stamp)
+            while True:
+                try:
+                    self.path.mkdir(parents=True, exist_ok=not self.is_stamp)
+                    break
+                except FileExistsError:
+                    if not self.is_stamp:
+                        raise
+                    self.path = Path(f"{self.path}_2")  # the first is of another host, by chance
             self.run_id, self.file = self.path.name, open(self.path / "train.log", "a", encoding="utf-8")
             if keeper := tool("checkpoint", "folders are not locked", log=str):
                 keeper.lock(self.file, self.log)
@@ -1123,7 +1128,8 @@ class Hooks:
     def choose_folder(self, stream: TokenStream, sources: dict[str, bytes]):
         """Before the model is built: here a checkpoint is looked for, and checked to be of this run."""
         self.folder.locate(self.config)
-        require(self.config.resume in ("auto", "never") and not self.folder.path.exists(), "no run goes on without "
+        new = self.folder.is_stamp or not self.folder.path.exists()
+        require(self.config.resume in ("auto", "never") and new, "no run goes on without "
                 f"tools/checkpoint.py: unset RESUME, and give a RUN_ID whose folder {self.folder.path} is not there")
     def before_warm_up(self, trainer: "Trainer"):
         """All is as for a new run: here a checkpoint is put into it."""
@@ -1432,8 +1438,8 @@ def train(config: Config, folder: RunFolder, argv: list[str]):
     log_final(f"final_{tag.replace('+', '_')}_roundtrip", after, folder)
     if runtime.is_master:
         write_result(trainer, before, after, sources, facts | {"sha256_tokenizer": token_bytes.sha256})
-    if config.sample_prompt and runtime.is_master:
-        folder.log("".join(["sample: ", *tool("sample").generate(trainer.model, config, token_bytes)]))
+    if config.sample_prompt and runtime.is_master and (sample := tool("sample", "no sample", folder.log)):
+        folder.log("".join(["sample: ", *sample.generate(trainer.model, config, token_bytes)]))
 
 def write_result(trainer: Trainer, before: Score, after: Score, sources: dict[str, bytes], facts: dict):
     """result.json of a finished run: the Scores of the weights and of the artifact, time, machine, sources, `facts`."""
