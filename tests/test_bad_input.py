@@ -174,6 +174,7 @@ CONFIGURATION = [
     ("prompt that is not UTF-8", {"SAMPLE_PROMPT": "caf\udce9"}, ["SAMPLE_PROMPT='caf\\udce9'"]),
     ("rank out of the world", {"RANK": "2", "WORLD_SIZE": "2"}, ["RANK=2 WORLD_SIZE=2", "torchrun"]),
     ("world without a launcher", {"WORLD_SIZE": "2"}, ["WORLD_SIZE=2", "torchrun"]),
+    ("world without a port", {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}, ["MASTER_PORT", "torchrun"]),
     ("world that is no number", {"WORLD_SIZE": "two"}, ["WORLD_SIZE=two", "torchrun"]),
     ("kernel that is not for this device", {"ATTENTION": "cudnn"}, ["ATTENTION=cudnn", "use ATTENTION=auto"]),
     ("eval without an artifact", {"MODE": "eval"}, ["MODE=eval", "ARTIFACT="]),

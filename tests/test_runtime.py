@@ -1,11 +1,14 @@
 """Runtime: importing does nothing, the device, the run folder, the stopwatch; and the rules the file itself keeps."""
 
 import ast
+import errno
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
+import time
 import tokenize
 from pathlib import Path
 from types import SimpleNamespace
@@ -98,6 +101,21 @@ def test_ranks_without_a_launcher(make_config, environ):
     assert "\n" not in str(caught.value)
 
 
+def test_a_port_that_is_taken_is_one_line(make_config):
+    """Regression: it was a traceback of torch."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        environ = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError) as caught:
+            for name, text in environ.items():  # which torch reads too
+                patch.setenv(name, text)
+            Runtime(make_config(), environ)
+    message = str(caught.value)
+    assert f"127.0.0.1:{port}" in message and "choose a free port" in message and "\n" not in message
+
+
 @pytest.mark.parametrize("kind", ["cuda", "mps"])
 def test_device_that_is_not_there(make_config, monkeypatch, kind):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -184,6 +202,60 @@ def test_run_without_a_name_gets_that_of_rank_0(make_config):
     folder.create(config, {"train_gpt.py": b""})
     folder.close()
     assert folder.run_id.startswith("shared_2") and folder.path.name == folder.run_id and folder.path.is_dir()
+
+
+@pytest.mark.parametrize("seen", ["before", "between"])
+def test_two_runs_with_one_time_stamp_get_two_folders(runtime, make_config, monkeypatch, seen):
+    """Two containers may have the same clock and the same process id. Regression: the second wrote into the first's."""
+    monkeypatch.setattr(time, "strftime", lambda text: "2031-02-03_04-05-06_1")
+    config, folders = make_config(RUN_ID=""), [RunFolder(runtime) for _ in range(3)]
+    folders[0].locate(config)
+    folders[0].create(config, {"train_gpt.py": b"0"})
+    folders[0].write("checkpoint.pt", b"of the first")
+    exists = Path.exists
+    if seen == "between":  # the other makes its folder after this one has looked
+        monkeypatch.setattr(Path, "exists", lambda self: "2031" not in self.name and exists(self))
+    for number in (1, 2):
+        folders[number].locate(config)
+        assert checkpoint.locate_checkpoint(config, folders[number]) is None, "what is the first's is not gone on with"
+        folders[number].create(config, {"train_gpt.py": str(number).encode()})
+        folders[number].log(f"of {number}")
+    assert len({folder.path for folder in folders}) == 3
+    for number, folder in enumerate(folders):
+        assert folder.run_id == folder.path.name and folder.run_id.startswith("2031-02-03_04-05-06_1")
+        assert (folder.path / "train_gpt.py").read_bytes() == str(number).encode()
+        assert (folder.path / "train.log").read_text() == ("" if number == 0 else f"of {number}\n")
+        folder.close()
+
+
+@pytest.mark.parametrize("name", ["ENOSYS", "ENOTSUP", "ENOLCK", "EOPNOTSUPP", "EINVAL"])
+def test_a_file_system_without_locks_costs_a_warning(folder, make_config, monkeypatch, capsys, name):
+    """Lustre, SMB and some NFS have none. Regression: it was taken for another run's lock."""
+    fcntl, number = pytest.importorskip("fcntl"), getattr(errno, name)
+
+    def lacking(file, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", lacking)
+    folder.locate(make_config())
+    folder.create(make_config(), {"train_gpt.py": b""})
+    folder.log("it goes on")
+    log = (folder.path / "train.log").read_text()
+    assert log == capsys.readouterr().out and log.endswith("\nit goes on\n")
+    assert log.startswith(f"warning: {folder.path / 'train.log'} cannot be locked ({os.strerror(number)}): see that no")
+
+
+@pytest.mark.parametrize("name", ["EWOULDBLOCK", "EAGAIN"])
+def test_a_lock_that_another_has_is_refused(folder, make_config, monkeypatch, name):
+    fcntl, number = pytest.importorskip("fcntl"), getattr(errno, name)
+
+    def busy(file, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", busy)
+    folder.locate(make_config())
+    with pytest.raises(UserError, match="RUN_ID=run: .*another run is using it.*choose another"):
+        folder.create(make_config(), {"train_gpt.py": b""})
 
 
 def test_other_ranks_write_nothing(make_config, tmp_path, capsys):

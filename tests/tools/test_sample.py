@@ -2,7 +2,10 @@
 
 import dataclasses
 import math
+import shutil
 from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
 
 import models
 import numpy as np
@@ -203,6 +206,49 @@ def test_the_model_hears_the_start_the_prompt_and_at_most_its_length(words):
     assert script.heard[0][0] == words.model.bos_id()
 
 
+def prompts_heard(words, config: Config, folder: Path) -> list[str]:
+    """What a sample begins with: of this configuration, and of the file that a run of it writes."""
+    run_folder = train_gpt.RunFolder(SimpleNamespace(is_master=True, share=lambda value: value))
+    config = dataclasses.replace(config, log_dir=str(folder), run_id="run", sample_tokens=1)
+    run_folder.locate(config)
+    run_folder.create(config, {})
+    run_folder.close()
+    again = Config.load([str(folder / "run" / "config.env")], {})
+    assert again.texts() == config.texts()
+    return [next(sample.generate(Script([0], 320), one, words)) for one in (config, again)]
+
+
+@pytest.mark.parametrize("prompt", [
+    """say "it's" ""\"""", "'\"'", '"', "two\nlines\r\n", "  spaces at both ends  ", " ", "a # b", "#", "\ttab\x0b\x07",
+    "\u2028\u2029\x85", "KEY=VALUE\nSEED=3", "caf\u00e9 \u6d77 \U0001f600", "$HOME `x` %s {y}",
+])  # fmt: skip
+def test_any_prompt_comes_through_a_configuration_file(words, tmp_path, prompt):
+    """Regression: both kinds of quotes and control characters were refused, spaces at the ends were lost."""
+    assert prompts_heard(words, Config.load([], {"SAMPLE_PROMPT": prompt}), tmp_path) == [prompt, prompt]
+
+
+LETTERS = st.characters(exclude_categories=("Cs",), exclude_characters="\\") | st.sampled_from("'\" #\n\t")
+
+
+@CHECKED
+@given(prompt=st.text(LETTERS))
+def test_any_prompt_at_all_comes_through_a_configuration_file(words, tmp_path_factory, prompt):
+    folder = tmp_path_factory.getbasetemp() / "prompts"
+    assert prompts_heard(words, Config.load([], {"SAMPLE_PROMPT": prompt}), folder) == [prompt, prompt]
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("text, prompt", [
+    (r"a\nb", "a\nb"), (r"say \u0022it's\u0022", """say "it's\""""), (r"\u6d77\u0041", "\u6d77A"), (r"\u12", r"\u12"),
+    (r"\x41 \t", r"\x41 \t"),
+])  # fmt: skip
+def test_what_may_be_written_in_a_prompt_by_its_number(words, tmp_path, text, prompt):
+    (tmp_path / "x.env").write_text(f"SAMPLE_PROMPT={text}\n" if '"' not in text and "'" not in text else
+                                    f'SAMPLE_PROMPT="{text}"\n', encoding="utf-8")  # fmt: skip
+    for config in (Config.load([], {"SAMPLE_PROMPT": text}), Config.load([str(tmp_path / "x.env")], {})):
+        assert prompts_heard(words, config, tmp_path) == [prompt, prompt]
+
+
 class Dice(Script):
     """A model with the same logits always."""
 
@@ -211,6 +257,7 @@ class Dice(Script):
         self.logits = logits
 
     def __call__(self, tokens):
+        self.heard.append(tokens[0].tolist())
         return self.logits.expand(1, tokens.size(1), -1).clone()
 
 
@@ -229,6 +276,19 @@ def test_tokens_are_drawn_from_the_softmax(words, temperature, top_k):
     assert counts.keys() <= expected.keys()
     for letter, share in expected.items():
         assert counts[letter] / count == pytest.approx(share, abs=5 * math.sqrt(share / count))
+
+
+@pytest.mark.parametrize("temperature, top_k", [(0.0, 0), (1.0, 0), (5.0, 0), (1.0, 2), (1.0, 400)])
+def test_ids_that_only_fill_the_vocabulary_up_never_win(corpus, words, temperature, top_k):
+    """However likely a model finds them."""
+    padded = TokenBytes(str(corpus / "tok.model"), 384)
+    logits = torch.zeros(384)
+    logits[words.size :] = 50.0
+    logits[words.boundary.nonzero()[0]] = -50.0
+    config = Config(sample_tokens=60, temperature=temperature, top_k=top_k, train_seq_len=32, train_batch_tokens=32)
+    model = Dice(logits)
+    assert len("".join(sample.generate(model, config, padded))) > 10
+    assert len(model.heard) == 60 and max(map(max, model.heard)) < words.size
 
 
 def test_logits_that_are_not_numbers_are_an_error(words):

@@ -1,0 +1,137 @@
+"""The script by itself: copied alone into an empty folder; renamed; beside folders and modules that are called as its
+tools are; on however odd a module path. Runs are processes of the copy."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import models
+import pytest
+from models import SCRIPT, exact_line, process
+
+import train_gpt
+
+VAL = "fineweb_val_000000.bin"
+
+
+def scores(folder: Path) -> list:
+    result = json.loads((folder / "result.json").read_text())
+    return [result[name] for name in ("val_loss", "val_bpb", "pre_quant_val_loss", "sha256_artifact", "sources")]
+
+
+def run(script: Path, cwd: Path, environ: dict, code=0, **more) -> SimpleNamespace:
+    done = process(environ, cwd, script=script, **more)
+    out, err = done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
+    assert done.returncode == code and "Traceback" not in err, out + err
+    return SimpleNamespace(out=out, err=err)
+
+
+@pytest.fixture(scope="module")
+def proved(corpus, tmp_path_factory):
+    """The corpus, with a manifest that states the true bytes."""
+    data = shutil.copytree(corpus / "data", tmp_path_factory.mktemp("proved") / "data")
+    stream = train_gpt.TokenStream(str(data), "val", int((corpus / "vocab_size").read_text()))
+    table = train_gpt.TokenBytes(str(corpus / "tok.model"), stream.vocab_size)
+    size = len(table.decode(stream.read(0, len(stream)).tolist()))
+    (data / "manifest.json").write_text(json.dumps({"splits": {"val": {"bytes": size}}}))
+    return data
+
+
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory):
+    """The folder of the same run by the script where it is."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert models.call_main(models.tiny_settings(corpus, LOG_DIR=folder)) == 0
+    return folder / "run"
+
+
+def test_the_script_alone_trains_exports_proves_its_bytes_and_writes_its_result(corpus, proved, whole, tmp_path):
+    """What a submission ships. It says what the tools would add."""
+    script = Path(shutil.copy(SCRIPT, tmp_path))
+    environ = models.tiny_settings(corpus, DATA_PATH=proved, SAMPLE_PROMPT="the")
+    made, folder = run(script, tmp_path, environ), tmp_path / "logs" / "run"
+    assert made.err == ""
+    missed = re.findall(r"^warning: tools/(\w+)\.py is not beside the script: .+$", made.out, re.MULTILINE)
+    assert {"check", "checkpoint", "sample"} <= set(missed) and len(missed) == len(set(missed))
+    assert "(bytes:proved by manifest.json)" in made.out
+    result = json.loads((folder / "result.json").read_text())
+    assert result["bytes_proved"] is True
+    assert result["val_bytes"] == json.loads((proved / "manifest.json").read_text())["splits"]["val"]["bytes"]
+    assert result["scored_bytes"] == result["val_bytes"] and result["bytes_code"] == SCRIPT.stat().st_size
+    reference = json.loads((whole / "result.json").read_text())  # by another kernel of attention
+    assert result["val_bpb"] == pytest.approx(reference["val_bpb"], rel=1e-4)
+    assert result["sources"] == reference["sources"]
+    assert {path.name for path in folder.iterdir()} == {
+        "train.log", "metrics.jsonl", "config.env", "train_gpt.py", "final_model.pt", "final_model.int8.ptz",
+        "result.json"}  # fmt: skip
+    assert exact_line(made.out) == exact_line((folder / "train.log").read_text())
+
+
+@pytest.mark.parametrize("knobs, said", [
+    ({}, "logs/run is not there"), ({"RUN_ID": "other", "RESUME": "logs/run"}, "without tools/checkpoint.py"),
+    ({"MODE": "eval", "ARTIFACT": "x"}, "tools/evaluate.py is not there: take it from the repository"),
+    ({"MODE": "check"}, "tools/check.py is not there: take it from the repository"),
+    ({"ITERATIONS": "many"}, "ITERATIONS='many' is not a whole number"),
+], ids=str)  # fmt: skip
+def test_what_the_script_alone_cannot_do_is_one_line(corpus, tmp_path, monkeypatch, capsys, knobs, said):
+    (tmp_path / "logs" / "run").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_gpt, "__file__", str(shutil.copy(SCRIPT, tmp_path)))
+    for name in list(train_gpt.sys.modules):
+        if name.startswith("train_gpt.tools."):
+            monkeypatch.delitem(train_gpt.sys.modules, name)
+    assert models.call_main(models.tiny_settings(corpus, **knobs)) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.startswith("error: ") and err.count("\n") == 1
+    assert [*(tmp_path / "logs").iterdir()] == [tmp_path / "logs" / "run"]
+
+
+def test_data_that_is_not_what_it_says_is_refused_by_the_script_alone(corpus, proved, tmp_path):
+    data = shutil.copytree(proved, tmp_path / "data")
+    (data / "manifest.json").write_text('{"splits": {"val": {"bytes": 7}}}')
+    made = run(Path(shutil.copy(SCRIPT, tmp_path)), tmp_path, models.tiny_settings(corpus, DATA_PATH=data), code=2)
+    assert "manifest.json states 7" in made.err and made.err.count("\n") == 1 and not (tmp_path / "logs").exists()
+
+
+@pytest.fixture
+def hostile(tmp_path):
+    """A working directory in which all that the script might import by a bare name is something else."""
+    folder = tmp_path / "elsewhere"
+    for name in ("check", "tools", "evaluate"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "__init__.py").write_text("1 / 0\n")
+    for name in ("checkpoint", "sample", "kernels", "compress", "tokenizers", "train_gpt"):
+        (folder / f"{name}.py").write_text("1 / 0\n")
+    return folder
+
+
+@pytest.mark.parametrize("name, options, more", [
+    ("train_gpt.py", ["-P"], {}), ("train_gpt.py", [], {"PYTHONSAFEPATH": "1"}), ("renamed-copy.2.py", [], {}),
+], ids=["-P", "PYTHONSAFEPATH", "renamed"])  # fmt: skip
+def test_tools_are_those_beside_the_script(corpus, whole, hostile, tmp_path, name, options, more):
+    """With another working directory, where others have their names, and with that on the module path."""
+    place = tmp_path / "place"
+    shutil.copytree(SCRIPT.parent / "tools", place / "tools")
+    script = Path(shutil.copy(SCRIPT, place / name))
+    environ = models.tiny_settings(corpus, ITERATION=4)
+    made = run(script, hostile, environ, options=options, PYTHONPATH=str(hostile), **more)
+    folder = hostile / "logs" / "run"
+    assert made.err == "" and scores(folder) == scores(whole) and (folder / "checkpoint.pt").exists()
+    assert (folder / "train_gpt.py").read_bytes() == SCRIPT.read_bytes(), "whatever it was called"
+    assert "the environment variable ITERATION is no knob: did you mean ITERATIONS?" in made.out
+    environ = models.machine_settings(corpus, MODE="eval", ARTIFACT=folder / "final_model.int8.ptz")
+    again = run(script, hostile, environ, options=options, PYTHONPATH=str(hostile), **more)
+    assert exact_line(again.out) == exact_line(made.out)
+
+
+def test_a_tool_is_loaded_once_and_by_its_path():
+    check = train_gpt.tool("check")
+    assert check is train_gpt.tool("check") and Path(check.__file__) == SCRIPT.parent / "tools" / "check.py"
+    assert check.train_gpt is train_gpt
+    with pytest.raises(train_gpt.UserError, match=r"tools/nothing.py is not there: take it from the repository$"):
+        train_gpt.tool("nothing")
+    said = []
+    assert train_gpt.tool("nothing", "no nothing", said.append) is None
+    assert said == ["warning: tools/nothing.py is not beside the script: no nothing"]
