@@ -336,23 +336,17 @@ class RunFolder:
         self.header = ""  # first line of config.env, by which a restarted launch knows its folder
     def locate(self, config: Config, name: str = ""):
         """Choose the folder: RUN_ID, or `name`, or a new time stamp."""
-        name, stamp = config.run_id or name, time.strftime(f"%Y-%m-%d_%H-%M-%S_{os.getpid()}")
-        self.is_stamp, self.run_id = not name, self.runtime.share(name or stamp)
+        # Two containers may have the same clock and the same process id.
+        stamp = time.strftime(f"%Y-%m-%d_%H-%M-%S_{int.from_bytes(os.urandom(3))}")
+        self.run_id = self.runtime.share(config.run_id or name or stamp)
         self.path = Path(config.log_dir) / self.run_id
     def create(self, config: Config, sources: dict[str, bytes]):
         """Make or reopen the folder, for this process alone; put configuration and sources in."""
         if not self.runtime.is_master:
             return
         try:
-            while True:
-                try:
-                    self.path.mkdir(parents=True, exist_ok=not self.is_stamp)
-                    break
-                except FileExistsError:
-                    if not self.is_stamp:
-                        raise
-                    self.path = Path(f"{self.path}_2")  # the first is of another host, by chance
-            self.run_id, self.file = self.path.name, open(self.path / "train.log", "a", encoding="utf-8")
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.file = open(self.path / "train.log", "a", encoding="utf-8")
             if keeper := tool("checkpoint", "folders are not locked", log=str):
                 keeper.lock(self.file, self.log)
         except OSError as error:
@@ -1128,8 +1122,7 @@ class Hooks:
     def choose_folder(self, stream: TokenStream, sources: dict[str, bytes]):
         """Before the model is built: here a checkpoint is looked for, and checked to be of this run."""
         self.folder.locate(self.config)
-        new = self.folder.is_stamp or not self.folder.path.exists()
-        require(self.config.resume in ("auto", "never") and new, "no run goes on without "
+        require(self.config.resume in ("auto", "never") and not self.folder.path.exists(), "no run goes on without "
                 f"tools/checkpoint.py: unset RESUME, and give a RUN_ID whose folder {self.folder.path} is not there")
     def before_warm_up(self, trainer: "Trainer"):
         """All is as for a new run: here a checkpoint is put into it."""

@@ -45,7 +45,7 @@ def launch_name(config, folder, environ) -> str:
 def locate_checkpoint(config, folder) -> Path | None:
     """The file to resume from; None for a new run, or for one that died before its first checkpoint."""
     own, named = folder.path / "checkpoint.pt", Path(config.resume)
-    if folder.path.exists() and not folder.is_stamp:  # by chance another host may have chosen that one
+    if folder.path.exists():
         hint = f"choose another RUN_ID{f' (and RESUME={own} to go on from it)' if own.exists() else ''}"
         require(config.resume != "never", f"RESUME=never, but folder {folder.path} exists: {hint}")
         require(not (folder.path / "result.json").exists(), f"the run in {folder.path} is finished: {hint}")
