@@ -171,6 +171,7 @@ CONFIGURATION = [
     ("path of two lines", {"DATA_PATH": "a\nb"}, ["DATA_PATH='a\\nb'", "use another"]),
     ("path that is not UTF-8", {"DATA_PATH": "caf\udce9"}, ["DATA_PATH='caf\\udce9'", "use another"]),
     ("path with both quotes", {"DATA_PATH": """say "it's" """}, ["DATA_PATH=", "quotes"]),
+    ("prompt with half a character by its number", {"SAMPLE_PROMPT": r"a\ud83d"}, ["SAMPLE_PROMPT='a\\ud83d'"]),
     ("prompt that is not UTF-8", {"SAMPLE_PROMPT": "caf\udce9"}, ["SAMPLE_PROMPT='caf\\udce9'"]),
     ("rank out of the world", {"RANK": "2", "WORLD_SIZE": "2"}, ["RANK=2 WORLD_SIZE=2", "torchrun"]),
     ("world without a launcher", {"WORLD_SIZE": "2"}, ["WORLD_SIZE=2", "torchrun"]),
