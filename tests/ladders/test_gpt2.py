@@ -253,6 +253,7 @@ def test_the_ladders_run_once_and_write_their_tables(ladders, tmp_path, monkeypa
 
     cells, folder = ladders("precision"), tmp_path / "records/ladders/precision"
     monkeypatch.setenv("TRAIN_BATCH_TOKENS", "2048")
+    monkeypatch.setenv("DATA_PATH", "data/datasets/tiny_shakespeare_gpt2")  # else it is set, and other tests see it
     cells.CELLS = [("cpu", "float32", "highest", "0", "math"), ("cpu", "bfloat16", "highest", "0", "blocked"),
                    ("cpu", "float32", "high", "0", "math"), ("cpu", "float32", "highest", "0", "cudnn")]  # fmt: skip
     cells.main()
