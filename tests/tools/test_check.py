@@ -4,6 +4,7 @@ import json
 import random
 import re
 import shutil
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -199,6 +200,28 @@ def test_check_here_of_a_run_on_eight_gpus(checked, monkeypatch):
     assert facts["memory_mib"] is None
     _, facts, _, _ = checked(TARGET_WORLD_SIZE=2, DEVICE="cuda", TRAIN_BATCH_TOKENS=1024, NUM_LAYERS=1)
     assert facts["grad_accum_steps"] == 4, "eight micro-batches on any number of GPUs"
+
+
+def test_check_on_a_host_whose_name_does_not_resolve(checked, monkeypatch):
+    def unknown(name):
+        raise socket.gaierror(-2, f"Name or service not known: {name}")
+
+    monkeypatch.setattr(socket, "gethostname", lambda: "node-17")
+    monkeypatch.setattr(socket, "gethostbyname", unknown)
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    assert checked()[0] == 0, "one process meets nobody"
+    code, _, problems, _ = checked(TARGET_WORLD_SIZE=2)
+    assert code == 1 and len(problems) == 1
+    assert "node-17, does not resolve" in problems[0] and "set GLOO_SOCKET_IFNAME" in problems[0]
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    assert checked(TARGET_WORLD_SIZE=2)[0] == 0
+
+
+def test_ranks_that_cannot_meet_say_where_and_what_to_set(monkeypatch):
+    environ = {"MASTER_ADDR": "node-17", "MASTER_PORT": "29500"}
+    with pytest.raises(train_gpt.UserError, match="node-17:29500 .*not known.*GLOO_SOCKET_IFNAME"):
+        with check.meeting(environ, rank=0, world_size=2):
+            raise socket.gaierror(-2, "Name or service not known")
 
 
 def test_check_in_a_process_of_its_own(corpus, tmp_path):
