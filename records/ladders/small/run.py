@@ -70,6 +70,7 @@ def run(rung: str, seed: int):
     told["val"] = {line["step"]: round(line["val_loss"], 4) for line in lines if "val_loss" in line}
     if "EMA_DECAY=" in (HERE / f"{rung}.env").read_text():
         told["raw_val_loss"] = raw_loss(rung, folder)
+    kept.parent.mkdir(exist_ok=True)
     kept.write_text(json.dumps(told, indent=1) + "\n")
 
 
