@@ -16,10 +16,9 @@ import train_gpt
 LADDERS = Path(train_gpt.__file__).resolve().parent / "records" / "ladders"
 
 
-def load(name: str):
-    """The module of LADDERS/name/name.py."""
-    path = LADDERS / name / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
+def load(name: str, path: Path | None = None):
+    """The module of LADDERS/name/name.py, or of another file."""
+    spec = importlib.util.spec_from_file_location(name, path or LADDERS / name / f"{name}.py")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
