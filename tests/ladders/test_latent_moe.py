@@ -176,21 +176,16 @@ def test_life_of_a_run(balance, corpus, tmp_path, capfd):
 @pytest.fixture
 def ladder(corpus, tmp_path, monkeypatch):
     """run.py, loaded from a copy of the repository, with the knobs of a tiny model in the environment."""
-    root = Path(latent_moe.train_gpt.__file__).parent
-    folder = tmp_path / "records" / "ladders" / "latent_moe"
-    shutil.copytree(RUNGS[0].parent, folder, ignore=shutil.ignore_patterns("logs", "*.png", "__pycache__"))
-    shutil.copytree(root / "tools", tmp_path / "tools", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(root / "train_gpt.py", tmp_path)
     for name in latent_moe.LatentConfig.knobs():
         monkeypatch.delenv(name, raising=False)
     for name, text in seam.settings(corpus, tmp_path / "logs", **TINY).items():
         if name not in ("RUN_ID", "ITERATIONS", "VAL_LOSS_EVERY", "CHECKPOINT_EVERY_SECONDS"):
             monkeypatch.setenv(name, text)
-    return seam.load("latent_moe_run", folder / "run.py")
+    return seam.copy_ladder("latent_moe", tmp_path)
 
 
 def test_the_full_shape_is_stopped_resumed_and_stopped_again(ladder, monkeypatch):
-    ladder.run_full()
+    ladder.main(["full"])
     kept = json.loads((ladder.HERE / "logs" / "full.json").read_text())
     lines = {name: "\n".join(process["log"]) for name, process in kept.items()}
     saved = int(re.search(r"checkpoint: saved step:(\d+) ", lines["first"])[1])  # 3, or what went on meanwhile
@@ -206,3 +201,5 @@ def test_the_full_shape_is_stopped_resumed_and_stopped_again(ladder, monkeypatch
     monkeypatch.setenv("LR_WARMUP_STEPS", "1")
     with pytest.raises(SystemExit, match="full ended with exit code 0; 143 and a checkpoint were expected"):
         ladder.run_full()
+    with pytest.raises(SystemExit, match="no rung bais: there are bias, loss, "):
+        ladder.main(["bais"])

@@ -112,7 +112,6 @@ def run_full():
     first, second = take_steps(FULL_STEPS), take_steps(1)
     if not any(line.startswith("resumed: ") for line in second["log"]):
         sys.exit("error: the second start of full did not go on from the checkpoint of the first: see above")
-    (HERE / "logs").mkdir(exist_ok=True)
     kept = {"first": first, "resumed": second}
     (HERE / "logs" / "full.json").write_text(json.dumps(kept, indent=1) + "\n")
 
@@ -156,13 +155,17 @@ def picture(found: dict[str, dict]):
     spread.set(xlabel="routed experts of all layers, sorted", ylabel="load over an even share")
     for part, place in ((axis, "center right"), (spread, "upper left")):
         part.grid(alpha=0.3)
-        part.legend(loc=place)
+        if part.lines:
+            part.legend(loc=place)
     figure.suptitle("Latent attention with experts, small, on the demo's text")
     figure.tight_layout()
     figure.savefig(HERE / "losses.png", dpi=90)
 
 
 def main(argv: list[str]):
+    if unknown := set(argv) - {*SMALL, "full", "--table"}:
+        sys.exit(f"error: no rung {', '.join(sorted(unknown))}: there are {', '.join(SMALL)}, full and --table")
+    (HERE / "logs").mkdir(exist_ok=True)
     for rung in SMALL:
         if rung in argv or not argv:
             run(rung)
