@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import importlib.util
+import inspect
 import json
 import math
 import re
@@ -229,6 +230,36 @@ def test_an_artifact_that_names_no_model_is_refused(whole, tmp_path, source, sai
     with pytest.raises(UserError, match=said) as caught:
         evaluate.read_model(named(whole, tmp_path, **source), tmp_path / "artifact.ptz")
     assert "\n" not in str(caught.value)
+
+
+def test_a_class_of_the_same_name_in_another_file_is_not_its_own(tmp_path, monkeypatch):
+    """What was started counts as the artifact's model if it is that file, or says the same."""
+    source = {"file": "tests/alternative/tiny_model.py", "config_class": "TinyConfig"}
+    monkeypatch.setattr(sys, "path", list(sys.path))  # which the model file adds to
+    shutil.copy(SCRIPT, tmp_path)
+    classes = {}
+    for place, more in (("copy", ""), ("other", "# another model\n"), ("renamed", "")):
+        path = tmp_path / place / ("model.py" if place == "renamed" else "tiny_model.py")
+        path.parent.mkdir()
+        path.write_text(MODEL_FILE.read_text() + more)
+        spec = importlib.util.spec_from_file_location(place, path)
+        monkeypatch.setitem(sys.modules, place, importlib.util.module_from_spec(spec))
+        spec.loader.exec_module(sys.modules[place])
+        classes[place] = sys.modules[place].TinyConfig
+    choose, artifact = train_gpt.tool("evaluate").load_config_class, tmp_path / "artifact.ptz"
+    assert choose(source, artifact, classes["copy"]) is classes["copy"]
+    for place in ("other", "renamed"):
+        chosen = choose(source, artifact, classes[place])
+        assert chosen is not classes[place] and Path(inspect.getfile(chosen)) == MODEL_FILE
+    # A file that calls its class as the script does.
+    (tmp_path / "plain.py").write_text("import train_gpt\nclass Config(train_gpt.Config):\n    pass\n")
+    chosen = choose({"file": "plain.py", "config_class": "Config"}, artifact, Config)
+    assert chosen is not Config and Path(inspect.getfile(chosen)) == tmp_path / "plain.py"
+    # The started file where there is no other; and two files of one name, loaded one after the other.
+    assert choose(source | {"file": "gone/tiny_model.py"}, artifact, classes["other"]) is classes["other"]
+    (tmp_path / "tiny_model.py").write_text(MODEL_FILE.read_text() + "# beside the artifact\n")
+    first, second = choose(source, artifact, Config), choose(source, tmp_path / "nowhere" / "artifact.ptz", Config)
+    assert [Path(inspect.getfile(cls)) for cls in (first, second)] == [tmp_path / "tiny_model.py", MODEL_FILE]
 
 
 def test_its_tensors_must_be_those_of_its_configuration(whole, corpus, tmp_path):

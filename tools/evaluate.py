@@ -11,9 +11,11 @@ checked before memory is taken for it.
 import contextlib
 import hashlib
 import importlib.util
+import inspect
 import io
 import math
 import os
+import re
 import sys
 import zipfile
 import zlib
@@ -93,16 +95,21 @@ def load_config_class(source: dict, artifact: Path, config_class: type) -> type:
     """The Config of the model that an artifact names, from its file; `config_class` if it names none.
 
     A file that is loaded is a program that runs: it is the one beside the artifact, which a run has put there, or the
-    one in the repository that this script belongs to."""
-    if not source or config_class.__name__ == source["config_class"]:  # or the model file itself was started
+    one in the repository that this script belongs to. If it runs already, having been started, its own class is taken:
+    a class of the same name may be another file's."""
+    if not source:
         return config_class
     name, wanted = Path(source["file"]), source["config_class"]
     require(not name.is_absolute() and ".." not in name.parts, f"{artifact} names {name}, outside the repository")
     places = [artifact.parent / name.name, Path(train_gpt.__file__).resolve().parent / name]
-    path = next((path for path in places if path.is_file()), None)
-    require(path, f"{artifact} is a model of {name}, which is neither {places[0]} nor {places[1]}: put it there")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    found, started = [path for path in places if path.is_file()], Path(inspect.getfile(config_class)).resolve()
+    if config_class.__name__ == wanted and started.name == name.name:
+        if not found or any(path.samefile(started) for path in found) or found[0].read_bytes() == started.read_bytes():
+            return config_class
+    require(found, f"{artifact} is a model of {name}, which is neither {places[0]} nor {places[1]}: put it there")
+    path, key = found[0], re.sub(r"\W", "_", str(found[0].resolve()))  # by its place: many are called model.py
+    spec = importlib.util.spec_from_file_location(key, path)
+    module = sys.modules[key] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever a program may raise

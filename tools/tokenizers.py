@@ -5,9 +5,9 @@ import os
 from train_gpt import UserError
 
 
-def load_tiktoken(name: str):
-    """An encoding of tiktoken; gpt2 comes from GPT2_BPE_DIR, a folder with vocab.bpe and encoder.json, if it is set."""
-    folder = os.environ.get("GPT2_BPE_DIR")
+def load_tiktoken(name: str, folder: str | None = None):
+    """An encoding of tiktoken; gpt2 from a folder with vocab.bpe and encoder.json: `folder`, or GPT2_BPE_DIR if set."""
+    folder = folder or os.environ.get("GPT2_BPE_DIR")
     try:
         import tiktoken.load
         from tiktoken_ext.openai_public import r50k_pat_str

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -16,13 +17,21 @@ import train_gpt
 LADDERS = Path(train_gpt.__file__).resolve().parent / "records" / "ladders"
 
 
-def load(name: str):
-    """The module of LADDERS/name/name.py."""
-    path = LADDERS / name / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
+def load(name: str, path: Path | None = None):
+    """The module of LADDERS/name/name.py, or of another file."""
+    spec = importlib.util.spec_from_file_location(name, path or LADDERS / name / f"{name}.py")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def copy_ladder(name: str, folder: Path):
+    """run.py of a ladder, loaded from a copy of what it needs of the repository."""
+    root, copy = LADDERS.parents[1], folder / "records" / "ladders" / name
+    shutil.copytree(LADDERS / name, copy, ignore=shutil.ignore_patterns("logs", "*.png", "__pycache__"))
+    shutil.copytree(root / "tools", folder / "tools", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(root / "train_gpt.py", folder)
+    return load(f"{name}_run", copy / "run.py")
 
 
 def settings(corpus: Path, logs: Path, **overrides) -> dict[str, str]:

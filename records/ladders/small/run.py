@@ -9,10 +9,12 @@ environment (LOG_DIR, COMPILE, ...) reach every run. What a run gave is kept in 
 """
 
 import json
+import math
 import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
@@ -41,6 +43,13 @@ def call(rung: str, log: Path | None = None, **knobs) -> str:
     return done.stdout
 
 
+def thirds() -> dict[str, int]:
+    """A validation after each third of the steps, where the caller sets how many: recipes of 300 steps have it so."""
+    steps = os.environ.get("ITERATIONS", "")
+    set_already = not steps.isdecimal() or "VAL_LOSS_EVERY" in os.environ
+    return {} if set_already else {"VAL_LOSS_EVERY": math.ceil(int(steps) / 3)}
+
+
 def raw_loss(rung: str, folder: Path) -> float:
     """Of the weights themselves, where their average was exported: the last checkpoint has both."""
     import torch
@@ -56,7 +65,7 @@ def run(rung: str, seed: int):
     folder, kept = LOGS / f"small_{rung}_{seed}", HERE / "logs" / f"{rung}_{seed}.json"
     if not (folder / "result.json").exists():
         print(f"{rung} seed {seed}", flush=True)
-        call(rung, RUN_ID=folder.name, SEED=seed)
+        call(rung, RUN_ID=folder.name, SEED=seed, **thirds())
     elif kept.exists():
         return
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -78,26 +87,35 @@ def numbers(values, digits: int) -> str:
     return ", ".join(f"{value:.{digits}f}" for value in values)
 
 
+def validated(run: dict) -> str:
+    """The steps of its validations."""
+    return ", ".join(sorted(run["val"], key=int))
+
+
 def table(found: dict[str, list[dict]]) -> str:
-    """The rungs, published and ours, and how far their orders agree."""
-    head = ["rung", "parameters", "published: epochs 1, 2, 3", "ms", "ours: steps 100, 200, 300", "seeds apart",
-            "raw", "ms"]  # fmt: skip
+    """The rungs, published and ours, and how far their orders agree: of all that were validated after the same steps,
+    those of most runs."""
+    steps = Counter(validated(run) for runs in found.values() for run in runs).most_common(1)
+    usual = steps[0][0] if steps else "none yet"
+    head = ["rung", "parameters", "published: epochs 1, 2, 3", "ms", f"ours: steps {usual}", "seeds apart", "raw", "ms"]
     rows, last = [head, ["---"] * len(head)], {}
     for rung, (losses, milliseconds) in PUBLISHED.items():
         runs = found.get(rung)
         if not runs:
             rows.append([rung, "", numbers(losses, 2), f"{milliseconds}", f"not run: `run.py {rung}`", "", "", ""])
             continue
-        ours = [[run["val"][step] for step in sorted(run["val"], key=int)] for run in runs]
+        own = usual if usual in map(validated, runs) else validated(runs[0])
+        runs = [run for run in runs if validated(run) == own]  # a seed of another length is no mean with these
+        ours = [[run["val"][step] for step in own.split(", ")] for run in runs]
         finals = [run["pre_quant_val_loss"] for run in runs]
         raw = [run["raw_val_loss"] for run in runs if "raw_val_loss" in run]
         rows.append([
             rung, f"{runs[0]['model_params']:,}", numbers(losses, 2), f"{milliseconds}",
-            numbers(map(fmean, zip(*ours, strict=True)), 3) + f" ({runs[0]['steps']} steps)" * (rung in LARGE),
+            numbers(map(fmean, zip(*ours, strict=True)), 3) + f" (steps {own})" * (own != usual),
             f"{max(finals) - min(finals):.3f}" if len(runs) > 1 else "one seed",
             numbers([fmean(raw)], 3) if raw else "", f"{fmean(run['step_avg_ms'] for run in runs):.0f}",
         ])  # fmt: skip
-        last |= {} if rung in LARGE else {rung: fmean(finals)}
+        last |= {rung: fmean(finals)} if own == usual else {}
     published = {rung: PUBLISHED[rung][0][-1] for rung in last}
     pairs = [(a, b) for a, b in combinations(last, 2) if published[a] != published[b]]
     same = [(a, b) for a, b in pairs if (published[a] < published[b]) == (last[a] < last[b])]
@@ -125,7 +143,8 @@ def picture(found: dict[str, list[dict]]):
             axis.plot(steps, means, label=rung, **style)
         axis.set_xlabel("step of 700 tokens")
         axis.grid(alpha=0.3)
-        axis.legend(title=f"training loss, means of {EVERY} steps")
+        if part:
+            axis.legend(title=f"training loss, means of {EVERY} steps")
     axes[0].set_ylabel("nats a token")
     figure.suptitle(f"Small transformer, one change at a time (seed {SEEDS[0]})")
     figure.tight_layout()
@@ -133,7 +152,10 @@ def picture(found: dict[str, list[dict]]):
 
 
 def main(argv: list[str]):
+    if unknown := set(argv) - {*PUBLISHED, "--table"}:
+        sys.exit(f"error: no rung {', '.join(sorted(unknown))}: there are {', '.join(PUBLISHED)}, and --table")
     rungs = [rung for rung in PUBLISHED if rung in argv or not argv]
+    (HERE / "logs").mkdir(exist_ok=True)
     for seed in SEEDS:
         for rung in rungs:
             if rung not in LARGE or seed == SEEDS[0]:
