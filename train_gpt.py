@@ -490,22 +490,21 @@ class TrainLoader:
         halves, shape = (tokens[:, :-1], tokens[:, 1:]), (self.accum_steps, -1, self.length)
         return tuple(half.contiguous().view(shape) for half in halves)
 
-# ---------- Bytes: the tokenizer, the only place that knows what a token weighs in bytes of text; the proof of it -----
+# ---------- Bytes: the tokenizer, what each of its tokens weighs in bytes of text, the proof of it --------------------
 class TokenBytes:
-    """Bytes of text per token, for a SentencePiece .model, a name that tiktoken knows, or bytes.
+    """Bytes of text per token, for a SentencePiece .model; tools/tokenizers.py has others.
 
     Special tokens, and ids beyond the tokenizer's own, weigh 0 and are boundaries. A byte piece weighs
     1, any other its UTF-8 text with U+2581 as a space; but a leading U+2581 right after a boundary adds
-    nothing, unless the model writes spaces there as they are."""
+    nothing, unless the model writes spaces there as they are. Marks of capitals weigh 0."""
+    NAMED = re.compile(r"\w+|(.*\W)?\w*byte_?260\w*(\.json)?")  # bytes, or by tiktoken: no .model
     def __init__(self, path: str, vocab_size: int, padding: int = 127):
-        self.path, self.drops_first_space = path, True
+        self.path, self.drops_first_space, self.unmark, self.unweighed = path, True, bytes, []
         self.leading, self.byte_ids, self.unknown = set(), set(), set()
-        if re.fullmatch(r"bytes|(.*\W)?\w*byte_?260\w*(\.json)?", path):
-            self.load_bytes()
-        elif re.fullmatch(r"\w+", path):
-            self.load_tiktoken()
+        if self.NAMED.fullmatch(path):
+            tool("tokenizers").load(self)
         else:
-            self.load_sentencepiece()
+            self.load_sentencepiece(path)
         self.size = len(self.pieces)  # bytes of each token's text, None for a special one
         content = Path(path).read_bytes() if self.leading else repr(self.pieces).encode()
         self.sha256 = hashlib.sha256(content).hexdigest()
@@ -514,37 +513,23 @@ class TokenBytes:
         ids, pieces = np.arange(vocab_size), self.pieces + [None] * (vocab_size - self.size)
         self.boundary = np.array([piece is None for piece in pieces])
         self.weight = np.array([len(piece or b"") for piece in pieces])
+        self.weight[self.unweighed] = 0
         self.leading_space, self.is_byte = np.isin(ids, [*self.leading]), np.isin(ids, [*self.byte_ids])
-    def load_bytes(self):
-        """pad, bos, eos, unk, then byte b as id b + 4."""
-        self.pieces, self.start = [None] * 4 + [bytes([byte]) for byte in range(256)], 1
-        self.encode = lambda text: [byte + 4 for byte in text.encode()]
-        self.decode = lambda tokens: bytes(token - 4 for token in tokens if token >= 4)
-    def load_tiktoken(self):
-        """gpt2 comes from GPT2_BPE_DIR, with its vocab.bpe and encoder.json, if that is set."""
-        model = self.model = tool("tokenizers").load_tiktoken(self.path)
-        special = set(map(model.encode_single_token, model.special_tokens_set))
-        piece, self.start = model.decode_single_token_bytes, model.eot_token
-        self.pieces = [None if token in special else piece(token) for token in range(model.n_vocab)]
-        self.encode = model.encode_ordinary
-        self.decode = lambda tokens: model.decode_bytes([token for token in tokens if token not in special])
-    def load_sentencepiece(self):
+    def load_sentencepiece(self, path: str):
         """`pieces` are without their leading U+2581, which `leading` tells."""
         from sentencepiece import SentencePieceProcessor  # late: imports stay light
-        path = self.path
         require(Path(path).is_file(), f"TOKENIZER_PATH={path} does not exist; {NO_DATA_HINT}")
         try:
             model = SentencePieceProcessor(model_file=path)
         except (RuntimeError, OSError) as error:
             raise UserError(f"TOKENIZER_PATH={path} is no SentencePiece model: make or fetch it again") from error
         self.model, self.start, self.encode = model, model.bos_id(), model.encode
-        self.decode = lambda tokens: model.decode(tokens).encode()
+        self.decode = lambda tokens: self.unmark(model.decode(tokens).encode())
         ids = range(model.vocab_size())
         texts = model.id_to_piece([*ids])
-        require("\u2581" in texts, f"{path} has no piece for a single space (U+2581): use another tokenizer")
+        require("\u2581" in texts, f"{path} has no piece for a single space (U+2581): use another")
         # A model that puts a space before a text, or takes it away, gives a first space no meaning.
-        adds_space = model.encode("a", out_type=str)[0].startswith("\u2581")
-        self.drops_first_space = adds_space or model.encode(" a") == model.encode("a")
+        self.drops_first_space = model.normalize("a")[:1] == "\u2581" or model.normalize(" a")[:1] != "\u2581"
         self.unknown = {*filter(model.is_unknown, ids), *filter(model.is_unused, ids)}
         silent = self.unknown | set(filter(model.is_control, ids))
         self.byte_ids = set(filter(model.is_byte, ids))
@@ -552,6 +537,14 @@ class TokenBytes:
         self.pieces = [text.removeprefix("\u2581").replace("\u2581", " ").encode() for text in texts]
         for token in silent | self.byte_ids:
             self.pieces[token] = None if token in silent else bytes([int(texts[token][3:5], 16)])  # <0xE6>
+        # Marks of capitals (data/case_marks.py): T, A and M stand for no text, E spells them all.
+        marks = [texts.index(mark) for mark in "\ue001\ue002\ue003\ue004" if mark in texts]
+        exact = len(self.byte_ids) == 256 and model.normalize("  a\n\ufb01 ") == "\u2581\u2581a\n\ufb01\u2581"
+        if exact and len(marks) == 4 and not any(map(model.get_score, marks)):  # 0: a symbol
+            self.unweighed = marks[:3]
+            self.unmark = lambda text: re.sub(b"\xee\x80[\x81-\x83]", b"", text)
+            if capitals := tool("tokenizers", "case marks are weighed, capitals not compared"):
+                capitals.use_case_marks(self)
     def weigh(self, tokens: np.ndarray) -> int:
         """Bytes of tokens[1:], each in the context of the token before it."""
         before, target = tokens[:-1], tokens[1:]
@@ -561,10 +554,9 @@ class TokenBytes:
         """The text of a document, piece by piece, as `weigh` counts it."""
         text, first = [], self.drops_first_space
         for token in tokens:
-            text += [b" "] if token in self.leading and not first else []
-            text.append(self.pieces[token] or b"")
+            text.append(b" " * (token in self.leading and not first) + (self.pieces[token] or b""))
             first = self.drops_first_space and self.pieces[token] is None
-        return b"".join(text)
+        return self.unmark(b"".join(text))
 
 FINEWEB_TARGETS, FINEWEB_BYTES = 62_021_632, 151_080_363  # the challenge's, in 1,024 pieces
 AUDIT_TOKENS = 1_000_000  # that are decoded
@@ -1329,8 +1321,8 @@ def tool(name: str, without: str = "", log=print):
     """The module tools/NAME.py beside this script, by its path: no package of that name can take its place. Where it
     is missing: an error, or None and a line that says what is missed `without` it."""
     here, key = Path(__file__).resolve().parent, f"train_gpt.tools.{name}"
-    beside = name == "compress" and not (here / "tools").exists()  # as the sources in a run folder stand
-    path = here / f"{name}.py" if beside else here / "tools" / f"{name}.py"
+    beside = name in ("compress", "tokenizers") and not (here / "tools").exists()
+    path = (here if beside else here / "tools") / f"{name}.py"  # beside: in a run folder
     if key not in sys.modules and path.is_file():
         spec = importlib.util.spec_from_file_location(key, path)
         sys.modules[key] = importlib.util.module_from_spec(spec)
@@ -1340,11 +1332,11 @@ def tool(name: str, without: str = "", log=print):
     return sys.modules.get(key)
 
 def source_paths(config: Config) -> dict[str, Path]:
-    """{name in the run folder: path} of the files that shape a run: this script; tools/compress.py, if it is asked for;
-    and of a model in a file of its own that file, with what it has imported from its own folder."""
-    script, paths = Path(__file__).resolve(), {}
-    if config.gptq_batches or config.fit_size or config.codec == "rans":
-        paths["compress.py"] = Path(tool("compress").__file__)
+    """{name in the run folder: path} of what shapes a run: this script; a tool that has to make the
+    artifact or to weigh bytes; of a model in its own file that, and what it imports beside it."""
+    compress = config.gptq_batches or config.fit_size or config.codec == "rans"
+    asked = {"compress": compress, "tokenizers": TokenBytes.NAMED.fullmatch(config.tokenizer_path)}
+    script, paths = Path(__file__).resolve(), {f"{k}.py": Path(tool(k).__file__) for k in asked if asked[k]}
     for cls in (type(config), config.model_class()):
         if cls.__module__ != __name__:
             folder = Path(inspect.getfile(cls)).resolve().parent

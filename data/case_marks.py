@@ -16,7 +16,7 @@ T, A, M, E = MARKS = "\ue001", "\ue002", "\ue003", "\ue004"
 UNWEIGHED = T, A, M
 SPACE_MARK = "\u2581"
 SPELLED = {T: E + T, A: E + A, M: E + M, E: E + M + M, SPACE_MARK: E + A + M}  # M follows nothing but letters otherwise
-MEANT = {code: char for char, code in SPELLED.items()}
+MEANT = {code: char for char, code in SPELLED.items()} | {E: "\ufffd"}  # as half a character is decoded
 
 # The lookbehind and the possessive run (*+) keep long runs of small letters from being tried at each of their letters.
 CODED = re.compile(rf"[{T}{A}{M}{E}{SPACE_MARK}]|( ?)(?<![A-Za-z])([a-z]*+[A-Z][A-Za-z]*)")
@@ -39,7 +39,8 @@ def encode(text: str) -> str:
 
 
 def decode(text: str) -> str:
-    """The text of which `text` is the encoding. Of any other, such as a sampled one, marks without a letter vanish."""
+    """The text of which `text` is the encoding. Of any other, such as a sampled one, marks without a letter vanish, and
+    E alone is U+FFFD: so the weights add up to the bytes of whatever tokens spell."""
 
     def mean(match: re.Match) -> str:
         letters = match[1] or match[2] or match[3]

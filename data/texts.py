@@ -274,7 +274,7 @@ def read_bin(file: TextFile, progress: tqdm, tokenizer: Tokenizer) -> Iterator[D
             try:
                 if size % 2 or tokenizer.boundary[part].any() or len(rest) > MAX_DOCUMENT_BYTES:
                     raise IndexError
-                raw = tokenizer.spell(part)[0]
+                raw = tokenizer.restore(tokenizer.spell(part)[0])
                 yield Document(raw.decode("utf-8"), raw)
             except (IndexError, UnicodeDecodeError):
                 raise UserError(f"{file.path}: expected uint16 tokens of {tokenizer.label} that spell UTF-8, none that "

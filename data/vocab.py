@@ -120,10 +120,11 @@ class SentencePiece(Tokenizer):
     """A SentencePiece model: bytes of its .model file.
 
     exact: it changes nothing before it looks for pieces and can spell every byte; only then can every text be kept.
-    case_marks: the four marks are pieces of it, so it is given text whose capitals are marks.
+    case_marks: the four marks are symbols of it, so it is given text whose capitals are marks. The trainer goes by the
+    same rule.
     """
 
-    PROBE = "  a  b\n\ufb01\u00a0 \t "
+    PROBE = "  a\n\ufb01 "
     IN_BYTES = re.compile(f"(^ |{SPACE_MARK})")
 
     def __init__(self, model: bytes, label: str = "model"):
@@ -141,7 +142,9 @@ class SentencePiece(Tokenizer):
         pieces = [bytes([int(names[i][3:5], 16)]) if sp.is_byte(i) else text[i] for i in ids]
         unchanged = sp.normalize(self.PROBE) == self.PROBE.replace(" ", SPACE_MARK)
         self.exact = unchanged and sum(map(sp.is_byte, ids)) == 256
-        self.case_marks = self.exact and all(mark in names for mark in case_marks.MARKS)
+        # The score of a user-defined symbol is 0, and that of no two other pieces.
+        marks = [names.index(mark) for mark in case_marks.MARKS if mark in names]
+        self.case_marks = self.exact and len(marks) == 4 and not any(map(sp.get_score, marks))
         # A model that puts a space of its own before a text, or strips spaces: the first space of a document is none of
         # the text. With any other model it is.
         own = sp.normalize("a").startswith(SPACE_MARK) or not sp.normalize(" a").startswith(SPACE_MARK)

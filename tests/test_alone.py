@@ -74,6 +74,7 @@ def test_the_script_alone_trains_exports_proves_its_bytes_and_writes_its_result(
     ({"MODE": "eval", "ARTIFACT": "x"}, "tools/evaluate.py is not there: take it from the repository"),
     ({"MODE": "check"}, "tools/check.py is not there: take it from the repository"),
     ({"ITERATIONS": "many"}, "ITERATIONS='many' is not a whole number"),
+    ({"TOKENIZER_PATH": "bytes"}, "/tokenizers.py is not there: take it from the repository"),
 ], ids=str)  # fmt: skip
 def test_what_the_script_alone_cannot_do_is_one_line(corpus, tmp_path, monkeypatch, capsys, knobs, said):
     (tmp_path / "logs" / "run").mkdir(parents=True)

@@ -1,5 +1,6 @@
 """Every bench runs: at the smallest size that says anything about the code, and nothing about speed."""
 
+import json
 import os
 import re
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import models
 import pytest
+from conftest import make_documents
 
 import train_gpt
 
@@ -41,6 +43,29 @@ def test_a_step_beside_a_plain_one(bench):
 def test_what_a_checkpoint_costs(bench, tmp_path):
     found = bench("checkpoint.py", **SMALL | {"LOG_DIR": str(tmp_path), "VOCAB_SIZE": "40"})
     assert re.search("^a checkpoint costs, s ", found, re.MULTILINE), found
+
+
+@pytest.mark.skipif(not hasattr(os, "wait4"), reason="it asks the system for the memory of its processes")
+def test_the_speed_of_the_data_tool(bench, corpus, tmp_path):
+    source = write_texts(tmp_path / "a.jsonl", 60)
+    found = bench("tokenize_speed.py", source, "--pairs", 1, "--model", corpus / "tok.model")
+    assert re.search(r"^ratio: median [0-9.]+, least [0-9.]+, n = 1$", found, re.MULTILINE), found
+    assert "the same shards with one thread: True" in found
+
+
+def test_what_case_marks_gain(bench, tmp_path):
+    sources = write_texts(tmp_path / "train.jsonl", 60), write_texts(tmp_path / "val.jsonl", 5)
+    found = bench("case_marks_gain.py", *sources, "--out", tmp_path / "out", "--pieces", 300, "--megabytes", 0.002,
+                  "--batch", 64, "--seeds", 1, **SMALL | {"WARMUP_STEPS": "0"})  # fmt: skip
+    scored = re.findall(r"^(?:none|before|after): \d+ steps, ([\d,]+) bytes scored", found, re.MULTILINE)
+    assert len(scored) == 3 and len(set(scored)) == 1, "the same text, whatever the marks"
+    assert re.search(r"^before - none: [+-][0-9.]+ bits per byte", found, re.MULTILINE), found
+
+
+def write_texts(path: Path, count: int) -> Path:
+    texts = [text.title() for text in make_documents(count, seed=len(path.name))]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
 
 
 def test_the_coders_on_random_weights_and_on_those_of_a_run(bench, tmp_path):

@@ -232,8 +232,8 @@ def test_audit_refuses_a_wrong_table(prefixed, stream_of, wrong):
 class SpelledOtherwise(TokenBytes):
     """A table that agrees with its pieces, which are not what the tokenizer means by them."""
 
-    def load_sentencepiece(self):
-        super().load_sentencepiece()
+    def load_sentencepiece(self, path):
+        super().load_sentencepiece(path)
         self.spell_otherwise()
 
 

