@@ -196,7 +196,7 @@ def test_the_full_shape_is_stopped_resumed_and_stopped_again(ladder, monkeypatch
     for process in kept.values():
         assert 0.01 < process["peak_gib"] < 8 and f"VmHWM:{process['peak_gib']}GiB" in process["log"][-1]
 
-    shutil.rmtree(ladder.LOGS)
+    shutil.rmtree(ladder.ladder.run_folder(ladder.environment("full")))
     monkeypatch.setenv("ITERATIONS", "2")  # over before the SIGTERM
     monkeypatch.setenv("LR_WARMUP_STEPS", "1")
     with pytest.raises(SystemExit, match="full ended with exit code 0; 143 and a checkpoint were expected"):
