@@ -31,9 +31,10 @@ def copy_ladder(name: str, folder: Path):
     shutil.copytree(LADDERS / name, copy, ignore=shutil.ignore_patterns("logs", "*.png", "__pycache__"))
     shutil.copytree(root / "tools", folder / "tools", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(root / "train_gpt.py", folder)
-    shutil.copy(LADDERS / "ladder.py", copy.parent)
-    sys.modules.pop("ladder", None)  # that of another copy
-    return load(f"{name}_run", copy / "run.py")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", list(sys.path))
+        sys.modules.pop("ladder", None)  # that of another copy
+        return load(f"{name}_run", copy / "run.py")
 
 
 def settings(corpus: Path, logs: Path, **overrides) -> dict[str, str]:

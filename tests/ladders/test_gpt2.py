@@ -225,8 +225,8 @@ def ladders(tmp_path, monkeypatch):
         shutil.copytree(ROOT / "records/ladders" / name, tmp_path / "records/ladders" / name,
                         ignore=shutil.ignore_patterns("logs", "*.png", "__pycache__"))  # fmt: skip
     shutil.copy(ROOT / "train_gpt.py", tmp_path)
-    shutil.copy(LADDER.parent / "ladder.py", tmp_path / "records/ladders")
-    monkeypatch.delitem(sys.modules, "ladder", raising=False)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    sys.modules.pop("ladder", None)  # that of another copy
     shutil.copytree(ROOT / "tools", tmp_path / "tools", ignore=shutil.ignore_patterns("__pycache__"))
     words = "What is the city but the people? True, the people are the city."
     (tmp_path / "text.txt").write_text(" ".join(f"{words} {i}." for i in range(21_000)))

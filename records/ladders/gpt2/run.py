@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.append(str(HERE.parents[2] / "tools"))
 import ladder  # noqa: E402
 from ladder import ROOT  # noqa: E402
 
@@ -120,20 +120,19 @@ def table(logs: dict[str, dict]) -> str:
 
 def draw(logs: dict[str, dict]):
     """losses.png: lines are ours, circles published."""
-    pyplot, (left, right) = ladder.panels()
-    for colour, rung in zip(ladder.COLOURS * 2, RUNGS, strict=False):
-        if rung not in logs:
-            continue
-        axis = left if rung == "a_one_batch" else right
-        losses, published = logs[rung]["losses"], RUNGS[rung][1]
-        axis.plot(losses, color=colour, label=f"({rung[0]}) {RUNGS[rung][0]}", marker="." if len(losses) < 9 else "")
-        axis.plot(published.keys(), published.values(), "o", color=colour, fillstyle="none")
-    left.set(yscale="log", title="One batch, overfitted", ylabel="training loss (nats)", xlabel="step")
-    right.set(title="The text in its order", xlabel="step")
-    for axis in (left, right):
-        axis.plot([], [], "o", color="grey", fillstyle="none", label="published")
-        axis.legend(frameon=False, fontsize=8)
-    ladder.save_picture(pyplot, HERE)
+    with ladder.picture(HERE, "GPT-2, step by step") as (left, right):
+        for colour, rung in zip(ladder.COLOURS * 2, RUNGS, strict=False):
+            if rung not in logs:
+                continue
+            axis = left if rung == "a_one_batch" else right
+            losses, published = logs[rung]["losses"], RUNGS[rung][1]
+            label, marker = f"({rung[0]}) {RUNGS[rung][0]}", "." if len(losses) < 9 else ""
+            axis.plot(losses, color=colour, label=label, marker=marker)
+            axis.plot(published.keys(), published.values(), "o", color=colour, fillstyle="none")
+        left.set(yscale="log", title="One batch, overfitted", ylabel="training loss (nats)", xlabel="step")
+        right.set(title="The text in its order", xlabel="step")
+        for axis in (left, right):
+            axis.plot([], [], "o", color="grey", fillstyle="none", label="published")
 
 
 def main(argv: list[str]):

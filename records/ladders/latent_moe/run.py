@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.append(str(HERE.parents[2] / "tools"))
 import ladder  # noqa: E402
 
 SMALL = ("bias", "loss", "none", "unshifted", "text")
@@ -130,21 +130,16 @@ def table(found: dict[str, dict]) -> str:
 def draw(found: dict[str, dict]):
     styles = {"bias": ("#0072B2", "-"), "loss": ("#E69F00", "--"), "none": ("#009E73", "-."),
               "unshifted": ("#D55E00", "-"), "text": ("#000000", ":")}  # fmt: skip
-    pyplot, (axis, spread) = ladder.panels()
-    for rung, (colour, line) in styles.items():
-        if rung in found:
-            means = found[rung][f"train_loss_means_of_{EVERY}"]
-            steps = range(EVERY, EVERY * len(means) + 1, EVERY)
-            label = f"{rung} (validation {found[rung]['pre_quant_val_loss']:.2f})"
-            axis.plot(steps, means, color=colour, linestyle=line, label=label)
-            spread.plot(sorted(sum(found[rung]["load"], [])), color=colour, linestyle=line, label=rung)
-    axis.set(xlabel="step of 2,048 tokens", ylabel=f"training loss, nats a token, means of {EVERY} steps", xscale="log")
-    spread.set(xlabel="routed experts of all layers, sorted", ylabel="load over an even share")
-    for part in (axis, spread):
-        if part.lines:
-            part.legend()
-    pyplot.suptitle("Latent attention with experts, small, on the demo's text")
-    ladder.save_picture(pyplot, HERE)
+    with ladder.picture(HERE, "Latent attention with experts, small, on the demo's text") as (axis, spread):
+        for rung, (colour, line) in styles.items():
+            if rung in found:
+                means = found[rung][f"train_loss_means_of_{EVERY}"]
+                steps = range(EVERY, EVERY * len(means) + 1, EVERY)
+                label = f"{rung} (validation {found[rung]['pre_quant_val_loss']:.2f})"
+                axis.plot(steps, means, color=colour, linestyle=line, label=label)
+                spread.plot(sorted(sum(found[rung]["load"], [])), color=colour, linestyle=line, label=rung)
+        axis.set(xlabel="step of 2,048 tokens", ylabel=f"training loss, nats, means of {EVERY} steps", xscale="log")
+        spread.set(xlabel="routed experts of all layers, sorted", ylabel="load over an even share")
 
 
 def main(argv: list[str]):

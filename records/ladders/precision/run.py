@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.append(str(HERE.parents[2] / "tools"))
 import ladder  # noqa: E402
 from ladder import ROOT  # noqa: E402
 
@@ -93,21 +93,20 @@ def line(row: dict, fp32: list[float]) -> list[str]:
 
 def draw(rows: list[dict], fp32: list[float]):
     """losses.png: the losses, and how far those of each cell are from fp32."""
-    pyplot, (left, right) = ladder.panels()
-    for i, row in enumerate(row for row in rows if "losses" in row):
-        label = f"{row['DEVICE']} {row['DTYPE']} {'compiled' if row['COMPILE'] == '1' else 'eager'} {row['ATTENTION']}"
-        style = {"color": ladder.COLOURS[i % 7], "marker": "osv^Dx+"[i % 7], "fillstyle": "none"}
-        left.plot(row["losses"], label=label, **style)
-        right.plot([abs(a - b) for a, b in zip(row["losses"], fp32, strict=False)], **style)
-    published = PUBLISHED["cpu", "float32", "highest", "0"][0]
-    left.plot(published, "--", color="grey", label="published, fp32")
-    left.set(title="Training loss (nats)", xlabel="step")
-    right.set(title="Distance from fp32, eager (nats)", xlabel="step")
-    right.set_yscale("symlog", linthresh=1e-6)
-    for axis in (left, right):
-        axis.xaxis.get_major_locator().set_params(integer=True)
-    left.legend(frameon=False, fontsize=8)
-    ladder.save_picture(pyplot, HERE)
+    with ladder.picture(HERE, "GPT-2 in every precision") as (left, right):
+        for i, row in enumerate(row for row in rows if "losses" in row):
+            how = "compiled" if row["COMPILE"] == "1" else "eager"
+            label = f"{row['DEVICE']} {row['DTYPE']} {how} {row['ATTENTION']}"
+            style = {"color": ladder.COLOURS[i % 7], "marker": "osv^Dx+"[i % 7], "fillstyle": "none"}
+            left.plot(row["losses"], label=label, **style)
+            right.plot([abs(a - b) for a, b in zip(row["losses"], fp32, strict=False)], **style)
+        published = PUBLISHED["cpu", "float32", "highest", "0"][0]
+        left.plot(published, "--", color="grey", label="published, fp32")
+        left.set(title="Training loss (nats)", xlabel="step")
+        right.set(title="Distance from fp32, eager (nats)", xlabel="step")
+        right.set_yscale("symlog", linthresh=1e-6)
+        for axis in (left, right):
+            axis.xaxis.get_major_locator().set_params(integer=True)
 
 
 def main():

@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import fmean
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.append(str(HERE.parents[2] / "tools"))
 import ladder  # noqa: E402
 
 SEEDS, LARGE, EVERY = (1337, 1338), ("10_layers18", "13_layers23"), 25
@@ -113,19 +113,15 @@ Ours: {", ".join(sorted(last, key=last.get))}.
 
 
 def draw(found: dict[str, list[dict]]):
-    pyplot, axes = ladder.panels()
-    rungs = [rung for rung in PUBLISHED if rung in found and rung not in LARGE]
-    for axis, part in zip(axes, (rungs[:6], rungs[5:]), strict=True):
-        for i, rung in enumerate(part):
-            means = found[rung][0][f"train_means_of_{EVERY}"]
-            steps = range(EVERY, EVERY * len(means) + 1, EVERY)
-            axis.plot(steps, means, label=rung, color=ladder.COLOURS[i], linestyle=["-", "--", "-.", ":"][i % 4])
-        axis.set_xlabel("step of 700 tokens")
-        if part:
-            axis.legend(title=f"training loss, means of {EVERY} steps")
-    axes[0].set_ylabel("nats a token")
-    pyplot.suptitle(f"Small transformer, one change at a time (seed {SEEDS[0]})")
-    ladder.save_picture(pyplot, HERE)
+    with ladder.picture(HERE, f"Small transformer, one change at a time (seed {SEEDS[0]})") as axes:
+        rungs = [rung for rung in PUBLISHED if rung in found and rung not in LARGE]
+        for axis, part in zip(axes, (rungs[:6], rungs[5:]), strict=True):
+            for i, rung in enumerate(part):
+                means = found[rung][0][f"train_means_of_{EVERY}"]
+                steps = range(EVERY, EVERY * len(means) + 1, EVERY)
+                axis.plot(steps, means, label=rung, color=ladder.COLOURS[i], linestyle=["-", "--", "-.", ":"][i % 4])
+            axis.set_xlabel("step of 700 tokens")
+        axes[0].set_ylabel(f"training loss, nats a token, means of {EVERY} steps")
 
 
 def main(argv: list[str]):

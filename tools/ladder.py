@@ -1,5 +1,7 @@
-"""What the ladders share: a run as a process that is started once, what it leaves behind, table, README and picture."""
+"""What the run.py of every ladder in records/ladders needs: a run as a process that is started once, what it leaves
+behind, and table, README and picture."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -10,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
 
-ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "train_gpt.py").is_file())
+ROOT = Path(__file__).resolve().parents[1]
 COLOURS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"]  # Okabe and Ito 2008
 # Of result.json, what logs/ keeps.
 KEPT = ("seed", "steps", "model_params", "train_tokens", "val_loss", "val_bpb", "pre_quant_val_loss", "partial",
@@ -96,8 +98,9 @@ def fill_readme(folder: Path, text: str):
     path.write_text(readme, encoding="utf-8")
 
 
-def panels():
-    """(matplotlib's pyplot, two axes side by side)."""
+@contextlib.contextmanager
+def picture(folder: Path, title: str):
+    """Two axes side by side to draw on; then they get legends, and losses.png is written."""
     try:  # late: the runs and the table do without it
         import matplotlib
 
@@ -105,12 +108,12 @@ def panels():
         from matplotlib import pyplot
     except ModuleNotFoundError as missing:
         sys.exit(f"error: no picture: {missing}: pip install matplotlib (it is in requirements-dev.txt)")
-    _, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    yield axes
     for axis in axes:
         axis.grid(alpha=0.3)
-    return pyplot, axes
-
-
-def save_picture(pyplot, folder: Path):
-    pyplot.savefig(folder / "losses.png", dpi=90)
-    pyplot.close()
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(frameon=False, fontsize=8)
+    figure.suptitle(title)
+    figure.savefig(folder / "losses.png", dpi=90)
+    pyplot.close(figure)
