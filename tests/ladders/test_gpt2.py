@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import seam
 import torch
 
 import train_gpt
@@ -133,6 +134,19 @@ def test_one_adamw_trains_all_and_the_rate_rises_as_told():
     assert torch.allclose(twin, model.tok_emb.weight, rtol=0, atol=1e-9)
     assert [model.lr_scale(config, step, step / 6) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
     assert gpt2.GPT2(gpt2.GPT2Config.load([], TINY)).lr_scale(config, 0, 0.0) == 0.25
+
+
+@pytest.mark.parametrize("tied", ["0", "1"])
+def test_flops_are_those_that_torch_counts(tied):
+    model = gpt2.GPT2(gpt2.GPT2Config.load([], TINY | {"TIE_EMBEDDINGS": tied}), seam.EXPANDED)
+    assert model.flops_per_token(16) == seam.counted_flops(model, 260, 16)
+
+
+def test_causal_by_gradient():
+    model, seen = gpt2.GPT2(gpt2.GPT2Config.load([], TINY)), []
+    model.blocks[0].register_forward_pre_hook(lambda block, inputs: inputs[0].retain_grad() or seen.append(inputs[0]))
+    model(torch.arange(16)[None])[0, 7].square().sum().backward()
+    assert (seen[0].grad[0, 8:] == 0).all() and (seen[0].grad[0, :8] != 0).any(dim=1).all()
 
 
 def test_what_does_not_fit_is_refused():

@@ -1,6 +1,7 @@
 """The small ladder: shapes, dropout, average, and the life of a run."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -65,6 +66,20 @@ def test_causal_by_gradient(rung):
     model.tok_emb.register_forward_hook(lambda module, inputs, x: x.retain_grad() or seen.append(x))
     model(torch.arange(16)[None])[0, 7].square().sum().backward()
     assert (seen[0].grad[0, 8:] == 0).all() and (seen[0].grad[0, :8] != 0).any(dim=1).all()
+
+
+@pytest.mark.parametrize("rung", ["01_sgd", "07_swiglu", "14_learned"])
+def test_flops_are_those_that_torch_counts(rung):
+    model = small.Small(config(rung, **TINY | {"VOCAB_SIZE": 64}), seam.EXPANDED)
+    assert model.flops_per_token(16) == seam.counted_flops(model, 64, 16)
+
+
+def test_positions_are_sinusoids():
+    waves = small.sinusoids(35, 200)
+    for place, dimension in ((0, 0), (0, 1), (1, 0), (7, 30), (7, 31), (34, 198), (34, 199)):
+        angle = place / 10_000 ** (dimension // 2 * 2 / 200)
+        expected = math.cos(angle) if dimension % 2 else math.sin(angle)
+        assert float(waves[place, dimension]) == pytest.approx(expected, abs=1e-5)
 
 
 def test_schedule():

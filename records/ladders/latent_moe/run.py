@@ -45,7 +45,7 @@ def look(folder: Path) -> dict:
     model.load_state_dict(torch.load(folder / "final_model.pt", weights_only=True))
     stream = train_gpt.TokenStream(config.data_path, "train", config.vocab_size)
     T = config.train_seq_len
-    starts = range(0, len(stream) - T, (len(stream) - T) * T // LOAD_TOKENS)  # from all over the text
+    starts = range(0, len(stream) - T, max(1, (len(stream) - T) * T // LOAD_TOKENS))  # from all over the text
     tokens = torch.stack([torch.from_numpy(stream.read(start, T).astype("int64")) for start in starts])
     with torch.no_grad():
         for rows in tokens.split(32):  # in training mode, which counts
