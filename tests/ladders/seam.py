@@ -11,8 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt
+
+EXPANDED = train_gpt.tool("kernels").expanded_attention
 
 LADDERS = Path(train_gpt.__file__).resolve().parent / "records" / "ladders"
 
@@ -31,7 +35,18 @@ def copy_ladder(name: str, folder: Path):
     shutil.copytree(LADDERS / name, copy, ignore=shutil.ignore_patterns("logs", "*.png", "__pycache__"))
     shutil.copytree(root / "tools", folder / "tools", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(root / "train_gpt.py", folder)
-    return load(f"{name}_run", copy / "run.py")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", list(sys.path))
+        sys.modules.pop("ladder", None)  # that of another copy
+        return load(f"{name}_run", copy / "run.py")
+
+
+def counted_flops(model, vocab_size: int, seq_len: int) -> float:
+    """Of training, per token, by torch's own counter, which counts matrix products; attention by plain ones."""
+    tokens = torch.randint(vocab_size, (2, seq_len), generator=torch.Generator().manual_seed(3))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(tokens, tokens).mean().backward()
+    return counter.get_total_flops() / tokens.numel()
 
 
 def settings(corpus: Path, logs: Path, **overrides) -> dict[str, str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import seam
 import torch
 
 import train_gpt
@@ -135,6 +136,19 @@ def test_one_adamw_trains_all_and_the_rate_rises_as_told():
     assert gpt2.GPT2(gpt2.GPT2Config.load([], TINY)).lr_scale(config, 0, 0.0) == 0.25
 
 
+@pytest.mark.parametrize("tied", ["0", "1"])
+def test_flops_are_those_that_torch_counts(tied):
+    model = gpt2.GPT2(gpt2.GPT2Config.load([], TINY | {"TIE_EMBEDDINGS": tied}), seam.EXPANDED)
+    assert model.flops_per_token(16) == seam.counted_flops(model, 260, 16)
+
+
+def test_causal_by_gradient():
+    model, seen = gpt2.GPT2(gpt2.GPT2Config.load([], TINY)), []
+    model.blocks[0].register_forward_pre_hook(lambda block, inputs: inputs[0].retain_grad() or seen.append(inputs[0]))
+    model(torch.arange(16)[None])[0, 7].square().sum().backward()
+    assert (seen[0].grad[0, 8:] == 0).all() and (seen[0].grad[0, :8] != 0).any(dim=1).all()
+
+
 def test_what_does_not_fit_is_refused():
     for knobs in ({"CONTEXT": "8"}, {"NUM_KV_HEADS": "2"}):
         with pytest.raises(train_gpt.UserError, match="|".join(knobs)):
@@ -225,6 +239,8 @@ def ladders(tmp_path, monkeypatch):
         shutil.copytree(ROOT / "records/ladders" / name, tmp_path / "records/ladders" / name,
                         ignore=shutil.ignore_patterns("logs", "*.png", "__pycache__"))  # fmt: skip
     shutil.copy(ROOT / "train_gpt.py", tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    sys.modules.pop("ladder", None)  # that of another copy
     shutil.copytree(ROOT / "tools", tmp_path / "tools", ignore=shutil.ignore_patterns("__pycache__"))
     words = "What is the city but the people? True, the people are the city."
     (tmp_path / "text.txt").write_text(" ".join(f"{words} {i}." for i in range(21_000)))

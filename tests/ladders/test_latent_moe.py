@@ -4,7 +4,9 @@ import json
 import math
 import re
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import seam
@@ -120,6 +122,37 @@ def test_causal_by_gradient():
         assert (seen[0].grad[0, 8:] == 0).all() and (seen[0].grad[0, :8] != 0).any(dim=1).all()
 
 
+def test_flops_are_those_that_torch_counts():
+    """Of the experts those that a token goes through, the shared one and two of five: what the log's mfu stands on."""
+    for chosen in (1, 2):
+        overrides = TINY | {"VOCAB_SIZE": 64, "EXPERTS_PER_TOKEN": chosen}
+        model = latent_moe.LatentMoE(config(**overrides), seam.EXPANDED)
+        assert model.flops_per_token(16) == seam.counted_flops(model, 64, 16)
+
+
+def test_dropout_is_in_every_place_in_training_alone(monkeypatch):
+    model, plain = double(), double(DROPOUT=0)  # the same weights
+    assert not model(TOKENS).equal(model(TOKENS))
+    assert model.eval()(TOKENS).equal(plain.eval()(TOKENS))
+    kept = []  # embedding, after attention, after the experts
+    monkeypatch.setattr(F, "dropout", lambda x, share, *how: kept.append(share) or x)
+    model.train()(TOKENS)
+    assert kept == [0.1] * (1 + 2 * 2)
+
+
+def test_ranks_balance_by_the_tokens_of_all(monkeypatch):
+    model, seen = double(BALANCE_RATE=0.25), []
+    two = SimpleNamespace(world_size=2)
+    optimizer = model.optimizers(config(BALANCE_RATE=0.25), two)[0]
+    other = torch.tensor([0.0, 6, 10, 2, 2])  # what the other rank counted
+    monkeypatch.setattr(latent_moe.dist, "all_reduce", lambda loads: seen.append(loads.clone()) or loads.add_(other))
+    for block in model.blocks:
+        block.experts.load.copy_(torch.tensor([10.0, 4, 0, 3, 3]))
+    optimizer.step()
+    assert [loads.shape for loads in seen] == [(2, 5)]
+    assert model.blocks[1].experts.bias.tolist() == [-0.25, -0.25, -0.25, 0.25, 0.25]  # of 10, 10, 10, 5, 5
+
+
 def test_targets_without_the_shift_in_training_alone():
     right, wrong = double(DROPOUT=0), double(DROPOUT=0, SHIFT=0)
     targets = TOKENS.roll(-1, 1)
@@ -196,10 +229,27 @@ def test_the_full_shape_is_stopped_resumed_and_stopped_again(ladder, monkeypatch
     for process in kept.values():
         assert 0.01 < process["peak_gib"] < 8 and f"VmHWM:{process['peak_gib']}GiB" in process["log"][-1]
 
-    shutil.rmtree(ladder.LOGS)
+    shutil.rmtree(ladder.ladder.run_folder(ladder.environment("full")))
     monkeypatch.setenv("ITERATIONS", "2")  # over before the SIGTERM
     monkeypatch.setenv("LR_WARMUP_STEPS", "1")
     with pytest.raises(SystemExit, match="full ended with exit code 0; 143 and a checkpoint were expected"):
         ladder.run_full()
     with pytest.raises(SystemExit, match="no rung bais: there are bias, loss, "):
         ladder.main(["bais"])
+
+
+def test_a_rung_is_kept_with_its_load_and_five_texts(ladder, monkeypatch):
+    monkeypatch.chdir(ladder.ladder.ROOT)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(ladder, "EVERY", 2)
+    monkeypatch.setenv("ITERATIONS", "5")
+    ladder.main(["bias"])
+    told = json.loads((ladder.HERE / "logs" / "bias.json").read_text())
+    assert len(told["train_loss_means_of_2"]) == len(told["grad_norm_means_of_2"]) == 2
+    assert [len(row) for row in told["load"]] == [5, 5]
+    assert all(sum(row) == pytest.approx(5, abs=0.01) for row in told["load"])
+    assert all(text.startswith(prompt) for text, prompt in zip(told["texts"], ladder.PROMPTS, strict=True))
+    readme = (ladder.HERE / "README.md").read_text()
+    assert f"| bias | 5 | 320 | {told['train_loss_means_of_2'][-1]:.3f} | " in readme
+    assert "| none | not run: `run.py none` |" in readme
+    assert (ladder.HERE / "losses.png").stat().st_size > 1000

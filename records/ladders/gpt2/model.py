@@ -141,22 +141,15 @@ class GPT2(train_gpt.Model):
     PARAMETERS = {
         "tok_emb": Row(token_init, "embed", bits="embed_bits"),
         "pos_emb": Row(embedding_init, "embed", bits="embed_bits"),
-        "blocks.ln_1": Row(1.0, "scalar", fp32=True),
-        "blocks.ln_1.bias": Row(0.0, "scalar", fp32=True),
-        "blocks.attn.c_attn": Row(matrix_init, "scalar", "attn"),
-        "blocks.attn.c_attn.bias": Row(bias_init, "scalar", "attn", fp32=True),
-        "blocks.attn.c_proj": Row(residual_init, "scalar", "attn"),
-        "blocks.attn.c_proj.bias": Row(bias_init, "scalar", "attn", fp32=True),
-        "blocks.ln_2": Row(1.0, "scalar", fp32=True),
-        "blocks.ln_2.bias": Row(0.0, "scalar", fp32=True),
-        "blocks.mlp.c_fc": Row(matrix_init, "scalar", "mlp"),
-        "blocks.mlp.c_fc.bias": Row(bias_init, "scalar", "mlp", fp32=True),
-        "blocks.mlp.c_proj": Row(residual_init, "scalar", "mlp"),
-        "blocks.mlp.c_proj.bias": Row(wide_bias_init, "scalar", "mlp", fp32=True),
-        "ln_f": Row(1.0, "scalar", fp32=True),
-        "ln_f.bias": Row(0.0, "scalar", fp32=True),
         "lm_head": Row(matrix_init, "head"),
     }
+    for part in ("blocks.ln_1", "blocks.ln_2", "ln_f"):
+        PARAMETERS[part], PARAMETERS[f"{part}.bias"] = Row(1.0, "scalar", fp32=True), Row(0.0, "scalar", fp32=True)
+    for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
+        weight = Row(residual_init if part.endswith("proj") else matrix_init, "scalar", part.split(".")[0])
+        PARAMETERS[f"blocks.{part}"] = weight
+        PARAMETERS[f"blocks.{part}.bias"] = weight._replace(init=bias_init, fp32=True)
+    PARAMETERS["blocks.mlp.c_proj.bias"] = weight._replace(init=wide_bias_init, fp32=True)
 
     def __init__(self, config: GPT2Config, attend=train_gpt.grouped_attention, dtype: torch.dtype = torch.float32):
         super().__init__()

@@ -8,7 +8,6 @@ A finished run is not run again and an unfinished one goes on, so that this may 
 environment (LOG_DIR, COMPILE, ...) reach every run. What a run gave is kept in logs/RUNG_SEED.json.
 """
 
-import json
 import math
 import os
 import re
@@ -20,8 +19,9 @@ from pathlib import Path
 from statistics import fmean
 
 HERE = Path(__file__).resolve().parent
-ROOT = next(folder for folder in HERE.parents if (folder / "train_gpt.py").is_file())
-LOGS = Path(os.environ.get("LOG_DIR", ROOT / "logs")).resolve()
+sys.path.append(str(HERE.parents[2] / "tools"))
+import ladder  # noqa: E402
+
 SEEDS, LARGE, EVERY = (1337, 1338), ("10_layers18", "13_layers23"), 25
 # Losses after epochs 1, 2, 3 of a text that is not named, and milliseconds a batch, where they were published.
 PUBLISHED = {
@@ -33,54 +33,39 @@ PUBLISHED = {
 }  # fmt: skip
 
 
-def call(rung: str, log: Path | None = None, **knobs) -> str:
-    """Standard output of small.py with the rung's recipe; where it fails, this ends too, and the same call goes on."""
-    environ = os.environ | {"LOG_DIR": str(LOGS)} | {name: str(value) for name, value in knobs.items()}
-    command = [sys.executable, HERE / "small.py", HERE / f"{rung}.env"]
-    done = subprocess.run(command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        sys.exit(f"{rung}: exit code {done.returncode}\n{done.stdout[-2000:]}")
-    return done.stdout
-
-
-def thirds() -> dict[str, int]:
+def thirds() -> dict[str, str]:
     """A validation after each third of the steps, where the caller sets how many: recipes of 300 steps have it so."""
     steps = os.environ.get("ITERATIONS", "")
-    set_already = not steps.isdecimal() or "VAL_LOSS_EVERY" in os.environ
-    return {} if set_already else {"VAL_LOSS_EVERY": math.ceil(int(steps) / 3)}
+    return {"VAL_LOSS_EVERY": str(math.ceil(int(steps) / 3))} if steps.isdecimal() else {}
 
 
-def raw_loss(rung: str, folder: Path) -> float:
+def raw_loss(rung: str, environ: dict[str, str]) -> float:
     """Of the weights themselves, where their average was exported: the last checkpoint has both."""
     import torch
 
-    if not (folder / "raw.pt").exists():
-        torch.save(torch.load(folder / "checkpoint.pt", weights_only=True)["model"], folder / "raw.pt")
-    text = call(rung, MODE="eval", ARTIFACT=folder / "raw.pt")
+    folder = ladder.run_folder(environ)
+    torch.save(torch.load(folder / "checkpoint.pt", weights_only=True)["model"], folder / "raw.pt")
+    command = [sys.executable, HERE / "small.py", HERE / f"{rung}.env"]
+    environ = environ | {"MODE": "eval", "ARTIFACT": str(folder / "raw.pt")}
+    text = subprocess.run(command, cwd=ladder.ROOT, env=environ, stdout=subprocess.PIPE, text=True, check=True).stdout
     return float(re.search(r"final_model_exact val_loss:(\S+)", text)[1])
 
 
 def run(rung: str, seed: int):
     """One run, if it is not finished, and what is kept of it."""
-    folder, kept = LOGS / f"small_{rung}_{seed}", HERE / "logs" / f"{rung}_{seed}.json"
-    if not (folder / "result.json").exists():
-        print(f"{rung} seed {seed}", flush=True)
-        call(rung, RUN_ID=folder.name, SEED=seed, **thirds())
-    elif kept.exists():
+    environ = {"LOG_DIR": "logs"} | thirds() | os.environ | {"RUN_ID": f"small_{rung}_{seed}", "SEED": str(seed)}
+    folder, kept = ladder.run_folder(environ), HERE / "logs" / f"{rung}_{seed}.json"
+    if (folder / "result.json").exists() and kept.exists():
         return
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    train = {line["step"]: line["train_loss"] for line in lines if "train_loss" in line}  # a repeated step: the later
-    ends = range(EVERY, len(train) + 1, EVERY)
-    means = [round(fmean(train[step] for step in range(end - EVERY + 1, end + 1)), 4) for end in ends]
-    result = json.loads((folder / "result.json").read_text())
-    keys = ("seed", "steps", "model_params", "train_tokens", "val_loss", "pre_quant_val_loss", "partial",
-            "scored_tokens", "step_avg_ms", "device", "dtype", "torch", "note", "sha256_code")  # fmt: skip
-    told = {key: result[key] for key in keys} | {f"train_means_of_{EVERY}": means}
-    told["val"] = {line["step"]: round(line["val_loss"], 4) for line in lines if "val_loss" in line}
+    if reason := ladder.finish(HERE / "small.py", HERE / f"{rung}.env", environ):
+        sys.exit(f"error: {rung} of seed {seed} failed, the same call goes on with it: {reason}")
+    result, metrics = ladder.read_run(folder)
+    told = {key: result[key] for key in ladder.KEPT}
+    told[f"train_means_of_{EVERY}"] = ladder.means(metrics, "train_loss", EVERY)
+    told["val"] = {step: round(line["val_loss"], 4) for step, line in metrics.items() if "val_loss" in line}
     if "EMA_DECAY=" in (HERE / f"{rung}.env").read_text():
-        told["raw_val_loss"] = raw_loss(rung, folder)
-    kept.parent.mkdir(exist_ok=True)
-    kept.write_text(json.dumps(told, indent=1) + "\n")
+        told["raw_val_loss"] = raw_loss(rung, environ)
+    ladder.write_log(kept, told)
 
 
 def numbers(values, digits: int) -> str:
@@ -97,12 +82,11 @@ def table(found: dict[str, list[dict]]) -> str:
     those of most runs."""
     steps = Counter(validated(run) for runs in found.values() for run in runs).most_common(1)
     usual = steps[0][0] if steps else "none yet"
-    head = ["rung", "parameters", "published: epochs 1, 2, 3", "ms", f"ours: steps {usual}", "seeds apart", "raw", "ms"]
-    rows, last = [head, ["---"] * len(head)], {}
-    for rung, (losses, milliseconds) in PUBLISHED.items():
+    rows, last = [], {}
+    for rung, (losses, published_ms) in PUBLISHED.items():
         runs = found.get(rung)
         if not runs:
-            rows.append([rung, "", numbers(losses, 2), f"{milliseconds}", f"not run: `run.py {rung}`", "", "", ""])
+            rows.append([rung, "", numbers(losses, 2), published_ms, f"not run: `run.py {rung}`", "", "", ""])
             continue
         own = usual if usual in map(validated, runs) else validated(runs[0])
         runs = [run for run in runs if validated(run) == own]  # a seed of another length is no mean with these
@@ -110,7 +94,7 @@ def table(found: dict[str, list[dict]]) -> str:
         finals = [run["pre_quant_val_loss"] for run in runs]
         raw = [run["raw_val_loss"] for run in runs if "raw_val_loss" in run]
         rows.append([
-            rung, f"{runs[0]['model_params']:,}", numbers(losses, 2), f"{milliseconds}",
+            rung, f"{runs[0]['model_params']:,}", numbers(losses, 2), published_ms,
             numbers(map(fmean, zip(*ours, strict=True)), 3) + f" (steps {own})" * (own != usual),
             f"{max(finals) - min(finals):.3f}" if len(runs) > 1 else "one seed",
             numbers([fmean(raw)], 3) if raw else "", f"{fmean(run['step_avg_ms'] for run in runs):.0f}",
@@ -119,55 +103,38 @@ def table(found: dict[str, list[dict]]) -> str:
     published = {rung: PUBLISHED[rung][0][-1] for rung in last}
     pairs = [(a, b) for a, b in combinations(last, 2) if published[a] != published[b]]
     same = [(a, b) for a, b in pairs if (published[a] < published[b]) == (last[a] < last[b])]
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    lines += ["", f"Of {len(pairs)} pairs of rungs whose last published losses differ, {len(same)} have "
-              f"the same order here. Published, the best first: {', '.join(sorted(last, key=published.get))}. Ours: "
-              f"{', '.join(sorted(last, key=last.get))}."]  # fmt: skip
-    return "".join(f"{line}\n" for line in lines)
+    columns = ["rung", "parameters", "published: epochs 1, 2, 3", "ms", f"ours: steps {usual}", "seeds apart", "raw",
+               "ms"]  # fmt: skip
+    return f"""{ladder.markdown(columns, rows)}
+Of {len(pairs)} pairs of rungs whose last published losses differ, {len(same)} have the same order here. \
+Published, the best first: {", ".join(sorted(last, key=published.get))}. \
+Ours: {", ".join(sorted(last, key=last.get))}.
+"""
 
 
-def picture(found: dict[str, list[dict]]):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    colours = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2"]  # Okabe and Ito
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)
-    rungs = [rung for rung in PUBLISHED if rung in found and rung not in LARGE]
-    for axis, part in zip(axes, (rungs[:6], rungs[5:]), strict=True):
-        for i, rung in enumerate(part):
-            means = found[rung][0][f"train_means_of_{EVERY}"]
-            steps = range(EVERY, EVERY * len(means) + 1, EVERY)
-            style = {"color": colours[i], "linestyle": ["-", "--", "-.", ":"][i % 4], "linewidth": 1.4}
-            axis.plot(steps, means, label=rung, **style)
-        axis.set_xlabel("step of 700 tokens")
-        axis.grid(alpha=0.3)
-        if part:
-            axis.legend(title=f"training loss, means of {EVERY} steps")
-    axes[0].set_ylabel("nats a token")
-    figure.suptitle(f"Small transformer, one change at a time (seed {SEEDS[0]})")
-    figure.tight_layout()
-    figure.savefig(HERE / "losses.png", dpi=90)
+def draw(found: dict[str, list[dict]]):
+    with ladder.picture(HERE, f"Small transformer, one change at a time (seed {SEEDS[0]})") as axes:
+        rungs = [rung for rung in PUBLISHED if rung in found and rung not in LARGE]
+        for axis, part in zip(axes, (rungs[:6], rungs[5:]), strict=True):
+            for i, rung in enumerate(part):
+                means = found[rung][0][f"train_means_of_{EVERY}"]
+                steps = range(EVERY, EVERY * len(means) + 1, EVERY)
+                axis.plot(steps, means, label=rung, color=ladder.COLOURS[i], linestyle=["-", "--", "-.", ":"][i % 4])
+            axis.set_xlabel("step of 700 tokens")
+        axes[0].set_ylabel(f"training loss, nats a token, means of {EVERY} steps")
 
 
 def main(argv: list[str]):
-    if unknown := set(argv) - {*PUBLISHED, "--table"}:
-        sys.exit(f"error: no rung {', '.join(sorted(unknown))}: there are {', '.join(PUBLISHED)}, and --table")
-    rungs = [rung for rung in PUBLISHED if rung in argv or not argv]
-    (HERE / "logs").mkdir(exist_ok=True)
+    rungs = ladder.choose(argv, PUBLISHED, "--table")
     for seed in SEEDS:
         for rung in rungs:
             if rung not in LARGE or seed == SEEDS[0]:
                 run(rung, seed)
     found = {}
-    for path in sorted((HERE / "logs").glob("*.json")):
-        found.setdefault(path.stem.rpartition("_")[0], []).append(json.loads(path.read_text()))
-    readme = HERE / "README.md"
-    before, _, rest = readme.read_text(encoding="utf-8").partition("<!-- table: run.py -->\n")
-    after = rest.partition("<!-- end -->")[2]
-    readme.write_text(f"{before}<!-- table: run.py -->\n{table(found)}<!-- end -->{after}", encoding="utf-8")
-    picture(found)
+    for name, told in ladder.read_logs(HERE / "logs").items():
+        found.setdefault(name.rpartition("_")[0], []).append(told)
+    ladder.fill_readme(HERE, table(found))
+    draw(found)
 
 
 if __name__ == "__main__":
