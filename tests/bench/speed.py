@@ -48,7 +48,7 @@ SHAPES = {
 SMALL = {"NUM_LAYERS": 2, "MODEL_DIM": 128, "NUM_HEADS": 2, "NUM_KV_HEADS": 1, "TRAIN_SEQ_LEN": 128, "VOCAB_SIZE": 512,
          "TRAIN_BATCH_TOKENS": 2048, "COMPILE": "0"}  # fmt: skip
 GROWING = ("TRAIN_SEQ_LEN", "MODEL_DIM", "NUM_LAYERS", "VOCAB_SIZE", "TRAIN_BATCH_TOKENS")
-PHASES = ("data", "forward", "backward", "muon", "adamw", "collectives")
+PHASES = ("data", "forward", "backward", "clipping", "muon", "adamw", "collectives")
 
 
 class RandomTokens(train_gpt.TrainLoader):
@@ -187,6 +187,9 @@ def split_step(trainer, clock) -> dict[str, float]:
         lap("forward")
         loss.backward()
         lap("backward")
+    if trainer.config.grad_clip_norm:
+        torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), trainer.config.grad_clip_norm)
+        lap("clipping")
     for optimizer in trainer.optimizers:
         muon = isinstance(optimizer, train_gpt.Muon)
         for group in optimizer.param_groups:
