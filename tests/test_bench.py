@@ -5,15 +5,24 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import models
 import pytest
+<<<<<<< HEAD
 from conftest import make_documents
+=======
+import torch
+>>>>>>> w_speed
 
 import train_gpt
 
 BENCH = Path(__file__).resolve().parent / "bench"
+sys.path.insert(0, str(BENCH))
+import plain  # noqa: E402
+import speed  # noqa: E402
+
 SMALL = {"DEVICE": "cpu", "COMPILE": "0", "PAIRS": "1", "STEPS": "1", "NUM_LAYERS": "1", "MODEL_DIM": "32",
          "NUM_HEADS": "2", "NUM_KV_HEADS": "1", "TRAIN_SEQ_LEN": "32", "TRAIN_BATCH_TOKENS": "64"}  # fmt: skip
 
@@ -33,11 +42,102 @@ def bench(tmp_path):
     return run
 
 
-def test_a_step_beside_a_plain_one(bench):
+def test_speed_in_all_its_parts_but_the_start(bench, tmp_path):
     """Also with a fraction of a channel in MLP_MULT, which is a number with a point."""
-    found = bench("step.py", **SMALL, MLP_MULT="1.3", VOCAB_SIZE="40")
-    for line in ("ours, tokens/s", "plain, tokens/s", "ours over plain, speed"):
-        assert re.search(rf"^{line} +[0-9.]+ \([0-9.]+ to [0-9.]+\)$", found, re.MULTILINE), found
+    file = tmp_path / "speed.json"
+    options = ("--parts", "step,split,evaluation,export,growth", "--pairs", 2, "--json", file)
+    found = bench("speed.py", *options, **SMALL, MLP_MULT="1.3", VOCAB_SIZE="40")
+    told = json.loads(found.splitlines()[-1].removeprefix("bench_json:"))
+    assert json.loads(file.read_text()) == told and told["pairs"] == 2
+    for name, figure in told["figures"].items():
+        assert figure["n"] == 2 and figure["least"] <= figure["median"] <= figure["most"]
+        line = f"^{re.escape(name)} +[0-9.-]+ \\([0-9.-]+ to [0-9.-]+\\) {re.escape(figure['unit'])}$"
+        assert re.search(line, found, re.MULTILINE), found
+    phases = {name.removeprefix("split: ") for name in told["figures"] if name.startswith("split: ")}
+    assert {*speed.PHASES} <= phases
+    for name in ("ours over plain, eager", "evaluation by windows over a pure forward", "export, rans: in all",
+                 *[f"growth with {knob}: exponent" for knob in speed.GROWING]):  # fmt: skip
+        assert name in told["figures"]
+
+
+def test_speed_of_the_start(bench):
+    """In processes of their own."""
+    found = bench("speed.py", "--parts", "start", "--pairs", 1, **SMALL, VOCAB_SIZE="40")
+    assert re.search(r"^ours over plain, eager: start ", found, re.MULTILINE), found
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (("--parts", "step,rest"), "--parts step,rest: expected some of step,split"),
+    (("--pairs", "0"), "--pairs 0: expected at least 1"), (("--shape", "huge"), "invalid choice: 'huge'"),
+], ids=str)  # fmt: skip
+def test_speed_asked_for_what_it_does_not_know(monkeypatch, capsys, arguments, said):
+    monkeypatch.setattr(sys, "argv", ["speed.py", *arguments])
+    with pytest.raises(SystemExit):
+        speed.main()
+    assert said in capsys.readouterr().err
+
+
+MODEL = {"num_layers": 5, "model_dim": 64, "num_heads": 4, "num_kv_heads": 2, "train_seq_len": 48, "vocab_size": 80,
+         "train_batch_tokens": 192, "dtype": "float32", "compile": "0"}  # fmt: skip
+
+
+def both_models(seed=0, **knobs):
+    """(configuration, our model, the plain port, tokens, targets): fp32, the same random weights."""
+    config = train_gpt.Config(**MODEL | knobs)
+    model, generator = train_gpt.GPT(config), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator), alpha=0.1)
+    other = plain.PlainTrainer(config, torch.device("cpu"), torch.float32, compiled=False)
+    other.raw_model.load_state_dict(model.state_dict())
+    tokens = torch.randint(config.vocab_size, (4, config.train_seq_len + 1), generator=generator)
+    return config, model, other, tokens[:, :-1], tokens[:, 1:]
+
+
+@pytest.mark.parametrize("knobs", [{}, {"xsa_layers": 1}, {"loop_layers": "0-1"}, {"tie_embeddings": False}], ids=str)
+def test_speed_compares_with_the_plain_port_only_where_that_is_the_same_model(capsys, knobs):
+    config = train_gpt.Config(**MODEL | knobs)
+    names = [*speed.contenders(config, train_gpt.Runtime(config, {}))]
+    assert names == (["ours"] if knobs else ["ours", "plain, eager"])
+    assert ("no plain contender" in capsys.readouterr().out) == bool(knobs)
+
+
+@pytest.mark.parametrize("knobs", [{}, {"num_layers": 2}, {"num_kv_heads": 4}, {"mlp_mult": 3.0}], ids=str)
+def test_the_plain_port_has_our_losses_and_gradients(knobs):
+    """To the rounding of fp32: so it is the same work, done in another way."""
+    _, model, other, tokens, targets = both_models(**knobs)
+    ours, theirs = model(tokens, targets).mean(), other.loss(tokens, targets)
+    ours.backward(), theirs.backward()
+    assert theirs.item() == pytest.approx(ours.item(), rel=1e-6)
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    for name, p in other.raw_model.named_parameters():
+        torch.testing.assert_close(p.grad, gradients[name], rtol=1e-4, atol=1e-6 * float(gradients[name].abs().max()))
+
+
+def test_the_plain_port_takes_our_steps():
+    """Adam and Muon with Newton-Schulz, three times, without a schedule."""
+    config, model, other, tokens, targets = both_models()
+    optimizers = train_gpt.build_optimizers(model, config, train_gpt.Runtime(config, {}))
+    for _ in range(3):
+        loss = model(tokens, targets).mean()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        assert float(other.step(tokens[None], targets[None])) == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_a_step_taken_apart_is_a_step():
+    """What speed.py times phase by phase leaves the weights that Trainer.step leaves, bit for bit."""
+    config = train_gpt.Config(**MODEL, grad_accum_steps=2, grad_clip_norm=0.1)
+    runtime, states = train_gpt.Runtime(config, {}), []
+    for step in (lambda trainer: trainer.step(1.0, 0.95), lambda trainer: speed.split_step(trainer, time.perf_counter)):
+        trainer = speed.build_trainer(config, runtime)
+        for _ in range(2):
+            step(trainer)
+        states.append(trainer.model.state_dict())
+    for name, tensor in states[0].items():
+        assert torch.equal(tensor, states[1][name]), name
 
 
 def test_what_a_checkpoint_costs(bench, tmp_path):

@@ -199,8 +199,9 @@ def device_memory(device) -> int | None:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None
 
 
-def model_and_step(config, runtime, problems: list[str]) -> dict:
-    """Build the model, run a real micro-step twice, and reckon from it what a run will take."""
+def model_and_step(config, runtime, problems: list[str], log) -> dict:
+    """Build the model, run a real micro-step twice, and reckon from it what a run will take. Where other ranks are to
+    train than there are, tools/steptime.py predicts that from public runs."""
     T, ranks = config.train_seq_len, config.target_world_size or runtime.world_size
     kind = "cuda" if config.target_world_size else runtime.device.type
     here = kind == runtime.device.type
@@ -248,14 +249,21 @@ def model_and_step(config, runtime, problems: list[str]) -> dict:
     if memory and estimate > memory:
         problems.append(f"a micro-step of {micro} tokens needs about {estimate >> 20} MiB, the device has "
                         f"{memory >> 20}: set a lower MICRO_BATCH_TOKENS")
-    if not here:
-        return facts | {"seconds_per_step": None, "steps_in_budget": f"unknown: no {kind} device here to measure on"}
-    step = per_token * config.train_batch_tokens / ranks
-    clock = config.max_wallclock_seconds or math.inf
-    if step > clock:
-        problems.append(f"one step takes about {step:.0f} s, the clock is {clock:.0f} s: lower TRAIN_BATCH_TOKENS or "
-                        "raise MAX_WALLCLOCK_SECONDS")
-    return facts | {"seconds_per_step": step, "steps_in_budget": int(min(config.iterations, clock / step))}
+    if kind == runtime.device.type and runtime.world_size == ranks:
+        step, clock = per_token * config.train_batch_tokens / ranks, config.max_wallclock_seconds or math.inf
+        count = int(min(config.iterations, clock / step))
+        facts |= {"seconds_per_step": step, "ms_per_step": round(1000 * step, 1), "steps_in_budget": count,
+                  "tokens_in_budget": count * config.train_batch_tokens, "step_time_rests_on":
+                  "micro-steps that ran here, forward and backward: without optimizers and reductions"}
+    elif steptime := train_gpt.tool("steptime", "the time of a step elsewhere is not predicted", log):
+        facts |= steptime.predict(config, model, ranks)
+    else:
+        facts |= {"seconds_per_step": None, "steps_in_budget": f"unknown: no {ranks} ranks of {kind} to measure on"}
+    step = facts["seconds_per_step"] or 0.0
+    if step > (config.max_wallclock_seconds or math.inf):
+        problems.append(f"one step takes about {step:.0f} s, the clock is {config.max_wallclock_seconds:.0f} s: lower "
+                        "TRAIN_BATCH_TOKENS or raise MAX_WALLCLOCK_SECONDS")
+    return facts
 
 
 def disk(config, params: int) -> dict:
@@ -303,7 +311,7 @@ def main(config, folder, argv: list[str]) -> int:
         folder.log(warning)
     facts = versions(config, runtime)
     parts = (lambda: host_name(config, runtime), lambda: training_data(config), lambda: validation_data(config, folder),
-             lambda: model_and_step(config, runtime, problems),
+             lambda: model_and_step(config, runtime, problems, folder.log),
              lambda: disk(config, facts.get("model_params", 0)))
     for part in parts:
         try:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from step import RandomTokens  # noqa: E402
+from speed import RandomTokens  # noqa: E402
 
 import train_gpt  # noqa: E402
 

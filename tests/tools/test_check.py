@@ -70,6 +70,7 @@ def test_check_of_good_data(checked, corpus, monkeypatch):
     assert facts["seconds_per_token"] > 0 and facts["memory_estimate_mib"] >= 0
     assert facts["seconds_per_step"] == pytest.approx(256 * facts["seconds_per_token"])
     assert facts["steps_in_budget"] == min(1000, int(600 / facts["seconds_per_step"]))
+    assert facts["tokens_in_budget"] == 256 * facts["steps_in_budget"] and "ran here" in facts["step_time_rests_on"]
     assert facts["nccl_environment"] == {"NCCL_DEBUG": "WARN"}
     assert "attention:" in facts["kernels"] and "compile:0" in facts["kernels"]
 
@@ -196,7 +197,7 @@ def test_check_here_of_a_run_on_eight_gpus(checked, monkeypatch):
     assert code == 0 and not problems
     assert facts["target_ranks"] == 8 and facts["ranks"] == 1 and facts["device_type"] == "cpu"
     assert facts["grad_accum_steps"] == 1 and facts["micro_batch_tokens"] == 128
-    assert "no cuda device here" in facts["steps_in_budget"] and facts["seconds_per_step"] is None
+    assert facts["seconds_per_step"] > 0 and "public runs on 8xH100" in facts["step_time_rests_on"]
     assert facts["memory_mib"] is None
     _, facts, _, _ = checked(TARGET_WORLD_SIZE=2, DEVICE="cuda", TRAIN_BATCH_TOKENS=1024, NUM_LAYERS=1)
     assert facts["grad_accum_steps"] == 4, "eight micro-batches on any number of GPUs"
@@ -222,6 +223,15 @@ def test_ranks_that_cannot_meet_say_where_and_what_to_set(monkeypatch):
     with pytest.raises(train_gpt.UserError, match="node-17:29500 .*not known.*GLOO_SOCKET_IFNAME"):
         with check.meeting(environ, rank=0, world_size=2):
             raise socket.gaierror(-2, "Name or service not known")
+
+
+def test_check_without_the_tool_that_predicts(checked, monkeypatch):
+    tool = train_gpt.tool
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(train_gpt, "tool", lambda name, *r, **o: None if name == "steptime" else tool(name, *r, **o))
+    code, facts, _, _ = checked(TARGET_WORLD_SIZE=8, TRAIN_BATCH_TOKENS=1024)
+    assert code == 0 and facts["seconds_per_step"] is None
+    assert facts["steps_in_budget"] == "unknown: no 8 ranks of cuda to measure on"
 
 
 def test_check_in_a_process_of_its_own(corpus, tmp_path):

@@ -1,0 +1,413 @@
+"""How fast this machine trains, scores and exports, and what each part takes: a table, then JSON in the last line.
+
+    python tests/bench/speed.py                                  all parts at the bench shape
+    python tests/bench/speed.py --parts step,split --pairs 15    step, split, start, evaluation, export, growth
+    python tests/bench/speed.py --shape reference                bench, demo or reference
+    MODEL_DIM=512 python tests/bench/speed.py                    any knob of train_gpt.py
+
+bench: 4 layers, width 256, sequence 256, 8,192 tokens a step, vocabulary 1,024. demo: that of demo_cpu.env.
+reference: 9 layers, width 512, sequence 1,024; 8,192 tokens a step on a CPU, 65,536 on a GPU, as each of eight has.
+
+Whatever is compared takes turns in one process, the start in processes of its own, so that a machine whose speed drifts
+moves all alike: quote the ratios, which are those of neighbours in time. Every figure is a median over --pairs rounds
+(7), with the least and the most. The contender is tests/bench/plain.py, compiled and eager.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import plain  # noqa: E402
+
+import train_gpt  # noqa: E402
+
+REFERENCE_TOKENS = 65_536 if torch.cuda.is_available() else 8192
+SHAPES = {
+    "bench": {"NUM_LAYERS": 4, "MODEL_DIM": 256, "NUM_HEADS": 4, "NUM_KV_HEADS": 2, "TRAIN_SEQ_LEN": 256,
+              "TRAIN_BATCH_TOKENS": 8192, "GRAD_ACCUM_STEPS": 1},
+    "demo": {"NUM_LAYERS": 4, "MODEL_DIM": 256, "NUM_HEADS": 4, "NUM_KV_HEADS": 2, "TRAIN_SEQ_LEN": 256,
+             "TRAIN_BATCH_TOKENS": 4096, "VOCAB_SIZE": 2048, "GRAD_ACCUM_STEPS": 1},
+    "reference": {"TRAIN_SEQ_LEN": 1024, "TRAIN_BATCH_TOKENS": REFERENCE_TOKENS, "GRAD_ACCUM_STEPS": 1},
+}  # fmt: skip
+# Small shapes, eager, of which one knob at a time grows twofold and fourfold; heads stay 64 wide.
+SMALL = {"NUM_LAYERS": 2, "MODEL_DIM": 128, "NUM_HEADS": 2, "NUM_KV_HEADS": 1, "TRAIN_SEQ_LEN": 128, "VOCAB_SIZE": 512,
+         "TRAIN_BATCH_TOKENS": 2048, "COMPILE": "0"}  # fmt: skip
+GROWING = ("TRAIN_SEQ_LEN", "MODEL_DIM", "NUM_LAYERS", "VOCAB_SIZE", "TRAIN_BATCH_TOKENS")
+PHASES = ("data", "forward", "backward", "clipping", "muon", "adamw", "collectives")
+
+
+class RandomTokens(train_gpt.TrainLoader):
+    """The trainer's loader over a stream in memory."""
+
+    def __init__(self, config, runtime):
+        super().__init__(random_stream(config, 10**6), config, runtime,
+                         config.accumulation_steps(1, runtime.device.type))  # fmt: skip
+
+
+def random_stream(config, count: int) -> train_gpt.TokenStream:
+    stream = train_gpt.TokenStream.__new__(train_gpt.TokenStream)
+    tokens = np.random.default_rng(0).integers(config.vocab_size, size=count, dtype=np.uint16)
+    stream.shards, stream.ends = [tokens], np.array([count])
+    stream.pattern, stream.vocab_size = "random", config.vocab_size
+    return stream
+
+
+def load_config(knobs: dict) -> train_gpt.Config:
+    texts = {name: str(value) for name, value in ({"MAX_WALLCLOCK_SECONDS": 0} | knobs).items()}
+    return train_gpt.Config.load([], texts | dict(os.environ))
+
+
+def build_trainer(config, runtime) -> train_gpt.Trainer:
+    folder = train_gpt.RunFolder(runtime)
+    loader, hooks = RandomTokens(config, runtime), train_gpt.Hooks(config, folder)
+    return train_gpt.Trainer(config, runtime, folder, None, loader, hooks)
+
+
+class Table:
+    """Figures, each printed when it is known, and kept for the JSON."""
+
+    def __init__(self):
+        self.figures = {}
+
+    def add(self, name: str, values, unit: str):
+        median, least, most = statistics.median(values), min(values), max(values)
+        self.figures[name] = {"median": median, "least": least, "most": most, "n": len(values), "unit": unit}
+        print(f"{name:48} {median:12.4f} ({least:.4f} to {most:.4f}) {unit}", flush=True)
+
+
+def seconds(call, runtime) -> float:
+    runtime.synchronize()
+    start = time.perf_counter()
+    call()
+    runtime.synchronize()
+    return time.perf_counter() - start
+
+
+def take_turns(calls: dict, rounds: int, runtime) -> dict[str, list[float]]:
+    """Seconds of each call in every round; every second round goes the other way round."""
+    taken = {name: [] for name in calls}
+    for turn in range(rounds):
+        for name in list(calls)[:: -1 if turn % 2 else 1]:
+            taken[name].append(seconds(calls[name], runtime))
+    return taken
+
+
+def product_call(runtime):
+    """(function that makes a few square products of the trainer's type, FLOPs of all of them)."""
+    size, count = (8192, 10) if runtime.device.type == "cuda" else (1024, 20)
+    left, right = (torch.randn(size, size, device=runtime.device).to(runtime.dtype) for _ in range(2))
+
+    def multiply():
+        for _ in range(count):
+            left @ right
+
+    return multiply, 2 * size**3 * count
+
+
+def is_default_model(config) -> bool:
+    """Whether the plain port, which knows shapes but no other architecture, is the same model."""
+    shape = {"TRAIN_SEQ_LEN", "VOCAB_SIZE", "NUM_LAYERS", "MODEL_DIM", "NUM_HEADS", "NUM_KV_HEADS", "MLP_MULT",
+             "LOGIT_SOFTCAP", "ROPE_BASE", "START_TOKEN", "LOOP_PASSES"}  # fmt: skip
+    return all(name in shape or not field.metadata["arch"] or getattr(config, field.name) == field.default
+               for name, field in config.knobs().items())  # fmt: skip
+
+
+def contenders(config, runtime) -> dict:
+    """{name: function that makes one step}; the plain ones compiled where ours is, and eager."""
+    trainer = build_trainer(config, runtime)
+    print(trainer.note)
+    calls = {"ours": lambda: trainer.step(1.0, 0.95)}
+    if not is_default_model(config):
+        print("no plain contender: it knows no other architecture than the default")
+        return calls
+    compiled = {True, False} if trainer.compiled_model is not trainer.model else {False}
+    for works in sorted(compiled, reverse=True):
+        other = plain.PlainTrainer(config, runtime.device, runtime.dtype, compiled=works)
+        loader = RandomTokens(config, runtime)
+        name = "plain, compiled" if works else "plain, eager"
+        calls[name] = lambda other=other, loader=loader: other.step(*loader.next_step())
+    return calls
+
+
+def bench_step(config, runtime, rounds: int, table: Table):
+    """Steps of the contenders, in turn with the product that bounds them."""
+    calls = contenders(config, runtime)
+    with torch.device("meta"):
+        model = config.model_class()(config)
+    params, tokens = sum(p.numel() for p in model.parameters()), config.train_batch_tokens
+    multiply, flops = product_call(runtime)
+    for call in (multiply, *calls.values()):
+        for _ in range(3):
+            call()
+    taken = take_turns({"product": multiply} | calls, rounds, runtime)
+    rates = [flops / time for time in taken["product"]]
+    table.add("product, GFLOP/s", [rate / 1e9 for rate in rates], "GFLOP/s")
+    for name in calls:
+        table.add(f"{name}: step", [1e3 * time for time in taken[name]], "ms")
+        table.add(f"{name}: speed", [tokens / time for time in taken[name]], "tokens/s")
+        for label, each in (
+            ("6 * parameters", 6 * params),
+            ("all products", model.flops_per_token(config.train_seq_len)),
+        ):
+            shares = [each * tokens / time / rate for time, rate in zip(taken[name], rates, strict=True)]
+            table.add(f"{name}: MFU by {label}", shares, "of the product's rate")
+    for name in list(calls)[1:]:
+        ratios = [theirs / ours for theirs, ours in zip(taken[name], taken["ours"], strict=True)]
+        table.add(f"ours over {name}", ratios, "times as fast")
+
+
+def split_step(trainer, clock) -> dict[str, float]:
+    """One step of the trainer, with its work taken apart: seconds of each phase by `clock`, which waits for the device.
+    On one rank nothing is reduced."""
+    marks, spent = [clock()], dict.fromkeys(PHASES, 0.0)
+
+    def lap(phase):
+        marks.append(clock())
+        spent[phase] += marks[-1] - marks[-2]
+
+    inputs, targets = trainer.loader.next_step()
+    lap("data")
+    for tokens, expected in zip(inputs, targets, strict=True):
+        loss = trainer.train_model(tokens, expected).mean() / len(inputs)
+        lap("forward")
+        loss.backward()
+        lap("backward")
+    if trainer.config.grad_clip_norm:
+        torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), trainer.config.grad_clip_norm)
+        lap("clipping")
+    for optimizer in trainer.optimizers:
+        muon = isinstance(optimizer, train_gpt.Muon)
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"]
+            if muon:
+                group["momentum"] = 0.95
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        lap("muon" if muon else "adamw")
+    return spent
+
+
+def bench_split(config, runtime, rounds: int, table: Table):
+    """A step's phases, in turn with whole steps: waiting for the device between phases may make their sum longer."""
+    trainer = build_trainer(config, runtime)
+
+    def clock():
+        runtime.synchronize()
+        return time.perf_counter()
+
+    for _ in range(3):
+        split_step(trainer, clock)
+    whole, parts = [], []
+    for _ in range(rounds):
+        whole.append(seconds(lambda: trainer.step(1.0, 0.95), runtime))
+        parts.append(split_step(trainer, clock))
+    table.add("split: whole step", [1e3 * time for time in whole], "ms")
+    for phase in PHASES:
+        table.add(f"split: {phase}", [1e3 * part[phase] for part in parts], "ms")
+    sums = [sum(part.values()) / time for part, time in zip(parts, whole, strict=True)]
+    table.add("split: sum of the phases over the whole", sums, "")
+
+
+def child(config, contender: str, spawned: float):
+    """In a process of its own: from its start over the first step to the third. Prints JSON. The memory is that of the
+    GPU's tensors, on a CPU that of the process, with its compiler's."""
+    imported = time.time()
+    runtime = train_gpt.Runtime(config, {})
+    with contextlib.redirect_stdout(sys.stderr):
+        if contender == "ours":
+            trainer = build_trainer(config, runtime)
+            step = lambda: trainer.step(1.0, 0.95)  # noqa: E731
+        else:
+            compiled, _ = train_gpt.tool("kernels").choose_compile(config, runtime)
+            other = plain.PlainTrainer(config, runtime.device, runtime.dtype, compiled)
+            loader = RandomTokens(config, runtime)
+            step = lambda: other.step(*loader.next_step())  # noqa: E731
+        built = time.time()
+        times = [seconds(step, runtime) for _ in range(3)]
+    if runtime.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        import resource  # late: Windows has none
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    print(json.dumps({
+        "imports": imported - spawned, "model and optimizers": built - imported, "compilation": times[0] - times[2],
+        "start to first step": built + times[0] - spawned, "peak memory": peak / 2**20}))  # fmt: skip
+
+
+def bench_start(config, shape: str, rounds: int, table: Table):
+    """Processes in turns: with an empty cache of compiled code, and once more with what the first has left there."""
+    found, names = {}, ["ours", "plain"] if is_default_model(config) else ["ours"]
+    caches = ("eager",) if config.compile == "0" else ("empty cache", "warm cache")
+    for turn in range(rounds):
+        for name in names[:: -1 if turn % 2 else 1]:
+            with tempfile.TemporaryDirectory() as cache:
+                for cached in caches:
+                    environ = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}
+                    command = [sys.executable, __file__, "--shape", shape, "--child", name, str(time.time())]
+                    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+                    if done.returncode:
+                        raise SystemExit(f"{name} did not start:\n{done.stderr[-2000:]}")
+                    for phase, value in json.loads(done.stdout.splitlines()[-1]).items():
+                        found.setdefault((name, cached, phase), []).append(value)
+    for (name, cached, phase), values in found.items():
+        table.add(f"{name}, {cached}: {phase}", values, "MiB" if "memory" in phase else "s")
+    for cached in caches * ("plain" in names):
+        pairs = zip(*(found[name, cached, "start to first step"] for name in ("plain", "ours")), strict=True)
+        table.add(f"ours over plain, {cached}: start", [theirs / ours for theirs, ours in pairs], "times as fast")
+
+
+def bytes_table(config) -> train_gpt.TokenBytes:
+    """Of a vocabulary whose tokens weigh a byte each; the weighing itself is the trainer's."""
+    table, size = train_gpt.TokenBytes.__new__(train_gpt.TokenBytes), config.vocab_size
+    table.weight, table.boundary = np.ones(size, int), np.zeros(size, bool)
+    table.leading_space, table.drops_first_space = np.zeros(size, bool), True
+    return table
+
+
+def bench_evaluation(config, runtime, rounds: int, table: Table):
+    """Eight batches of chunks and of windows, in turn with forwards over the same inputs that are there already."""
+    model, compiled_model, _ = train_gpt.build_model(config, runtime)
+    T, rows = config.train_seq_len, max(1, config.train_batch_tokens // config.train_seq_len)
+    for label, stride in (("chunks", T), ("windows", config.eval_stride or max(1, T // 4))):
+        targets = T + (8 * rows - 1) * stride
+        scoring = replace(config, eval_stride=stride, val_batch_size=rows * T, val_tokens_limit=0)
+        evaluator = train_gpt.Evaluator(random_stream(config, targets + 1), bytes_table(config), scoring, runtime)
+        batches = [evaluator.batch_at(index)[:2] for index in evaluator.windows[:: evaluator.batch]]
+
+        @torch.no_grad()
+        def forward(batches=batches):
+            compiled_model.eval()
+            for inputs, expected in batches:
+                compiled_model(inputs, expected)
+            compiled_model.train()
+
+        calls = {"score": lambda evaluator=evaluator: evaluator.score(compiled_model), "forward": forward}
+        for call in calls.values():
+            call()
+        taken = take_turns(calls, rounds, runtime)
+        table.add(f"evaluation by {label} of {stride}", [targets / time for time in taken["score"]], "tokens/s")
+        ratios = [score / pure for score, pure in zip(taken["score"], taken["forward"], strict=True)]
+        table.add(f"evaluation by {label} over a pure forward", ratios, "times as long")
+
+
+def export_phases(state: dict, config, folder: Path) -> dict[str, float]:
+    """Seconds of each phase from the weights to the artifact on the disk and back."""
+    spent = {}
+
+    def timed(phase, call):
+        start = time.perf_counter()
+        result = call()
+        spent[phase] = time.perf_counter() - start
+        return result
+
+    run_folder = train_gpt.RunFolder(train_gpt.Runtime(config, {}))
+    run_folder.path = folder
+    artifact = timed("quantize", lambda: train_gpt.quantize(state, config))
+    if config.codec == "rans":
+        artifact = timed("rans", lambda: train_gpt.tool("compress").rans_pack(artifact, config))
+    raw = timed("serialise", lambda: train_gpt.torch_bytes(artifact))
+    stream = timed("zlib", lambda: zlib.compress(raw, level=9))
+    blob = stream + hashlib.sha256(stream).digest()
+    timed("write and read back", lambda: run_folder.write("artifact", blob))
+    artifact = timed("unpack", lambda: train_gpt.unpack((folder / "artifact").read_bytes()))
+    timed("dequantize", lambda: train_gpt.dequantize(artifact, config))
+    return spent
+
+
+def bench_export(config, rounds: int, table: Table):
+    """Both codecs, in turns, on weights drawn at random: compression takes about as long as of trained ones."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.device("meta"):
+        shapes = {name: t.shape for name, t in config.model_class()(config).state_dict().items()}
+    state = {name: 0.02 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    clips = dict.fromkeys(("clip_attn", "clip_mlp", "clip_embed"), 12.85)
+    codecs = {
+        "zlib": replace(config, codec="zlib"),
+        "rans": replace(config, codec="rans", weight_bits=6, embed_bits=6, **clips),
+    }
+    taken = {name: [] for name in codecs}
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(rounds):
+            for name, coded in codecs.items():
+                taken[name].append(export_phases(state, coded, Path(folder)))
+    for name, parts in taken.items():
+        for phase in parts[0]:
+            table.add(f"export, {name}: {phase}", [1e3 * part[phase] for part in parts], "ms")
+        table.add(f"export, {name}: in all", [1e3 * sum(part.values()) for part in parts], "ms")
+
+
+def bench_growth(runtime, rounds: int, table: Table):
+    """Exponents: the slope of log time over log size, from the shape itself to four times as much of one knob. Longer
+    sequences are fewer in number, so that a step has as many tokens."""
+    calls, sizes = {}, (1, 2, 4)
+    for knob in GROWING:
+        for factor in sizes:
+            knobs = SMALL | {knob: SMALL[knob] * factor}
+            if knob == "MODEL_DIM":
+                knobs |= {"NUM_HEADS": 2 * factor, "NUM_KV_HEADS": factor}
+            config = train_gpt.Config.load([], {name: str(value) for name, value in knobs.items()})
+            trainer = build_trainer(config, runtime)
+            calls[knob, factor] = lambda trainer=trainer: trainer.step(1.0, 0.95)
+            calls[knob, factor]()
+    taken = take_turns(calls, rounds, runtime)
+    for knob in GROWING:
+        logs = np.log([taken[knob, factor] for factor in sizes])
+        table.add(f"growth with {knob}: exponent", np.polyfit(np.log(sizes), logs, 1)[0].tolist(), "")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = ("step", "split", "start", "evaluation", "export", "growth")
+    parser.add_argument("--shape", choices=SHAPES, default="bench")
+    parser.add_argument("--pairs", type=int, default=7, help="rounds, of which medians are told")
+    parser.add_argument("--parts", default=",".join(parts), help="some of " + ",".join(parts))
+    parser.add_argument("--json", type=Path, help="a file for the JSON as well")
+    parser.add_argument("--child", nargs=2, metavar=("CONTENDER", "TIME"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    try:
+        config = load_config(SHAPES[options.shape])
+    except train_gpt.UserError as error:
+        parser.error(str(error))
+    if options.child:
+        return child(config, options.child[0], float(options.child[1]))
+    wanted = options.parts.split(",")
+    if set(wanted) - set(parts):
+        parser.error(f"--parts {options.parts}: expected some of {','.join(parts)}")
+    if options.pairs < 1:
+        parser.error(f"--pairs {options.pairs}: expected at least 1")
+    runtime, table = train_gpt.Runtime(config, {}), Table()
+    facts = {"shape": options.shape, "device": runtime.device_name(), "dtype": str(runtime.dtype), "torch":
+             torch.__version__, "tokens_per_step": config.train_batch_tokens, "pairs": options.pairs}  # fmt: skip
+    print(*(f"{name}: {value}" for name, value in facts.items()), "median (least to most)", sep="\n")
+    benches = {"step": lambda: bench_step(config, runtime, options.pairs, table),
+               "split": lambda: bench_split(config, runtime, options.pairs, table),
+               "start": lambda: bench_start(config, options.shape, options.pairs, table),
+               "evaluation": lambda: bench_evaluation(config, runtime, options.pairs, table),
+               "export": lambda: bench_export(config, options.pairs, table),
+               "growth": lambda: bench_growth(runtime, options.pairs, table)}  # fmt: skip
+    for part in wanted:
+        benches[part]()
+    found = json.dumps(facts | {"figures": table.figures})
+    if options.json:
+        options.json.write_text(found + "\n")
+    print("bench_json:" + found)
+
+
+if __name__ == "__main__":
+    main()
