@@ -10,11 +10,8 @@ from pathlib import Path
 
 import models
 import pytest
-<<<<<<< HEAD
-from conftest import make_documents
-=======
 import torch
->>>>>>> w_speed
+from conftest import make_documents
 
 import train_gpt
 
