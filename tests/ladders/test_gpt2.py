@@ -281,3 +281,9 @@ def test_the_ladders_run_once_and_write_their_tables(ladders, tmp_path, monkeypa
     assert dict(os.environ) == environ | {"TRAIN_BATCH_TOKENS": "2048"}  # the runs have what they need, and only they
     with pytest.raises(SystemExit, match="no rung x"):
         rungs.main(["x"])
+    monkeypatch.setenv("TINY_SHAKESPEARE", str(tmp_path / "nowhere.txt"))
+    with pytest.raises(SystemExit, match="nowhere.txt: no such file"):
+        rungs.main(["a_one_batch"])
+    shutil.rmtree(tmp_path / "data")
+    with pytest.raises(SystemExit, match="a_one_batch makes it"):
+        cells.main()

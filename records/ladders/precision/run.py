@@ -57,8 +57,9 @@ def find_text() -> str:
     """The data set that the ladder gpt2 has made."""
     names = ("tiny_shakespeare_gpt2", "demo_shakespeare_gpt2")
     found = [f"data/datasets/{name}" for name in names if (ROOT / "data/datasets" / name).is_dir()]
-    return found[0] if found else sys.exit(
-        "error: no text in GPT-2's tokens: python records/ladders/gpt2/run.py a_one_batch makes it")  # fmt: skip
+    if not found:
+        sys.exit("error: no text in GPT-2's tokens: python records/ladders/gpt2/run.py a_one_batch makes it")
+    return found[0]
 
 
 def run(cell: tuple, text: str) -> dict:
