@@ -1346,7 +1346,7 @@ def tool(name: str, without: str = "", log=print):
 
 def source_paths(config: Config) -> dict[str, Path]:
     """{name in the run folder: path} of the files that shape a run: this script; compress.py and canonical.py of
-    tools/, if they are asked for; and of a model in a file of its own that file, with what it has imported from its own folder."""
+    tools/, if asked for; and of a model in a file of its own that file, with what it has imported from its folder."""
     script, compress = Path(__file__).resolve(), config.gptq_batches or config.fit_size or config.codec == "rans"
     asked = ["compress"] * bool(compress) + ["canonical"] * config.canonical
     paths = {f"{name}.py": Path(tool(name).__file__) for name in asked}
