@@ -1439,7 +1439,7 @@ def train(config: Config, folder: RunFolder, argv: list[str]):
     if runtime.is_master:
         write_result(trainer, before, after, sources, facts | {"sha256_tokenizer": token_bytes.sha256})
     if config.sample_prompt and runtime.is_master and (sample := tool("sample", "no sample", folder.log)):
-        folder.log("".join(["sample: ", *sample.generate(trainer.model, config, token_bytes)]))
+        folder.log("".join(["sample: ", *sample.generate(trainer.model.eval(), config, token_bytes)]))
 
 def write_result(trainer: Trainer, before: Score, after: Score, sources: dict[str, bytes], facts: dict):
     """result.json of a finished run: the Scores of the weights and of the artifact, time, machine, sources, `facts`."""

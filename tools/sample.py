@@ -21,7 +21,7 @@ def generate(model, config, token_bytes):
     """Yield the prompt, then pieces of the text that the model continues it with; ends with the document.
 
     Each token is a forward pass over the last TRAIN_SEQ_LEN tokens: simple, and fast enough for a few hundred."""
-    prompt, model = config.sample_prompt, model.eval()  # without dropout, with the mask of CANONICAL=1
+    prompt = config.sample_prompt
     generator = torch.Generator().manual_seed(config.seed)
     device, T = next(model.parameters()).device, config.train_seq_len
     start = token_bytes.start if token_bytes.start >= 0 else int(token_bytes.boundary.argmax())  # another boundary
