@@ -295,7 +295,7 @@ def test_the_record_tools_score_its_folder_again_by_its_own_files(runs, tmp_path
 
 @pytest.mark.parametrize("knobs", [{}, {"top_k": 5}, {"temperature": 3.0}, {"temperature": 0.0}], ids=str)
 def test_a_sample_never_has_an_excluded_pair(masked, corpus, knobs):
-    """Of a model that wants little else: without the mask it writes them."""
+    """Of a model that wants little else, and otherwise tokens that exclude some: without the mask it writes them."""
     (model, table, _), said = masked, []
     tokenizer = train_gpt.TokenBytes(str(corpus / "tok.model"), len(table))
     mask, decode, excluded = model.mask, tokenizer.decode, {}
@@ -305,7 +305,7 @@ def test_a_sample_never_has_an_excluded_pair(masked, corpus, knobs):
     config = dataclasses.replace(train_gpt.Config.load([], settings), **knobs)
 
     def spoilt(logits, tokens):
-        return logits + 10.0 * ~table[tokens]
+        return logits + 200.0 * ~table[tokens] + 100.0 * (~table).any(1)
 
     masks = {"without": spoilt, "with": lambda logits, tokens: mask(spoilt(logits, tokens), tokens)}
     try:
