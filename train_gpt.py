@@ -127,6 +127,7 @@ class Config:
     parallel_from: int = arch(-1, "first block, from 0, whose attention and MLP read the same", -1)
     smear_gate: bool = arch(False, "a gate lets each embedding take some of the one before it")
     start_token: int = arch(1, "id that begins a document, where SMEAR_GATE=1 takes nothing", 0)
+    canonical: bool = arch(False, "no probability for tokens that its text never has after the last")
     # Model: depth recurrence
     loop_layers: str = arch("", "FIRST-LAST blocks, from 0, that run several times; empty: none")
     loop_passes: int = arch(3, "times that LOOP_LAYERS run", 2, 100)
@@ -633,7 +634,7 @@ class Model(nn.Module):
     """What training, export and scoring ask of a model. One of your own gives PARAMETERS and `features`, from
     tokens [B, T] what the output projection sees [B, T, D], calls init_weights, and may override the rest."""
     PARAMETERS: dict[str, Row] = {}
-    looping, has_loops, softcap = False, False, 30.0  # depth recurrence: it is on, there is any
+    looping, has_loops, softcap, mask = False, False, 30.0, None  # depth recurrence: it is on, there is any
 
     @classmethod
     def row(cls, name: str) -> Row:
@@ -668,6 +669,8 @@ class Model(nn.Module):
         """Losses [B, T] in nats, without targets logits [B, T, V], in fp32. In training it may be
         (losses, extra): a scalar to minimise with their mean, which no log or score counts."""
         logits = self.logits(self.features(tokens_BT))
+        if self.mask is not None and not self.training:  # CANONICAL=1
+            logits = self.mask(logits, tokens_BT)
         if targets_BT is None:
             return logits
         return F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), reduction="none").view_as(targets_BT)
@@ -842,6 +845,8 @@ def build_model(config: Config, runtime: Runtime) -> tuple[Model, nn.Module, str
     if kernels := tool("kernels", "nothing tries which kernels are best", log=str):
         attend, compiled, note = kernels.choose(config, runtime)
     model = compiled_model = config.model_class()(config, attend, runtime.dtype).to(runtime.device)
+    if config.canonical:
+        model.mask = tool("canonical").Mask(model, config, runtime)
     if compiled:  # DDP would cut the graph, where torch 2.8 corrupts the gradients of loops
         torch._dynamo.config.optimize_ddp = False
         compiled_model = torch.compile(model, dynamic=False, fullgraph=True)
@@ -1321,7 +1326,7 @@ def tool(name: str, without: str = "", log=print):
     """The module tools/NAME.py beside this script, by its path: no package of that name can take its place. Where it
     is missing: an error, or None and a line that says what is missed `without` it."""
     here, key = Path(__file__).resolve().parent, f"train_gpt.tools.{name}"
-    beside = name in ("compress", "tokenizers") and not (here / "tools").exists()
+    beside = name in ("compress", "tokenizers", "canonical") and not (here / "tools").exists()
     path = (here if beside else here / "tools") / f"{name}.py"  # beside: in a run folder
     if key not in sys.modules and path.is_file():
         spec = importlib.util.spec_from_file_location(key, path)
@@ -1332,10 +1337,11 @@ def tool(name: str, without: str = "", log=print):
     return sys.modules.get(key)
 
 def source_paths(config: Config) -> dict[str, Path]:
-    """{name in the run folder: path} of what shapes a run: this script; a tool that has to make the
-    artifact or to weigh bytes; of a model in its own file that, and what it imports beside it."""
+    """{name in the run folder: path} of what shapes a run: this script; a tool that makes the artifact,
+    weighs bytes or scores; of a model in its own file that, and what it imports beside it."""
     compress = config.gptq_batches or config.fit_size or config.codec == "rans"
-    asked = {"compress": compress, "tokenizers": TokenBytes.NAMED.fullmatch(config.tokenizer_path)}
+    asked = {"compress": compress, "canonical": config.canonical,
+             "tokenizers": TokenBytes.NAMED.fullmatch(config.tokenizer_path)}
     script, paths = Path(__file__).resolve(), {f"{k}.py": Path(tool(k).__file__) for k in asked if asked[k]}
     for cls in (type(config), config.model_class()):
         if cls.__module__ != __name__:
@@ -1361,6 +1367,8 @@ def open_text(config: Config, folder: RunFolder) -> tuple[TokenStream, TokenByte
     require(not config.smear_gate or token_bytes.start in (config.start_token, -1),
             f"START_TOKEN={config.start_token}, but documents begin with token {token_bytes.start}: set that")
     folder.log(f"val_loader:shards pattern={stream.pattern} tokens:{len(stream) - 1}")
+    if config.canonical and folder.runtime.is_master:
+        folder.log(tool("canonical").check_text(config, stream))
     line, facts = audit(token_bytes, stream, config.data_path) if folder.runtime.is_master else ("", {})
     folder.log(line)
     return stream, token_bytes, facts
@@ -1424,7 +1432,7 @@ def train(config: Config, folder: RunFolder, argv: list[str]):
     if runtime.is_master:
         write_result(trainer, before, after, sources, facts | {"sha256_tokenizer": token_bytes.sha256})
     if config.sample_prompt and runtime.is_master and (sample := tool("sample", "no sample", folder.log)):
-        folder.log("".join(["sample: ", *sample.generate(trainer.model, config, token_bytes)]))
+        folder.log("".join(["sample: ", *sample.generate(trainer.model.eval(), config, token_bytes)]))
 
 def write_result(trainer: Trainer, before: Score, after: Score, sources: dict[str, bytes], facts: dict):
     """result.json of a finished run: the Scores of the weights and of the artifact, time, machine, sources, `facts`."""

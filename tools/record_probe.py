@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 OPENED, REFUSED = [], []
+LARGEST = 1e4  # nats, in the place of infinity
 
 
 def guard(event: str, arguments: tuple):
@@ -80,6 +81,8 @@ class Recorder:
     def __call__(self, inputs, targets):
         self.learned |= torch.is_grad_enabled()
         losses = self.model(inputs, targets)
+        if len(self.losses):  # of tokens at random, to some of which a mask may give no probability
+            losses = losses.clamp(max=LARGEST)
         if self.batch is None or torch.is_grad_enabled():
             return losses
         _, _, mask, scored = self.batch
