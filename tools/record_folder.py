@@ -79,7 +79,7 @@ def open_record(folder: Path) -> Record:
     path = folder / "submission.json"
     if path.is_file():
         try:
-            record.claim, record.plain = read_claim(path)
+            record.claim, record.plain = read_claim(path, record.ours)
         except UserError as error:
             record.unreadable = str(error)
     return record

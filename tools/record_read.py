@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LOG_SUFFIXES = (".log", ".txt")
+LOG_SUFFIXES = (".log", ".txt", ".out")
 # Labels of scores of weights that are not those of the artifact, in the logs of the public challenge.
 BEFORE_EXPORT = re.compile(r"pre.?quant|post.?ema|post.?swa|unquantized|raw.?(model|weights)", re.IGNORECASE)
 
@@ -92,10 +92,15 @@ class Log:
 
     @cached_property
     def eval_ms(self) -> float | None:
-        """Of the score of record; public scripts that learn while they score also print a total."""
+        """Of the score of record; public scripts that learn while they score also print a total, and others state the
+        time on a line of the same score with another name."""
         total = self.last(r"^total_eval_time: ?([\d.]+)s", float)
-        name = re.escape(self.final.label.replace("_exact", "")) if self.final else "final"
-        return total * 1000 if total else self.last(rf"^{name} .*eval_time: ?(\d+)ms")
+        if total or not self.final:
+            return total * 1000 if total else self.last(r"^final .*eval_time: ?(\d+)ms")
+        labels = [s.label for s in self.scores if not s.before_export and agree(float(self.final.bpb), s.bpb)]
+        names = [self.final.label.replace("_exact", ""), *reversed(labels)]
+        times = (self.last(rf"^{re.escape(name)}[ :].*eval_time: ?(\d+)ms") for name in names)
+        return next((time for time in times if time is not None), None)
 
     @cached_property
     def steps(self) -> int | None:
