@@ -130,7 +130,7 @@ def read_claim(path: Path, ours: bool) -> tuple[Claim, dict]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         raw, plain = json.loads(text, parse_float=Decimal), json.loads(text)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path.name}: no JSON ({error})") from error
     if not isinstance(raw, dict):
         raise UserError(f"{path.name} holds a {type(raw).__name__}, expected an object")
