@@ -27,7 +27,7 @@ BOARD_FILES = ("records/README.md", "records/board/")  # generated, and part of 
 
 
 def check_files(record: Record) -> Iterator[Finding | Skip]:
-    names = {path.name.lower() for path in record.folder.iterdir()}
+    names = {path.relative_to(record.folder).as_posix().lower() for path in record.folder.rglob("*") if path.is_file()}
     wanted = ["README.md", "submission.json"]
     wanted += ["config.env", *record.sources] if record.ours else []
     for name in wanted:
@@ -72,6 +72,9 @@ def check_claims(record: Record) -> Iterator[Finding | Skip]:
     if not record.ours or record.contradicted or seeds != record.plain.get("seeds") or len(runs) < len(record.runs):
         yield Skip("not written by `record.py new`, of other seeds, or a log and its result.json contradict each other")
         return
+    if any(schema_errors(record.plain, record.ours)):
+        yield Skip("submission.json has fields of another kind")
+        return
     fresh = computed(runs)
     pairs = [(key, record.plain.get(key), value) for key, value in fresh.items() if key not in JUDGED_ELSEWHERE]
     for seed, row in fresh["seed_results"].items():
@@ -115,12 +118,33 @@ CHECKS = {
 NEEDS_RESCORE = ("causality", "normalisation", "each target once", "evaluation without training data")
 
 
+def unreadable(folder: Path, error: UserError | OSError) -> Finding:
+    """A file that no check can read, as a finding."""
+    if isinstance(error, OSError):
+        place, problem, remedy = str(error.filename), f"cannot be read ({error.strerror})", ""
+    else:
+        place, problem, remedy = "the folder", *str(error).rpartition(": ")[::2]
+    problem = problem.replace(f"{folder}/", "")
+    return Finding("files", place.removeprefix(f"{folder}/"), problem, remedy or "take the file that the run wrote")
+
+
 def examine(folder: Path) -> dict:
     """{findings, passed, not_checked} of one record."""
-    record = open_record(folder)
     findings, passed, skipped = [], [], {}
-    for name, check in CHECKS.items():
-        answers = list(check(record))
+    try:
+        record = open_record(folder)
+    except UserError as error:
+        if not folder.is_dir():
+            raise
+        findings, checks = [unreadable(folder, error)], {}
+        skipped = dict.fromkeys(CHECKS, "a file cannot be read")
+    else:
+        checks = CHECKS
+    for name, check in checks.items():
+        try:
+            answers = list(check(record))
+        except (UserError, OSError) as error:
+            answers = [unreadable(folder, error)]
         found = [answer for answer in answers if isinstance(answer, Finding)]
         skips = [answer.why for answer in answers if isinstance(answer, Skip)]
         findings += found
@@ -129,7 +153,8 @@ def examine(folder: Path) -> dict:
         elif not found:
             passed.append(name)
     skipped |= dict.fromkeys(NEEDS_RESCORE, "run `record.py rescore`")
-    return {"folder": str(folder), "findings": [asdict(f) for f in findings], "passed": passed, "not_checked": skipped}
+    findings = [asdict(finding) for finding in dict.fromkeys(findings)]  # two checks may want the same file
+    return {"folder": str(folder), "findings": findings, "passed": passed, "not_checked": skipped}
 
 
 def git(root: Path, *words: str) -> str:

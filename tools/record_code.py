@@ -138,7 +138,7 @@ def known_total(record: Record, stated: int, totals: dict[str, int]) -> bool:
 
 
 def check_config(record: Record) -> Iterator[Finding | Skip]:
-    if not record.config or not any(run.log and run.log.knobs for run in record.runs):
+    if not (record.folder / "config.env").exists() or not any(run.log and run.log.knobs for run in record.runs):
         yield Skip("no config.env, or no log that prints its configuration")
         return
     for run in record.runs:

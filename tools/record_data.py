@@ -1,13 +1,13 @@
 """What a validation text is known to be, and whether a training set holds its documents."""
 
 import hashlib
-import json
 import math
 import re
 from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
+from record_read import read_manifest
 
 # Targets of FineWeb's validation text (its first 50,000 documents) by tokenizer, and the bytes of that text. The set of
 # the challenge's launch day was larger; its bytes are those that the score of the naive baseline was divided by.
@@ -101,6 +101,5 @@ def hash_tokens(folder: Path, split: str) -> str:
 
 def start_token(folder: Path) -> int:
     """What begins a document, by the data's manifest; 1 in the published shards."""
-    path = folder / "manifest.json"
-    tokenizer = json.loads(path.read_text(encoding="utf-8")).get("tokenizer", {}) if path.is_file() else {}
+    tokenizer = read_manifest(folder / "manifest.json").get("tokenizer", {})
     return tokenizer.get("start", tokenizer.get("options", {}).get("bos_id", 1))

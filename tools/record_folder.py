@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from record_read import Run, UserError, read_env, read_json, record_runs, sources_of
+from record_read import Run, UserError, read_env, read_manifest, record_runs, sources_of
 from record_schema import Claim, Track, parse_track, read_claim
 
 
@@ -51,13 +51,12 @@ class Record:
     @cached_property
     def config(self) -> dict[str, str]:
         path = self.folder / "config.env"
-        return read_env(path) if path.is_file() else {}
+        return read_env(path) if path.exists() else {}
 
     @cached_property
     def manifest(self) -> dict:
         """The data's manifest.json, which `record.py new` copies into the record."""
-        path = self.folder / "data_manifest.json"
-        return read_json(path) if path.is_file() else {}
+        return read_manifest(self.folder / "data_manifest.json")
 
     @cached_property
     def contradicted(self) -> bool:
@@ -79,7 +78,7 @@ def open_record(folder: Path) -> Record:
     path = folder / "submission.json"
     if path.is_file():
         try:
-            record.claim, record.plain = read_claim(path)
+            record.claim, record.plain = read_claim(path, record.ours)
         except UserError as error:
             record.unreadable = str(error)
     return record

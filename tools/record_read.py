@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LOG_SUFFIXES = (".log", ".txt")
+LOG_SUFFIXES = (".log", ".txt", ".out")
 # Labels of scores of weights that are not those of the artifact, in the logs of the public challenge.
 BEFORE_EXPORT = re.compile(r"pre.?quant|post.?ema|post.?swa|unquantized|raw.?(model|weights)", re.IGNORECASE)
 
@@ -92,10 +92,15 @@ class Log:
 
     @cached_property
     def eval_ms(self) -> float | None:
-        """Of the score of record; public scripts that learn while they score also print a total."""
+        """Of the score of record; public scripts that learn while they score also print a total, and others state the
+        time on a line of the same score with another name."""
         total = self.last(r"^total_eval_time: ?([\d.]+)s", float)
-        name = re.escape(self.final.label.replace("_exact", "")) if self.final else "final"
-        return total * 1000 if total else self.last(rf"^{name} .*eval_time: ?(\d+)ms")
+        if total or not self.final:
+            return total * 1000 if total else self.last(r"^final .*eval_time: ?(\d+)ms")
+        labels = [s.label for s in self.scores if not s.before_export and agree(float(self.final.bpb), s.bpb)]
+        names = [self.final.label.replace("_exact", ""), *reversed(labels)]
+        times = (self.last(rf"^{re.escape(name)}[ :].*eval_time: ?(\d+)ms") for name in names)
+        return next((time for time in times if time is not None), None)
 
     @cached_property
     def steps(self) -> int | None:
@@ -267,11 +272,22 @@ def sources_of(result: dict) -> dict[str, dict]:
     return result.get("sources") or {"train_gpt.py": script}
 
 
-def read_json(path: Path) -> dict:
+def read_text(path: Path) -> str:
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): expected a file that the run writes") from error
+    except ValueError as error:
+        raise UserError(f"{path} is no text ({error}): take the file that the run wrote") from error
+
+
+def read_json(path: Path) -> dict:
+    try:
+        value = json.loads(read_text(path))
+    except RecursionError as error:
+        raise UserError(f"{path} is no JSON that a run writes (too deep): take the file that the run wrote") from error
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"{path} is no JSON ({error}): take the file that the run wrote") from error
     if not isinstance(value, dict):
@@ -279,9 +295,76 @@ def read_json(path: Path) -> dict:
     return value
 
 
+# What the tools read of result.json and manifest.json. A value is of the kind that is named here, an object of others,
+# or null, which is the same as not there. Other fields may follow.
+COUNT, NUMBER, TEXT, FLAG, ANY = "a whole number", "a number", "a text", "true or false", "anything"
+RESULT = {
+    "seed": COUNT, "steps": COUNT, "val_loss": NUMBER, "val_bpb": NUMBER, "pre_quant_val_loss": NUMBER,
+    "pre_quant_val_bpb": NUMBER, "partial": FLAG, "scored_tokens": COUNT, "scored_bytes": COUNT, "eval_seconds": NUMBER,
+    "train_tokens": NUMBER, "seconds": {"training": NUMBER}, "world_size": COUNT, "device": TEXT, "dtype": TEXT,
+    "torch": TEXT, "python": TEXT, "platform": TEXT, "sha256_code": TEXT,
+    "sources": {"*": {"sha256": TEXT, "bytes": COUNT}}, "sha256_val_tokens": TEXT, "sha256_tokenizer": TEXT, "sha256_artifact": TEXT, "bytes_artifact": COUNT,
+    "bytes_code": COUNT, "bytes_total": COUNT,
+}  # fmt: skip
+MAY_LACK = {"sources", "partial", "sha256_tokenizer", "sha256_val_tokens", "pre_quant_val_loss"}
+MAY_BE_ZERO = {"seed", "eval_seconds", "start", "bos_id", "duplicates_of_validation"}
+MANIFEST = {"tokenizer": {"kind": TEXT, "sha256": TEXT, "start": COUNT, "options": {"bos_id": COUNT}},
+            "splits": {"val": {"tokens": COUNT, "bytes": COUNT, "token_bytes": COUNT}},
+            "dropped": {"duplicates_of_validation": COUNT}}  # fmt: skip
+
+
+def without_nulls(value):
+    """An object, and the objects in it, without the keys that are null."""
+    if not isinstance(value, dict):
+        return value
+    return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+
+
+def misfits(value, kind, name: str) -> list[str]:
+    """What is wrong with a value, and inside of it, as text."""
+    if kind == ANY:
+        return []
+    if isinstance(kind, dict):
+        if not isinstance(value, dict):
+            return [f"{name} is {value!r:.40}, expected an object"]
+        inside = [(key, kind.get(key, kind.get("*", ANY))) for key in value]
+        return [problem for key, of in inside for problem in misfits(value[key], of, f"{name}.{key}".lstrip("."))]
+    if kind in (COUNT, NUMBER):
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        whole = number and (kind == NUMBER or value == int(value))
+        good = whole and (value > 0 or (value == 0 and name.rpartition(".")[2] in MAY_BE_ZERO))
+    else:
+        good = isinstance(value, str if kind == TEXT else bool)
+    return [] if good else [f"{name} is {value!r:.40}, expected {kind}"]
+
+
+def read_shaped(path: Path, kind: dict, needed: set[str]) -> dict:
+    """The object in a JSON file, without its nulls; UserError for a field of another kind, or one of `needed` that is
+    not there."""
+    value = without_nulls(read_json(path))
+    problems = misfits(value, kind, "")
+    problems += [f"{name} is missing" for name in sorted(needed - value.keys())]
+    for name, source in value.get("sources", {}).items() if not problems else ():
+        if Path(name).is_absolute() or ".." in Path(name).parts or len(source.keys() & {"sha256", "bytes"}) < 2:
+            problems.append(f"sources.{name} is {source}, expected sha256 and bytes of a file inside the folder")
+    if problems:
+        raise UserError(f"{path}: {'; '.join(problems[:3])}: take the file that the run wrote")
+    return value
+
+
+def read_result(path: Path, whole: bool = False) -> dict:
+    """A run's result.json; `whole` if a record needs it, and not what any script may write."""
+    return read_shaped(path, RESULT, RESULT.keys() - MAY_LACK if whole else set())
+
+
+def read_manifest(path: Path) -> dict:
+    """The manifest.json of data, or nothing where there is none."""
+    return read_shaped(path, MANIFEST, set()) if path.is_file() else {}
+
+
 def read_env(path: Path) -> dict[str, str]:
     """{KNOB: text} of a config.env as a run writes it: KEY="VALUE" lines."""
-    pairs = re.findall(r"""^(\w+)=(?:"([^"\n]*)"|'([^'\n]*)'|(.*))$""", path.read_text(encoding="utf-8"), re.MULTILINE)
+    pairs = re.findall(r"""^(\w+)=(?:"([^"\n]*)"|'([^'\n]*)'|(.*))$""", read_text(path), re.MULTILINE)
     return {name: a or b or c for name, a, b, c in pairs}
 
 
@@ -291,7 +374,7 @@ def read_run(folder: Path) -> Run:
     if not log.is_file():
         raise UserError(f"{folder} has no train.log: expected logs/<run_id>, a run folder of train_gpt.py")
     result = folder / "result.json"
-    return Run(folder.name, parse_log(log), read_json(result) if result.is_file() else None, result,
+    return Run(folder.name, parse_log(log), read_result(result) if result.is_file() else None, result,
                folder / "metrics.jsonl")
 
 
@@ -302,7 +385,7 @@ def record_runs(folder: Path) -> list[Run]:
     for path in results:
         seed = path.stem.removeprefix("result_seed")
         log = folder / f"train_seed{seed}.log"
-        runs.append(Run(f"seed {seed}", parse_log(log) if log.is_file() else None, read_json(path), path,
+        runs.append(Run(f"seed {seed}", parse_log(log) if log.is_file() else None, read_result(path, True), path,
                         folder / f"metrics_seed{seed}.jsonl"))
     for path in sorted(folder.rglob("*")) if not results else []:
         if path.suffix in LOG_SUFFIXES and path.is_file() and "requirements" not in path.name:

@@ -61,7 +61,8 @@ class PublicSubmission(BaseModel):
     """The core fields, under every name seen in public folders."""
 
     model_config = ConfigDict(extra="allow")
-    author: str = Field(min_length=1, validation_alias=names("author", "authors", "submitter", "author_name", "team"))
+    author: str | list[str] = Field(min_length=1, validation_alias=names(
+        "author", "authors", "submitter", "author_name", "team"))
     github_id: str = Field(min_length=1, coerce_numbers_to_str=True, validation_alias=names(
         "github_id", "github", "github_username", "github_user", "github_handle", "submitter"))
     name: str = Field(min_length=1, validation_alias=names(
@@ -96,12 +97,21 @@ class Claim:
     listed: list[int] = field(default_factory=list)
 
 
-def number(value) -> Decimal | None:
-    value = Decimal(value) if isinstance(value, int) and not isinstance(value, bool) else value
+def number(value, from_text: bool = False) -> Decimal | None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    text = from_text and isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)?", value)
+    value = Decimal(value) if whole or text else value
     return value if isinstance(value, Decimal) and value.is_finite() else None
 
 
-def seed_claims(raw: dict) -> dict[int, dict[str, Decimal]]:
+def stated(row: dict, from_text: bool) -> dict[str, Decimal]:
+    """{field: number} of what a row states, under the first of its names that holds a number."""
+    found = {name: next((n for alias in choices if (n := number(row.get(alias), from_text)) is not None), None)
+             for name, choices in ALIASES.items()}  # fmt: skip
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def seed_claims(raw: dict, from_text: bool) -> dict[int, dict[str, Decimal]]:
     """{seed: {field: number}} of tables by seed (1337, "seed_42"), lists of rows, or bare scores."""
     table = next((raw[name] for name in SEED_TABLES if isinstance(raw.get(name), dict | list)), {})
     rows = table.items() if isinstance(table, dict) else [
@@ -111,25 +121,21 @@ def seed_claims(raw: dict) -> dict[int, dict[str, Decimal]]:
         match = re.fullmatch(r"(?:seed[_ -]?)?(\d+)", str(key))
         row = row if isinstance(row, dict) else {"val_bpb": row}
         if match:
-            found = {name: next((n for alias in choices if (n := number(row.get(alias))) is not None), None)
-                     for name, choices in ALIASES.items()}
-            claims[int(match[1])] = {name: value for name, value in found.items() if value is not None}
+            claims[int(match[1])] = stated(row, from_text)
     return claims
 
 
-def read_claim(path: Path) -> tuple[Claim, dict]:
-    """(numbers to compare, the same file as plain JSON to validate)."""
+def read_claim(path: Path, ours: bool) -> tuple[Claim, dict]:
+    """(numbers to compare, the same file as plain JSON to validate). Public files also hold numbers as text."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         raw, plain = json.loads(text, parse_float=Decimal), json.loads(text)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path.name}: no JSON ({error})") from error
     if not isinstance(raw, dict):
         raise UserError(f"{path.name} holds a {type(raw).__name__}, expected an object")
-    claim = Claim(raw)
-    for name, choices in ALIASES.items():
-        setattr(claim, name, next((n for alias in choices if (n := number(raw.get(alias))) is not None), None))
-    claim.seeds = seed_claims(raw)
+    claim = Claim(raw, **stated(raw, from_text=not ours))
+    claim.seeds = seed_claims(raw, from_text=not ours)
     listed = raw.get("seeds")
     claim.listed = [seed for seed in listed if isinstance(seed, int)] if isinstance(listed, list) else []
     return claim, plain

@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from record_read import ROOT, Run, UserError, parse_log, read_env, read_json
+from record_read import ROOT, Run, UserError, parse_log, read_env, read_result
 
 REPOSITORY_SCRIPT = ROOT / "train_gpt.py"
 
@@ -89,7 +89,7 @@ def stop(process: subprocess.Popen, patience: float = 10.0):
 def read_finished(folder: Path, run_id: str) -> Run:
     """What a run left: its output as the log, its result.json and metrics.jsonl if it makes them."""
     result = folder / run_id / "result.json"
-    return Run(run_id, parse_log(folder / f"{run_id}.out"), read_json(result) if result.is_file() else None, result,
+    return Run(run_id, parse_log(folder / f"{run_id}.out"), read_result(result) if result.is_file() else None, result,
                folder / run_id / "metrics.jsonl")  # fmt: skip
 
 

@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from record_read import Run, UserError, read_env, read_json, read_run
+from record_read import Run, UserError, read_env, read_result, read_run
 
 POLL_SECONDS = 2.0
 PACKAGES = {"trackio": "trackio", "wandb": "wandb", "tensorboard": "tensorboard"}
@@ -90,7 +90,7 @@ def follow(folder: Path, sink: str, project: str, once: bool):
         while True:
             result = folder / "result.json"  # written last
             finished = result.is_file()
-            run = Run(folder.name, None, read_json(result) if finished else None, result, folder / "metrics.jsonl")
+            run = Run(folder.name, None, read_result(result) if finished else None, result, folder / "metrics.jsonl")
             for step, numbers in whole_steps(run, finished):
                 if step > to.last_step:
                     to.log(numbers, step)

@@ -342,3 +342,75 @@ def test_a_mistake_gets_one_line_and_exit_code_2(arguments, said, capsys):
     assert record.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and said in error and error.count("\n") <= 2
+
+
+ODD = [None, "x", -1, 1e400, [1], {"a": 1}, True]
+JSON_FILES = ("result_seed2.json", "submission.json", "data_manifest.json")
+
+
+def places(value, path=()):
+    """The way to every value in an object of objects."""
+    for key, inner in value.items():
+        yield (*path, key)
+        yield from places(inner, (*path, key)) if isinstance(inner, dict) else ()
+
+
+@pytest.mark.parametrize("name", JSON_FILES)
+def test_no_value_of_a_wrong_kind_breaks_the_check(name, copy, monkeypatch):
+    """Each value in turn is missing, or of another kind: every time there is an answer."""
+    monkeypatch.setitem(record_check.CHECKS, "compile", lambda record: [])  # it reads none of them, and takes long
+    monkeypatch.setitem(record_check.CHECKS, "leak", lambda record: [])
+    whole = copy.path(name).read_text()
+    for number, path in enumerate(places(json.loads(whole))):
+        for odd in (ODD[number % len(ODD)], ODD[(number + 3) % len(ODD)], KeyError):
+            value = json.loads(whole)
+            inner = value
+            for key in path[:-1]:
+                inner = inner[key]
+            if odd is KeyError:
+                del inner[path[-1]]
+            else:
+                inner[path[-1]] = odd
+            copy.path(name).write_text(json.dumps(value))
+            assert isinstance(record_check.examine(copy.folder)["findings"], list)
+
+
+def as_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+DAMAGES = {
+    "empty": lambda path: path.write_bytes(b""), "binary": lambda path: path.write_bytes(bytes(range(256))),
+    "cut in half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "a folder": as_folder, "a list": lambda path: path.write_text("[1]"),
+    "deep": lambda path: path.write_text("[" * 100_000), "UTF-16": lambda path: path.write_text("{}", "utf-16"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", [*JSON_FILES, "config.env"])
+def test_a_file_that_cannot_be_read_is_a_finding_that_names_it(name, damage, copy, capsys):
+    if (name, damage) == ("data_manifest.json", "a folder"):
+        pytest.skip("as if there were none")
+    DAMAGES[damage](copy.path(name))
+    assert record.main(["check", str(copy.folder)]) == 1
+    said = capsys.readouterr().out
+    assert name in said.replace(str(copy.folder), "") and "remedy: " in said
+
+
+def test_one_broken_record_does_not_keep_the_others_from_being_checked(sound, tmp_path, capsys):
+    track = tmp_path / "records" / TRACK
+    for name in ("2026-01-01_broken", "2026-01-02_sound"):
+        shutil.copytree(sound, track / name)
+    (track / "2026-01-01_broken" / "result_seed1.json").write_text("{")
+    assert record.main(["check", "--all", "--root", str(tmp_path)]) == 1
+    said = capsys.readouterr().out
+    assert "result_seed1.json is no JSON" in said and "2026-01-02_sound: 0 findings" in said
+
+
+@pytest.mark.parametrize("name", ["../train_gpt.py", "/etc/passwd", "a/../../b"])
+def test_a_source_outside_the_folder_is_refused(name, copy, capsys):
+    copy.edit("result_seed1.json", lambda v: v["sources"].update({name: {"sha256": "0" * 64, "bytes": 1}}))
+    assert record.main(["check", str(copy.folder)]) == 1
+    assert "inside the folder" in capsys.readouterr().out

@@ -76,11 +76,20 @@ total_eval_time:{eval_s}s
 """
 
 
+def sliding_log(seed, bpb, eval_ms=72_000):
+    """The reference's log of a script that scores in overlapping windows, and states the time on that line alone."""
+    loss = loss_of(bpb, TOKENS["sp1024"])
+    return march_log(seed, bpb).replace("final_int8_zlib_roundtrip val_loss:", (
+        f"final_int6_sliding_window val_loss:{loss:.4f} val_bpb:{bpb:.4f} stride:64 eval_time:{eval_ms}ms\n"
+        "final_int8_zlib_roundtrip_of_windows val_loss:"), 1).replace("eval_time:2098ms", "")
+
+
 def write(folder: Path, submission, logs, script=SCRIPT, readme=True):
     folder.mkdir(parents=True)
     if submission is not None:
         (folder / "submission.json").write_text(json.dumps(submission, indent=2))
     for name, text in logs.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
     if script is not None:
         (folder / "train_gpt.py").write_text(script)
@@ -124,6 +133,17 @@ SOUND = {
                       three_logs()),
     "bare scores by seed": (three(seed_results={f"seed_{seed}": bpb for seed, bpb in SEEDS.items()}), three_logs()),
     "an ablation's log beside": (three(), three_logs() | {"ablation_no_ttt.log": april_log(42, 1.0828)}),
+    "an ablation of another seed": (three(), three_logs() | {"ablations/no_ttt_seed7.log": april_log(7, 1.0828)}),
+    "a folder for each seed": (three(), {f"seed{seed}/train.log": april_log(seed, b) for seed, b in SEEDS.items()}),
+    "several authors": ({k: v for k, v in core(1.2032).items() if k != "author"} | {"authors": ["A", "B"]},
+                        {"train.log": march_log(1339, 1.20319508)}),
+    "score as text": (core("1.2032"), {"train.log": march_log(1339, 1.20319508)}),
+    "loss of the last validation": (core(1.2032, val_loss=round(loss_of(1.20319508, TOKENS["sp1024"]) - 0.006, 4)),
+                                    {"train.log": march_log(1339, 1.20319508)}),
+    "mean loss before the export": (three(val_loss=round(loss_of(MEAN, TOKENS["sp8192"]) + 0.01, 5)), three_logs()),
+    "mean loss": (three(val_loss=round(loss_of(MEAN, TOKENS["sp8192"]), 5)), three_logs()),
+    "time beside the score in windows": (core(1.1502), {"train.log": sliding_log(1, 1.1502)}),
+    "log with another ending": (core(1.2032), {"train.out": march_log(1, 1.20319508)}),
     "no source in the log": (core(1.2032), {"train.log": march_log(1, 1.20319508, source=False)}),
     "case marks": (core(1.0611), {"train.log": april_log(1, 1.0611).replace(
         "val_tokens: 40540160", "val_tokens: 47853343").replace(
@@ -156,6 +176,8 @@ FAULTS = {
     "null score": (core(None), {"train.log": GOOD}, {}, "schema"),
     "no github_id": ({k: v for k, v in core(1.2032).items() if k != "github_id"}, {"train.log": GOOD}, {}, "schema"),
     "score that is not in its log": (core(1.1932), {"train.log": GOOD}, {}, "score"),
+    "score as text that is not in its log": (core("1.1932"), {"train.log": GOOD}, {}, "score"),
+    "loss that is not in its log": (core(1.2032, val_loss=2.0211), {"train.log": GOOD}, {}, "score"),
     "score before the export": (core(1.08479123), {"train_seed42.log": april_log(42, SEEDS[42])}, {}, "score"),
     "mean that is none": (three(val_bpb=1.0801), three_logs(), {}, "score"),
     "deviation that is none": (three(val_bpb_std=0.00002), three_logs(), {}, "score"),
@@ -163,6 +185,8 @@ FAULTS = {
                              val_bpb=round(MEAN - 0.01 / 3, 5), val_bpb_std=0.0058), three_logs(), {}, "score"),
     "seed without a log": (three(), {k: v for k, v in three_logs().items() if "314" not in k}, {}, "seeds"),
     "best three of four": (three(), three_logs() | {"train_seed7.log": april_log(7, 1.0999)}, {}, "seeds"),
+    "best three of four folders": (three(), {
+        f"seed{seed}/train.log": april_log(seed, bpb) for seed, bpb in (SEEDS | {7: 1.0999}).items()}, {}, "seeds"),
     "log of another seed": (three(), three_logs() | {"train_seed42.log": april_log(1, SEEDS[42])}, {}, "seeds"),
     "other code than in the log": (core(1.2032), {"train.log": GOOD}, {"script": SCRIPT + "x = 1\n"}, "script"),
     "other size than in the log": (core(1.2032), {"train.log": march_log(1339, 1.20319508, source=False)},
@@ -173,6 +197,7 @@ FAULTS = {
     "claimed size": (core(1.2032, bytes_total=15_000_000), {"train.log": GOOD}, {}, "size"),
     "over the clock": (core(1.2032), {"train.log": march_log(1339, 1.20319508, ms=612_000)}, {}, "clock"),
     "evaluation over the clock": (three(), three_logs(eval_s=633.0), {}, "clock"),
+    "evaluation in windows over the clock": (core(1.1502), {"train.log": sliding_log(1, 1.1502, 633_000)}, {}, "clock"),
     "truncated validation": (core(1.2032), {"train.log": march_log(
         1339, 1.20319508, tokens=31_010_816, text_bytes=75_540_181)}, {}, "validation"),
     "bytes counted 17% too high": (core(1.0284), {"train.log": march_log(
