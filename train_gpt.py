@@ -127,7 +127,7 @@ class Config:
     parallel_from: int = arch(-1, "first block, from 0, whose attention and MLP read the same", -1)
     smear_gate: bool = arch(False, "a gate lets each embedding take some of the one before it")
     start_token: int = arch(1, "id that begins a document, where SMEAR_GATE=1 takes nothing", 0)
-    canonical: bool = arch(False, "no probability for tokens that its text never has after the last")
+    canonical: bool = arch(False, "no probability for tokens that no text has after the last")
     # Model: depth recurrence
     loop_layers: str = arch("", "FIRST-LAST blocks, from 0, that run several times; empty: none")
     loop_passes: int = arch(3, "times that LOOP_LAYERS run", 2, 100)
@@ -423,7 +423,7 @@ class TokenStream:
     """The shards of one split as one sequence of tokens."""
     def __init__(self, folder: str, split: str, vocab_size: int):
         self.pattern, self.vocab_size = f"{folder}/fineweb_{split}_*.bin", vocab_size
-        name = re.compile(rf"fineweb_{split}_(\d+)\.bin")  # a glob would take ..._000000_old.bin, too
+        name = re.compile(rf"fineweb_{split}_(\d+)\.bin")  # a glob takes ..._000000_old.bin, too
         paths = [path for path in Path(folder).glob("*") if name.fullmatch(path.name)]
         found = sorted((int(name.fullmatch(path.name)[1]), path) for path in paths)
         require(found, f"DATA_PATH={folder} holds no fineweb_{split}_NNNNNN.bin; {NO_DATA_HINT}")
@@ -436,7 +436,7 @@ class TokenStream:
     def __len__(self) -> int:
         return int(self.ends[-1])
     def read(self, start: int, count: int) -> np.ndarray:
-        """`count` uint16 tokens of the vocabulary from `start` on, across shards, around the end."""
+        """`count` uint16 tokens of the vocabulary from `start` on, across shards and the end."""
         pieces = []
         while count > 0:
             start %= len(self)
