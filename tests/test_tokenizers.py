@@ -4,6 +4,7 @@ and scored alike."""
 import importlib.util
 import json
 import math
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -100,6 +101,7 @@ def test_capitals_become_marks_as_in_the_data_tool_and_come_back(text):
     assert helper.mark(text) == case_marks.encode(text)
     assert helper.unmark(helper.mark(text).encode()) == text.encode()
     assert helper.unmark(text.encode()).decode() == case_marks.decode(text)
+    assert not re.search("[A-Z\u2581]", helper.mark(text))
 
 
 def test_marks_weigh_nothing_and_are_no_boundaries(tables):
