@@ -303,8 +303,8 @@ RESULT = {
     "pre_quant_val_bpb": NUMBER, "partial": FLAG, "scored_tokens": COUNT, "scored_bytes": COUNT, "eval_seconds": NUMBER,
     "train_tokens": NUMBER, "seconds": {"training": NUMBER}, "world_size": COUNT, "device": TEXT, "dtype": TEXT,
     "torch": TEXT, "python": TEXT, "platform": TEXT, "sha256_code": TEXT,
-    "sources": {"*": {"sha256": TEXT, "bytes": COUNT}}, "sha256_val_tokens": TEXT, "sha256_tokenizer": TEXT, "sha256_artifact": TEXT, "bytes_artifact": COUNT,
-    "bytes_code": COUNT, "bytes_total": COUNT,
+    "sources": {"*": {"sha256": TEXT, "bytes": COUNT}}, "sha256_val_tokens": TEXT, "sha256_tokenizer": TEXT,
+    "sha256_artifact": TEXT, "bytes_artifact": COUNT, "bytes_code": COUNT, "bytes_total": COUNT,
 }  # fmt: skip
 MAY_LACK = {"sources", "partial", "sha256_tokenizer", "sha256_val_tokens", "pre_quant_val_loss"}
 MAY_BE_ZERO = {"seed", "eval_seconds", "start", "bos_id", "duplicates_of_validation"}
