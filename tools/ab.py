@@ -145,13 +145,24 @@ def compare(arguments: argparse.Namespace) -> dict:
             for key in Measured.__dataclass_fields__}  # fmt: skip
 
 
+def at_least(least: int):
+    """The type of a whole number from `least` on, for argparse."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text}: expected a whole number from {least} on")
+        return int(text)
+
+    return parse
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for side in "ab":
         parser.add_argument(side, metavar=side.upper(), help="FILE.env, SCRIPT.py, or SCRIPT.py,FILE.env")
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--warm-up", type=int, default=1, help="pairs before those that count")
-    parser.add_argument("--seed", type=int, default=1337, help="of the first pair; the next has the next")
+    parser.add_argument("--pairs", type=at_least(1), default=5)
+    parser.add_argument("--warm-up", type=at_least(0), default=1, help="pairs before those that count")
+    parser.add_argument("--seed", type=at_least(0), default=1337, help="of the first pair; the next has the next")
     parser.add_argument("--work", type=Path, help="folder of the runs; default: logs/ab_<A>_<B>")
     parser.add_argument("--json", action="store_true", help="also print all numbers as JSON, in the last line")
     arguments = parser.parse_args(argv)

@@ -161,10 +161,22 @@ def label_of(spec: str) -> str:
     return Path(spec.rstrip("/")).name if "," not in spec else ",".join(Path(part).name for part in spec.split(","))
 
 
+def readable(groups: dict[str, list[Run]]) -> dict[str, list[Run]]:
+    """The groups without runs that have nothing to draw yet, which are named."""
+    kept = {label: [run for run in runs if curves(run)] for label, runs in groups.items()}
+    names = [run.name for label, runs in groups.items() for run in runs if run not in kept[label]]
+    told = f"{', '.join(names)} has no numbers yet: its metrics.jsonl is empty or not there"
+    if names and not any(kept.values()):
+        raise UserError(told)
+    if names:
+        print(told, file=sys.stderr)
+    return {label: runs for label, runs in kept.items() if runs}
+
+
 def picture(specs: list[str]):
     tracks = [Path(spec) for spec in specs if Path(spec).name.startswith("track_") and not is_record(Path(spec))]
     if not tracks:
-        return draw_runs({label_of(spec): read_group(spec) for spec in specs})
+        return draw_runs(readable({label_of(spec): read_group(spec) for spec in specs}))
     if len(specs) > 1:
         raise UserError(f"{', '.join(specs)}: one track at a time")
     records = [open_record(path) for path in sorted(tracks[0].glob("*")) if is_record(path)]
@@ -181,6 +193,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments.output.suffix not in (".png", ".svg", ".pdf"):
             raise UserError(f"-o {arguments.output}: expected a .png, .svg or .pdf")
+        if not arguments.output.parent.is_dir():
+            raise UserError(f"-o {arguments.output}: there is no folder {arguments.output.parent}: make it first")
         with plt.rc_context(STYLE):
             save(picture(arguments.specs), arguments.output)
     except (UserError, OSError) as error:

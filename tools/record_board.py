@@ -86,8 +86,10 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 
 def main(arguments: argparse.Namespace) -> int:
-    page, tracks = arguments.records / "README.md", scored(arguments.records)
-    text = page.read_text(encoding="utf-8")
+    page = arguments.records / "README.md"
+    if not page.is_file():
+        raise UserError(f"{arguments.records} has no README.md, which holds the board: give the folder of the tracks")
+    text, tracks = page.read_text(encoding="utf-8"), scored(arguments.records)
     pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
     if not pattern.search(text):
         raise UserError(f"{page} has no place for the board: put these two lines in it: {BEGIN} and {END}")

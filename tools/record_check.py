@@ -191,6 +191,9 @@ def against_base(root: Path, base: str) -> tuple[list[Path], list[Finding]]:
 
 
 def all_records(records: Path) -> list[Path]:
+    """The record folders of all tracks."""
+    if not records.is_dir():
+        raise UserError(f"there is no {records}: give a checkout of the repository, or its folder of records")
     return sorted(path for path in records.glob("track_*/*") if path.is_dir())
 
 

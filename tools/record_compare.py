@@ -99,7 +99,8 @@ def curve(run: Run) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(steps, losses, training seconds) of a run: its validations if there are several, else train_loss as a running
     mean over 5% of the run."""
     lines = run.metrics()
-    train = [(m["step"], m["train_loss"], m["train_seconds"]) for m in lines if "train_loss" in m]
+    keys = "step", "train_loss", "train_seconds"
+    train = [tuple(m[key] for key in keys) for m in lines if m.keys() >= set(keys)]
     seconds = {step: clock for step, _, clock in train}
     val = [(m["step"], m["val_loss"], seconds.get(m["step"], 0.0)) for m in lines if "val_loss" in m]
     if len(val) > 2:

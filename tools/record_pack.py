@@ -201,12 +201,17 @@ def add_arguments(parser: argparse.ArgumentParser):
 def main(arguments: argparse.Namespace) -> int:
     from record_check import examine, show  # late: it makes the results table again
 
+    for name in ("author", "github_id"):
+        if not getattr(arguments, name).strip():
+            raise UserError(f"--{name.replace('_', '-')} is empty: a record names who made it")
     if not re.fullmatch(r"track_\w+", arguments.track) or not re.fullmatch(r"[\w-]+", arguments.slug):
         raise UserError(f"--track {arguments.track} --slug {arguments.slug}: expected a name like track_10min_16mb, "
                         "and letters, digits, - and _")
     date = arguments.date or datetime.datetime.now(datetime.UTC).date().isoformat()
-    if not re.fullmatch(r"\d{4}-\d\d-\d\d", date):
-        raise UserError(f"--date {date}: expected YYYY-MM-DD")
+    try:
+        date = datetime.date.fromisoformat(date).isoformat()
+    except ValueError as error:
+        raise UserError(f"--date {date}: {error}: expected YYYY-MM-DD") from error
     target = arguments.records / arguments.track / f"{date}_{arguments.slug}"
     if target.exists():
         raise UserError(f"{target} exists: choose another --slug, or remove it first")

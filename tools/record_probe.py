@@ -102,7 +102,8 @@ class Recorder:
 def open_record(record: Path, data: str, tokenizer: str, artifact: Path):
     """(train_gpt as the record has it, configuration, model with the artifact's weights, compiled model, folder)."""
     train_gpt = load("train_gpt", record / "train_gpt.py")
-    load("train_gpt.tools.kernels", Path(__file__).with_name("kernels.py"))  # those that the run had, to the last digit
+    for name in ("kernels", "tokenizers"):  # kernels: those that the run had, to the last digit
+        load(f"train_gpt.tools.{name}", Path(__file__).with_name(f"{name}.py"))
     held = train_gpt.unpack(artifact.read_bytes())
     source = held.get("source")
     config_class = train_gpt.Config
@@ -226,8 +227,14 @@ def main(record: Path, data: str, tokenizer: str, artifact: Path, places: int) -
 
 if __name__ == "__main__":
     sys.addaudithook(guard)
-    with contextlib.redirect_stdout(sys.stderr):
-        answer = main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], Path(sys.argv[4]), int(sys.argv[5]))
-    assert math.isfinite(answer["score"]["val_bpb"])
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            answer = main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], Path(sys.argv[4]), int(sys.argv[5]))
+    except ValueError as error:
+        if type(error).__name__ != "UserError":  # the record's own class; all else is a fault in its code, and shown
+            raise
+        sys.exit(f"error: {error}")
+    if not math.isfinite(answer["score"]["val_bpb"]):
+        sys.exit(f"error: the artifact scores {answer['score']['val_bpb']} BPB")
     print(json.dumps(answer), flush=True)
     os._exit(0)  # threads of the record's code need not be waited for

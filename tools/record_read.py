@@ -24,6 +24,11 @@ class UserError(ValueError):
     """A mistake that the user can mend: shown as one line, exit code 2."""
 
 
+def is_number(value) -> bool:
+    """Whether a value of a JSON file is a finite number; NaN and Infinity pass as JSON in Python, and true as 1."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def digits(number: Decimal) -> float:
     """The value of a number's last written digit: 1e-4 for 1.2032. Scores agree if they differ by at most that."""
     return 10.0 ** number.as_tuple().exponent
@@ -253,16 +258,19 @@ class Run:
         return self.tokens * self.val_loss / (math.log(2) * self.val_bpb)
 
     def metrics(self) -> list[dict]:
-        """Lines of metrics.jsonl by step. A resumed run wrote some steps twice: the later line counts."""
+        """Lines of metrics.jsonl by step: their finite numbers, and `partial`. A resumed run wrote some steps twice:
+        the later line counts. What is no such line is left out, as the last one of a run that is still writing."""
         if not self.metrics_path or not self.metrics_path.is_file():
             return []
         kept = {}
-        for line in self.metrics_path.read_text(encoding="utf-8").splitlines():
+        for line in self.metrics_path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                entry = json.loads(line)
-            except ValueError:
-                continue  # the last line of a run that is still writing
-            kept[entry["step"], "val_loss" in entry] = entry
+                found = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(found, dict) and is_number(found.get("step")):
+                entry = {key: value for key, value in found.items() if is_number(value) or key == "partial"}
+                kept[entry["step"], "val_loss" in entry] = entry
         return [kept[key] for key in sorted(kept)]
 
 
@@ -330,9 +338,8 @@ def misfits(value, kind, name: str) -> list[str]:
         inside = [(key, kind.get(key, kind.get("*", ANY))) for key in value]
         return [problem for key, of in inside for problem in misfits(value[key], of, f"{name}.{key}".lstrip("."))]
     if kind in (COUNT, NUMBER):
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        whole = number and (kind == NUMBER or value == int(value))
-        good = whole and (value > 0 or (value == 0 and name.rpartition(".")[2] in MAY_BE_ZERO))
+        fits = is_number(value) and (kind == NUMBER or value == int(value))
+        good = fits and (value > 0 or (value == 0 and name.rpartition(".")[2] in MAY_BE_ZERO))
     else:
         good = isinstance(value, str if kind == TEXT else bool)
     return [] if good else [f"{name} is {value!r:.40}, expected {kind}"]

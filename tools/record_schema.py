@@ -13,7 +13,7 @@ from record_read import UserError
 
 MEGABYTE = 10**6  # decimal: 16 MB are 16,000,000 bytes, and not 16 MiB, which are 16,777,216
 DATE = r"^\d{4}-\d{2}-\d{2}([T ].*)?$"
-Text = Field(min_length=1)
+Text = Field(pattern=r"\S")
 Positive = Field(gt=0, allow_inf_nan=False)
 
 

@@ -57,7 +57,7 @@ POLL_SECONDS = 0.5
 def read_space(path: Path) -> dict:
     try:
         space = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: {error}: see `python tools/sweep.py --help` for its form") from error
     odd = space.keys() - KEYS
     if odd or not space.get("space"):
@@ -129,7 +129,7 @@ def stages(run: Run, config: dict[str, str]) -> dict[int, float]:
     losses = {}
     for line in run.metrics():
         if "train_loss" in line:
-            by_clock = line["train_seconds"] / clock if clock else 0.0
+            by_clock = line.get("train_seconds", 0.0) / clock if clock else 0.0
             progress = max(line["step"] / iterations if iterations else 0.0, by_clock)
             losses.setdefault(min(int(progress * STAGES), STAGES), []).append(line["train_loss"])
     return {stage + 1: sum(of) / len(of) for stage, of in losses.items() if stage < max(losses)}

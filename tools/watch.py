@@ -82,6 +82,8 @@ def whole_steps(run: Run, finished: bool) -> Iterator[tuple[int, dict[str, float
 def follow(folder: Path, sink: str, project: str, once: bool):
     """Feed one run until it is finished, or once."""
     waited_for = folder / "config.env"
+    if not waited_for.is_file() and not once:
+        print(f"waiting for {folder}, which is no run folder yet", file=sys.stderr)
     while not waited_for.is_file() and not once:
         time.sleep(POLL_SECONDS)
     read_run(folder)  # names what is no run folder

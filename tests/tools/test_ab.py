@@ -116,6 +116,13 @@ def test_the_script_of_this_repository_is_measured(corpus, tmp_path, monkeypatch
     assert all(found[key] for key in ("step_ms", "tokens_per_second", "memory_mib", "bytes_total"))
 
 
+@pytest.mark.parametrize("wrong", [["--pairs", "0"], ["--pairs", "-3"], ["--warm-up", "-1"], ["--seed", "-1"]])
+def test_a_number_of_pairs_that_is_none_is_refused(wrong, two, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        ab.main([*two, "--work", "w", *wrong])
+    assert stopped.value.code == 2 and wrong[0] in capsys.readouterr().err and not (tmp_path / "w").exists()
+
+
 @pytest.mark.parametrize("spec", ["/nowhere.env", "a.txt", "a.env,b.env"])
 def test_a_target_that_is_none_gets_one_line(spec, two, tmp_path, capsys):
     (tmp_path / "a.txt").touch()

@@ -102,6 +102,40 @@ def test_a_run_that_goes_on_and_a_cut_last_line_are_drawn(corpus, tmp_path):
     assert plot.main([str(folder), "-o", str(tmp_path / "x.png")]) == 0 and (tmp_path / "x.png").stat().st_size > 20_000
 
 
+RUBBISH = b"""[1]
+{"a": 1}
+{"step": "x", "train_loss": 1}
+{"step": 1, "train_loss": "x", "val_loss": []}
+{"step": true, "train_loss": 2.0}
+{"step": 2, "train_loss": null, "train_seconds": null}
+{"step": 3, "train_loss": NaN, "train_seconds": Infinity}
+null
+\xff\xfe
+{"step": 9, "train_loss": 4.0, "lr_scale": 1.0, "train_seconds": 0.5}
+"""
+
+
+def test_rubbish_in_metrics_is_left_out(corpus, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(tiny_runs.make_runs(corpus)[0], folder)
+    (folder / "metrics.jsonl").write_bytes(RUBBISH)
+    lines = [line for line in read_run(folder).metrics() if len(line) > 1]
+    assert lines == [{"step": 9, "train_loss": 4.0, "lr_scale": 1.0, "train_seconds": 0.5}]
+    assert plot.main([str(folder), "-o", str(tmp_path / "x.png")]) == 0
+    assert record.main(["compare", str(folder), str(folder)]) == 0
+
+
+def test_runs_without_numbers_are_named_and_make_no_picture_alone(corpus, tmp_path, capsys):
+    one, folder = tiny_runs.make_runs(corpus)[0], tmp_path / "begun"
+    shutil.copytree(one, folder)
+    (folder / "metrics.jsonl").write_text("")
+    picture = tmp_path / "x.png"
+    assert plot.main([str(folder), "-o", str(picture)]) == 2 and not picture.exists()
+    assert "begun has no numbers yet" in capsys.readouterr().err
+    assert plot.main([str(folder), str(one), "-o", str(picture)]) == 0 and picture.exists()
+    assert "begun has no numbers yet" in capsys.readouterr().err
+
+
 def test_mean_and_spread_are_those_of_each_share_of_the_run():
     share = np.array([0.5, 1.0])
     x, mean, deviation = plot.mean_and_spread([(share, np.array([10.0, 20.0]), np.array([4.0, 2.0])),
@@ -115,7 +149,8 @@ def test_smoothing_is_the_mean_of_the_past():
 
 
 @pytest.mark.parametrize("arguments, said", [
-    (["/nowhere"], "no such folder"), (["x", "-o", "a.gif"], "expected a .png"), (["track_none"], "no record"),
+    (["/nowhere"], "no such folder"), (["x", "-o", "a.gif"], "expected a .png"),
+    (["x", "-o", "/nowhere/a.png"], "no folder /nowhere"), (["track_none"], "no record"),
 ])  # fmt: skip
 def test_a_mistake_in_plot_gets_one_line(arguments, said, capsys):
     assert plot.main(arguments) == 2 and said in capsys.readouterr().err

@@ -336,12 +336,27 @@ def test_check_against_a_base_exits_with_1_and_names_the_files(checkout, capsys)
 
 @pytest.mark.parametrize("arguments, said", [
     (["check"], "nothing to check"), (["check", "/nowhere"], "no such folder"),
-    (["check", "--base", "no_such_ref"], "no_such_ref"), (["compare", "/nowhere", "/nowhere"], "no such folder"),
+    (["check", "--all", "--root", "/nowhere"], "there is no /nowhere/records"),
+    (["check", "--base", "no_such_ref"], "no_such_ref"),
+    (["board", "--records", "/nowhere"], "no README.md"), (["compare", "/nowhere", "/nowhere"], "no such folder"),
 ])  # fmt: skip
 def test_a_mistake_gets_one_line_and_exit_code_2(arguments, said, capsys):
     assert record.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and said in error and error.count("\n") <= 2
+
+
+@pytest.mark.parametrize("option, said", [
+    (["--date", "2026-13-45"], "expected YYYY-MM-DD"), (["--author", " "], "--author"),
+    (["--github-id", ""], "--github-id"),
+    (["--slug", "../x"], "--slug ../x"), (["--slug", ""], "--slug"), (["--track", "nope"], "--track nope"),
+])  # fmt: skip
+def test_a_record_without_a_name_or_a_date_is_not_begun(option, said, corpus, tmp_path, capsys):
+    """What `check` would find in any case is told before a folder is made."""
+    records = tmp_path / "records"
+    about = ["--track", TRACK, "--slug", "s", "--author", "A", "--github-id", "a", "--records", str(records)]
+    assert record.main(["new", str(tiny_runs.make_runs(corpus)[0]), *about, *option]) == 2
+    assert said in capsys.readouterr().err and not records.exists()
 
 
 ODD = [None, "x", -1, 1e400, [1], {"a": 1}, True]

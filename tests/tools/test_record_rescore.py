@@ -50,6 +50,20 @@ def rescore(folder, capsys, *more):
     return code, {finding["check"]: finding["problem"] for finding in report["findings"]}, report
 
 
+@pytest.mark.parametrize("option, said", [
+    (["--tokenizer", "no_such_encoding"], "nothing tiktoken can load"),
+    (["--artifact", "afile"], "its checksum differ"),
+    (["--timeout", "-1"], "--timeout"), (["--data", "/nowhere"], "no validation shards"),
+])  # fmt: skip
+def test_a_mistake_gets_a_line_and_no_traceback(option, said, copy, tmp_path, monkeypatch, capfd):
+    """Also where it is the record's script that finds it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "afile").write_bytes(b"x" * 100)
+    assert record.main(["rescore", str(copy()), *option]) == 2
+    error = capfd.readouterr().err
+    assert said in error and "error: " in error and "Traceback" not in error
+
+
 def test_a_sound_run_has_its_digits_again_and_keeps_every_rule(copy, capsys):
     folder = copy()
     code, findings, report = rescore(folder, capsys)

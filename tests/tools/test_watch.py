@@ -100,6 +100,30 @@ def test_trackio_holds_two_runs_and_a_killed_watcher_goes_on(going, corpus, tmp_
     assert len(trackio_values("tests", "run2", home)) == 24
 
 
+def test_rubbish_in_metrics_is_not_sent(going, monkeypatch):
+    folder, _, _ = going
+    (folder / "metrics.jsonl").write_bytes(
+        b'[1]\n{"step": "x"}\n{"step": 1, "train_loss": NaN, "note": "x"}\n\xff\n'
+        b'{"step": 2, "train_loss": 3.0}\n{"step": 3}\n'
+    )
+    fake = Fake(sent=[])
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    watch.follow(folder, "wandb", "project", once=True)
+    assert [pair for pair in fake.sent if pair[1]] == [(2, {"train_loss": 3.0})]
+
+
+def test_a_folder_that_is_waited_for_is_named(tmp_path, monkeypatch, capsys):
+    """A mistyped name would be waited for without end."""
+
+    def stop(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(watch.time, "sleep", stop)
+    monkeypatch.setattr(watch, "check_package", lambda sink: None)
+    assert watch.main([str(tmp_path / "later")]) == 130
+    assert "waiting for " + str(tmp_path / "later") in capsys.readouterr().err
+
+
 def test_a_missing_package_and_a_missing_folder_get_one_line(going, monkeypatch, capsys, tmp_path):
     folder, _, _ = going
     monkeypatch.setattr(watch.importlib.util, "find_spec", lambda name: None)
