@@ -505,7 +505,12 @@ REFUSALS = [  # what the hub does; options and environment of the command; what 
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("change, options, environ, words", REFUSALS, ids=lambda it: getattr(it, "__name__", str(it))[:40])
+def short(value) -> str:
+    """In the name of a test: without the address of a function, which differs between two workers."""
+    return getattr(value, "__name__", str(value))[:40]
+
+
+@pytest.mark.parametrize("change, options, environ, words", REFUSALS, ids=short)
 def test_a_refusal_is_one_message_that_says_what_to_do(hub, run, root, change, options, environ, words, monkeypatch):
     monkeypatch.setitem(sys.modules, "socksio", None)  # as if it was not installed
     assert run("--train-shards", "0").returncode == 0
