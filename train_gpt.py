@@ -492,17 +492,18 @@ class TrainLoader:
         return tuple(half.contiguous().view(shape) for half in halves)
 
 # ---------- Bytes: the tokenizer, what each of its tokens weighs in bytes of text, the proof of it --------------------
+NAMED_TOKENIZER = re.compile(r"\w+|(.*\W)?\w*byte_?260\w*(\.json)?")  # bytes, or tiktoken's: no .model
+
 class TokenBytes:
     """Bytes of text per token, for a SentencePiece .model; tools/tokenizers.py has others.
 
     Special tokens, and ids beyond the tokenizer's own, weigh 0 and are boundaries. A byte piece weighs
     1, any other its UTF-8 text with U+2581 as a space; but a leading U+2581 right after a boundary adds
     nothing, unless the model writes spaces there as they are. Marks of capitals weigh 0."""
-    NAMED = re.compile(r"\w+|(.*\W)?\w*byte_?260\w*(\.json)?")  # bytes, or by tiktoken: no .model
     def __init__(self, path: str, vocab_size: int, padding: int = 127):
         self.path, self.drops_first_space, self.unmark, self.unweighed = path, True, bytes, []
         self.leading, self.byte_ids, self.unknown = set(), set(), set()
-        if self.NAMED.fullmatch(path):
+        if NAMED_TOKENIZER.fullmatch(path):
             tool("tokenizers").load(self)
         else:
             self.load_sentencepiece(path)
@@ -1341,7 +1342,7 @@ def source_paths(config: Config) -> dict[str, Path]:
     weighs bytes or scores; of a model in its own file that, and what it imports beside it."""
     compress = config.gptq_batches or config.fit_size or config.codec == "rans"
     asked = {"compress": compress, "canonical": config.canonical,
-             "tokenizers": TokenBytes.NAMED.fullmatch(config.tokenizer_path)}
+             "tokenizers": NAMED_TOKENIZER.fullmatch(config.tokenizer_path)}
     script, paths = Path(__file__).resolve(), {f"{k}.py": Path(tool(k).__file__) for k in asked if asked[k]}
     for cls in (type(config), config.model_class()):
         if cls.__module__ != __name__:

@@ -160,7 +160,8 @@ def run_trial(trial: optuna.Trial, space: dict, target: runner.Target) -> float:
     """The objective: one run."""
     knobs, run_id = suggest(trial, space), f"trial{trial.number:04d}"
     folder = Path("logs") / space["name"]
-    for name, value in (("host", socket.gethostname()), ("pid", os.getpid()), ("run_id", run_id)):
+    # The host comes last: another worker may look in between, and asks for the process where the host is its own.
+    for name, value in (("pid", os.getpid()), ("run_id", run_id), ("host", socket.gethostname())):
         trial.set_user_attr(name, value)
     process = runner.start(target, knobs | {"RUN_ID": run_id}, folder)
     try:

@@ -17,9 +17,11 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parents[2] / "tools"))
+sys.path.insert(0, str(HERE.parents[2] / "tools"))  # no package called ladder takes its place
 import ladder  # noqa: E402
 from ladder import ROOT  # noqa: E402
+
+del sys.path[0]  # other files there have the names of packages
 
 sys.path.insert(0, str(ROOT))
 import train_gpt  # noqa: E402

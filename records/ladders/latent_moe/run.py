@@ -18,8 +18,10 @@ from dataclasses import replace
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parents[2] / "tools"))
+sys.path.insert(0, str(HERE.parents[2] / "tools"))  # no package called ladder takes its place
 import ladder  # noqa: E402
+
+del sys.path[0]  # other files there have the names of packages
 
 SMALL = ("bias", "loss", "none", "unshifted", "text")
 EVERY, LOAD_TOKENS, FULL_STEPS = 10, 65_536, 3

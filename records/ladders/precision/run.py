@@ -14,9 +14,11 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parents[2] / "tools"))
+sys.path.insert(0, str(HERE.parents[2] / "tools"))  # no package called ladder takes its place
 import ladder  # noqa: E402
 from ladder import ROOT  # noqa: E402
+
+del sys.path[0]  # other files there have the names of packages
 
 MODEL = ROOT / "records/ladders/gpt2/model.py"  # run, not imported
 # Six steps as published; on a CPU two, in micro-batches whose logits fit the memory.

@@ -19,8 +19,10 @@ from pathlib import Path
 from statistics import fmean
 
 HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parents[2] / "tools"))
+sys.path.insert(0, str(HERE.parents[2] / "tools"))  # no package called ladder takes its place
 import ladder  # noqa: E402
+
+del sys.path[0]  # other files there have the names of packages
 
 SEEDS, LARGE, EVERY = (1337, 1338), ("10_layers18", "13_layers23"), 25
 # Losses after epochs 1, 2, 3 of a text that is not named, and milliseconds a batch, where they were published.
