@@ -33,6 +33,7 @@ the workers of one machine. `optuna-dashboard <storage>` (a package of its own) 
 
 import argparse
 import os
+import re
 import socket
 import sys
 import time
@@ -41,7 +42,7 @@ import warnings
 from pathlib import Path
 
 import runner
-from record_read import Run, UserError, read_env
+from record_read import Run, UserError, is_number, read_env
 
 try:
     import optuna
@@ -49,7 +50,12 @@ try:
 except ModuleNotFoundError as missing:
     raise SystemExit(f"error: {missing}: pip install optuna (it is in requirements-dev.txt)") from None
 
-KEYS = {"seed", "name", "trials", "config", "script", "objective", "storage", "sampler", "fixed", "space", "pruner"}
+KEYS = {"name": str, "trials": int, "config": str, "script": str, "objective": str, "storage": str, "sampler": str,
+        "seed": int, "fixed": dict, "space": dict, "pruner": dict}  # fmt: skip
+SAID = {str: "a text", int: "a whole number", dict: "a table"}
+OWN = {"RUN_ID", "LOG_DIR"}  # knobs that a trial gets from here
+PRUNER = {"startup_trials": lambda n: type(n) is int and n >= 0, "after": lambda x: is_number(x) and 0 <= x <= 1,
+          "off": lambda x: isinstance(x, bool)}  # fmt: skip
 STAGES = 20  # of a run, at each of which the pruner is asked
 POLL_SECONDS = 0.5
 
@@ -59,14 +65,56 @@ def read_space(path: Path) -> dict:
         space = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: {error}: see `python tools/sweep.py --help` for its form") from error
-    odd = space.keys() - KEYS
+    odd = space.keys() - KEYS.keys()
     if odd or not space.get("space"):
         raise UserError(f"{path}: {f'unknown keys {sorted(odd)}' if odd else 'no [space]'}: expected {sorted(KEYS)}")
-    for knob, form in space["space"].items():
-        good = form if isinstance(form, list) else isinstance(form, dict) and {"low", "high"} <= form.keys()
-        if not good:
-            raise UserError(f"{path}: {knob} = {form}: expected {{low = ..., high = ...}} or a list of choices")
+    if problem := fault(space):
+        raise UserError(f"{path}: {problem}")
     return {"name": path.stem, "trials": 20, "objective": "val_bpb", "fixed": {}, "pruner": {}} | space
+
+
+def fault(space: dict) -> str:
+    """What is wrong with a space.toml, the first of it, or nothing."""
+    for key, value in space.items():
+        kind = KEYS[key]
+        if type(value) is not kind or (kind is int and value < (key == "trials")):
+            return f"{key} = {value!r}: expected {SAID[kind]}{' over 0' if key == 'trials' else ''}"
+    if not re.fullmatch(r"\w[\w.-]*", space.get("name", "x")):
+        return f"name = {space['name']!r}: expected letters, digits, dots, - and _, as it names a folder"
+    fixed, searched = space.get("fixed", {}), space["space"]
+    if both := sorted(fixed.keys() & searched.keys()):
+        return f"both fixed and searched: {', '.join(both)}: leave out one"
+    if own := sorted((fixed.keys() | searched.keys()) & OWN):
+        return f"{', '.join(own)}: leave it out, as each trial gets its own"
+    for name, value in fixed.items():
+        if not isinstance(value, str | int | float):
+            return f"fixed.{name} = {value!r}: expected a text, a number, true or false"
+    for name, value in space.get("pruner", {}).items():
+        if not PRUNER.get(name, lambda _: False)(value):
+            return (f"pruner.{name} = {value!r}: expected startup_trials (a whole number), after (a share of a run, "
+                    "0 to 1) or off (true or false)")  # fmt: skip
+    for knob, form in searched.items():
+        try:
+            distribution(form)
+        except (ValueError, TypeError, OverflowError) as error:
+            return f"{knob} = {form}: {error}: expected {{low = ..., high = ...}} or a list of choices"
+    return ""
+
+
+def distribution(form):
+    """What a knob is drawn from: a choice, or by its bounds. Whole bounds make whole numbers."""
+    if isinstance(form, list):
+        if not form or not all(isinstance(choice, str | int | float) for choice in form):
+            raise ValueError("no choices, or choices that are no text, number, true or false")
+        return optuna.distributions.CategoricalDistribution(form)
+    if not isinstance(form, dict) or not {"low", "high"} <= form.keys() <= {"low", "high", "log", "step"}:
+        raise ValueError("not low and high, with log and step where wanted")
+    bounds = [form[name] for name in ("low", "high", "step") if name in form]
+    if not all(map(is_number, bounds)) or not isinstance(form.get("log", False), bool):
+        raise ValueError("bounds are finite numbers, and log is true or false")
+    whole = all(isinstance(bound, int) for bound in bounds)
+    kind = optuna.distributions.IntDistribution if whole else optuna.distributions.FloatDistribution
+    return kind(**form)
 
 
 def open_storage(where: str):
@@ -85,7 +133,9 @@ def open_study(space: dict) -> optuna.Study:
     name, options = space.get("sampler", "TPESampler"), {"seed": space["seed"]} if "seed" in space else {}
     try:
         sampler = getattr(optuna.samplers, name)(**options)
-    except (AttributeError, TypeError) as error:
+        if not isinstance(sampler, optuna.samplers.BaseSampler):
+            raise TypeError("no sampler")
+    except (AttributeError, TypeError, ImportError) as error:
         raise UserError(f"sampler = {name!r} {options}: {error}: expected one of optuna.samplers that needs no more, "
                         "like TPESampler, RandomSampler or BruteForceSampler (a grid)") from error
     options = space["pruner"]
@@ -97,23 +147,33 @@ def open_study(space: dict) -> optuna.Study:
             return optuna.create_study(storage=open_storage(where), sampler=sampler, pruner=pruner,
                                        study_name=space["name"], load_if_exists=True)  # fmt: skip
         except Exception as error:
-            if patience == 9:
+            if patience == 9 or isinstance(error, ImportError | TypeError | IsADirectoryError):
                 raise UserError(f"storage = {where!r} cannot be opened: {error!r:.200}") from error
             time.sleep(0.2 * (patience + 1))
 
 
+def check_same_space(study: optuna.Study, space: dict):
+    """A knob keeps its kind and its choices while a study goes on; bounds may be moved."""
+    for trial in study.get_trials(deepcopy=False):
+        for knob, old in trial.distributions.items():
+            try:
+                new = distribution(space["space"][knob]) if knob in space["space"] else old
+                optuna.distributions.check_distribution_compatibility(old, new)
+            except ValueError as error:
+                raise UserError(f"{knob} = {space['space'][knob]}: the study {space['name']!r} has trials with {old}: "
+                                "give the new search another name") from error
+
+
 def suggest(trial: optuna.Trial, space: dict) -> dict[str, str]:
-    """{KNOB: text}. Whole bounds make whole numbers, unless `log` or a bound says otherwise."""
+    """{KNOB: text}"""
     knobs = {}
     for name, form in space["space"].items():
         if isinstance(form, list):
             value = trial.suggest_categorical(name, form)
-        elif isinstance(form["low"], int) and isinstance(form["high"], int):
-            value = trial.suggest_int(name, form["low"], form["high"], step=form.get("step", 1),
-                                      log=form.get("log", False))  # fmt: skip
+        elif isinstance(distribution(form), optuna.distributions.IntDistribution):
+            value = trial.suggest_int(name, **form)
         else:
-            value = trial.suggest_float(name, form["low"], form["high"], step=form.get("step"),
-                                        log=form.get("log", False))  # fmt: skip
+            value = trial.suggest_float(name, **form)
         knobs[name] = text_of(value)
     return {name: text_of(value) for name, value in space["fixed"].items()} | knobs
 
@@ -171,12 +231,16 @@ def run_trial(trial: optuna.Trial, space: dict, target: runner.Target) -> float:
         raise
     if pruned:
         raise optuna.TrialPruned
-    run = runner.read_finished(folder, run_id)
+    try:
+        run = runner.read_finished(folder, run_id)
+    except UserError as error:
+        trial.set_user_attr("error", str(error))
+        raise TrialFailed from error
     facts = {"step_ms": run.step_ms, "bytes_total": run.bytes_total, "steps": run.steps, "seconds": run.train_seconds}
     for name, fact in facts.items():
         trial.set_user_attr(name, fact)
-    value = (run.result or {}).get(space["objective"]) or getattr(run, space["objective"], None)
-    if process.returncode or value is None:
+    value = (run.result or {}).get(space["objective"], getattr(run, space["objective"], None))
+    if process.returncode or not is_number(value):
         why = runner.last_words(folder, run_id)
         trial.set_user_attr("error", why if process.returncode else f"no {space['objective']} in its result: {why}")
         raise TrialFailed(why)
@@ -262,6 +326,7 @@ def main(argv: list[str] | None = None) -> int:
         target = runner.parse_target(spec) if spec else runner.Target(runner.REPOSITORY_SCRIPT, None)
         study = open_study(space)
         if not arguments.show:
+            check_same_space(study, space)
             search(study, space, target)
         print(table(study, space["objective"]))
     except KeyboardInterrupt:

@@ -119,9 +119,87 @@ def test_stages_are_shares_of_the_budget_by_steps_or_by_the_clock(tmp_path):
     ("wrong = 1\n[space]\nLEVEL = [1]\n", "unknown keys"),
     ('sampler = "None"\n[space]\nLEVEL = [1]\n', "expected one of optuna.samplers"), ("[", "see `python"),
     ('storage = "no://where"\n[space]\nLEVEL = [1]\n', "cannot be opened"),
+    ('sampler = "__doc__"\n[space]\nLEVEL = [1]\n', "expected one of optuna.samplers"),
+    ('config = 3\n[space]\nLEVEL = [1]\n', "config = 3: expected a text"),
+    ('objective = ["x"]\n[space]\nLEVEL = [1]\n', "expected a text"), ("fixed = 3\n[space]\nLEVEL = [1]\n", "a table"),
+    ("space = 3\n", "a table"), ("pruner = 3\n[space]\nLEVEL = [1]\n", "a table"),
+    ("[space]\nLEVEL = [1]\n[pruner]\nwarm = 3\n", "pruner.warm"),
+    ("[space]\nLEVEL = [1]\n[pruner]\nafter = 3\n", "pruner.after = 3"),
+    ('[space]\nLEVEL = [1]\n[pruner]\nafter = "x"\n', "pruner.after"),
+    ("[space]\nLEVEL = [1]\n[pruner]\nstartup_trials = -2\n", "pruner.startup_trials"),
+    ("[space]\nLEVEL = {low = 3, high = 1}\n", "LEVEL"),
+    ("[space]\nLEVEL = {low = 0, high = 1, log = true}\n", "LEVEL"),
+    ('[space]\nLEVEL = {low = "a", high = "b"}\n', "LEVEL"), ("[space]\nLEVEL = []\n", "LEVEL"),
+    ("[space]\nLEVEL = {low = 1.0, high = 2.0, log = true, step = 0.1}\n", "LEVEL"),
+    ("[space]\nLEVEL = {low = 1.0, high = 2.0, lgo = true}\n", "LEVEL"), ("[space]\nLEVEL = [[1]]\n", "LEVEL"),
+    ("[space]\nLEVEL = {low = 1.0, high = inf}\n", "LEVEL"), ("[space]\nLEVEL = {low = true, high = 3}\n", "LEVEL"),
+    ("[fixed]\nLEVEL = 1\n[space]\nLEVEL = [1]\n", "both fixed and searched: LEVEL"),
+    ("[fixed]\nLEVEL = [1]\n[space]\nOTHER = [1]\n", "fixed.LEVEL"),
+    ('[fixed]\nRUN_ID = "x"\n[space]\nLEVEL = [1]\n', "RUN_ID"), ('[space]\nLOG_DIR = ["x"]\n', "LOG_DIR"),
 ])  # fmt: skip
 def test_a_mistake_gets_one_line(space, text, said, capsys, monkeypatch):
+    """Before any trial: a search of a night must not end with it in the morning."""
     monkeypatch.setattr(sweep.time, "sleep", lambda _: None)
+    monkeypatch.setattr(sweep, "search", lambda *_: pytest.fail("it began to search"))
     assert sweep.main([str(space(text, 1))]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and said in error
+    assert error.startswith("error: ") and said in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("line, said", [
+    ("trials = 0", "trials = 0"), ('trials = "x"', "trials = 'x'"), ("trials = 1.5", "trials = 1.5"),
+    ("trials = true", "trials"), ('name = "../x"', "name = '../x'"), ("name = 3", "name = 3"),
+    ('name = ""', "name = ''"),
+])  # fmt: skip
+def test_a_name_or_a_number_of_trials_that_is_none_is_refused(line, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("space.toml").write_text(f'script = "{FAKE}"\n{line}\n[space]\nLEVEL = [1]\n')
+    assert sweep.main(["space.toml"]) == 2 and said in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["space.toml"]
+
+
+@pytest.mark.parametrize("new", ["[1.0, 2.0]", "{low = 1.0, high = 3.0}"])
+def test_a_study_goes_on_in_its_own_space_alone(new, space, capsys):
+    """Other choices would be another study: optuna keeps the two apart, and so is the user told."""
+    text = "[fixed]\nSTEPS = 2\n[space]\nLEVEL = [1.0]\n"
+    assert sweep.main([str(space(text, 1))]) == 0
+    assert sweep.main([str(space(text.replace("[1.0]", new), 2))]) == 2
+    error = capsys.readouterr().err
+    assert "LEVEL" in error and "another name" in error and error.count("\n") == 1
+    assert len(study_of().get_trials()) == 1
+
+
+def test_bounds_may_be_moved_while_a_study_goes_on(space):
+    text = "[fixed]\nSTEPS = 2\n[space]\nLEVEL = {low = 1.0, high = 1.5}\n"
+    assert sweep.main([str(space(text, 1))]) == 0
+    assert sweep.main([str(space(text.replace("1.5", "2.5"), 2))]) == 0
+    assert [trial.state for trial in study_of().get_trials()] == [TrialState.COMPLETE] * 2
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path, capsys):
+    (tmp_path / "space.toml").write_bytes(b"\xff\xfe\x00")
+    assert sweep.main([str(tmp_path / "space.toml")]) == 2 and "space.toml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("objective", ["seconds", "nothing", "device"])
+def test_an_objective_that_is_no_number_fails_the_trial_and_is_told(objective, space):
+    path = space(f'objective = "{objective}"\n[fixed]\nSTEPS = 2\n[space]\nLEVEL = [1]\n', 1)
+    assert sweep.main([str(path)]) == 0
+    (trial,) = study_of().get_trials()
+    assert trial.state == TrialState.FAIL and f"no {objective} in its result" in trial.user_attrs["error"]
+
+
+def test_a_result_that_cannot_be_read_fails_its_trial_alone(space, monkeypatch):
+    path = space('sampler = "BruteForceSampler"\n[fixed]\nSTEPS = 2\n[space]\nLEVEL = [1, 2]\n', 2)
+    real = sweep.runner.read_finished
+
+    def broken(folder, run_id):
+        if run_id == "trial0000":
+            (folder / run_id / "result.json").write_text('{"val_bpb": NaN}')
+        return real(folder, run_id)
+
+    monkeypatch.setattr(sweep.runner, "read_finished", broken)
+    assert sweep.main([str(path)]) == 0
+    one, two = study_of().get_trials()
+    assert one.state == TrialState.FAIL and "val_bpb is nan" in one.user_attrs["error"]
+    assert two.state == TrialState.COMPLETE
