@@ -335,6 +335,7 @@ class RunFolder:
     def __init__(self, runtime: Runtime):
         self.runtime, self.lines, self.file = runtime, [], None
         self.header = ""  # first line of config.env, by which a restarted launch knows its folder
+        self.before_closing = lambda: None  # ends what is still being written
     def locate(self, config: Config, name: str = ""):
         """Choose the folder: RUN_ID, or `name`, or a new time stamp."""
         # Two containers may have the same clock and the same process id.
@@ -386,6 +387,7 @@ class RunFolder:
         finally:
             temporary.unlink(missing_ok=True)
     def close(self, *last_words: str):
+        self.before_closing()
         if self.file:
             self.append("train.log", *last_words)
             self.file.close()
@@ -636,14 +638,13 @@ class Model(nn.Module):
     tokens [B, T] what the output projection sees [B, T, D], calls init_weights, and may override the rest."""
     PARAMETERS: dict[str, Row] = {}
     looping, has_loops, softcap, mask = False, False, 30.0, None  # depth recurrence: it is on, there is any
-
+    graph_starts: tuple[float, ...] = (0.0,)  # shares of the run where its graph changes
     @classmethod
     def row(cls, name: str) -> Row:
         """That of a parameter: blocks.3.attn.c_q.weight is a blocks.attn.c_q."""
         kind = re.sub(r"\.\d+(?=\.|$)", "", name).removesuffix(".weight")
         require(kind in cls.PARAMETERS, f"{cls.__name__}.PARAMETERS has no row {kind} for {name}: add one")
         return cls.PARAMETERS[kind]
-
     @torch.no_grad()
     def init_weights(self, config: Config):
         """Drawn on the CPU in the order of the parameters: the same on every device and rank."""
@@ -655,17 +656,14 @@ class Model(nn.Module):
             else:
                 value = getattr(config, init) if isinstance(init, str) else init
                 p.copy_(torch.tensor(value, dtype=p.dtype))
-
     def output_weight(self) -> tuple[str, Tensor]:
         """Name and weight [V, D] of the output projection: the embedding's without an lm_head."""
         name = "tok_emb" if getattr(self, "lm_head", None) is None else "lm_head"
         return f"{name}.weight", getattr(self, name).weight
-
     def logits(self, x_BTD: Tensor) -> Tensor:
         """[B, T, V] in fp32, softcapped."""
         z = at_least_fp32(F.linear(x_BTD, self.output_weight()[1].to(x_BTD.dtype)))
         return self.softcap * torch.tanh(z / self.softcap)
-
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None):
         """Losses [B, T] in nats, without targets logits [B, T, V], in fp32. In training it may be
         (losses, extra): a scalar to minimise with their mean, which no log or score counts."""
@@ -675,15 +673,16 @@ class Model(nn.Module):
         if targets_BT is None:
             return logits
         return F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), reduction="none").view_as(targets_BT)
-
+    def advance(self, progress: float):
+        """Be what this share of the run trains; before the first step, and in evaluation, it is what the end does."""
+    def final_score(self, evaluator: "Evaluator", compiled_model: nn.Module, log) -> "Score":
+        """That of the artifact, whose weights these are; a model that learns while it is scored does so here."""
+        return evaluator.score(compiled_model, log)
     def optimizers(self, config: Config, runtime: Runtime) -> list[torch.optim.Optimizer]:
         return build_optimizers(self, config, runtime)
     def lr_scale(self, config: Config, step: int, progress: float) -> float:
         """By what each group's rate is multiplied at this step."""
         return lr_scale(config, progress)
-    def flops_per_token(self, seq_len: int) -> int:
-        """Of training: 6 for each weight that multiplies (Kaplan et al. 2020)."""
-        return 6 * sum(p.numel() for name, p in self.named_parameters() if p.ndim > 1 and "emb" not in name)
 
 def at_least_fp32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -723,7 +722,6 @@ class Attention(nn.Module):
         self.q_gain = nn.Parameter(torch.empty(H))
         self.gate = nn.Parameter(torch.empty(H, min(GATE_INPUTS, D))) if config.attn_gate else None
         self.exclusive = layer >= config.num_layers - config.xsa_layers
-
     def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = (c(x_BTD).unflatten(-1, (-1, self.head_dim)) for c in (self.c_q, self.c_k, self.c_v))
         q = rotate(rms_norm(q), cos, sin) * self.q_gain.to(q.dtype)[:, None]
@@ -742,7 +740,6 @@ class MLP(nn.Module):
         super().__init__()
         D, hidden, self.slope = config.model_dim, round(config.mlp_mult * config.model_dim), config.mlp_slope
         self.fc, self.proj = Linear(D, hidden, bias=False), Linear(hidden, D, bias=False)
-
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(F.leaky_relu(self.fc(x), self.slope).square())
 
@@ -754,7 +751,6 @@ class Block(nn.Module):
         self.resid_mix = nn.Parameter(torch.empty(2, D)) if config.x0_mix else None
         self.norm_scale = (layer + 1) ** -0.5 if config.ln_scale else 1.0
         self.parallel = 0 <= config.parallel_from <= layer
-
     def forward(self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         if self.resid_mix is not None:
             mix = self.resid_mix.to(x.dtype)
@@ -784,7 +780,6 @@ class GPT(Model):
         "blocks.mlp.fc": Row(uniform_init, "matrix", "mlp"),
         "blocks.mlp.proj": Row(0.0, "matrix", "mlp"),
     }
-
     def __init__(self, config: Config, attend=grouped_attention, dtype=torch.float32):
         super().__init__()
         D, V, layers = config.model_dim, config.vocab_size, config.num_layers
@@ -795,6 +790,7 @@ class GPT(Model):
         self.straight, loop, again = [*range(layers)], config.loop_range(), config.loop_passes - 1
         self.looped = [*range(loop.stop), *[*loop] * again, *range(loop.stop, layers)]
         self.has_loops = self.looping = bool(loop)
+        self.graph_starts = (0.0, config.loop_start) if loop else (0.0,)
         # A single block has no skips, and DDP waits for every gradient that is required.
         n = len(self.looped) // 2
         skips, gates = (nn.Parameter(torch.empty(n, D), requires_grad=n > 0) for _ in range(2))
@@ -805,7 +801,8 @@ class GPT(Model):
         self.register_buffer("cos", cos[:, None], persistent=False)
         self.register_buffer("sin", sin[:, None], persistent=False)
         self.init_weights(config)
-
+    def advance(self, progress: float):
+        self.looping = self.has_loops and progress >= self.graph_starts[-1]
     def embed(self, tokens_BT: Tensor) -> Tensor:
         """[B, T, D], normalised; the smear gate adds some of the token before in the document."""
         x = rms_norm(self.tok_emb(tokens_BT).to(self.dtype))
@@ -814,7 +811,6 @@ class GPT(Model):
         share, weights = self.smear[0].to(x.dtype), self.smear[1:].to(x.dtype)
         gate_BT = share * torch.sigmoid(x[:, 1:, :GATE_INPUTS] @ weights) * (tokens_BT[:, 1:] != self.start_token)
         return torch.cat([x[:, :1], x[:, 1:] + gate_BT[..., None] * x[:, :-1]], dim=1)
-
     def features(self, tokens_BT: Tensor) -> Tensor:
         """[B, T, D] in `dtype`. The first half of the blocks, as they run, push what they give; each of the
         second half takes the latest that is left, scaled by its skip_weights."""
@@ -831,14 +827,6 @@ class GPT(Model):
             if i < half:
                 skips.append(x)
         return rms_norm(x)
-
-    def flops_per_token(self, seq_len: int) -> int:
-        """6 for each weight as often as it runs, 12 T D for each attention (as PaLM counts)."""
-        order = self.looped if self.looping else self.straight
-        V, D = self.tok_emb.weight.shape
-        modules = [module for layer in order for module in self.blocks[layer].modules()]
-        weights = V * D + sum(m.weight.numel() for m in modules if isinstance(m, Linear))
-        return 6 * weights + 12 * seq_len * D * len(order)
 
 def build_model(config: Config, runtime: Runtime) -> tuple[Model, nn.Module, str]:
     """(model, the same compiled where that works, what was chosen and why)."""
@@ -884,9 +872,13 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, defaults)
         self.runtime = runtime
         assert all(p.ndim == 2 for p in self.param_groups[0]["params"]), "Muon is for matrices"
-
     def own(self, params: list[Tensor]) -> list[Tensor]:
         return params[self.runtime.rank :: self.runtime.world_size]
+    def orthogonal(self, u: Tensor, group: dict, dtype: torch.dtype) -> Tensor:
+        """The scaled updates of a stack [n, rows, cols] in fp32, in `dtype`."""
+        for dims in [2, (1, 2)] if group["row_norm"] else [(1, 2)]:
+            u = u / u.norm(dim=dims, keepdim=True).clamp_min(1e-7)
+        return newton_schulz(u.to(dtype), group["steps"]) * max(1, u.size(1) / u.size(2)) ** 0.5
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
@@ -905,10 +897,7 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_mul_(momenta, mu)
                 torch._foreach_add_(momenta, grads)
                 u = torch.stack(torch._foreach_add(grads, momenta, alpha=mu))
-                for dims in [2, (1, 2)] if group["row_norm"] else [(1, 2)]:
-                    u = u / u.norm(dim=dims, keepdim=True).clamp_min(1e-7)
-                u = newton_schulz(u.to(dtype), group["steps"]) * max(1, shape[0] / shape[1]) ** 0.5
-                torch._foreach_copy_([updates[p] for p in same], list(u))
+                torch._foreach_copy_([updates[p] for p in same], [*self.orthogonal(u, group, dtype)])
 
             if self.runtime.world_size > 1:
                 dist.all_reduce(flat)
@@ -966,7 +955,6 @@ class Evaluator:
         self.windows = range(windows * rank // ranks, windows * (rank + 1) // ranks)
         per_rank = config.val_batch_size // (self.length * ranks * accum_steps)
         self.batch = max(1, min(per_rank, -(-windows // ranks)))
-
     def batch_at(self, index: int) -> tuple[Tensor, Tensor, Tensor, range]:
         """Inputs, targets, mask of the scored [batch, T] from window `index` on; the range of targets scored.
 
@@ -984,7 +972,6 @@ class Evaluator:
         fresh = (target >= target[:, :1] + T - S) | (target[:, :1] == 0)
         mask = fresh & (target < stop)
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), mask, scored
-
     @torch.no_grad()  # not inference_mode: tables cached in it would poison the next step
     def score(self, model, log=lambda line: None, interrupted=lambda: False) -> Score | None:
         """The Score over all ranks; None if one was interrupted."""
@@ -1114,7 +1101,6 @@ class Hooks:
     signals and fit the micro-batch to the memory."""
     stop_signal = 0  # the number of a signal that asks the run to save and end
     resumed_at: tuple[int, ...] = ()  # the steps at which the run went on
-
     def __init__(self, config: Config, folder: RunFolder):
         self.config, self.folder = config, folder
     def choose_folder(self, stream: TokenStream, sources: dict[str, bytes]):
@@ -1142,14 +1128,14 @@ class Trainer:
         torch.manual_seed(config.seed + runtime.rank)  # of what a model draws while it trains, such as dropout
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["base_lr"] = group["lr"]  # which the schedule scales
-        if runtime.world_size > 1:  # all ranks have the same tables: no buffers need to be sent around
+        if runtime.world_size > 1:  # all ranks have the same tables: no buffers are sent around
             new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # torch 2.13
             name = "forward_sync_buffers" if new else "broadcast_buffers"
             self.train_model = DistributedDataParallel(self.compiled_model, **{name: False})
         self.average = [p.detach().float().clone() for p in self.model.parameters() if config.ema_decay]
         self.calibration = -(-config.gptq_batches // runtime.world_size)  # micro-batches of this rank for GPTQ
         self.reserve, self.hessians = 0.0, {}  # seconds of the clock that are kept for them; what they give
-        # All steps are done, and their last checkpoint; the weights are no longer those of the training.
+        # All steps are done, and the last checkpoint; the weights are no longer those of training.
         self.steps, self.finished, self.exporting = 0, False, False
         self.grad_norm = torch.zeros((), device=runtime.device)  # of the last step, with GRAD_CLIP_NORM
         # Losses on their way to the host, seconds of the last steps, the training clock when the last of them ended.
@@ -1201,13 +1187,13 @@ class Trainer:
         total = 0 if self.finished else self.config.warmup_steps
         before = copy.deepcopy([part.state_dict() for part in parts]) if total else []
         with torch.random.fork_rng([self.runtime.device] if self.runtime.device.type == "cuda" else []):
-            for looping in [False, True] if self.model.has_loops else [False]:
-                self.model.looping = looping
+            for start in self.model.graph_starts:
+                self.model.advance(start)
                 for step in range(1, total + 1):
                     began = self.watch.elapsed("compile")
                     self.step(1.0, self.config.muon_momentum)
                     self.runtime.synchronize()
-                    self.folder.log(f"warmup_step:{step}/{total}{' looping' * looping}")
+                    self.folder.log(f"warmup_step:{step}/{total}{' looping' * self.model.looping}")
                     if step == total > 1:  # the first step compiles; the last tells how long one takes
                         self.recent.append(self.watch.elapsed("compile") - began)
                 with torch.no_grad():  # as a validation does it
@@ -1226,10 +1212,10 @@ class Trainer:
         limit, progress = config.max_wallclock_seconds, progress_at(config, self.steps, elapsed + self.reserve)
         end = elapsed + (1 + len(self.pending)) * max(self.recent, default=0.0) + self.reserve
         stop = self.finished or self.steps >= config.iterations or bool(limit and end >= limit)
-        decision = [self.model.lr_scale(config, self.steps, progress), stop, stop or progress >= config.loop_start]
+        decision = [self.model.lr_scale(config, self.steps, progress), stop, stop or progress]
         signals = [not stop and self.hooks.wants_checkpoint(self), bool(self.hooks.stop_signal)]
-        scale, stop, looping, save, leave = runtime.sum([*(decision if runtime.is_master else [0.0] * 3), *signals])
-        self.model.looping = bool(looping) and self.model.has_loops
+        scale, stop, progress, save, leave = runtime.sum([*(decision if runtime.is_master else [0.0] * 3), *signals])
+        self.model.advance(progress)
         return scale, bool(stop), bool(save), bool(leave)
 
     def settle(self, keep: int):
@@ -1241,9 +1227,8 @@ class Trainer:
             (loss, norm), clock = told.tolist(), self.watch.elapsed("training")
             self.recent.append(clock - self.settled_at)
             self.settled_at = clock
-            if not math.isfinite(loss):
-                raise UserError(f"step {step}: the loss is {loss}: nothing was exported: lower MATRIX_LR, "
-                                "TIED_EMBED_LR and SCALAR_LR, or set GRAD_CLIP_NORM")
+            require(math.isfinite(loss), f"step {step}: the loss is {loss}: nothing was exported: lower MATRIX_LR, "
+                    "TIED_EMBED_LR and SCALAR_LR, or set GRAD_CLIP_NORM")
             if config.train_log_every and (step <= 10 or step % config.train_log_every == 0):
                 line = f"step:{step}/{config.iterations} train_loss:{loss:.4f} {times(step, clock)}"
                 self.folder.log(f"{line} {self.speed()}{f' grad_norm:{norm:.4f}' * bool(config.grad_clip_norm)}")
@@ -1254,9 +1239,9 @@ class Trainer:
     def speed(self) -> str:
         """Over the last steps: tokens per second of all ranks, and what share of their devices' FLOP/s that takes."""
         speed = self.config.train_batch_tokens / max(statistics.fmean(self.recent), 1e-9)
-        flops, kernels = self.model.flops_per_token(self.config.train_seq_len), tool("kernels", "no mfu", log=str)
-        peak = kernels.peak_flops(self.runtime) if kernels else None
-        return f"tok/s:{speed:.0f}" + (f" mfu:{speed * flops / peak / self.runtime.world_size:.1%}" if peak else "")
+        kernels = tool("kernels", "the share of the peak is not told", log=str)
+        share = kernels.share_of_peak(self.model, self.config, self.runtime, speed) if kernels else None
+        return f"tok/s:{speed:.0f}" + (f" mfu:{share:.1%}" if share else "")
 
     def validate(self, evaluator: Evaluator) -> Score | None:
         """The Score, logged, while the training clock stands still; None if a signal came in between."""
@@ -1383,7 +1368,7 @@ def prepare(config: Config, folder: RunFolder, sources: dict[str, bytes], watch:
     """(trainer, new or resumed, and what open_text returns), after all that the user brought has been checked."""
     runtime, defaults = folder.runtime, type(config)().texts()
     knobs = [f"{' ' if text == defaults.get(name) else '*'} {name}={text}" for name, text in config.texts().items()]
-    check = tool("check", "nothing finds knobs that contradict each other, or misspelt ones", folder.log)
+    check = tool("check", "nothing finds knobs that contradict each other or are misspelt", folder.log)
     folder.log("\n".join([*knobs, *(check.typo_warnings(os.environ, config.knobs()) if check else [])]))
     accum_steps = config.accumulation_steps(runtime.world_size, runtime.device.type)
     stream = TokenStream(config.data_path, "train", config.vocab_size)
@@ -1427,7 +1412,7 @@ def train(config: Config, folder: RunFolder, argv: list[str]):
     # Rank 0 reads the file back and the others get its bytes: hosts need no common disk to score the artifact.
     trainer.model.load_state_dict(dequantize(unpack(runtime.share(artifact)), config))
     watch.switch("evaluation")
-    after = evaluator.score(trainer.compiled_model, folder.log)
+    after = trainer.model.final_score(evaluator, trainer.compiled_model, folder.log)
     watch.switch("export")
     log_final(f"final_{tag.replace('+', '_')}_roundtrip", after, folder)
     if runtime.is_master:
@@ -1495,5 +1480,5 @@ def main(argv: list[str] | None = None, config_class: type[Config] = Config) -> 
     return code
 
 if __name__ == "__main__":
-    sys.modules["train_gpt"] = sys.modules["__main__"]  # for the tools, whatever this file is called
+    sys.modules["train_gpt"] = sys.modules["__main__"]  # for the tools, whatever its name
     sys.exit(main())

@@ -159,6 +159,7 @@ class Checkpoints(train_gpt.Hooks):
         self.runtime, self.save_asked, self.patient = folder.runtime, False, False
         self.resumed_at, self.saved_step, self.saved_at = [], -1, 0.0
         self.writer, self.written = ThreadPoolExecutor(max_workers=1), None
+        folder.before_closing = self.writer.shutdown  # so that the log ends with how the run ended
         self.listen()
 
     def listen(self):

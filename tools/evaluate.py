@@ -190,11 +190,11 @@ def open_model(config, folder, argv: list[str]):
 def main(config, folder, argv: list[str]):
     """Log the final lines of a run again."""
     runtime = folder.runtime
-    config, _, compiled_model = open_model(config, folder, argv)
+    config, model, compiled_model = open_model(config, folder, argv)
     stream, token_bytes, _ = train_gpt.open_text(config, folder)
     accum_steps = config.accumulation_steps(runtime.world_size, runtime.device.type)
     evaluator = train_gpt.Evaluator(stream, token_bytes, config, runtime, accum_steps)
-    score = evaluator.score(compiled_model, folder.log)
+    score = model.final_score(evaluator, compiled_model, folder.log)
     tag = train_gpt.artifact_names(config)[1].replace("+", "_")
     label = "final_model" if config.artifact.endswith(".pt") else f"final_{tag}_roundtrip"
     train_gpt.log_final(label, score, folder)

@@ -10,7 +10,7 @@ import tempfile
 import torch
 import torch.nn.functional as F
 
-from train_gpt import UserError, at_least_fp32, grouped_attention, is_out_of_memory, require
+from train_gpt import GPT, Linear, UserError, at_least_fp32, grouped_attention, is_out_of_memory, require
 
 # What a GPU's bf16 products reach at most, dense, in TFLOP/s, by a part of its name (NVIDIA's data sheets).
 PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "B200": 2250, "A100": 312, "L40S": 362,
@@ -22,6 +22,27 @@ def peak_flops(runtime) -> float | None:
     if runtime.device.type != "cuda" or runtime.dtype != torch.bfloat16:
         return None
     return next((1e12 * peak for name, peak in PEAK_TFLOPS.items() if name in runtime.device_name()), None)
+
+
+def flops_per_token(model, seq_len: int) -> int:
+    """Of training: 6 for each weight as often as it multiplies (Kaplan et al. 2020), and for our GPT 12 T D for each
+    attention, by its whole square (as PaLM counts). A model of one's own may count by a method of this name."""
+    if hasattr(model, "flops_per_token"):
+        return model.flops_per_token(seq_len)
+    if not isinstance(model, GPT):
+        return 6 * sum(p.numel() for name, p in model.named_parameters() if p.ndim > 1 and "emb" not in name)
+    order = model.looped if model.looping else model.straight
+    V, D = model.tok_emb.weight.shape
+    modules = [module for layer in order for module in model.blocks[layer].modules()]
+    weights = V * D + sum(m.weight.numel() for m in modules if isinstance(m, Linear))
+    return 6 * weights + 12 * seq_len * D * len(order)
+
+
+def share_of_peak(model, config, runtime, tokens_per_second: float) -> float | None:
+    """MFU: what that speed of all ranks takes of what their devices could do; None where that is not known."""
+    peak = peak_flops(runtime)
+    flops = flops_per_token(model, config.train_seq_len)
+    return tokens_per_second * flops / (peak * runtime.world_size) if peak else None
 
 
 def choose_compile(config, runtime) -> tuple[bool, str]:

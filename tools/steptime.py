@@ -19,6 +19,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from train_gpt import tool
+
+kernels = tool("kernels")
+
 
 class Run(NamedTuple):
     """A public run: compiled, bf16, width 512, 8 query and 4 key-value heads, on eight H100 of one node."""
@@ -129,8 +133,8 @@ def model_features(config, model, gpus: int, looping: bool, attention: str) -> d
     layer, where seven products under the causal mask are 7."""
     before, model.looping = model.looping, looping
     try:
-        products = model.flops_per_token(0)
-        attention_flops = (model.flops_per_token(config.train_seq_len) - products) * 7 / 12
+        products = kernels.flops_per_token(model, 0)
+        attention_flops = (kernels.flops_per_token(model, config.train_seq_len) - products) * 7 / 12
     finally:
         model.looping = before
     return features(config.train_batch_tokens / gpus, products, attention_flops, attention, config.vocab_size,

@@ -36,6 +36,8 @@ import plain  # noqa: E402
 
 import train_gpt  # noqa: E402
 
+kernels = train_gpt.tool("kernels")
+
 REFERENCE_TOKENS = 65_536 if torch.cuda.is_available() else 8192
 SHAPES = {
     "bench": {"NUM_LAYERS": 4, "MODEL_DIM": 256, "NUM_HEADS": 4, "NUM_KV_HEADS": 2, "TRAIN_SEQ_LEN": 256,
@@ -162,7 +164,7 @@ def bench_step(config, runtime, rounds: int, table: Table):
         table.add(f"{name}: speed", [tokens / time for time in taken[name]], "tokens/s")
         for label, each in (
             ("6 * parameters", 6 * params),
-            ("all products", model.flops_per_token(config.train_seq_len)),
+            ("all products", kernels.flops_per_token(model, config.train_seq_len)),
         ):
             shares = [each * tokens / time / rate for time, rate in zip(taken[name], rates, strict=True)]
             table.add(f"{name}: MFU by {label}", shares, "of the product's rate")
@@ -233,7 +235,7 @@ def child(config, contender: str, spawned: float):
             trainer = build_trainer(config, runtime)
             step = lambda: trainer.step(1.0, 0.95)  # noqa: E731
         else:
-            compiled, _ = train_gpt.tool("kernels").choose_compile(config, runtime)
+            compiled, _ = kernels.choose_compile(config, runtime)
             other = plain.PlainTrainer(config, runtime.device, runtime.dtype, compiled)
             loader = RandomTokens(config, runtime)
             step = lambda: other.step(*loader.next_step())  # noqa: E731

@@ -181,8 +181,9 @@ class GPT2(train_gpt.Model):
 
     def flops_per_token(self, seq_len: int) -> int:
         """The output projection multiplies, tied or not; attention by the whole square, 12 T D a block."""
-        tied = self.tok_emb.weight.numel() if self.lm_head is None else 0
-        return super().flops_per_token(seq_len) + 6 * tied + 12 * seq_len * self.ln_f.weight.numel() * len(self.blocks)
+        weights = self.output_weight()[1].numel()
+        weights += sum(m.weight.numel() for m in self.blocks.modules() if isinstance(m, Linear))
+        return 6 * weights + 12 * seq_len * self.ln_f.weight.numel() * len(self.blocks)
 
 
 if __name__ == "__main__":
