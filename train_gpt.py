@@ -790,7 +790,7 @@ class GPT(Model):
         self.straight, loop, again = [*range(layers)], config.loop_range(), config.loop_passes - 1
         self.looped = [*range(loop.stop), *[*loop] * again, *range(loop.stop, layers)]
         self.has_loops = self.looping = bool(loop)
-        self.graph_starts = (0.0, config.loop_start) if loop else (0.0,)
+        self.graph_starts = tuple(sorted({0.0, config.loop_start})) if loop else (0.0,)
         # A single block has no skips, and DDP waits for every gradient that is required.
         n = len(self.looped) // 2
         skips, gates = (nn.Parameter(torch.empty(n, D), requires_grad=n > 0) for _ in range(2))

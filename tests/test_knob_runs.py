@@ -112,7 +112,7 @@ def switch(monkeypatch):
 def test_the_recurrence_begins_at_its_share_of_the_steps(go, switch, start, plain_steps):
     run = go(ITERATIONS=10, LOOP_LAYERS="0-1", LOOP_START=start, WARMUP_STEPS=2, VAL_LOSS_EVERY=2)
     assert switch.steps == [False] * plain_steps + [True] * (10 - plain_steps)
-    assert set(switch.warm) == {False, True} and switch.warm.count(False) == 2, "each graph is warmed up"
+    assert switch.warm == [False] * 2 * (start > 0) + [True] * 2, "each graph that will run is warmed up"
     # Validations after 0, 2, 4, 6, 8 and 10 steps and of the artifact; the exported model always recurs.
     during, after = switch.scores[:5], switch.scores[5:]
     assert during == [2 * i >= plain_steps for i in range(5)] and after == [True, True]
