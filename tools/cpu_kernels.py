@@ -17,12 +17,9 @@ import torch
 from torch import Tensor
 
 SOURCE = Path(__file__).with_suffix(".cpp")
+HAS_INSTRUCTIONS = os.name == "posix" and bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
 MOST_TOKENS = 2048  # of a sequence: the scores of 64 queries stay in the cache
 MOST_SOFTCAP = 40.0  # exponentials from -2 * softcap on must not vanish in fp32
-
-
-def has_instructions() -> bool:
-    return os.name == "posix" and bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
 
 
 @functools.cache
@@ -109,7 +106,7 @@ attention.register_autograd(differentiate_attention, setup_context=save_attentio
 
 
 def takes_attention(T: int, d: int, dtype: torch.dtype) -> bool:
-    return has_instructions() and dtype == torch.bfloat16 and T % 64 == 0 and T <= MOST_TOKENS and d % 2 == 0
+    return HAS_INSTRUCTIONS and dtype == torch.bfloat16 and T % 64 == 0 and T <= MOST_TOKENS and d % 2 == 0
 
 
 def fused_attention(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor) -> Tensor:
@@ -155,7 +152,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 def takes_loss(vocab_size: int, softcap: float, runtime) -> bool:
     fits = vocab_size % 16 == 0 and softcap <= MOST_SOFTCAP
-    return has_instructions() and runtime.device.type == "cpu" and runtime.dtype == torch.bfloat16 and fits
+    return HAS_INSTRUCTIONS and runtime.device.type == "cpu" and runtime.dtype == torch.bfloat16 and fits
 
 
 def fused_loss(model, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 
 from train_gpt import GPT, Linear, Model, UserError, at_least_fp32, grouped_attention, is_out_of_memory, require, tool
 
+cpu_kernels = tool("cpu_kernels", "attention and loss are torch's", log=str)
+
 # What a GPU's bf16 products reach at most, dense, in TFLOP/s, by a part of its name (NVIDIA's data sheets).
 PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "B200": 2250, "A100": 312, "L40S": 362,
                "L4": 121, "RTX 5090": 209, "RTX 4090": 165, "RTX 3090": 71}  # fmt: skip
@@ -84,9 +86,8 @@ def blocked_attention(q_BHTd, k_BKTd, v_BKTd, block: int = 128):
 
 def fused_attention(q_BHTd, k_BKTd, v_BKTd):
     """By tools/cpu_kernels.cpp, where it takes the shape; sequences of a sample come in every length."""
-    kernels, (_, _, T, d) = tool("cpu_kernels"), q_BHTd.shape
-    if kernels.takes_attention(T, d, q_BHTd.dtype):
-        return kernels.fused_attention(q_BHTd, k_BKTd, v_BKTd)
+    if cpu_kernels.takes_attention(*q_BHTd.shape[2:], q_BHTd.dtype):
+        return cpu_kernels.fused_attention(q_BHTd, k_BKTd, v_BKTd)
     return blocked_attention(q_BHTd, k_BKTd, v_BKTd)
 
 
@@ -124,7 +125,7 @@ def choose_attention(config, runtime, compiled: bool):
     if kind == "cuda" and torch.cuda.get_device_capability(runtime.device)[0] in (9, 10):
         order = "flash3 cudnn flash efficient math"  # Hopper and Blackwell
     order = "blocked" if kind == "cpu" and T <= 1024 else order
-    cpu_kernels, d = tool("cpu_kernels", "attention is torch's", log=str), config.model_dim // config.num_heads
+    d = config.model_dim // config.num_heads
     fused = bool(kind == "cpu" and cpu_kernels and cpu_kernels.takes_attention(T, d, runtime.dtype))
     order = f"fused {order}" if fused else order
     require(fused or config.attention != "fused", "ATTENTION=fused wants bfloat16 on a CPU that multiplies it by "
@@ -152,12 +153,12 @@ def choose_attention(config, runtime, compiled: bool):
 
 def choose_loss(config, runtime):
     """(function of (model, features, targets) that gives the losses, or None for torch's; log line)."""
-    kernels, model = tool("cpu_kernels", "attention and loss are torch's", log=str), config.model_class()
+    model = config.model_class()
     own = model.forward is not Model.forward or model.logits is not Model.logits
-    if not kernels or own or not kernels.takes_loss(config.vocab_size, config.logit_softcap, runtime):
+    if not cpu_kernels or own or not cpu_kernels.takes_loss(config.vocab_size, config.logit_softcap, runtime):
         return None, "loss:torch"
     try:
-        return kernels.fused_loss, f"loss:fused by {kernels.describe()}"
+        return cpu_kernels.fused_loss, f"loss:fused by {cpu_kernels.describe()}"
     except Exception as error:  # of the compiler
         return None, f"loss:torch; fused failed: {error!r:.120}"
 
