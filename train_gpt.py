@@ -79,8 +79,8 @@ class Config:
     device: str = free("auto", "device of every rank", choices=("auto", "cuda", "mps", "cpu"))
     dtype: str = knob("auto", "of activations", choices=("auto", "bfloat16", "float32"))
     compile: str = free("auto", "auto: if a compiler works", choices=("auto", "0", "1"))
-    attention: str = free("auto", "the backend; blocked is our own, by plain products",
-                          choices=("auto", "flash3", "cudnn", "flash", "efficient", "math", "blocked"))
+    attention: str = free("auto", "the backend; blocked and fused, for CPUs, are our own",
+                          choices=("auto", "flash3", "cudnn", "flash", "efficient", "math", "blocked", "fused"))
     target_world_size: int = free(0, "MODE=check for so many GPUs; 0: for the ranks there are", 0)
     # Length of a run, and its steps. WARMUP_STEPS only compile: the learning rate has no warm-up.
     iterations: int = knob(20_000, "optimizer steps at most", 1)
@@ -165,7 +165,6 @@ class Config:
     fit_size: bool = knob(False, "scale all clips so that the file lands just under SIZE_LIMIT")
     size_limit: int = knob(16_000_000, "bytes of code plus artifact, decimal", 1)
     vocab_padding = 127  # ids at most that only fill the vocabulary up, to a multiple of 128
-
     @classmethod
     def model_class(cls) -> type["Model"]:
         """The model that this configures; the Config of a model file names its own."""
@@ -637,7 +636,8 @@ class Model(nn.Module):
     """What training, export and scoring ask of a model. One of your own gives PARAMETERS and `features`, from
     tokens [B, T] what the output projection sees [B, T, D], calls init_weights, and may override the rest."""
     PARAMETERS: dict[str, Row] = {}
-    looping, has_loops, softcap, mask = False, False, 30.0, None  # depth recurrence: it is on, there is any
+    looping, has_loops = False, False  # depth recurrence: it is on, there is any
+    softcap, mask, fused_loss = 30.0, None, None  # CANONICAL's mask; a kernel for logits and loss at once
     graph_starts: tuple[float, ...] = (0.0,)  # shares of the run where its graph changes
     @classmethod
     def row(cls, name: str) -> Row:
@@ -667,7 +667,10 @@ class Model(nn.Module):
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None):
         """Losses [B, T] in nats, without targets logits [B, T, V], in fp32. In training it may be
         (losses, extra): a scalar to minimise with their mean, which no log or score counts."""
-        logits = self.logits(self.features(tokens_BT))
+        x_BTD = self.features(tokens_BT)
+        if self.fused_loss and targets_BT is not None and (self.training or self.mask is None):
+            return self.fused_loss(self, x_BTD, targets_BT)
+        logits = self.logits(x_BTD)
         if self.mask is not None and not self.training:  # CANONICAL=1
             logits = self.mask(logits, tokens_BT)
         if targets_BT is None:
@@ -830,10 +833,11 @@ class GPT(Model):
 
 def build_model(config: Config, runtime: Runtime) -> tuple[Model, nn.Module, str]:
     """(model, the same compiled where that works, what was chosen and why)."""
-    attend, compiled, note = grouped_attention, runtime.device.type == "cuda", "without tools/kernels.py: no choice"
+    attend, fused_loss, compiled, note = grouped_attention, None, runtime.device.type == "cuda", "no tools/kernels.py"
     if kernels := tool("kernels", "nothing tries which kernels are best", log=str):
-        attend, compiled, note = kernels.choose(config, runtime)
+        attend, fused_loss, compiled, note = kernels.choose(config, runtime)
     model = compiled_model = config.model_class()(config, attend, runtime.dtype).to(runtime.device)
+    model.fused_loss = fused_loss
     if config.canonical:
         model.mask = tool("canonical").Mask(model, config, runtime)
     if compiled:  # DDP would cut the graph, where torch 2.8 corrupts the gradients of loops
@@ -1140,7 +1144,6 @@ class Trainer:
         self.grad_norm = torch.zeros((), device=runtime.device)  # of the last step, with GRAD_CLIP_NORM
         # Losses on their way to the host, seconds of the last steps, the training clock when the last of them ended.
         self.pending, self.recent, self.settled_at = deque(), deque(maxlen=20), 0.0
-
     def step(self, scale: float, momentum: float) -> Tensor:
         """One optimizer step; returns the mean loss of this rank's micro-steps, still on the device."""
         inputs, targets = self.loader.next_step()
@@ -1164,13 +1167,11 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return losses.sum()
-
     @torch.no_grad()
     def update_average(self):
         """EMA in fp32; short runs forget their first steps sooner: decay min(EMA_DECAY, (t + 1) / (t + 10))."""
         decay = min(self.config.ema_decay, (self.steps + 1) / (self.steps + 10))
         torch._foreach_lerp_(self.average, [p.float() for p in self.model.parameters()], 1 - decay)
-
     @torch.no_grad()
     def finish_weights(self):
         """Put the average, if there is one, in the place of the weights; calibrate it, if GPTQ is to round it."""
@@ -1180,7 +1181,6 @@ class Trainer:
         if self.calibration:
             collect = tool("compress").collect_hessians
             self.hessians = collect(self.model, self.loader, self.calibration, self.runtime)
-
     def warm_up(self, evaluator: Evaluator):
         """Compile every path with real steps, then put weights, optimizers, RNG and data back exactly as they were."""
         parts, position = [self.model, *self.optimizers], self.loader.position
@@ -1204,7 +1204,6 @@ class Trainer:
         for part, state in zip(parts, before, strict=False):
             part.load_state_dict(state)
         self.loader.seek(position)
-
     def plan(self) -> tuple[float, bool, bool, bool]:
         """(learning-rate scale, whether to stop before one more step, to save, to leave): rank 0's decision, and any
         rank's signals. The next step, if it takes as long as the slowest of the last 20, must end before the limit."""
@@ -1217,7 +1216,6 @@ class Trainer:
         scale, stop, progress, save, leave = runtime.sum([*(decision if runtime.is_master else [0.0] * 3), *signals])
         self.model.advance(progress)
         return scale, bool(stop), bool(save), bool(leave)
-
     def settle(self, keep: int):
         """Log the steps that are done, all but the last `keep` dispatched: their losses arrive while those run."""
         config = self.config
@@ -1235,14 +1233,12 @@ class Trainer:
             numbers = {"step": step, "train_loss": loss, "lr_scale": scale, "train_seconds": round(clock, 4)}
             numbers |= {"grad_norm": norm} if config.grad_clip_norm else {}
             self.folder.append("metrics.jsonl", json.dumps(numbers))
-
     def speed(self) -> str:
         """Over the last steps: tokens per second of all ranks, and what share of their devices' FLOP/s that takes."""
         speed = self.config.train_batch_tokens / max(statistics.fmean(self.recent), 1e-9)
         kernels = tool("kernels", "the share of the peak is not told", log=str)
         share = kernels.share_of_peak(self.model, self.config, self.runtime, speed) if kernels else None
         return f"tok/s:{speed:.0f}" + (f" mfu:{share:.1%}" if share else "")
-
     def validate(self, evaluator: Evaluator) -> Score | None:
         """The Score, logged, while the training clock stands still; None if a signal came in between."""
         self.settle(keep=0)
@@ -1256,7 +1252,6 @@ class Trainer:
             numbers = {"val_loss": score.loss, "val_bpb": score.bpb, "partial": bool(score.label)}
             self.folder.append("metrics.jsonl", json.dumps({"step": self.steps, **numbers}))
         return score
-
     def stop(self):
         """After the last step: a checkpoint first, so that a killed validation or export goes on from here; then the
         weights become what is exported."""
@@ -1268,7 +1263,6 @@ class Trainer:
             self.watch.switch("training")
         if not self.exporting:
             self.finish_weights()
-
     def train(self, evaluator: Evaluator) -> Score:
         """Plan, save, validate, step, log, until ITERATIONS or the clock. The last validation."""
         config, runtime, cuda = self.config, self.runtime, self.runtime.device.type == "cuda"

@@ -3,6 +3,8 @@
 train_gpt.py loads this file where it is there. The choice changes no result but by rounding, and the log tells it.
 """
 
+import contextlib
+import ctypes
 import math
 import sys
 import tempfile
@@ -10,7 +12,9 @@ import tempfile
 import torch
 import torch.nn.functional as F
 
-from train_gpt import GPT, Linear, UserError, at_least_fp32, grouped_attention, is_out_of_memory, require
+from train_gpt import GPT, Linear, Model, UserError, at_least_fp32, grouped_attention, is_out_of_memory, require, tool
+
+cpu_kernels = tool("cpu_kernels", "attention and loss are torch's", log=str)
 
 # What a GPU's bf16 products reach at most, dense, in TFLOP/s, by a part of its name (NVIDIA's data sheets).
 PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "B200": 2250, "A100": 312, "L40S": 362,
@@ -80,6 +84,13 @@ def blocked_attention(q_BHTd, k_BKTd, v_BKTd, block: int = 128):
     return torch.cat(outputs, dim=2).view(B, H, T, -1)
 
 
+def fused_attention(q_BHTd, k_BKTd, v_BKTd):
+    """By tools/cpu_kernels.cpp, where it takes the shape; sequences of a sample come in every length."""
+    if cpu_kernels.takes_attention(*q_BHTd.shape[2:], q_BHTd.dtype):
+        return cpu_kernels.fused_attention(q_BHTd, k_BKTd, v_BKTd)
+    return blocked_attention(q_BHTd, k_BKTd, v_BKTd)
+
+
 def flash3_attention(q_BHTd, k_BKTd, v_BKTd):
     from flash_attn_interface import flash_attn_func  # late: few machines have it
 
@@ -114,8 +125,13 @@ def choose_attention(config, runtime, compiled: bool):
     if kind == "cuda" and torch.cuda.get_device_capability(runtime.device)[0] in (9, 10):
         order = "flash3 cudnn flash efficient math"  # Hopper and Blackwell
     order = "blocked" if kind == "cpu" and T <= 1024 else order
+    d = config.model_dim // config.num_heads
+    fused = bool(kind == "cpu" and cpu_kernels and cpu_kernels.takes_attention(T, d, runtime.dtype))
+    order = f"fused {order}" if fused else order
+    require(fused or config.attention != "fused", "ATTENTION=fused wants bfloat16 on a CPU that multiplies it by "
+            f"AVX-512, TRAIN_SEQ_LEN={T} in whole 64 up to 2,048 and heads of even width, not {d}: use ATTENTION=auto")
     rows = config.train_batch_tokens // (ranks * config.accumulation_steps(ranks, kind) * T)
-    own = {"flash3": [flash3_attention], "blocked": [blocked_attention]}
+    own = {"flash3": [flash3_attention], "blocked": [blocked_attention], "fused": [fused_attention]}
     for name in order.split() if config.attention == "auto" else [config.attention]:
         for kernel in ("flash", "cudnn", "mem_efficient", "math"):
             switch = getattr(torch.backends.cuda, f"enable_{kernel}_sdp")
@@ -135,8 +151,30 @@ def choose_attention(config, runtime, compiled: bool):
                     f"smaller MODEL_DIM or TRAIN_SEQ_LEN{failed}")
 
 
+def choose_loss(config, runtime):
+    """(function of (model, features, targets) that gives the losses, or None for torch's; log line)."""
+    model = config.model_class()
+    own = model.forward is not Model.forward or model.logits is not Model.logits
+    if not cpu_kernels or own or not cpu_kernels.takes_loss(config.vocab_size, config.logit_softcap, runtime):
+        return None, "loss:torch"
+    try:
+        return cpu_kernels.fused_loss, f"loss:fused by {cpu_kernels.describe()}"
+    except Exception as error:  # of the compiler
+        return None, f"loss:torch; fused failed: {error!r:.120}"
+
+
+def keep_memory():
+    """glibc hands large blocks back to the system, which clears them when the next step wants them again: 0.1 of a step
+    in small models. From here on it keeps them, but those of over 32 MiB."""
+    trim_threshold, mmap_threshold = -1, -3  # of malloc.h
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(mmap_threshold, 2**25)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+
+
 def choose(config, runtime):
-    """(attention function, whether to compile, lines for the log)."""
+    """(attention function, loss function or None, whether to compile, lines for the log)."""
     name, device = runtime.device_name(), runtime.device
     try:
         tempfile.gettempdir()
@@ -147,8 +185,11 @@ def choose(config, runtime):
     except RuntimeError as error:  # a card that this build of torch has no kernels for
         raise UserError(f"DEVICE={device}: torch {torch.__version__} cannot use {name} ({error!s:.120}): "
                         "install a torch that is built for it, or use DEVICE=cpu") from error
+    if device.type == "cpu":
+        keep_memory()
     compiled, compile_note = choose_compile(config, runtime)
     attend, attention_note = choose_attention(config, runtime, compiled)
+    fused_loss, loss_note = choose_loss(config, runtime)
     if device.type == "cuda" and runtime.dtype == torch.float32:
         compile_note += "; no bf16 products in hardware, or DTYPE=float32: slow"
-    return attend, compiled, f"{attention_note}\ncompile:{int(compiled)} ({compile_note})"
+    return attend, fused_loss, compiled, f"{attention_note}\n{loss_note}\ncompile:{int(compiled)} ({compile_note})"

@@ -50,6 +50,7 @@ SHAPES = {
 SMALL = {"NUM_LAYERS": 2, "MODEL_DIM": 128, "NUM_HEADS": 2, "NUM_KV_HEADS": 1, "TRAIN_SEQ_LEN": 128, "VOCAB_SIZE": 512,
          "TRAIN_BATCH_TOKENS": 2048, "COMPILE": "0"}  # fmt: skip
 GROWING = ("TRAIN_SEQ_LEN", "MODEL_DIM", "NUM_LAYERS", "VOCAB_SIZE", "TRAIN_BATCH_TOKENS")
+STEPS_ALONE = 15  # of a process, after those that compile
 PHASES = ("data", "forward", "backward", "clipping", "muon", "adamw", "collectives")
 
 
@@ -226,8 +227,9 @@ def bench_split(config, runtime, rounds: int, table: Table):
 
 
 def child(config, contender: str, spawned: float):
-    """In a process of its own: from its start over the first step to the third. Prints JSON. The memory is that of the
-    GPU's tensors, on a CPU that of the process, with its compiler's."""
+    """In a process of its own, which nothing of the other contender has set up: from its start over the first step to
+    the third, and some steps more. Prints JSON. The memory is that of the GPU's tensors, on a CPU that of the process,
+    with its compiler's."""
     imported = time.time()
     runtime = train_gpt.Runtime(config, {})
     with contextlib.redirect_stdout(sys.stderr):
@@ -241,6 +243,7 @@ def child(config, contender: str, spawned: float):
             step = lambda: other.step(*loader.next_step())  # noqa: E731
         built = time.time()
         times = [seconds(step, runtime) for _ in range(3)]
+        steps = [seconds(step, runtime) for _ in range(STEPS_ALONE)]
     if runtime.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
     else:
@@ -249,7 +252,8 @@ def child(config, contender: str, spawned: float):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     print(json.dumps({
         "imports": imported - spawned, "model and optimizers": built - imported, "compilation": times[0] - times[2],
-        "start to first step": built + times[0] - spawned, "peak memory": peak / 2**20}))  # fmt: skip
+        "start to first step": built + times[0] - spawned, "step": statistics.median(steps),
+        "peak memory": peak / 2**20}))  # fmt: skip
 
 
 def bench_start(config, shape: str, rounds: int, table: Table):
@@ -270,8 +274,9 @@ def bench_start(config, shape: str, rounds: int, table: Table):
     for (name, cached, phase), values in found.items():
         table.add(f"{name}, {cached}: {phase}", values, "MiB" if "memory" in phase else "s")
     for cached in caches * ("plain" in names):
-        pairs = zip(*(found[name, cached, "start to first step"] for name in ("plain", "ours")), strict=True)
-        table.add(f"ours over plain, {cached}: start", [theirs / ours for theirs, ours in pairs], "times as fast")
+        for phase in ("start to first step", "step"):
+            pairs = zip(*(found[name, cached, phase] for name in ("plain", "ours")), strict=True)
+            table.add(f"ours over plain, {cached}: {phase}", [theirs / ours for theirs, ours in pairs], "times as fast")
 
 
 def bytes_table(config) -> train_gpt.TokenBytes:

@@ -1,0 +1,232 @@
+"""The CPU's own attention and loss against the same mathematics in float64."""
+
+import dataclasses
+import subprocess
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train_gpt
+
+kernels, cpu_kernels = train_gpt.tool("kernels"), train_gpt.tool("cpu_kernels")
+
+
+def is_usable() -> bool:
+    try:
+        return cpu_kernels.HAS_INSTRUCTIONS and bool(cpu_kernels.library())
+    except (OSError, subprocess.CalledProcessError):
+        return False
+
+
+pytestmark = pytest.mark.skipif(not is_usable(), reason="no compiler, or no AVX-512 instructions for bf16")
+
+SHAPES = [(2, 256, 4, 2, 64), (3, 256, 4, 2, 40), (1, 1024, 8, 4, 64), (3, 64, 2, 1, 128), (1, 320, 2, 2, 22),
+          (1, 128, 3, 1, 2), (1, 576, 2, 1, 96)]  # fmt: skip
+
+
+def draw(B, T, H, K, d, seed=0):
+    """q, k, v and the gradient of y, [B, T, heads, d] in bf16."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(B, T, heads, d, generator=generator).bfloat16() for heads in (H, K, K, H)]
+
+
+def run(attend, tensors, dtype=torch.bfloat16):
+    """y and the gradients of q, k and v."""
+    *inputs, dy = (x.detach().to(dtype) for x in tensors)
+    leaves = [x.requires_grad_() for x in inputs]
+    y = attend(*(x.transpose(1, 2) for x in leaves)).transpose(1, 2)
+    y.backward(dy)
+    return [y.detach(), *(x.grad for x in leaves)]
+
+
+def distance(found, exact) -> float:
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_attention_and_its_gradients_err_no_more_than_products_in_bf16(shape):
+    tensors = draw(*shape)
+    exact = run(train_gpt.grouped_attention, tensors, torch.float64)
+    plain, fused = run(kernels.blocked_attention, tensors), run(cpu_kernels.fused_attention, tensors)
+    for name, ours, theirs, true in zip("y dq dk dv".split(), fused, plain, exact, strict=True):
+        assert distance(ours, true) <= distance(theirs, true), name
+
+
+def test_sharp_and_flat_attention():
+    """Scores of hundreds, where a sum of exponentials without their maximum would overflow, and scores of nothing."""
+    for size in (30.0, 0.0):
+        q, k, v, dy = draw(1, 128, 2, 1, 32)
+        tensors = [q * size, k, v, dy]
+        exact = run(train_gpt.grouped_attention, tensors, torch.float64)
+        fused = run(cpu_kernels.fused_attention, tensors)
+        assert all(x.isfinite().all() for x in fused)
+        assert distance(fused[0], exact[0]) < 0.02 and distance(fused[3], exact[3]) < 0.02
+
+
+def test_no_query_sees_a_later_key():
+    q, k, v, dy = draw(1, 256, 2, 1, 32)
+    for place in (1, 15, 16, 63, 64, 200, 255):
+        later = [x.clone() for x in (k, v)]
+        for x in later:
+            x[:, place:] = 7.0
+        before, after = (run(cpu_kernels.fused_attention, [q, *pair, dy])[0] for pair in ((k, v), later))
+        assert torch.equal(before[:, :place], after[:, :place]) and not torch.equal(before, after)
+
+
+def test_the_gradient_of_a_key_comes_from_the_queries_that_see_it():
+    q, k, v, dy = draw(1, 192, 2, 1, 16)
+    dy[:, :100] = 0
+    *_, dk, dv = run(cpu_kernels.fused_attention, [q, k, v, dy])
+    assert dv[:, :100].abs().sum() > 0  # later queries see earlier keys
+    dy[:, 100:] = 0
+    dy[:, 99] = 1
+    *_, dk, dv = run(cpu_kernels.fused_attention, [q, k, v, dy])
+    assert not dk[:, 100:].any() and not dv[:, 100:].any() and dv[:, :100].any(-1).all()
+
+
+def test_the_number_of_threads_and_the_layout_change_nothing():
+    tensors, threads = draw(2, 128, 4, 2, 24), torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append(run(cpu_kernels.fused_attention, tensors))
+    finally:
+        torch.set_num_threads(threads)
+    apart = [F.pad(x, (0, 8))[..., :-8] for x in tensors]  # rows that do not follow each other
+    results.append(run(cpu_kernels.fused_attention, apart))
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+def test_what_the_kernel_does_not_take_goes_to_plain_products():
+    for T, dtype in ((100, torch.bfloat16), (128, torch.float32)):
+        tensors = [x.to(dtype) for x in draw(1, T, 2, 1, 16)]
+        assert torch.equal(*(run(f, tensors, dtype)[0] for f in (kernels.fused_attention, kernels.blocked_attention)))
+
+
+# The loss
+
+
+def torch_losses(x, weight, targets, softcap):
+    return F.cross_entropy(softcap * torch.tanh(x @ weight.mT / softcap), targets, reduction="none")
+
+
+def losses_as_the_model_has_them(x, weight, targets, softcap):
+    logits = softcap * torch.tanh((x @ weight.mT).float() / softcap)
+    return F.cross_entropy(logits, targets, reduction="none")
+
+
+def fused_losses(x, weight, targets, softcap):
+    model = train_gpt.Model()
+    model.tok_emb, model.softcap = torch.nn.Embedding(*weight.shape), softcap
+    del model.tok_emb.weight
+    model.tok_emb.weight = weight
+    return cpu_kernels.fused_loss(model, x[None], targets[None])[0]
+
+
+def losses_and_gradients(function, x, weight, targets, softcap, dtype):
+    x, weight = (tensor.detach().to(dtype).requires_grad_() for tensor in (x, weight))
+    losses = function(x, weight, targets, softcap)
+    scale = torch.linspace(0.5, 2.0, len(losses), dtype=losses.dtype)
+    (losses * scale).sum().backward()
+    return losses.detach(), x.grad, weight.grad
+
+
+@pytest.mark.parametrize("N, D, V, softcap, size", [
+    (50, 32, 48, 30.0, 1.0), (7, 16, 1024, 30.0, 3.0), (64, 64, 2048, 15.0, 8.0), (3, 16, 16, 40.0, 0.01)])  # fmt: skip
+def test_losses_and_gradients_are_those_of_the_softcapped_cross_entropy(N, D, V, softcap, size):
+    generator = torch.Generator().manual_seed(N)
+    x, weight = (size * torch.randn(rows, D, generator=generator).bfloat16() for rows in (N, V))
+    targets = torch.randint(V, (N,), generator=generator)
+    exact = losses_and_gradients(torch_losses, x, weight, targets, softcap, torch.float64)
+    fused = losses_and_gradients(fused_losses, x, weight, targets, softcap, torch.bfloat16)
+    plain = losses_and_gradients(losses_as_the_model_has_them, x, weight, targets, softcap, torch.bfloat16)
+    assert fused[0].dtype == torch.float32
+    for name, ours, theirs, true in zip(("loss", "dx", "dweight"), fused, plain, exact, strict=True):
+        once_more = 1e-6 if name == "loss" else 2.0**-9  # a rounding to bf16 where the loss's own gradient comes in
+        assert distance(ours, true) <= 1.1 * distance(theirs, true) + once_more, name
+    with torch.no_grad():
+        assert torch.equal(fused_losses(x, weight, targets, softcap), fused[0])
+
+
+def test_logits_far_beyond_the_cap_give_finite_losses():
+    x, weight = torch.full((2, 16), 100.0).bfloat16(), torch.ones(32, 16).bfloat16()
+    weight[1:] = -1.0  # logits of 1,600 and -1,600
+    targets = torch.tensor([0, 5])
+    losses, dx, dweight = losses_and_gradients(fused_losses, x, weight, targets, 40.0, torch.bfloat16)
+    exact = losses_and_gradients(torch_losses, x, weight, targets, 40.0, torch.float64)
+    assert torch.allclose(losses.double(), exact[0], atol=1e-4)  # 0 and 80
+    assert dx.isfinite().all() and dweight.isfinite().all()
+
+
+# The choice
+
+
+@pytest.fixture
+def config():
+    return train_gpt.Config(vocab_size=64, num_layers=2, model_dim=32, num_heads=2, num_kv_heads=1, train_seq_len=64,
+                            train_batch_tokens=128, device="cpu", dtype="bfloat16", compile="0")  # fmt: skip
+
+
+def test_a_model_of_bf16_gets_both_and_trains_as_with_torch_but_for_rounding(config):
+    runtime, results = train_gpt.Runtime(config, {}), []
+    tokens = torch.randint(64, (2, 65), generator=torch.Generator().manual_seed(0))
+    for attention in ("auto", "blocked"):
+        model, _, note = train_gpt.build_model(dataclasses.replace(config, attention=attention), runtime)
+        if attention == "blocked":
+            model.fused_loss = None
+        else:
+            assert "attention:fused by fused_attention" in note and "loss:fused by cpu_kernels.cpp sha256:" in note
+        loss = model(tokens[:, :-1], tokens[:, 1:]).mean()
+        loss.backward()
+        results.append((loss.detach(), [p.grad for p in model.parameters() if p.grad is not None]))
+    (ours, grads), (theirs, plain) = results
+    assert abs(ours - theirs) < 1e-4 * theirs
+    for p, q in zip(grads, plain, strict=True):
+        assert float((p - q).norm()) <= 0.03 * float(q.norm()) + 1e-6
+
+
+def test_compiled_as_a_whole_the_model_gives_the_same(config):
+    tokens, results = torch.arange(2 * 65).view(2, 65) * 7 % 64, []
+    runtime = train_gpt.Runtime(config, {})
+    for switch in "01":
+        _, model, note = train_gpt.build_model(dataclasses.replace(config, compile=switch), runtime)
+        assert f"\ncompile:{switch}" in note
+        losses = model(tokens[:, :-1], tokens[:, 1:])
+        losses.mean().backward()
+        results.append((losses.detach(), [p.grad for p in model.parameters() if p.grad is not None]))
+        with torch.no_grad():  # another graph
+            assert torch.allclose(model(tokens[:, :-1], tokens[:, 1:]), losses, atol=0.02)
+    (eager, plain), (compiled, ours) = results
+    assert torch.allclose(eager, compiled, atol=0.02)  # bf16 is rounded in other places
+    for p, q in zip(plain, ours, strict=True):
+        assert float((p - q).norm()) <= 0.05 * float(p.norm()) + 1e-5
+
+
+@pytest.mark.parametrize("change", [{"dtype": "float32"}, {"train_seq_len": 32}, {"train_seq_len": 4096,
+                                    "train_batch_tokens": 4096}], ids=str)  # fmt: skip
+def test_asked_for_where_it_does_not_fit_it_is_an_error_that_says_so(config, change):
+    config = dataclasses.replace(config, attention="fused", **change)
+    with pytest.raises(train_gpt.UserError, match="ATTENTION=fused wants bfloat16 .*: use ATTENTION=auto"):
+        train_gpt.build_model(config, train_gpt.Runtime(config, {}))
+
+
+def test_without_a_compiler_torch_does_it_and_the_log_says_why(config, monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    cpu_kernels.library.cache_clear()
+    try:
+        model, _, note = train_gpt.build_model(config, train_gpt.Runtime(config, {}))
+    finally:
+        cpu_kernels.library.cache_clear()
+    assert model.fused_loss is None
+    assert "attention:blocked by blocked_attention; fused fused_attention failed: FileNotFoundError" in note
+    assert "loss:torch; fused failed: FileNotFoundError" in note
+
+
+@pytest.mark.parametrize("change", [{"vocab_size": 60}, {"logit_softcap": 50.0}, {"dtype": "float32"}], ids=str)
+def test_a_loss_that_does_not_fit_is_torchs(config, change):
+    config = dataclasses.replace(config, **change)
+    model, _, note = train_gpt.build_model(config, train_gpt.Runtime(config, {}))
+    assert model.fused_loss is None and "\nloss:torch\n" in note

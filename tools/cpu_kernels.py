@@ -1,0 +1,165 @@
+"""Attention and loss for CPUs that multiply bf16 by AVX-512: cpu_kernels.cpp compiled, its functions with gradients.
+
+tools/kernels.py uses them where there are the instructions, a compiler and a shape that they take, and torch's own
+operations elsewhere. As with any backend of attention the results are the same but for rounding: an artifact needs none
+of this to be scored, and the log of a run tells what it used, with the hash of the C++.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+HAS_INSTRUCTIONS = os.name == "posix" and bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
+MOST_TOKENS = 2048  # of a sequence: the scores of 64 queries stay in the cache
+MOST_SOFTCAP = 40.0  # exponentials from -2 * softcap on must not vanish in fp32
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The compiled C++, made once for each source, compiler and machine. Raises OSError without a compiler, and
+    subprocess.CalledProcessError for one that does not know the instructions."""
+    compiler = os.environ.get("CXX", "g++")
+    flags = ["-O3", "-march=native", "-fno-strict-aliasing", "-fno-math-errno", "-fPIC"]
+    cpu = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
+    model = [line for line in cpu.splitlines() if line.startswith(("model name", "flags"))]
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+    key = hashlib.sha256(repr((SOURCE.read_bytes(), version, flags, model)).encode()).hexdigest()[:16]
+    usual = Path(tempfile.gettempdir(), f"torchinductor_{os.getuid()}")
+    folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or usual)
+    path = folder / f"cpu_kernels_{key}.so"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            objects, made = Path(scratch, "kernels.o"), Path(scratch, "kernels.so")
+            run = functools.partial(subprocess.run, check=True, capture_output=True, text=True)
+            run([compiler, *flags, "-fopenmp", "-c", str(SOURCE), "-o", str(objects)])
+            # Without -fopenmp, which would bring a second OpenMP beside torch's: two that wait for each other's cores.
+            run([compiler, "-shared", str(objects), "-o", str(made)])
+            os.replace(made, path)
+    return ctypes.CDLL(str(path))
+
+
+def describe() -> str:
+    """The source and its hash, for the log of a run; raises whatever keeps it from being compiled."""
+    library()
+    return f"{SOURCE.name} sha256:{hashlib.sha256(SOURCE.read_bytes()).hexdigest()}"
+
+
+def call(name: str, *arguments):
+    """A function of the library; tensors are handed over as the address of their data."""
+    values = [ctypes.c_void_p(value.data_ptr()) if isinstance(value, Tensor) else value for value in arguments]
+    getattr(library(), name)(*values, ctypes.c_int(torch.get_num_threads()))
+
+
+def sizes_of(q: Tensor, k: Tensor) -> Tensor:
+    B, T, H, d = q.shape
+    return torch.tensor([B, T, H, k.size(2), d])
+
+
+@torch.library.custom_op("train_gpt_cpu::attention", mutates_args=())
+def attention(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> tuple[Tensor, Tensor]:
+    """y [B, T, H, d] in bf16, and log2 of each query's sum of exponentials, [B, H, T] in fp32."""
+    q, k, v = (x.contiguous() for x in (q_BTHd, k_BTKd, v_BTKd))
+    B, T, H, d = q.shape
+    y, logs = torch.empty_like(q), q.new_empty(B, H, T, dtype=torch.float32)
+    call("attention_forward", q, k, v, y, logs, sizes_of(q, k))
+    return y, logs
+
+
+@attention.register_fake
+def _(q, k, v):
+    B, T, H, d = q.shape
+    return q.new_empty(B, T, H, d), q.new_empty(B, H, T, dtype=torch.float32)
+
+
+@torch.library.custom_op("train_gpt_cpu::attention_backward", mutates_args=())
+def attention_backward(q: Tensor, k: Tensor, v: Tensor, y: Tensor, dy: Tensor, logs: Tensor) -> list[Tensor]:
+    q, k, v, y, dy, logs = (x.contiguous() for x in (q, k, v, y, dy, logs))
+    gradients = [torch.empty_like(x) for x in (q, k, v)]
+    call("attention_backward", q, k, v, y, dy, logs, *gradients, sizes_of(q, k))
+    return gradients
+
+
+@attention_backward.register_fake
+def _(q, k, v, y, dy, logs):
+    return [x.new_empty(x.shape) for x in (q, k, v)]
+
+
+def save_attention(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, *output)
+
+
+def differentiate_attention(ctx, dy, _):
+    q, k, v, y, logs = ctx.saved_tensors
+    return tuple(attention_backward(q, k, v, y, dy.to(q.dtype), logs))
+
+
+attention.register_autograd(differentiate_attention, setup_context=save_attention)
+
+
+def takes_attention(T: int, d: int, dtype: torch.dtype) -> bool:
+    return HAS_INSTRUCTIONS and dtype == torch.bfloat16 and T % 64 == 0 and T <= MOST_TOKENS and d % 2 == 0
+
+
+def fused_attention(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor) -> Tensor:
+    """Causal attention as train_gpt.grouped_attention, of what `takes_attention` says."""
+    return attention(*(x.transpose(1, 2) for x in (q_BHTd, k_BKTd, v_BKTd)))[0].transpose(1, 2)
+
+
+@torch.library.custom_op("train_gpt_cpu::cross_entropy", mutates_args=())
+def cross_entropy(
+    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, softcap: float, gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """Losses [N] in nats of the softcapped logits x W^T; their derivative by the logits before the cap, [N, V] in bf16,
+    if it is asked for."""
+    z = x_ND @ weight_VD.mT
+    losses = z.new_empty(len(z), dtype=torch.float32)
+    call("softcapped_cross_entropy", z, targets_N.contiguous(), losses, *map(ctypes.c_int64, z.shape),
+         ctypes.c_float(softcap), ctypes.c_int(gradient))  # fmt: skip
+    return losses, z if gradient else z.new_empty(0, 0)
+
+
+@cross_entropy.register_fake
+def _(x, weight, targets, softcap, gradient):
+    shape = (len(x), len(weight)) if gradient else (0, 0)
+    return x.new_empty(len(x), dtype=torch.float32), x.new_empty(shape)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """The derivative by the logits is made where they are in the cache; the gradient of the loss, one number a row,
+    multiplies the narrow side of either product."""
+
+    @staticmethod
+    def forward(context, x_ND, weight_VD, targets_N, softcap):
+        losses, gradient = cross_entropy(x_ND, weight_VD, targets_N, softcap, True)
+        context.save_for_backward(x_ND, weight_VD, gradient)
+        return losses
+
+    @staticmethod
+    def backward(context, dlosses_N):
+        x, weight, gradient = context.saved_tensors
+        rows = dlosses_N[:, None]
+        return (gradient @ weight * rows).to(x.dtype), gradient.mT @ (x * rows).to(x.dtype), None, None
+
+
+def takes_loss(vocab_size: int, softcap: float, runtime) -> bool:
+    fits = vocab_size % 16 == 0 and softcap <= MOST_SOFTCAP
+    return HAS_INSTRUCTIONS and runtime.device.type == "cpu" and runtime.dtype == torch.bfloat16 and fits
+
+
+def fused_loss(model, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+    """Losses [B, T] in nats from what the output projection sees, as train_gpt.Model.forward gives them."""
+    x_ND, weight_VD = x_BTD.flatten(0, 1), model.output_weight()[1].to(x_BTD.dtype)
+    if torch.is_grad_enabled():
+        losses = LinearCrossEntropy.apply(x_ND, weight_VD, targets_BT.flatten(), model.softcap)
+    else:
+        losses = cross_entropy(x_ND, weight_VD, targets_BT.flatten(), model.softcap, False)[0]
+    return losses.view_as(targets_BT)
