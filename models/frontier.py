@@ -113,13 +113,13 @@ class FrontierGPT(train_gpt.GPT):
         self.context_starts, self.loop_start = config.context_starts(), self.graph_starts[-1]
         self.graph_starts = tuple(sorted({*self.graph_starts, *(share for share, _ in self.context_starts)}))
         self.context = self.whole = config.train_seq_len
-        # A tensor, since a number would be a constant of the graph, compiled anew at every step.
-        self.prefix_loss, self.longest_prefix = config.prefix_loss, None
+        self.prefix_loss = config.prefix_loss
+        for name in ("longest_prefix", "prefix_weight"):
+            self.register_buffer(name, None, persistent=False)
         if config.prefix_loss:
             token_bytes = train_gpt.TokenBytes(config.tokenizer_path, config.vocab_size, config.vocab_padding)
-            table = longest_prefixes(token_bytes, config.vocab_size)
-            self.register_buffer("longest_prefix", table, persistent=False)
-            self.register_buffer("prefix_weight", torch.zeros(()), persistent=False)
+            self.longest_prefix = longest_prefixes(token_bytes, config.vocab_size)
+            self.prefix_weight = torch.zeros(())  # a number would be a constant, and each a graph of its own
 
     def advance(self, progress: float):
         self.looping = self.has_loops and progress >= self.loop_start
