@@ -637,7 +637,8 @@ class Model(nn.Module):
     tokens [B, T] what the output projection sees [B, T, D], calls init_weights, and may override the rest."""
     PARAMETERS: dict[str, Row] = {}
     looping, has_loops = False, False  # depth recurrence: it is on, there is any
-    softcap, mask, fused_loss = 30.0, None, None  # CANONICAL's mask; a kernel for logits and loss at once
+    softcap, mask, mask_in_training = 30.0, None, False  # CANONICAL=1
+    fused_loss, needs_logits = None, False  # a kernel for logits and loss at once; `losses` does without it
     graph_starts: tuple[float, ...] = (0.0,)  # shares of the run where its graph changes
     @classmethod
     def row(cls, name: str) -> Row:
@@ -665,17 +666,17 @@ class Model(nn.Module):
         z = at_least_fp32(F.linear(x_BTD, self.output_weight()[1].to(x_BTD.dtype)))
         return self.softcap * torch.tanh(z / self.softcap)
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None):
-        """Losses [B, T] in nats, without targets logits [B, T, V], in fp32. In training it may be
-        (losses, extra): a scalar to minimise with their mean, which no log or score counts."""
+        """What `losses` makes of the targets; without them logits [B, T, V], in fp32."""
         x_BTD = self.features(tokens_BT)
-        if self.fused_loss and targets_BT is not None and (self.training or self.mask is None):
+        masked = self.mask is not None and (self.mask_in_training or not self.training)
+        if self.fused_loss and targets_BT is not None and not masked and not self.needs_logits:
             return self.fused_loss(self, x_BTD, targets_BT)
-        logits = self.logits(x_BTD)
-        if self.mask is not None and not self.training:  # CANONICAL=1
-            logits = self.mask(logits, tokens_BT)
-        if targets_BT is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), reduction="none").view_as(targets_BT)
+        logits = self.mask(self.logits(x_BTD), tokens_BT) if masked else self.logits(x_BTD)
+        return logits if targets_BT is None else self.losses(logits, targets_BT)
+    def losses(self, logits_BTV: Tensor, targets_BT: Tensor):
+        """[B, T] in nats, in fp32. In training it may be (losses, extra): a scalar to minimise with
+        their mean, which no log or score counts."""
+        return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="none").view_as(targets_BT)
     def advance(self, progress: float):
         """Be what this share of the run trains; before the first step, and in evaluation, it is what the end does."""
     def final_score(self, evaluator: "Evaluator", compiled_model: nn.Module, log) -> "Score":

@@ -155,6 +155,7 @@ def choose_loss(config, runtime):
     """(function of (model, features, targets) that gives the losses, or None for torch's; log line)."""
     model = config.model_class()
     own = model.forward is not Model.forward or model.logits is not Model.logits
+    own |= model.losses is not Model.losses and "needs_logits" not in vars(model)  # it would not be called
     if not cpu_kernels or own or not cpu_kernels.takes_loss(config.vocab_size, config.logit_softcap, runtime):
         return None, "loss:torch"
     try:

@@ -1,0 +1,441 @@
+"""models/frontier.py: off, it trains bit for bit as the script; each knob against a slow reading of its formula; whole
+runs with all of them on one rank and on two, stopped and resumed, and scored again in another process."""
+
+import importlib.util
+import itertools
+import json
+import math
+import re
+import signal
+import sys
+from pathlib import Path
+
+import models
+import numpy as np
+import pytest
+import torch
+from models import exact_line, process
+
+import train_gpt
+from train_gpt import GPT, Config, TokenBytes, UserError
+
+MODEL_FILE = Path(train_gpt.__file__).resolve().parent / "models" / "frontier.py"
+spec = importlib.util.spec_from_file_location("frontier", MODEL_FILE)
+frontier = sys.modules["frontier"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(frontier)
+FrontierConfig, FrontierGPT = frontier.FrontierConfig, frontier.FrontierGPT
+
+ALL = {"XSA_LAYERS": 2, "XSA_GATE": 1, "MUON_HEADS": 1, "POLAR_EXPRESS": 1, "PREFIX_LOSS": 0.5, "CANONICAL": 1,
+       "CANONICAL_TRAIN": 1, "CONTEXTS": "8@0,16@0.3,32@0.6", "EMA_DECAY": 0.9}  # fmt: skip
+
+
+@pytest.fixture
+def config_of(tiny):
+    """Function: the FrontierConfig of `tiny`, with overrides by knob."""
+    return lambda **overrides: FrontierConfig.load([], tiny(**overrides))
+
+
+def randn(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def scatter(model):
+    """Random values in every parameter: many of the initial ones are 0."""
+    with torch.no_grad():
+        for seed, p in enumerate(model.parameters()):
+            p.copy_(0.5 * randn(*p.shape, seed=seed))
+    return model
+
+
+def double(config):
+    """The model in float64, but for its RoPE tables."""
+    return config.model_class()(config, dtype=torch.float64).double()
+
+
+def random_tokens(config, batch=3, seed=0):
+    shape = (batch, config.train_seq_len)
+    return torch.randint(3, config.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def start(config_class, values: dict[str, str], capfd) -> tuple[int, str, str]:
+    """(exit code, what it wrote, errors) of a run in this process."""
+    capfd.readouterr()
+    with models.environment({}), models.signals_restored(), pytest.MonkeyPatch.context() as patch:
+        for name in FrontierConfig.knobs():
+            patch.delenv(name, raising=False)
+        for name, value in values.items():
+            patch.setenv(name, value)
+        patch.setattr(train_gpt, "INT8_MIN_NUMEL", 1000)  # so that something is quantised
+        code = train_gpt.main([], config_class)
+    return code, *capfd.readouterr()
+
+
+def losses_of(folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["train_loss"] for line in lines if "train_loss" in line]
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    one, other = (torch.load(folder / "final_model.pt") for folder in (one, other))
+    return one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
+
+
+# Off
+
+
+def test_with_every_knob_off_it_trains_bit_for_bit_as_the_script(tiny, capfd, tmp_path):
+    knobs = {"XSA_LAYERS": 1, "CANONICAL": 1, "LOOP_LAYERS": "0-1", "WARMUP_STEPS": 1}
+    for config_class in (Config, FrontierConfig):
+        values = tiny(LOG_DIR=tmp_path / config_class.__name__, **knobs)
+        assert start(config_class, values, capfd)[0] == 0
+    ours, theirs = (tmp_path / config_class.__name__ / "run" for config_class in (FrontierConfig, Config))
+    assert len(losses_of(ours)) == 5 and losses_of(ours) == losses_of(theirs)
+    assert same_weights(ours, theirs)
+    results = [json.loads((folder / "result.json").read_text()) for folder in (ours, theirs)]
+    assert results[0]["val_loss"] == results[1]["val_loss"] and set(results[0]["sources"]) == {
+        "train_gpt.py", "canonical.py", "frontier.py"}  # fmt: skip
+
+
+def test_with_every_knob_off_there_is_nothing_new(config_of, make_config, runtime):
+    model, plain = FrontierGPT(config_of(XSA_LAYERS=2)), GPT(make_config(XSA_LAYERS=2))
+    assert all(map(torch.equal, model.state_dict().values(), plain.state_dict().values()))
+    assert model.state_dict().keys() == plain.state_dict().keys() and model.graph_starts == plain.graph_starts
+    assert type(model.optimizers(config_of(), runtime)[1]) is train_gpt.Muon
+    assert not dict(model.named_buffers()).keys() - dict(plain.named_buffers()).keys()
+
+
+# XSA_GATE
+
+
+def test_gated_exclusion_takes_its_share_of_the_own_value_out_of_each_head():
+    B, H, K, T, d = 2, 4, 2, 5, 6
+    q, k, v = (randn(B, heads, T, d, seed=heads + seed) for seed, heads in enumerate((H, K, K)))
+    layer = frontier.GatedExclusion(train_gpt.grouped_attention, H).double()
+    with torch.no_grad():
+        layer.gate.copy_(randn(H))
+    y = layer(q, k, v)
+    for b, h, t in [(b, h, t) for b in range(B) for h in range(H) for t in range(T)]:
+        keys, values = k[b, h // (H // K)], v[b, h // (H // K)]
+        weights = torch.exp(keys[: t + 1] @ q[b, h, t] / math.sqrt(d))
+        expected = weights / weights.sum() @ values[: t + 1]
+        own = values[t] / values[t].norm()
+        expected = expected - torch.tanh(layer.gate[h]) * (expected @ own) * own
+        torch.testing.assert_close(y[b, h, t], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_gate_of_0_is_no_xsa_and_a_large_one_is_xsa(config_of, make_config, layers):
+    config = config_of(XSA_LAYERS=layers, XSA_GATE=1)
+    model, tokens = double(config), random_tokens(config)
+    gates = {name: p for name, p in scatter(model).named_parameters() if name.endswith("attend.gate")}
+    assert [*gates] == [f"blocks.{i}.attn.attend.gate" for i in range(2 - layers, 2)]
+    for value, knobs in ((0.0, {}), (50.0, {"XSA_LAYERS": layers})):
+        with torch.no_grad():
+            for gate in gates.values():
+                gate.fill_(value)
+        plain = double(make_config(**knobs))
+        plain.load_state_dict({name: p for name, p in model.state_dict().items() if name not in gates})
+        torch.testing.assert_close(model(tokens), plain(tokens), rtol=1e-12, atol=1e-12)
+
+
+def test_gates_begin_at_0_and_are_trained_as_vectors(config_of):
+    model = FrontierGPT(config_of(XSA_LAYERS=1, XSA_GATE=1))
+    gate = model.blocks[1].attn.attend.gate
+    assert gate.shape == (4,) and not gate.any()
+    assert any(gate is p for p in train_gpt.parameter_groups(model)["scalar"])
+    with torch.no_grad():
+        for block in model.blocks:  # which are 0 at first
+            block.attn.proj.weight.normal_(generator=torch.Generator().manual_seed(0))
+    tokens = random_tokens(config_of())
+    model(tokens, tokens.roll(-1, 1)).mean().backward()
+    assert gate.grad.abs().min() > 0
+
+
+# MUON_HEADS, POLAR_EXPRESS
+
+
+def by_singular_values(u, quintics):
+    """U p(S) V^T of a matrix, where p is the quintics one after the other."""
+    left, s, right = torch.linalg.svd(u, full_matrices=False)
+    for a, b, c in quintics:
+        s = a * s + b * s**3 + c * s**5
+    return left @ torch.diag(s) @ right
+
+
+def paper_quintics(steps):
+    rest = (1.875, -1.25, 0.375)
+    six = [(a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in frontier.POLAR_EXPRESS[:6]]
+    return (six + [rest] * steps)[:steps]
+
+
+@pytest.mark.parametrize("row_norm", [0, 1])
+@pytest.mark.parametrize("heads, polar", [(0, 1), (1, 0), (1, 1), (2, 0), (2, 1)])
+def test_a_step_of_muon_equals_the_formulas_piece_by_piece(config_of, runtime, heads, row_norm, polar):
+    knobs = {"MUON_HEADS": heads, "MUON_ROW_NORM": row_norm, "POLAR_EXPRESS": polar, "MUON_BACKEND_STEPS": 4,
+             "MUON_MOMENTUM": 0.9, "MATRIX_LR": 0.1, "MUON_WEIGHT_DECAY": 0.3}  # fmt: skip
+    config = config_of(**knobs)
+    model = double(config)
+    runtime.dtype = torch.float64
+    adam, muon = model.optimizers(config, runtime)
+    assert isinstance(muon, train_gpt.Muon)
+    trained = [p for optimizer in (adam, muon) for group in optimizer.param_groups for p in group["params"]]
+    assert len(trained) == len(set(trained)) == len(list(model.parameters()))
+    expected = {}
+    for seed, (name, p) in enumerate(model.named_parameters()):
+        p.grad = randn(*p.shape, seed=seed)
+        if model.row(name).group != "matrix":
+            continue
+        cut = heads and re.search(r"c_[qkv]\.weight$", name)
+        pieces = []
+        for u in (p.grad * 1.9).split(heads * 8 if cut else len(p)):
+            u = u / u.norm(dim=1, keepdim=True) if row_norm else u
+            u = u / u.norm()
+            u = by_singular_values(u / 1.01, paper_quintics(4)) if polar else by_singular_values(
+                u, [(3.4445, -4.7750, 2.0315)] * 4)  # fmt: skip
+            pieces.append(u * max(1, u.size(0) / u.size(1)) ** 0.5)
+        expected[name] = p.detach() * (1 - 0.1 * 0.3) - 0.1 * torch.cat(pieces)
+    muon.step()
+    assert len(expected) == 12
+    for name, value in expected.items():
+        torch.testing.assert_close(model.get_parameter(name).detach(), value, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("rows, cols", [(24, 24), (8, 32), (32, 8)])
+@pytest.mark.parametrize("steps", [1, 3, 4, 5, 6, 10])
+def test_polar_express_brings_singular_values_nearer_to_1_than_the_usual_coefficients(rows, cols, steps):
+    """In the worst case, from the first iteration on, and from the fifth on in the mean, too: of singular values from a
+    thousandth to 1, for which the paper's iterations are the best."""
+    left, right = (torch.linalg.qr(randn(n, n, seed=n))[0] for n in (rows, cols))
+    values, errors = torch.logspace(-3, -0.01, min(rows, cols), dtype=torch.float64), []
+    matrix = left[:, : len(values)] @ values.diag() @ right[:, : len(values)].T
+    for polynomials in (frontier.polar_express, train_gpt.newton_schulz):
+        errors.append((torch.linalg.svdvals(polynomials(matrix[None], steps)) - 1).abs())
+    assert errors[0].max() < errors[1].max() and (steps < 5 or errors[0].mean() < 0.5 * errors[1].mean())
+    assert errors[0].max() < {1: 1, 3: 0.9, 4: 0.6, 5: 0.17, 6: 0.01, 10: 1e-6}[steps]
+    expected = by_singular_values(matrix / 1.01, paper_quintics(steps))
+    torch.testing.assert_close(frontier.polar_express(matrix[None], steps)[0], expected, rtol=1e-9, atol=1e-9)
+
+
+# PREFIX_LOSS
+
+
+@pytest.fixture
+def token_bytes(config_of):
+    config = config_of()
+    return TokenBytes(config.tokenizer_path, config.vocab_size)
+
+
+def slow_prefixes(token_bytes, vocab_size):
+    """Of each token, by looking at all the others."""
+    texts = {}
+    for i, piece in enumerate(token_bytes.pieces):
+        if piece is not None and (piece or i in token_bytes.leading):
+            texts[i] = b" " * (i in token_bytes.leading) + piece
+    table = [-100] * vocab_size
+    for i, text in texts.items():
+        shorter = [j for j in texts if text.startswith(texts[j]) and len(texts[j]) < len(text)]
+        # The longest; of equals one that is no byte.
+        shorter.sort(key=lambda j: (len(texts[j]), j not in token_bytes.byte_ids))
+        table[i] = shorter[-1] if shorter else -100
+    return table
+
+
+def test_the_table_of_prefixes_equals_a_search_through_all_tokens(token_bytes):
+    size = token_bytes.size + 3  # ids that only fill the vocabulary up
+    table = frontier.longest_prefixes(token_bytes, size).tolist()
+    assert table == slow_prefixes(token_bytes, size)
+    names = token_bytes.model.id_to_piece([*range(token_bytes.size)])
+    pairs = {names[i]: names[j] for i, j in enumerate(table) if j >= 0}
+    assert len(pairs) > 30 and "a" not in pairs and table[token_bytes.start] == -100
+    expected = {"\u2581sleeps": "\u2581s", "\u2581s": "\u2581", "ent": "en", "king": "k", "\u6d77": "<0xE6>"}
+    assert {name: pairs[name] for name in expected} == expected
+
+
+def test_of_texts_that_two_tokens_share_the_prefix_is_the_one_that_is_no_byte(token_bytes):
+    token_bytes.pieces, token_bytes.size = [None, b"a", b"a", b"ab", b"", b"abcd", b"ab"], 7
+    token_bytes.leading, token_bytes.byte_ids = {4, 6}, {2}
+    assert frontier.longest_prefixes(token_bytes, 8).tolist() == [-100, -100, -100, 1, -100, 3, 4, -100]
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.25, 1.0])
+def test_the_prefix_loss_is_cross_entropy_on_the_prefixes_with_a_weight_that_falls(config_of, token_bytes, progress):
+    config = config_of(PREFIX_LOSS=0.5)
+    model, tokens, targets = scatter(double(config)), *map(random_tokens, [config] * 2, [3, 3], [0, 1])
+    model.advance(progress)
+    losses, extra = model(tokens, targets)
+    probabilities, table, total = model(tokens).softmax(-1), slow_prefixes(token_bytes, config.vocab_size), 0.0
+    for b, t in [(b, t) for b in range(3) for t in range(config.train_seq_len)]:
+        target = int(targets[b, t])
+        torch.testing.assert_close(losses[b, t], -probabilities[b, t, target].log())
+        if table[target] >= 0:
+            total = total - probabilities[b, t, table[target]].log()
+    torch.testing.assert_close(extra, 0.5 * (1 - progress) * total / targets.numel())
+    assert (extra > 0) == (progress < 1)
+    assert model.eval()(tokens, targets).equal(losses)
+
+
+# CONTEXTS
+
+
+def test_in_training_a_sequence_is_cut_into_contexts_and_in_evaluation_it_is_whole(config_of):
+    config = config_of(CONTEXTS="8@0,16@0.3,32@0.6", SMEAR_GATE=1)
+    model, tokens = scatter(double(config)), random_tokens(config)
+    whole = double(Config.load([], {k: v for k, v in config.texts().items() if k in Config.knobs()}))
+    whole.load_state_dict(model.state_dict())
+    for progress, length in ((0.0, 8), (0.29, 8), (0.3, 16), (0.59, 16), (0.6, 32), (1.0, 32)):
+        model.advance(progress)
+        parts = torch.cat([whole(part) for part in tokens.split(length, dim=1)], dim=1)
+        torch.testing.assert_close(model.train()(tokens), parts, rtol=1e-12, atol=1e-12)
+        assert model(tokens, tokens.roll(-1, 1)).shape == tokens.shape
+        torch.testing.assert_close(model.eval()(tokens), whole(tokens), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("loops, expected", [
+    ({}, (0.0, 0.3, 0.6)),
+    ({"LOOP_LAYERS": "0-1", "LOOP_START": 0.4}, (0.0, 0.3, 0.4, 0.6)),
+    ({"LOOP_LAYERS": "0-1", "LOOP_START": 0.7}, (0.0, 0.3, 0.6, 0.7)),
+])  # fmt: skip
+def test_graphs_change_where_contexts_do_and_where_recurrence_begins(config_of, loops, expected):
+    config = config_of(CONTEXTS="8@0,16@0.3,32@0.6", **loops)
+    model = FrontierGPT(config)
+    assert model.graph_starts == expected and model.context == 32 and model.looping == bool(loops)
+    for progress in (0.0, 0.2, 0.3, 0.35, 0.4, 0.5, 0.6, 0.69, 0.7, 1.0):
+        model.advance(progress)
+        assert model.looping == (bool(loops) and progress >= config.loop_start)
+        assert model.context == (8 if progress < 0.3 else 16 if progress < 0.6 else 32)
+
+
+def test_all_graphs_are_compiled_in_the_warm_up_and_none_after_it(config_of, runtime):
+    """By a compiler that only counts; training follows as the run does, with validations in between."""
+    config = config_of(**ALL | {"LOOP_LAYERS": "0-1", "LOOP_START": 0.4})
+    model, graphs = FrontierGPT(config), []
+    model.mask = train_gpt.tool("canonical").Mask(model, config, runtime)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=lambda graph, _: graphs.append(1) or graph.forward, fullgraph=True,
+                             dynamic=False)  # fmt: skip
+    tokens = random_tokens(config)
+
+    def train_and_score(progress):
+        model.advance(progress)
+        losses, extra = compiled.train()(tokens, tokens.roll(-1, 1))
+        (losses.mean() + extra).backward()
+        with torch.no_grad():
+            compiled.eval()(tokens, tokens.roll(-1, 1))
+
+    train_and_score(1.0)  # as the look at the memory does
+    for share in model.graph_starts:
+        train_and_score(share)
+    # Contexts of 8 and 16; 16 and 32 with recurrence; evaluation with and without it.
+    assert len(graphs) == 4 + 2
+    for step in range(20):
+        train_and_score(step / 20)
+    assert len(graphs) == 6
+    torch._dynamo.reset()
+
+
+# CANONICAL_TRAIN
+
+
+def test_the_mask_in_training_leaves_a_distribution_over_what_is_allowed(config_of, runtime, token_bytes):
+    config = config_of(CANONICAL=1, CANONICAL_TRAIN=1, PREFIX_LOSS=0.5)
+    model, tokens, targets = scatter(double(config)), *map(random_tokens, [config] * 2, [3, 3], [0, 1])
+    bits = train_gpt.tool("canonical").allowed_pairs(config.tokenizer_path, config.vocab_size)
+    bits = torch.from_numpy(np.unpackbits(bits, axis=1, count=config.vocab_size, bitorder="little").astype(bool))
+    table = slow_prefixes(token_bytes, config.vocab_size)
+    # Targets that the mask excludes, and others whose prefixes it does.
+    odd = [(a, b) for a, b in itertools.product(range(config.vocab_size), repeat=2) if not bits[a, b]][:16]
+    odd += [(a, b) for a, b in itertools.product(range(config.vocab_size), repeat=2)
+            if bits[a, b] and table[b] >= 0 and not bits[a, table[b]]][:16]  # fmt: skip
+    tokens[0], targets[0] = torch.tensor(odd).T
+    plain = model(tokens)
+    model.mask = train_gpt.tool("canonical").Mask(model, config, runtime)
+    model.advance(0.0)
+    losses, extra = model(tokens, targets)
+    total, excluded, hidden = 0.0, 0, 0
+    for b, t in [(b, t) for b in range(3) for t in range(config.train_seq_len)]:
+        target, allowed = int(targets[b, t]), bits[tokens[b, t]]
+        weights = torch.where(allowed, plain[b, t].exp(), 0.0)
+        costs = -(weights / weights.sum()).log()
+        torch.testing.assert_close(losses[b, t], costs[target].where(allowed[target], 0.0))
+        prefix_counts = table[target] >= 0 and allowed[table[target]]
+        total = total + costs[table[target]] if prefix_counts else total
+        excluded, hidden = excluded + (not allowed[target]), hidden + (table[target] >= 0 and not prefix_counts)
+    assert excluded >= 16 and hidden >= 16
+    torch.testing.assert_close(extra, 0.5 * total / targets.numel())
+    (losses.mean() + extra).backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    scored = model.eval()(tokens, targets)
+    assert scored.isinf().sum() == excluded and scored[scored.isfinite()].equal(losses[scored.isfinite()])
+
+
+# Whole runs
+
+
+def test_a_run_with_all_knobs_stopped_and_resumed_is_the_undisturbed_one(tiny, capfd, tmp_path):
+    values = {folder: tiny(**ALL, ITERATIONS=8, LOG_DIR=tmp_path / folder) for folder in ("whole", "cut")}
+    code, out, err = start(FrontierConfig, values["whole"], capfd)
+    assert code == 0, err
+    step = train_gpt.Trainer.step
+
+    def interrupted(trainer, *args):
+        if trainer.steps + 1 == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return step(trainer, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_gpt.Trainer, "step", interrupted)
+        assert start(FrontierConfig, values["cut"], capfd)[0] == 128 + signal.SIGTERM
+    again = start(FrontierConfig, values["cut"], capfd)
+    assert again[0] == 0 and exact_line(again[1]) == exact_line(out)
+    assert same_weights(tmp_path / "whole" / "run", tmp_path / "cut" / "run")
+    assert losses_of(tmp_path / "whole" / "run") == losses_of(tmp_path / "cut" / "run")
+    assert json.loads((tmp_path / "cut" / "run" / "result.json").read_text())["resumed_at"] == [4]
+    weights = torch.load(tmp_path / "whole" / "run" / "final_model.pt")
+    gates = [p for name, p in weights.items() if name.endswith("attend.gate")]
+    assert len(gates) == 2 and all(gate.abs().min() > 0 for gate in gates)
+
+
+def test_an_artifact_scores_the_same_in_another_process_by_the_script_and_by_the_model_file(corpus, tmp_path):
+    values = models.tiny_settings(corpus, **ALL | {"LOG_DIR": tmp_path / "logs", "WARMUP_STEPS": 1})
+    made = process(values, tmp_path, script=MODEL_FILE)
+    assert made.returncode == 0, made.stderr.decode()
+    line = exact_line(made.stdout.decode())
+    machine = models.machine_settings(corpus, MODE="eval", ARTIFACT="logs/run/final_model.int8.ptz")
+    for script in (models.SCRIPT, MODEL_FILE):
+        done = process(machine, tmp_path, script=script)
+        assert done.returncode == 0 and exact_line(done.stdout.decode()) == line, done.stderr.decode()
+
+
+def test_two_ranks_train_and_score_as_one(tiny, launch, tmp_path):
+    knobs = ALL | {"ITERATIONS": 10, "VAL_TOKENS_LIMIT": 200, "GRAD_ACCUM_STEPS": 2}
+    for ranks in (1, 2):
+        done = launch(ranks=ranks, script=MODEL_FILE, **knobs | {"LOG_DIR": tmp_path / str(ranks)})
+        assert done.returncode == 0, done.stderr
+    one, two = (losses_of(tmp_path / ranks / "run") for ranks in "12")
+    assert len(one) == 10 and one[-1] < one[0] - 0.5 and two == pytest.approx(one, abs=1e-4)
+    one, two = (json.loads((tmp_path / ranks / "run" / "result.json").read_text()) for ranks in "12")
+    assert two["world_size"] == 2 and two["val_loss"] == pytest.approx(one["val_loss"], abs=1e-4)
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize("knobs, message", [
+    ({"XSA_GATE": 1}, "XSA_GATE=1 gates the last XSA_LAYERS=0 blocks: set XSA_LAYERS"),
+    ({"MUON_HEADS": 3}, "MUON_HEADS=3 does not divide NUM_KV_HEADS=2: use 0 or one of [1, 2]"),
+    ({"CANONICAL_TRAIN": 1}, "CANONICAL_TRAIN=1 needs the mask: set CANONICAL=1"),
+    ({"PREFIX_LOSS": -1}, "PREFIX_LOSS=-1.0 is too small"),
+    ({"CONTEXTS": "16"}, "CONTEXTS=16: expected LENGTH@SHARE,... such as 16@0,32@0.5"),
+    ({"CONTEXTS": "16@0,32@half"}, "expected LENGTH@SHARE"),
+    ({"CONTEXTS": "16@0.1,32@0.5"}, "the shares must rise from 0 to less than 1"),
+    ({"CONTEXTS": "16@0,32@0"}, "the shares must rise"),
+    ({"CONTEXTS": "16@0,32@1"}, "the shares must rise"),
+    ({"CONTEXTS": "12@0,32@0.5"}, "each length must divide TRAIN_SEQ_LEN=32: use some of [1, 2, 4, 8, 16, 32]"),
+    ({"CONTEXTS": "64@0,32@0.5"}, "each length must divide TRAIN_SEQ_LEN=32"),
+    ({"CONTEXTS": "0@0,32@0.5"}, "each length must divide TRAIN_SEQ_LEN=32"),
+    ({"CONTEXTS": "8@0,16@0.5"}, "ends with a length of 16: end with TRAIN_SEQ_LEN=32"),
+    ({"CONTEXTS": "1@0,2@0.1,4@0.2,8@0.3,16@0.4,32@0.5"}, "has 6 lengths, each of which is compiled: use at most 5"),
+])  # fmt: skip
+def test_mistakes_are_told_with_what_to_do(config_of, knobs, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        config_of(**knobs)
