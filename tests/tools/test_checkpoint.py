@@ -1111,7 +1111,8 @@ def test_a_launch_without_a_name_is_its_agent(make_config, runtime, monkeypatch)
     assert folder_of(runtime, config, RUN_ID="none", RESTART_COUNT=1).path == folder.path
     monkeypatch.setattr(os, "getpid", lambda: 1)  # a new name would be the same within a second
     assert folder_of(runtime, config, RUN_ID="none", RESTART_COUNT=1).path == folder.path
-    monkeypatch.setattr(os, "getppid", lambda parent=os.getppid(): parent + 1)
+    parent = os.getppid()
+    monkeypatch.setattr(os, "getppid", lambda: parent + 1)
     assert folder_of(runtime, config, RUN_ID="none", RESTART_COUNT=1).path != folder.path
 
 
