@@ -974,8 +974,8 @@ class Evaluator:
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), mask, scored
     @torch.no_grad()  # not inference_mode: tables cached in it would poison the next step
     def score(self, model, log=lambda line: None, interrupted=lambda: False, order=None) -> Score | None:
-        """The Score over all ranks; None if one was interrupted. `order` gives the first windows of this rank's batches,
-        and learns between them, if it likes: it is asked for one when those before have been scored."""
+        """The Score over all ranks; None if one was interrupted. `order` gives the first windows of a rank's batches,
+        and is asked for the next when those before are scored: what it learns in between, it learns after them."""
         sums, count, weight = [], 0, 0
         begun = reported = time.perf_counter()
         model.eval()

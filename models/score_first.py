@@ -38,12 +38,12 @@ from train_gpt import knob, require  # noqa: E402
 @dataclasses.dataclass(frozen=True)
 class ScoreFirstConfig(train_gpt.Config):
     # The score depends on all but the last: an artifact tells them. Training does not: a resume may change them.
-    ttt_chunk: int = knob(0, "targets scored before the model learns from them; 0: it does not", 0, free=True, arch=True)
+    ttt_chunk: int = knob(0, "targets scored before they are learned; 0: nothing is learned", 0, free=True, arch=True)
     ttt_lr: float = knob(0.005, "SGD rate at the first chunk; a cosine takes it to 0", 0, free=True, arch=True)
     ttt_epochs: int = knob(3, "passes over a chunk that has been scored", 1, free=True, arch=True)
     ttt_momentum: float = knob(0.9, "of that SGD, kept from chunk to chunk", 0, 0.99999, free=True, arch=True)
     ttt_clip: float = knob(1.0, "most global gradient norm there; 0: off", 0, free=True, arch=True)
-    ttt_batch_tokens: int = knob(32_768, "tokens of such a step, over all ranks; a chunk at most", 1, free=True, arch=True)
+    ttt_batch_tokens: int = knob(2**15, "tokens of such a step over all ranks, a chunk at most", 1, free=True, arch=True)
     eval_wallclock_seconds: float = knob(600.0, "clock of the final evaluation; 0: none", 0, free=True)
 
     @classmethod
@@ -52,11 +52,15 @@ class ScoreFirstConfig(train_gpt.Config):
 
     def check(self):
         super().check()
-        T, chunk, batch = self.train_seq_len, self.ttt_chunk, self.ttt_batch_tokens
-        if chunk:
-            for name, tokens in (("TTT_CHUNK", chunk), ("TTT_BATCH_TOKENS", batch)):
-                whole = -(-tokens // T) * T
-                require(tokens == whole, f"{name}={tokens} is not whole TRAIN_SEQ_LEN={T}: use {whole}")
+        if self.mode != "eval":  # where the artifact has yet to tell TRAIN_SEQ_LEN
+            self.check_chunks()
+
+    def check_chunks(self):
+        T = self.train_seq_len
+        for name in ("TTT_CHUNK", "TTT_BATCH_TOKENS") if self.ttt_chunk else ():
+            tokens = getattr(self, name.lower())
+            whole = -(-tokens // T) * T
+            require(tokens == whole, f"{name}={tokens} is not whole TRAIN_SEQ_LEN={T}: use {whole}")
 
 
 class Walk:
@@ -65,13 +69,15 @@ class Walk:
     def __init__(self, model: nn.Module, evaluator: train_gpt.Evaluator, compiled_model: nn.Module):
         self.model, self.evaluator, self.compiled_model = model, evaluator, compiled_model
         self.config, self.runtime = model.config, evaluator.runtime
+        self.config.check_chunks()
         T, stride, ranks = evaluator.length, evaluator.stride, self.runtime.world_size
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.windows = 1 + max(0, math.ceil((evaluator.targets - T) / stride))
         last = (self.windows - 1) * stride + T - stride if self.windows > 1 else 0  # first target of the last window
         self.chunks = 1 + last // self.config.ttt_chunk
-        # Sequences of a step, and of one of its micro-steps: no more than training holds in memory.
-        self.rows = min(self.config.ttt_batch_tokens, self.config.ttt_chunk) // T
+        # Sequences of a chunk; of a step; of one of its micro-steps, which are no more than training holds in memory.
+        self.sequences = self.config.ttt_chunk // T
+        self.rows = min(self.config.ttt_batch_tokens // T, self.sequences)
         accum_steps = self.config.accumulation_steps(ranks, self.runtime.device.type)
         held = self.config.train_batch_tokens // (T * ranks * accum_steps)
         self.micro_rows = min(held, math.ceil(self.rows / ranks))
@@ -137,22 +143,23 @@ class Walk:
         self.compiled_model.eval()
         rows = draw.integers(self.config.vocab_size, size=(self.evaluator.batch, T + 1), dtype=np.uint16)
         rows = train_gpt.to_device(rows, self.runtime.device)
-        with torch.no_grad():
-            self.compiled_model(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
-        if self.chunks > 1:
-            rows = draw.integers(self.config.vocab_size, size=(self.rows, T + 1), dtype=np.uint16)
-            self.step(self.model.test_time_optimizer(), rows)
+        with torch._dynamo.config.patch(recompile_limit=16):  # training may have left no room among its eight graphs
+            with torch.no_grad():
+                self.compiled_model(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
+            if self.chunks > 1:
+                rows = draw.integers(self.config.vocab_size, size=(self.rows, T + 1), dtype=np.uint16)
+                self.step(self.model.test_time_optimizer(), rows)
 
     def told(self) -> str:
-        """What it takes, in passes forward over one token: a pass backward takes two."""
+        """For the log; the cost is in passes forward, of which one backward takes two."""
         learned = (self.chunks - 1) * self.config.ttt_chunk * self.config.ttt_epochs
-        steps = (self.chunks - 1) * self.config.ttt_epochs * math.ceil(self.config.ttt_chunk / self.evaluator.length / self.rows)
-        scored = self.windows * self.evaluator.length
-        return f"score_first: chunks:{self.chunks} steps:{steps} cost:{1 + 3 * learned / scored:.2f} of a plain evaluation"
+        steps = (self.chunks - 1) * self.config.ttt_epochs * math.ceil(self.sequences / self.rows)
+        cost = 1 + 3 * learned / (self.windows * self.evaluator.length)
+        return f"score_first: chunks:{self.chunks} steps:{steps} cost:{cost:.2f} of a plain evaluation"
 
 
 class ScoreFirst:
-    """Before any train_gpt.Model in the bases of a class: its artifact is scored while it learns, if TTT_CHUNK is set."""
+    """To stand before a train_gpt.Model in the bases of a class, whose artifact is then scored while it learns."""
 
     def __init__(self, config: ScoreFirstConfig, *args, **kwargs):
         super().__init__(config, *args, **kwargs)

@@ -192,12 +192,12 @@ def test_each_target_is_scored_once_and_before_it_is_learned(make, knobs):
     (ScoreFirstConfig, {}), (ScoreFirstConfig, {"EVAL_STRIDE": 8, "CANONICAL": 1}), (BothConfig, {"EVAL_STRIDE": 16}),
 ], ids=["plain", "stride and mask", "another model"])  # fmt: skip
 @pytest.mark.parametrize("walk, honest", [(score_first.Walk, True), (Peeking, False)], ids=["honest", "peeking"])
-def test_tokens_to_come_move_no_score_unless_they_are_learned_first(make, monkeypatch, config_class, knobs, walk, honest):
+def test_no_score_knows_tokens_to_come_unless_it_peeks(make, monkeypatch, config_class, knobs, walk, honest):
     """The flip test of `record.py rescore`, through the whole evaluation."""
     config, model, evaluator, stream = make(config_class, **knobs)
     monkeypatch.setattr(score_first, "Walk", walk)
     moved = probe.flips_in_evaluation(train_gpt, config, model, stream, evaluator.token_bytes, evaluator.runtime,
-                                      places=4, rng=np.random.default_rng(0))  # fmt: skip
+                                      places=4, rng=np.random.default_rng(0), learns=True)  # fmt: skip
     assert len(moved) == 4 and (max(moved) == 0.0 if honest else max(moved) > 1e-3)
 
 
@@ -238,8 +238,8 @@ def test_no_random_number_is_drawn(make):
     ({"TTT_CHUNK": 16, "EVAL_STRIDE": 20}, "TTT_CHUNK=16 is not whole TRAIN_SEQ_LEN=32: use 32"),
     ({"TTT_BATCH_TOKENS": 33}, "TTT_BATCH_TOKENS=33 is not whole TRAIN_SEQ_LEN=32: use 64"),
     ({"TTT_CHUNK": -1}, "TTT_CHUNK=-1 is too small"), ({"TTT_EPOCHS": 0}, "TTT_EPOCHS=0 is too small"),
-    ({"TTT_MOMENTUM": 1}, "TTT_MOMENTUM=1.0 is too large"), ({"TTT_LR": "fast"}, "TTT_LR='fast' is not a finite number"),
-    ({"TTT_CHUNK": 128, "TTT_LR": -0.1}, "TTT_LR=-0.1 is too small"),
+    ({"TTT_MOMENTUM": 1}, "TTT_MOMENTUM=1.0 is too large"), ({"TTT_LR": -0.1}, "TTT_LR=-0.1 is too small"),
+    ({"TTT_LR": "fast"}, "TTT_LR='fast' is not a finite number"),
 ], ids=str)  # fmt: skip
 def test_knobs_that_cannot_be_are_refused(tiny, knobs, said):
     with pytest.raises(UserError, match=re.escape(said)):
@@ -249,6 +249,16 @@ def test_knobs_that_cannot_be_are_refused(tiny, knobs, said):
 def test_a_batch_is_at_most_a_chunk_and_nothing_is_asked_of_knobs_that_do_nothing(tiny):
     for knobs in ({"TTT_BATCH_TOKENS": 32_768}, {"TTT_CHUNK": 0, "TTT_BATCH_TOKENS": 33}):
         ScoreFirstConfig.load([], tiny(**LEARNS | knobs))
+
+
+def test_in_an_evaluation_the_artifact_tells_first_how_long_a_sequence_is(make, trained, bare, capfd):
+    artifact = {"MODE": "eval", "ARTIFACT": str(trained / "final_model.int8.ptz")}
+    for chunk, code in ((96, 0), (100, 2)):
+        with models.environment(bare(**artifact, TTT_CHUNK=chunk)):
+            assert train_gpt.main([], ScoreFirstConfig) == code
+        out, err = capfd.readouterr()
+        assert ("score_first: chunks:" in out) is (code == 0)
+    assert err == "error: TTT_CHUNK=100 is not whole TRAIN_SEQ_LEN=32: use 128\n"
 
 
 def test_its_clock_is_that_of_the_evaluation(make):
@@ -301,9 +311,9 @@ def test_an_artifact_tells_its_knobs_and_is_scored_to_the_same_digits_elsewhere(
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_score_as_one_process(whole, corpus, tmp_path, ranks):
-    """Chunks of four sequences and eight windows, steps of two sequences: three ranks share none of them evenly."""
+    """Chunks of four or five sequences, twice as many windows, steps of two: three ranks share none of them evenly."""
     path, text = whole
-    knobs = {"TRAIN_BATCH_TOKENS": 32 * 6, "TTT_LR": 0.02} if ranks == 3 else {}
+    knobs = {"TRAIN_SEQ_LEN": 32, "TRAIN_BATCH_TOKENS": 32 * 6, "TTT_CHUNK": 160} if ranks == 3 else {}
     environ = models.machine_settings(corpus, MODE="eval", ARTIFACT=path / "final_model.int8.ptz", **knobs)
     one = digits(run(environ, tmp_path)) if knobs else digits(text)
     assert digits(run(environ, tmp_path, ranks=ranks)) == pytest.approx(one, abs=2e-6)
