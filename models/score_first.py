@@ -43,7 +43,7 @@ class ScoreFirstConfig(train_gpt.Config):
     ttt_epochs: int = knob(3, "passes over a chunk that has been scored", 1, free=True, arch=True)
     ttt_momentum: float = knob(0.9, "of that SGD, kept from chunk to chunk", 0, 0.99999, free=True, arch=True)
     ttt_clip: float = knob(1.0, "most global gradient norm there; 0: off", 0, free=True, arch=True)
-    ttt_batch_tokens: int = knob(2**15, "tokens of such a step over all ranks, a chunk at most", 1, free=True, arch=True)
+    ttt_batch_tokens: int = knob(2**15, "tokens of a step, over all ranks; a chunk at most", 1, free=True, arch=True)
     eval_wallclock_seconds: float = knob(600.0, "clock of the final evaluation; 0: none", 0, free=True)
 
     @classmethod
