@@ -978,19 +978,20 @@ class Evaluator:
         mask = fresh & (target < stop)
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), mask, scored
     @torch.no_grad()  # not inference_mode: tables cached in it would poison the next step
-    def score(self, model, log=lambda line: None, interrupted=lambda: False) -> Score | None:
-        """The Score over all ranks; None if one was interrupted."""
+    def score(self, model, log=lambda line: None, interrupted=lambda: False, order=None) -> Score | None:
+        """The Score over all ranks; None if one was interrupted. `order` gives the first windows of a rank's batches,
+        and is asked for the next when those before are scored: what it learns in between, it learns after them."""
         sums, count, weight = [], 0, 0
         begun = reported = time.perf_counter()
         model.eval()
-        for index in self.windows[:: self.batch]:
+        for index in self.windows[:: self.batch] if order is None else order:
             if interrupted():
                 break
             inputs, targets, mask, scored = self.batch_at(index)
             sums.append(torch.where(mask, model(inputs, targets), 0.0).sum())  # still on the device
             count += len(scored)
             weight += self.token_bytes.weigh(self.stream.read(scored.start, len(scored) + 1))
-            done = (index + self.batch - self.windows.start) / len(self.windows)
+            done = count * self.runtime.world_size / self.targets
             if time.perf_counter() - reported > 10 and done < 1:
                 self.runtime.synchronize()
                 reported = time.perf_counter()

@@ -60,13 +60,14 @@ class Patched:
 
 class Recorder:
     """Stands in for the model in Evaluator.score, beside which it keeps what was scored: losses by target, how often
-    each target was scored, whether its token was the text's, and whether anything was learned."""
+    each target was scored, whether its token was the text's, and whether anything was learned: whether gradients were
+    asked for, or the weights have changed between two calls."""
 
     def __init__(self, model, evaluator, stream, keep: bool):
         self.model, self.evaluator, self.stream = model, evaluator, stream
         self.counts = np.zeros(evaluator.targets, np.uint8)
         self.losses = np.full(evaluator.targets if keep else 0, np.nan, np.float32)
-        self.nats, self.wrong, self.learned, self.batch = 0.0, 0, False, None
+        self.nats, self.wrong, self.learned, self.batch, self.mark = 0.0, 0, False, None, None
         batch_at = evaluator.batch_at
 
         def noted(index):
@@ -79,7 +80,9 @@ class Recorder:
         return getattr(self.model, name)
 
     def __call__(self, inputs, targets):
-        self.learned |= torch.is_grad_enabled()
+        mark = fingerprint(self.model) if self.batch is not None else None  # before the first batch is a warm-up
+        self.learned |= torch.is_grad_enabled() or (self.mark is not None and mark != self.mark)
+        self.mark = mark
         losses = self.model(inputs, targets)
         if len(self.losses):  # of tokens at random, to some of which a mask may give no probability
             losses = losses.clamp(max=LARGEST)
@@ -97,6 +100,19 @@ class Recorder:
         else:  # a mask that scores other targets than it says
             self.wrong += abs(len(chosen) - len(scored))
         return losses
+
+
+@torch.no_grad()
+def fingerprint(model) -> float:
+    """Of the weights of a model, if it has any: another as soon as they move."""
+    sums = [p.double().abs().sum() for p in getattr(model, "parameters", list)()]
+    return float(torch.stack(sums).sum()) if sums else 0.0
+
+
+def final_score(model, evaluator, recorder):
+    """The score of record, by the model's own way if it has one: scripts before the seam had none for it."""
+    own = getattr(model, "final_score", None)
+    return own(evaluator, recorder, print) if own else evaluator.score(recorder, print)
 
 
 def open_record(record: Path, data: str, tokenizer: str, artifact: Path):
@@ -126,11 +142,11 @@ def evaluator_of(train_gpt, config, stream, token_bytes, runtime):
     return train_gpt.Evaluator(stream, token_bytes, config, runtime, accum_steps)
 
 
-def rescore(train_gpt, config, model, stream, token_bytes, runtime) -> dict:
+def rescore(train_gpt, config, model, compiled_model, stream, token_bytes, runtime) -> dict:
     """The whole text again, and what was counted beside it."""
     evaluator = evaluator_of(train_gpt, config, stream, token_bytes, runtime)
-    recorder = Recorder(model, evaluator, stream, keep=False)
-    score = evaluator.score(recorder, print)
+    recorder = Recorder(compiled_model, evaluator, stream, keep=False)
+    score = final_score(model, evaluator, recorder)
     return {"val_loss": score.loss, "val_bpb": score.bpb, "tokens": score.tokens, "bytes": score.bytes,
             "seconds": score.seconds, "of": len(stream) - 1, "once": int((recorder.counts == 1).sum()),
             "twice": int((recorder.counts > 1).sum()), "wrong": recorder.wrong, "learned": recorder.learned,
@@ -161,25 +177,30 @@ def losses_of(model, inputs, targets, runtime):
     return model(*rows)[0].double().cpu().numpy()
 
 
-def flips_in_evaluation(train_gpt, config, model, stream, token_bytes, runtime, places: int, rng) -> list[float]:
+def flips_in_evaluation(train_gpt, config, model, stream, token_bytes, runtime, places, rng, learns) -> list[float]:
     """The same through the whole evaluation of a beginning of the text: batches, windows that overlap, learning while
-    scoring. The model gets its weights back each time."""
+    scoring. The model gets its weights back each time. The beginning is eight windows, and for a model that learns so
+    much more that it does."""
     limit = min(len(stream) - 1, 8 * config.train_seq_len)
-    short = dataclasses.replace(config, val_tokens_limit=limit)
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
-    def losses(text):
+    def recorded(text):
         model.load_state_dict(weights)
+        short = dataclasses.replace(config, val_tokens_limit=limit)
         evaluator = evaluator_of(train_gpt, short, text, token_bytes, runtime)
         recorder = Recorder(model, evaluator, text, keep=True)
-        evaluator.score(recorder, print)
-        return recorder.losses
+        final_score(model, evaluator, recorder)
+        return recorder
 
-    before, moved = losses(stream), []
+    before, moved = recorded(stream), []
+    while learns and not before.learned and limit < len(stream) - 1:
+        limit = min(len(stream) - 1, 2 * limit)
+        before = recorded(stream)
     for _ in range(places):
         place = int(rng.integers(2, limit))  # token `place` is target place - 1
-        after = losses(Patched(stream, place, rng.integers(config.vocab_size, size=997)))
-        moved.append(float(np.nanmax(np.abs(before[: place - 1] - after[: place - 1]))))
+        after = recorded(Patched(stream, place, rng.integers(config.vocab_size, size=997)))
+        moved.append(float(np.nanmax(np.abs(before.losses[: place - 1] - after.losses[: place - 1]))))
+    model.load_state_dict(weights)
     return moved
 
 
@@ -214,14 +235,14 @@ def main(record: Path, data: str, tokenizer: str, artifact: Path, places: int) -
     stream, token_bytes, _ = train_gpt.open_text(config, folder)
     runtime, rng = folder.runtime, np.random.default_rng(0)
     found = {"device": runtime.device_name(), "torch": torch.__version__, "dtype": str(runtime.dtype)}
-    found["score"] = rescore(train_gpt, config, compiled_model, stream, token_bytes, runtime)
+    found["score"] = rescore(train_gpt, config, model, compiled_model, stream, token_bytes, runtime)
     model.load_state_dict(train_gpt.dequantize(train_gpt.unpack(artifact.read_bytes()), config))
     model.eval()
     with torch.no_grad():
         found["moved"] = flips_in_windows(model, config, stream, runtime, places, rng)
         found["sums"] = sums_of_probabilities(model, config, stream, runtime, places)
     found["moved_in_evaluation"] = flips_in_evaluation(train_gpt, config, model, stream, token_bytes, runtime,
-                                                       min(4, places), rng)  # fmt: skip
+                                                       min(4, places), rng, found["score"]["learned"])  # fmt: skip
     return found | {"opened": OPENED, "refused": REFUSED}
 
 

@@ -9,11 +9,14 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import record
+import record_probe
 import record_rescore
+import torch
 from record_folder import open_record
 from record_read import read_run
 
@@ -161,6 +164,60 @@ def test_a_model_on_the_seam_is_packed_and_scored_again(corpus, tmp_path, capsys
     capsys.readouterr()
     code, findings, report = rescore(folder, capsys)
     assert (code, findings) == (0, {}) and set(report["passed"]) == RULES | {"score"}
+
+
+@functools.cache
+def learning_run(corpus):
+    """The folder of a run whose artifact is scored while it learns."""
+    environ = os.environ | tiny_runs.settings(corpus) | {"TTT_CHUNK": "512", "TTT_LR": "0.05", "EVAL_STRIDE": "16"}
+    environ |= {"LOG_DIR": str(tiny_runs.work() / "logs"), "RUN_ID": "learning"}
+    script = tiny_runs.ROOT / "models" / "score_first.py"
+    done = subprocess.run([sys.executable, str(script)], env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return tiny_runs.work() / "logs" / "learning"
+
+
+@pytest.mark.parametrize("honest", [True, False], ids=["scored first", "learned first"])
+def test_a_model_that_learns_is_scored_as_it_was_and_may_not_peek(honest, corpus, tmp_path, capsys):
+    """Also through the eight windows of the flip test, in which this one does not learn yet."""
+    folder = shutil.copytree(learning_run(corpus), tmp_path / "run")
+    if not honest:
+        text, scored = (folder / "score_first.py").read_text(), "            yield from self.evaluator.windows"
+        (line,) = (line for line in text.splitlines(keepends=True) if line.startswith(scored))
+        before, after = text.split(line)
+        learned, end = after.split("\n\n", 1)
+        (folder / "score_first.py").write_text(f"{before}{learned}\n{line}\n{end}")
+    code, findings, report = rescore(folder, capsys)
+    measured, result = report["measured"], json.loads((folder / "result.json").read_text())
+    assert measured["score"]["learned"] and measured["score"]["once"] == result["val_tokens"]
+    if honest:
+        assert (code, findings) == (0, {}) and set(report["passed"]) == RULES | {"score"}
+        assert measured["score"]["val_bpb"] == result["val_bpb"]
+        assert max(measured["moved_in_evaluation"]) == 0.0 and "which learns" in report["numbers"]["causality"]
+    else:
+        assert code == 1 and findings.keys() == {"score", "causality"} and "which learns" in findings["causality"]
+
+
+def test_what_moves_its_weights_without_gradients_has_learned():
+    """A warm-up before the first batch has not."""
+    model = torch.nn.Linear(1, 1)
+    evaluator = SimpleNamespace(targets=4, batch_at=lambda index: (None, None, torch.zeros(1, 4) > 0, range(0)))
+    stream = SimpleNamespace(read=lambda start, count: np.zeros(count))
+
+    class Forward:
+        parameters = model.parameters
+
+        def __call__(self, inputs, targets):
+            return torch.zeros(1, 4)
+
+    recorder, zeros = record_probe.Recorder(Forward(), evaluator, stream, keep=False), torch.zeros(1, 4)
+    with torch.no_grad():
+        for moved, noted, learned in ((1, False, False), (1, True, False), (0, True, False), (1e-3, True, True)):
+            model.weight += moved
+            if noted:
+                evaluator.batch_at(0)
+            recorder(zeros, zeros)
+            assert recorder.learned is learned
 
 
 def test_another_device_gets_the_wider_tolerance_and_another_artifact_none(corpus):
