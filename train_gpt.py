@@ -678,7 +678,7 @@ class Model(nn.Module):
         their mean, which no log or score counts."""
         return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="none").view_as(targets_BT)
     def advance(self, progress: float):
-        """Be what this share of the run trains; before the first step, and in evaluation, it is what the end does."""
+        """Be what this share of the run trains. Before that, and in evaluation, it is what the end is."""
     def final_score(self, evaluator: "Evaluator", compiled_model: nn.Module, log) -> "Score":
         """That of the artifact, whose weights these are; a model that learns while it is scored does so here."""
         return evaluator.score(compiled_model, log)
@@ -979,8 +979,8 @@ class Evaluator:
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), mask, scored
     @torch.no_grad()  # not inference_mode: tables cached in it would poison the next step
     def score(self, model, log=lambda line: None, interrupted=lambda: False, order=None) -> Score | None:
-        """The Score over all ranks; None if one was interrupted. `order` gives the first windows of a rank's batches,
-        and is asked for the next when those before are scored: what it learns in between, it learns after them."""
+        """The Score over all ranks; None if one was interrupted. `order` gives the first windows of a
+        rank's batches, and is asked for the next when one is scored: it may learn in between."""
         sums, count, weight = [], 0, 0
         begun = reported = time.perf_counter()
         model.eval()
