@@ -1110,7 +1110,7 @@ class Hooks:
     def __init__(self, config: Config, folder: RunFolder):
         self.config, self.folder = config, folder
     def choose_folder(self, stream: TokenStream, sources: dict[str, bytes]):
-        """Before the model is built: here a checkpoint is looked for, and checked to be of this run."""
+        """Before the model is built: a checkpoint is looked for, and checked to be of this run."""
         self.folder.locate(self.config)
         require(self.config.resume in ("auto", "never") and not self.folder.path.exists(), "no run goes on without "
                 f"tools/checkpoint.py: unset RESUME, and give a RUN_ID whose folder {self.folder.path} is not there")
