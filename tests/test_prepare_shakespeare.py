@@ -125,6 +125,20 @@ def test_the_files_are_what_the_manifest_says_and_the_manifest_is_true(corpus, m
         assert sp.decode([token for token in tokens if token != sp.bos_id()]) == "".join(texts)
 
 
+def test_with_case_marks_the_data_set_is_another_and_spells_the_same_texts(shakespeare, corpus):
+    assert corpus.run("--case-marks") == 0
+    folder = corpus.root / "datasets" / f"shakespeare_sp{VOCAB}_case_marks"
+    model = (corpus.root / "tokenizers" / f"shakespeare_{VOCAB}_bpe_case_marks.model").read_bytes()
+    manifest, tokenizer = json.loads((folder / "manifest.json").read_text()), shakespeare.SentencePiece(model)
+    assert tokenizer.case_marks and manifest["command"].endswith(" --case-marks")
+    assert "user_defined_symbols" in manifest["tokenizer"]["options"]
+    texts = corpus.documents[3::10]
+    tokens = read_tokens(folder, "val").tolist()
+    spelled = tokenizer.sp.decode([token for token in tokens if token != tokenizer.start])
+    assert tokenizer.restore(spelled.encode()).decode() == "".join(texts)
+    assert manifest["splits"]["val"]["bytes"] == len("".join(texts).encode())
+
+
 def test_a_second_run_changes_nothing_and_other_folders_get_the_same(shakespeare, corpus, monkeypatch, tmp_path):
     assert corpus.run() == corpus.run(root=tmp_path / "other") == 0
     assert snapshot(corpus.root) == snapshot(tmp_path / "other")
