@@ -93,7 +93,8 @@ def test_with_every_knob_off_it_trains_bit_for_bit_as_the_script(tiny, capfd, tm
     assert same_weights(ours, theirs)
     results = [json.loads((folder / "result.json").read_text()) for folder in (ours, theirs)]
     loaded = set(results[0]["sources"]) - {"score_first.py"}  # which tests of it may have left in this process
-    assert results[0]["val_loss"] == results[1]["val_loss"] and loaded == {"train_gpt.py", "canonical.py", "frontier.py"}
+    assert results[0]["val_loss"] == results[1]["val_loss"]
+    assert loaded == {"train_gpt.py", "canonical.py", "frontier.py"}
 
 
 def test_with_every_knob_off_there_is_nothing_new(config_of, make_config, runtime):
