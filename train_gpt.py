@@ -1391,6 +1391,8 @@ def train(config: Config, folder: RunFolder, argv: list[str]):
     evaluator = Evaluator(val_stream, token_bytes, config, runtime, accum_steps)
     trainer.warm_up(evaluator)
     watch.switch("training")
+    startup, compiling = (1000 * watch.seconds[phase] for phase in ("startup", "compile"))
+    folder.log(f"start_to_first_step:{startup + compiling:.0f}ms compile:{compiling:.0f}ms")
     trainer.hooks.training(True)
     before = trainer.train(evaluator)
     trainer.hooks.training(False)

@@ -356,6 +356,7 @@ EXPECTED_LINES = [
     r"val_loader:shards pattern=\S+/data/fineweb_val_\*\.bin tokens:\d+",
     r"attention:blocked by blocked_attention",
     r"model_params:\d+", r"seed:7", r"world_size:1 grad_accum_steps:1", r"warmup_step:1/2", r"warmup_step:2/2",
+    r"start_to_first_step:\d+ms compile:\d+ms",
     rf"step:0/14 val_loss:{LOSS} val_bpb:{BPB} {TIME}",
     *[rf"step:{i}/14 train_loss:{LOSS} {TIME} {SPEED}" for i in (1, 2, 3, 4, 5)],
     rf"step:5/14 val_loss:{LOSS} val_bpb:{BPB} {TIME}",
