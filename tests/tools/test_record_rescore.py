@@ -171,7 +171,7 @@ def learning_run(corpus):
     """The folder of a run whose artifact is scored while it learns."""
     environ = os.environ | tiny_runs.settings(corpus) | {"TTT_CHUNK": "512", "TTT_LR": "0.05", "EVAL_STRIDE": "16"}
     environ |= {"LOG_DIR": str(tiny_runs.work() / "logs"), "RUN_ID": "learning"}
-    script = tiny_runs.ROOT / "models" / "score_first.py"
+    script = tiny_runs.ROOT / "records" / "models" / "score_first.py"
     done = subprocess.run([sys.executable, str(script)], env=environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return tiny_runs.work() / "logs" / "learning"
