@@ -36,6 +36,8 @@ class FrontierConfig(train_gpt.Config):
     prefix_loss: float = knob(0.0, "initial weight of the loss on the target's longest prefix", 0, 10)
     contexts: str = knob("", "LENGTH@SHARE,...: tokens of context from that share of the run on; empty: all")
     canonical_train: bool = knob(False, "the mask of CANONICAL=1 in training, too")
+    fold_scales: bool = knob(False, "attn_scale and mlp_scale multiply weights, not tokens", free=True, arch=True)
+    fuse_qkv: bool = knob(False, "one product for queries, keys and values", free=True, arch=True)
 
     @classmethod
     def model_class(cls):
@@ -68,6 +70,39 @@ class FrontierConfig(train_gpt.Config):
         require(len(starts) <= MOST_CONTEXTS, f"CONTEXTS={text} has {len(starts)} lengths, each of which is compiled: "
                 f"use at most {MOST_CONTEXTS}")  # fmt: skip
         return starts
+
+
+# FOLD_SCALES and FUSE_QKV: the same sums in fewer passes over the tokens. The parameters are the same, and so either may
+# be switched for a checkpoint or an artifact that is there.
+
+
+class FoldedLinear(train_gpt.Linear):
+    """Its weights are multiplied by a `scale` [out] in fp32 where its outputs would be, token by token: backward, too,
+    no scale needs a sum over tokens, and no output is kept for it."""
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        return F.linear(x, (scale[:, None] * self.weight).to(x.dtype))
+
+
+class FusedAttention(train_gpt.Attention):
+    multiplies = ("c_q", "c_k", "c_v")  # without calling them: GPTQ looks at the input of this
+
+    def qkv(self, x_BTD: Tensor) -> tuple[Tensor, ...]:
+        weights = [part.weight for part in (self.c_q, self.c_k, self.c_v)]
+        return F.linear(x_BTD, torch.cat(weights).to(x_BTD.dtype)).split([*map(len, weights)], dim=-1)
+
+
+class LeanBlock(train_gpt.Block):
+    def __init__(self, config: FrontierConfig, attend, layer: int):
+        super().__init__(config, attend, layer)
+        self.folds = config.fold_scales
+        if config.fuse_qkv:
+            self.attn = FusedAttention(config, attend, layer)
+        for part in (self.attn, self.mlp) if self.folds else ():
+            part.proj = FoldedLinear(part.proj.in_features, config.model_dim, bias=False)
+
+    def scaled(self, scale_D: Tensor, part: nn.Module, x: Tensor, *tables: Tensor) -> Tensor:
+        return part(x, *tables, scale_D) if self.folds else super().scaled(scale_D, part, x, *tables)
 
 
 class GatedExclusion(nn.Module):
@@ -106,6 +141,9 @@ class FrontierGPT(train_gpt.GPT):
 
     def __init__(self, config: FrontierConfig, attend=train_gpt.grouped_attention, dtype=torch.float32):
         super().__init__(config, attend, dtype)
+        if config.fold_scales or config.fuse_qkv:
+            self.blocks = nn.ModuleList(LeanBlock(config, attend, layer) for layer in range(config.num_layers))
+            self.init_weights(config)  # the same ones
         for block in self.blocks:
             if config.xsa_gate and block.attn.exclusive:
                 block.attn.attend, block.attn.exclusive = GatedExclusion(attend, config.num_heads), False
