@@ -72,8 +72,8 @@ class FrontierConfig(train_gpt.Config):
         return starts
 
 
-# FOLD_SCALES and FUSE_QKV: the same sums in fewer passes over the tokens. The parameters are the same, and so either may
-# be switched for a checkpoint or an artifact that is there.
+# FOLD_SCALES and FUSE_QKV: the same sums in fewer passes over the tokens. The parameters are the same, so that either
+# may be switched for a checkpoint or an artifact that is there.
 
 
 class FoldedLinear(train_gpt.Linear):
