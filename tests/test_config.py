@@ -225,8 +225,8 @@ def test_bounds(name, refused, taken):
 
 
 @pytest.mark.parametrize("name, choices", [
-    ("DEVICE", "auto cuda mps cpu"), ("DTYPE", "auto bfloat16 float32"), ("COMPILE", "auto 0 1"),
-    ("ATTENTION", "auto flash cudnn efficient math blocked"), ("MODE", "train check eval sample"),
+    ("DEVICE", "auto cuda mps cpu"), ("DTYPE", "auto bfloat16 float32"), ("COMPILE", "auto 0 1 autotune"),
+    ("ATTENTION", "auto fastest flash cudnn efficient math blocked"), ("MODE", "train check eval sample"),
     ("CODEC", "zlib rans"),
 ])  # fmt: skip
 def test_choices(name, choices):
