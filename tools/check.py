@@ -66,8 +66,19 @@ def check_combinations(config):
             "FIT_SIZE=1 scales clips, and CLIP_ATTN, CLIP_MLP or CLIP_EMBED is 0: set each, to about 13")
 
 
+def knobs_of_model_files() -> dict[str, str]:
+    """{knob: the file under records/models/ that adds it}, read from their texts: no code of theirs runs."""
+    root = Path(train_gpt.__file__).resolve().parent
+    return {name.upper(): path.relative_to(root).as_posix()
+            for path in sorted((root / "records" / "models").glob("*.py"))
+            for name in re.findall(r"^    (\w+): \w+ = knob\(", path.read_text(encoding="utf-8"), re.MULTILINE)}
+
+
 def nearest(name: str, knobs) -> str:
     """A hint on what a name that is no knob may have meant."""
+    file = knobs_of_model_files().get(name)
+    if file:
+        return f"it is one of {file}, which runs in the place of train_gpt.py"
     close = difflib.get_close_matches(name.upper(), knobs, 1)
     return f"did you mean {close[0]}?" if close else "see --help"
 
@@ -289,16 +300,17 @@ def explain(config_class) -> int:
 
 
 def typo_warnings(environ, knobs) -> list[str]:
-    """One for each environment variable that is almost a knob, or is one of other trainers; and one for srun, which
-    starts as many single runs where torchrun should start ranks."""
-    warnings, tasks = [], environ.get("SLURM_NTASKS", "1")
+    """One for each environment variable that is almost a knob, or one of a model file or of other trainers; and one
+    for srun, which starts as many single runs where torchrun should start ranks."""
+    warnings, tasks, others = [], environ.get("SLURM_NTASKS", "1"), knobs_of_model_files()
     if tasks.isdecimal() and int(tasks) > 1 and "WORLD_SIZE" not in environ:
         warnings.append(f"warning: SLURM_NTASKS={tasks} and WORLD_SIZE is not set: srun started {tasks} single runs: "
                         "start torchrun once per node")
     for name in sorted(name for name in environ.keys() - knobs.keys() if name.isprintable()):
         # A wrong letter of n leaves 1 - 1/n of a name.
         close = difflib.get_close_matches(name.upper(), knobs, 1, min(0.85, 1 - 1 / max(len(name), 4)))
-        hint = ELSEWHERE.get(name) or (f"did you mean {close[0]}?" if close else "")
+        hint = nearest(name, knobs) if name in others else ELSEWHERE.get(name)
+        hint = hint or (f"did you mean {close[0]}?" if close else "")
         if hint:
             warnings.append(f"warning: the environment variable {name} is no knob: {hint}")
     return warnings
