@@ -21,8 +21,9 @@ from torch import Tensor, nn
 places = [folder for folder in Path(__file__).resolve().parents if (folder / "train_gpt.py").is_file()]
 sys.path[:0] = [str(places[0]), str(Path(__file__).resolve().parent)]  # beside this file or above it; beside it
 
-import train_gpt  # noqa: E402
 from score_first import ScoreFirst, ScoreFirstConfig  # noqa: E402
+
+import train_gpt  # noqa: E402
 from train_gpt import Row, knob, require  # noqa: E402
 
 MOST_CONTEXTS = 5  # torch.compile keeps eight graphs of a model: of these, of depth recurrence, and of the evaluation
