@@ -525,7 +525,7 @@ def test_a_knob_of_other_trainers_draws_a_warning(name, remedy):
 def test_a_knob_of_a_model_file_names_the_file(env_file, name, file):
     (warning,) = check.typo_warnings({name: "1"}, KNOBS)
     for message in (warning, error_of([env_file(f"{name}=1\n")])):
-        assert f"{name} is no knob: it is one of records/models/{file}.py" in message
+        assert f"{name} is no knob: it is one of a model file: set MODEL_FILE=records/models/{file}.py" in message
 
 
 def test_ordinary_variables_draw_no_warning():

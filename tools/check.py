@@ -12,6 +12,7 @@ is 1 if there are problems. Data that is missing is a problem among others: the 
 import contextlib
 import datetime
 import difflib
+import inspect
 import json
 import math
 import os
@@ -55,6 +56,8 @@ def check_combinations(config):
     require(config.rope_dims % 2 == 0 and config.rope_dims <= D // H,
             f"ROPE_DIMS={config.rope_dims}: expected an even number up to the width of a head, {D // H}")
     config.loop_range()
+    file, runs = config.model_file, inspect.getfile(type(config))
+    require(not file or Path(file).name == Path(runs).name, f"MODEL_FILE={file}, and {runs} was started: choose one")
     require(config.start_token < config.vocab_size, f"START_TOKEN={config.start_token} is outside VOCAB_SIZE")
     require(config.eval_stride <= T, f"EVAL_STRIDE={config.eval_stride} is over TRAIN_SEQ_LEN={T}: lower it")
     micro, free = config.micro_batch_tokens, ("auto", "0")
@@ -78,7 +81,7 @@ def nearest(name: str, knobs) -> str:
     """A hint on what a name that is no knob may have meant."""
     file = knobs_of_model_files().get(name)
     if file:
-        return f"it is one of {file}, which runs in the place of train_gpt.py"
+        return f"it is one of a model file: set MODEL_FILE={file}"
     close = difflib.get_close_matches(name.upper(), knobs, 1)
     return f"did you mean {close[0]}?" if close else "see --help"
 
@@ -290,7 +293,9 @@ def disk(config, params: int) -> dict:
 
 
 def explain(config_class) -> int:
-    """--help: every knob with its default and its meaning. The exit code."""
+    """--help: every knob with its default and its meaning, those of MODEL_FILE among them. The exit code."""
+    if config_class is train_gpt.Config and os.environ.get("MODEL_FILE"):
+        config_class = train_gpt.tool("evaluate").config_class_of(os.environ["MODEL_FILE"])
     print(train_gpt.__doc__ + "\nKnobs; what is [free] does not shape the result, and may differ when a run resumes:")
     for name, field in config_class.knobs().items():
         default = int(field.default) if isinstance(field.default, bool) else field.default
