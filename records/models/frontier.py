@@ -1,9 +1,8 @@
 """The script's own model with what newer public runs add: more knobs, each off by default, those of score_first.py
 (test-time training) among them. With none of them set this trains bit for bit as train_gpt.py does.
 
-    python records/models/frontier.py records/recipes/frontier_cpu.env
-    XSA_LAYERS=4 XSA_GATE=1 python records/models/frontier.py records/recipes/frontier_cpu.env
-    python records/models/frontier.py --help
+    MODEL_FILE=records/models/frontier.py XSA_LAYERS=4 XSA_GATE=1 python train_gpt.py records/recipes/demo_cpu.env
+    MODEL_FILE=records/models/frontier.py python train_gpt.py --help
 
 records/LOG.md has what each was measured to be worth.
 """
