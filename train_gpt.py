@@ -672,8 +672,8 @@ class Model(nn.Module):
         """What `losses` makes of the targets; without them logits [B, T, V], in fp32."""
         x_BTD = self.features(tokens_BT)
         masked = self.mask is not None and (self.mask_in_training or not self.training)
-        if self.fused_loss and targets_BT is not None and not masked and not self.needs_logits:
-            return self.fused_loss(self, x_BTD, targets_BT)
+        if self.fused_loss and targets_BT is not None and not self.needs_logits:
+            return self.fused_loss(self, x_BTD, targets_BT, tokens_BT if masked else None)
         logits = self.mask(self.logits(x_BTD), tokens_BT) if masked else self.logits(x_BTD)
         return logits if targets_BT is None else self.losses(logits, targets_BT)
     def losses(self, logits_BTV: Tensor, targets_BT: Tensor):
