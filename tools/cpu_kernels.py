@@ -13,7 +13,6 @@ import os
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -120,7 +119,7 @@ def fused_attention(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor) -> Tensor:
 @torch.library.custom_op("train_gpt_cpu::cross_entropy", mutates_args=())
 def cross_entropy(
     x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, softcap: float, gradient: bool,
-    bits_VW: Optional[Tensor] = None, before_N: Optional[Tensor] = None,
+    bits_VW: Tensor | None = None, before_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Losses [N] in nats of the softcapped logits x W^T; their derivative by the logits before the cap, [N, V] in bf16,
     if it is asked for. With bits [V, V / 8] only those tokens get a probability whose bit is 1 in the row of the token

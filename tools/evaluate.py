@@ -108,7 +108,7 @@ def load_config_class(source: dict, artifact: Path, config_class: type) -> type:
             return config_class
     require(found, f"{artifact} is a model of {name}, which is neither {places[0]} nor {places[1]}: put it there")
     module = load_model_file(found[0], f"which {artifact} is a model of")
-    require(hasattr(module, wanted), f"{found[0]} has no class {wanted}, which {artifact} names: find the file it is of")
+    require(hasattr(module, wanted), f"{found[0]} has no class {wanted}, which {artifact} names: find its file")
     return getattr(module, wanted)
 
 
