@@ -68,6 +68,7 @@ class Config:
     mode: str = free("train", "what this call does", choices=("train", "check", "eval", "sample"))
     data_path: str = free("./data/datasets/fineweb10B_sp1024", "folder of fineweb_*.bin shards")
     tokenizer_path: str = free("./data/tokenizers/fineweb_1024_bpe.model", "a .model, a tiktoken name, or bytes")
+    model_file: str = free("", "a .py file with a model and more knobs; empty: this script's own")
     log_dir: str = free("./logs", "folder of the run folders")
     run_id: str = free("", "name of the run folder; empty: a time stamp")
     seed: int = knob(1337, "seed of the initial weights, and of a sample", 0, 2**63 - 1)
@@ -183,6 +184,8 @@ class Config:
         """Defaults < what an artifact tells < KEY=VALUE lines of the file in argv < environment."""
         require(len(argv) <= 1, f"{argv}: give at most one FILE.env; knobs are environment variables")
         knobs, texts = cls.knobs(), read_env_file(Path(argv[0])) if argv else {}
+        if cls is Config and (file := environ.get("MODEL_FILE", texts.get("MODEL_FILE"))):
+            return tool("evaluate").config_class_of(file).load(argv, environ, from_artifact)
         check = tool("check", "contradictions between knobs are not found", log=str)
         for name in texts.keys() - knobs.keys():
             raise UserError(f"{argv[0]}: {name} is no knob: {check.nearest(name, knobs) if check else 'see --help'}")
@@ -669,8 +672,8 @@ class Model(nn.Module):
         """What `losses` makes of the targets; without them logits [B, T, V], in fp32."""
         x_BTD = self.features(tokens_BT)
         masked = self.mask is not None and (self.mask_in_training or not self.training)
-        if self.fused_loss and targets_BT is not None and not masked and not self.needs_logits:
-            return self.fused_loss(self, x_BTD, targets_BT)
+        if self.fused_loss and targets_BT is not None and not self.needs_logits:
+            return self.fused_loss(self, x_BTD, targets_BT, tokens_BT if masked else None)
         logits = self.mask(self.logits(x_BTD), tokens_BT) if masked else self.logits(x_BTD)
         return logits if targets_BT is None else self.losses(logits, targets_BT)
     def losses(self, logits_BTV: Tensor, targets_BT: Tensor):

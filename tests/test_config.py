@@ -520,6 +520,14 @@ def test_a_knob_of_other_trainers_draws_a_warning(name, remedy):
     assert f" {name} is no knob: set" in warning and remedy in warning
 
 
+@pytest.mark.parametrize("name, file", [("CONTEXTS", "frontier"), ("MUON_HEADS", "frontier"),
+                                        ("TTT_CHUNK", "score_first")])  # fmt: skip
+def test_a_knob_of_a_model_file_names_the_file(env_file, name, file):
+    (warning,) = check.typo_warnings({name: "1"}, KNOBS)
+    for message in (warning, error_of([env_file(f"{name}=1\n")])):
+        assert f"{name} is no knob: it is one of a model file: set MODEL_FILE=records/models/{file}.py" in message
+
+
 def test_ordinary_variables_draw_no_warning():
     ordinary = """PATH HOME USER SHELL PWD OLDPWD LANG LC_ALL TERM TMPDIR HOSTNAME LOGNAME MAIL EDITOR DISPLAY SHLVL _
         PYTHONPATH VIRTUAL_ENV CONDA_PREFIX CUDA_HOME CUDA_VISIBLE_DEVICES LD_LIBRARY_PATH OMP_NUM_THREADS

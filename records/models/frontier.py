@@ -1,9 +1,8 @@
-"""The script's own model with what newer public runs add: more knobs, each off by default. With none of them set this
-trains bit for bit as train_gpt.py does.
+"""The script's own model with what newer public runs add: more knobs, each off by default, those of score_first.py
+(test-time training) among them. With none of them set this trains bit for bit as train_gpt.py does.
 
-    python records/models/frontier.py records/recipes/frontier_cpu.env
-    XSA_LAYERS=4 XSA_GATE=1 python records/models/frontier.py records/recipes/frontier_cpu.env
-    python records/models/frontier.py --help
+    MODEL_FILE=records/models/frontier.py XSA_LAYERS=4 XSA_GATE=1 python train_gpt.py records/recipes/demo_cpu.env
+    MODEL_FILE=records/models/frontier.py python train_gpt.py --help
 
 records/LOG.md has what each was measured to be worth.
 """
@@ -19,7 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 places = [folder for folder in Path(__file__).resolve().parents if (folder / "train_gpt.py").is_file()]
-sys.path.insert(0, str(places[0]))  # beside this file, or above it
+sys.path[:0] = [str(places[0]), str(Path(__file__).resolve().parent)]  # beside this file or above it; beside it
+
+from score_first import ScoreFirst, ScoreFirstConfig  # noqa: E402
 
 import train_gpt  # noqa: E402
 from train_gpt import Row, knob, require  # noqa: E402
@@ -29,7 +30,7 @@ NO_PREFIX = -100  # the target for which F.cross_entropy gives 0
 
 
 @dataclasses.dataclass(frozen=True)
-class FrontierConfig(train_gpt.Config):
+class FrontierConfig(ScoreFirstConfig):
     xsa_gate: bool = knob(False, "a learned gate per head on what XSA_LAYERS leave out", arch=True)
     muon_heads: int = knob(0, "heads of q, k or v that Muon takes as one matrix; 0: all", 0)
     polar_express: bool = knob(False, "its coefficients in the place of Muon's usual ones")
@@ -135,7 +136,7 @@ def longest_prefixes(token_bytes: train_gpt.TokenBytes, vocab_size: int) -> Tens
     return table
 
 
-class FrontierGPT(train_gpt.GPT):
+class FrontierGPT(ScoreFirst, train_gpt.GPT):
     needs_logits = False  # unless there is a loss on prefixes
     PARAMETERS = train_gpt.GPT.PARAMETERS | {"blocks.attn.attend.gate": Row(0.0, "scalar", "attn", fp32=True)}
 

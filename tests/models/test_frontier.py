@@ -1,5 +1,6 @@
 """records/models/frontier.py: off, it trains bit for bit as the script; each knob against a slow reading of its
-formula; whole runs with all of them on one rank and on two, stopped and resumed, scored again in another process."""
+formula; whole runs with all of them on one rank and on two, stopped and resumed, scored again in another process; the
+rules of a score with the mask, with test-time training, and with both."""
 
 import importlib.util
 import itertools
@@ -20,15 +21,23 @@ from models import exact_line, process
 import train_gpt
 from train_gpt import GPT, Config, TokenBytes, UserError
 
-MODEL_FILE = Path(train_gpt.__file__).resolve().parent / "records" / "models" / "frontier.py"
-spec = importlib.util.spec_from_file_location("frontier", MODEL_FILE)
-frontier = sys.modules["frontier"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(frontier)
+ROOT = Path(train_gpt.__file__).resolve().parent
+MODEL_FILE = ROOT / "records" / "models" / "frontier.py"
+
+
+def load(name: str, path: Path):
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+frontier, probe = load("frontier", MODEL_FILE), load("record_probe", ROOT / "tools" / "record_probe.py")
 FrontierConfig, FrontierGPT = frontier.FrontierConfig, frontier.FrontierGPT
 
 ALL = {"XSA_LAYERS": 2, "XSA_GATE": 1, "MUON_HEADS": 1, "POLAR_EXPRESS": 1, "PREFIX_LOSS": 0.5, "CANONICAL": 1,
-       "CANONICAL_TRAIN": 1, "CONTEXTS": "8@0,16@0.3,32@0.6", "EMA_DECAY": 0.9, "FOLD_SCALES": 1,
-       "FUSE_QKV": 1}  # fmt: skip
+       "CANONICAL_TRAIN": 1, "CONTEXTS": "8@0,16@0.3,32@0.6", "EMA_DECAY": 0.9, "TTT_CHUNK": 64, "TTT_LR": 0.05,
+       "TTT_BATCH_TOKENS": 64, "FOLD_SCALES": 1, "FUSE_QKV": 1}  # fmt: skip
 
 
 @pytest.fixture
@@ -94,9 +103,8 @@ def test_with_every_knob_off_it_trains_bit_for_bit_as_the_script(tiny, capfd, tm
     assert len(losses_of(ours)) == 5 and losses_of(ours) == losses_of(theirs)
     assert same_weights(ours, theirs)
     results = [json.loads((folder / "result.json").read_text()) for folder in (ours, theirs)]
-    loaded = set(results[0]["sources"]) - {"score_first.py"}  # which tests of it may have left in this process
     assert results[0]["val_loss"] == results[1]["val_loss"]
-    assert loaded == {"train_gpt.py", "canonical.py", "frontier.py"}
+    assert results[0]["sources"].keys() == {"train_gpt.py", "canonical.py", "frontier.py", "score_first.py"}
 
 
 def test_with_every_knob_off_there_is_nothing_new(config_of, make_config, runtime):
@@ -491,6 +499,35 @@ def test_the_mask_in_training_leaves_a_distribution_over_what_is_allowed(config_
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
     scored = model.eval()(tokens, targets)
     assert scored.isinf().sum() == excluded and scored[scored.isfinite()].equal(losses[scored.isfinite()])
+
+
+# The rules of a score: each target once, by what came before it, from a whole distribution
+
+
+@pytest.mark.parametrize("learns", [False, True], ids=["fixed", "learns"])
+@pytest.mark.parametrize("stride", [0, 8], ids=["chunks", "windows"])
+@pytest.mark.parametrize("mask", [{}, {"CANONICAL": 1}, {"CANONICAL": 1, "CANONICAL_TRAIN": 1}],
+                         ids=["no mask", "mask", "mask in training"])  # fmt: skip
+def test_a_score_keeps_the_rules(config_of, runtime, token_bytes, mask, stride, learns):
+    knobs = {"XSA_LAYERS": 2, "XSA_GATE": 1, "PREFIX_LOSS": 0.5, "CONTEXTS": "8@0,32@0.6", "VAL_TOKENS_LIMIT": 700,
+             "TTT_CHUNK": 128 * learns, "TTT_LR": 0.05, "TTT_BATCH_TOKENS": 64, "EVAL_STRIDE": stride}  # fmt: skip
+    config = config_of(**knobs | mask)
+    model = scatter(FrontierGPT(config)).eval()
+    model.advance(0.0)  # as training leaves it: contexts cut short, which a score is not to see
+    if mask:
+        model.mask = train_gpt.tool("canonical").Mask(model, config, runtime)
+    stream = train_gpt.TokenStream(config.data_path, "val", config.vocab_size)
+    evaluator = train_gpt.Evaluator(stream, token_bytes, config, runtime)
+    recorder = probe.Recorder(model, evaluator, stream, keep=True)
+    found = model.final_score(evaluator, recorder, print)
+    assert (recorder.counts == 1).all() and recorder.wrong == 0 and recorder.learned == learns
+    assert recorder.nats / found.tokens == pytest.approx(found.loss, rel=1e-6) and math.isfinite(found.loss)
+    rng = np.random.default_rng(0)
+    moved = probe.flips_in_evaluation(train_gpt, config, model, stream, token_bytes, runtime, 3, rng, learns)
+    assert moved == [0.0] * 3
+    with torch.no_grad():
+        sums = probe.sums_of_probabilities(model.eval(), config, stream, runtime, 40)
+    assert len(sums) == 40 and sums == pytest.approx([1.0] * 40, abs=1e-4)
 
 
 # Whole runs
