@@ -395,7 +395,7 @@ def configs(draw):
             environ[name] = str(draw(number[kind](kind(low), kind(high))))
         elif choices:
             environ[name] = draw(st.sampled_from(choices))
-        elif name != "RUN_ID":
+        elif name not in ("RUN_ID", "MODEL_FILE"):  # the latter must be a program that is there
             environ[name] = draw(PATHS.filter(lambda text: "'" not in text or '"' not in text)).strip()
     T, kv_heads, groups, pairs, sequences = (draw(st.integers(1, 9)) for _ in range(5))
     environ |= {"TRAIN_SEQ_LEN": str(T), "TRAIN_BATCH_TOKENS": str(T * sequences), "NUM_KV_HEADS": str(kv_heads)}
