@@ -166,6 +166,26 @@ def test_a_model_on_the_seam_is_packed_and_scored_again(corpus, tmp_path, capsys
     assert (code, findings) == (0, {}) and set(report["passed"]) == RULES | {"score"}
 
 
+def test_the_kernels_of_a_cpu_give_the_same_digits_again(corpus, capsys):
+    """Where there are any; and in bf16, in which any other would round elsewhere."""
+    environ = os.environ | tiny_runs.settings(corpus) | {"DTYPE": "bfloat16", "TRAIN_SEQ_LEN": "64", "RUN_ID": "bf16"}
+    environ |= {"LOG_DIR": str(tiny_runs.work() / "logs")}
+    done = subprocess.run([sys.executable, str(tiny_runs.ROOT / "train_gpt.py")], env=environ, capture_output=True,
+                          text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    folder = tiny_runs.work() / "logs" / "bf16"
+    code, findings, report = rescore(folder, capsys)
+    result = json.loads((folder / "result.json").read_text())
+    assert (code, findings) == (0, {}) and report["measured"]["note"] == result["note"]
+    assert report["measured"]["score"]["val_bpb"] == result["val_bpb"] and "1e-08" in report["numbers"]["score"]
+
+
+def test_a_script_that_todays_kernels_do_not_fit_is_scored_without_them(copy, capsys):
+    today = "attend, fused_loss, compiled, note = kernels.choose(config, runtime)"
+    code, findings, report = rescore(copy((today, today.replace("fused_loss, ", ""))), capsys)
+    assert (code, findings) == (0, {}) and "on other hardware or kernels" in report["numbers"]["score"]
+
+
 @functools.cache
 def learning_run(corpus):
     """The folder of a run whose artifact is scored while it learns."""
@@ -227,11 +247,12 @@ def test_another_device_gets_the_wider_tolerance_and_another_artifact_none(corpu
     score = {"val_bpb": result["val_bpb"] + 1e-3, "val_loss": 2.0, "summed_loss": 2.0, "of": 9, "once": 9, "tokens": 9,
              "twice": 0, "wrong": 0, "learned": False}  # fmt: skip
     found = {"score": score, "moved": [0.0], "moved_in_evaluation": [0.0], "sums": [1.0], "opened": [], "refused": [],
-             "device": result["device"], "torch": result["torch"], "dtype": result["dtype"]}  # fmt: skip
+             **{name: result[name] for name in ("device", "torch", "dtype", "note")}}  # fmt: skip
     artifact = folder / "final_model.int8.ptz"
     assert [f.check for f in record_rescore.judge(run, artifact, found)[0]] == ["score"]
-    findings, passed, _ = record_rescore.judge(run, artifact, found | {"device": "another"})
-    assert not findings and "tolerance 0.002 on other hardware" in passed["score"]
+    for other in ({"device": "another"}, {"note": result["note"] + "\nloss:fused"}):
+        findings, passed, _ = record_rescore.judge(run, artifact, found | other)
+        assert not findings and "tolerance 0.002 on other hardware or kernels" in passed["score"]
     assert "score" in record_rescore.judge(run, folder / "config.env", found)[2]
 
 
