@@ -790,12 +790,13 @@ class GPT(Model):
         "blocks.mlp.fc": Row(uniform_init, "matrix", "mlp"),
         "blocks.mlp.proj": Row(0.0, "matrix", "mlp"),
     }
+    block_class = Block
     def __init__(self, config: Config, attend=grouped_attention, dtype=torch.float32):
         super().__init__()
         D, V, layers = config.model_dim, config.vocab_size, config.num_layers
         self.dtype, self.softcap, self.start_token = dtype, config.logit_softcap, config.start_token
         self.tok_emb = nn.Embedding(V, D)
-        self.blocks = nn.ModuleList(Block(config, attend, layer) for layer in range(layers))
+        self.blocks = nn.ModuleList(self.block_class(config, attend, layer) for layer in range(layers))
         # The order of the blocks without depth recurrence, and with it, from LOOP_START on.
         self.straight, loop, again = [*range(layers)], config.loop_range(), config.loop_passes - 1
         self.looped = [*range(loop.stop), *[*loop] * again, *range(loop.stop, layers)]

@@ -94,6 +94,8 @@ class FusedAttention(train_gpt.Attention):
 
 
 class LeanBlock(train_gpt.Block):
+    """The script's own block while neither knob is set."""
+
     def __init__(self, config: FrontierConfig, attend, layer: int):
         super().__init__(config, attend, layer)
         self.folds = config.fold_scales
@@ -137,14 +139,12 @@ def longest_prefixes(token_bytes: train_gpt.TokenBytes, vocab_size: int) -> Tens
 
 
 class FrontierGPT(ScoreFirst, train_gpt.GPT):
+    block_class = LeanBlock
     needs_logits = False  # unless there is a loss on prefixes
     PARAMETERS = train_gpt.GPT.PARAMETERS | {"blocks.attn.attend.gate": Row(0.0, "scalar", "attn", fp32=True)}
 
     def __init__(self, config: FrontierConfig, attend=train_gpt.grouped_attention, dtype=torch.float32):
         super().__init__(config, attend, dtype)
-        if config.fold_scales or config.fuse_qkv:
-            self.blocks = nn.ModuleList(LeanBlock(config, attend, layer) for layer in range(config.num_layers))
-            self.init_weights(config)  # the same ones
         for block in self.blocks:
             if config.xsa_gate and block.attn.exclusive:
                 block.attn.attend, block.attn.exclusive = GatedExclusion(attend, config.num_heads), False
