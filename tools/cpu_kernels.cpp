@@ -16,7 +16,7 @@
 using bf16 = uint16_t;
 using i64 = int64_t;
 
-static const int LANES = 16, QUERIES = 64, KEYS = 256;  // queries of one block; keys whose scores the cache holds
+static const int LANES = 16, QUERIES = 64, HALF = 32, KEYS = 256;  // queries of a block; keys of scores in the cache
 static const float LOG2E = 1.44269504f;
 
 static inline __m512 widen(__m256i halves) {
@@ -73,7 +73,7 @@ static void panel(i64 rows, i64 words, const uint32_t* A, i64 lda, const uint32_
                   bool add) {
     i64 r = 0;
     for (; r + 6 <= rows; r += 6) tile<6, PANELS>(words, A + r * lda, lda, B, ldb, C + r * ldc, ldc, add);
-    for (; r + 2 <= rows; r += 2) tile<2, PANELS>(words, A + r * lda, lda, B, ldb, C + r * ldc, ldc, add);
+    for (; r + 4 <= rows; r += 4) tile<4, PANELS>(words, A + r * lda, lda, B, ldb, C + r * ldc, ldc, add);
     for (; r < rows; r++) tile<1, PANELS>(words, A + r * lda, lda, B, ldb, C + r * ldc, ldc, add);
 }
 
@@ -121,6 +121,12 @@ static void transpose(const uint32_t* in, i64 in_stride, i64 rows, i64 columns, 
         }
 }
 
+// Rows of a head that are soon read, on their way from the memory: they lie far apart, which no processor foresees.
+static inline void fetch(const bf16* at, i64 stride, i64 rows, i64 width) {
+    for (i64 r = 0; r < rows; r++)
+        for (i64 c = 0; c < width; c += 32) _mm_prefetch(at + r * stride + c, _MM_HINT_T1);
+}
+
 // out [rows / 2, padded] = words of two rows of in [rows, width]; columns beyond `width` are 0.
 static void pair_rows(const bf16* in, i64 in_stride, i64 rows, i64 width, uint32_t* out, i64 padded) {
     for (i64 r = 0; r < rows; r += 2)
@@ -163,6 +169,26 @@ static void scores(const bf16* keys_at, i64 stride, i64 first, i64 keys, i64 sta
     }
 }
 
+// C [d, 64] (+)= A B over keys of which the first 32 queries do not see the last 32.
+static void multiply_seen(i64 d, i64 keys, const uint32_t* A, i64 lda, const uint32_t* B, float* C, bool add) {
+    i64 words = (keys - HALF) / 2;
+    multiply(d, QUERIES, words, A, lda, B, QUERIES, C, QUERIES, add);
+    multiply(d, HALF, HALF / 2, A + words, lda, B + words * QUERIES + HALF, QUERIES, C + HALF, QUERIES, true);
+}
+
+// C [keys, wide] += A B over 64 queries, of which the last 64 keys, where they lie on the `diagonal`, are seen from their
+// own place on.
+static void multiply_seeing(i64 keys, i64 wide, bool diagonal, const bf16* A, const uint32_t* B, float* C) {
+    i64 before = diagonal ? keys - QUERIES : keys;
+    const uint32_t* words = (const uint32_t*)A;
+    multiply(before, wide, QUERIES / 2, words, QUERIES / 2, B, wide, C, wide, true);
+    for (i64 j = before; j < keys; j += LANES) {
+        i64 skip = (j - before) / 2;
+        multiply(LANES, wide, QUERIES / 2 - skip, words + j * (QUERIES / 2) + skip, QUERIES / 2, B + skip * wide, wide,
+                 C + j * wide, wide, true);
+    }
+}
+
 // Which of the 16 queries from start + p on see key j.
 static inline __mmask16 seen(i64 j, i64 start, int p) {
     i64 hidden = j - start - p;  // so many of them come before it
@@ -189,17 +215,23 @@ extern "C" void attention_forward(const bf16* q, const bf16* k, const bf16* v, b
             for (i64 h = g * G; h < (g + 1) * G; h++)
                 for (i64 start = 0; start < T; start += QUERIES) {
                     i64 n = start + QUERIES, at = (b * T + start) * q_row + h * d;
+                    i64 next = n < T ? at + QUERIES * q_row : b * T * q_row + (h + 1) * d;
+                    fetch(q + next, q_row, QUERIES, d);
+                    fetch(y + at, q_row, QUERIES, d);
                     transpose((const uint32_t*)(q + at), q_row / 2, QUERIES, d / 2, queries.data(), QUERIES);
                     scores(keys, k_row, 0, n, start, d, queries.data(), S.data());
+                    __m512 most[QUERIES / LANES];
+                    for (__m512& m : most) m = _mm512_set1_ps(-INFINITY);
+                    for (i64 j = 0; j < n; j++)
+                        for (int p = 0; p < QUERIES; p += LANES) {
+                            __m512 x = _mm512_loadu_ps(&S[j * QUERIES + p]), &m = most[p / LANES];
+                            m = j < start ? _mm512_max_ps(m, x) : _mm512_mask_max_ps(m, seen(j, start, p), m, x);
+                        }
                     float inverse[QUERIES];
                     for (int p = 0; p < QUERIES; p += LANES) {
-                        __m512 most = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
-                        for (i64 j = 0; j < n; j++) {
-                            __mmask16 mask = seen(j, start, p);
-                            most = _mm512_mask_max_ps(most, mask, most, _mm512_loadu_ps(&S[j * QUERIES + p]));
-                        }
-                        __m512 shift = _mm512_mul_ps(most, _mm512_set1_ps(scale)), factor = _mm512_set1_ps(scale);
-                        for (i64 j = 0; j < n; j += 2) {
+                        __m512 sum = _mm512_setzero_ps(), factor = _mm512_set1_ps(scale);
+                        __m512 shift = _mm512_mul_ps(most[p / LANES], factor);
+                        for (i64 j = 0; j < (p < HALF ? n - HALF : n); j += 2) {
                             __m512 e[2];
                             for (int i = 0; i < 2; i++) {
                                 __m512 x = _mm512_loadu_ps(&S[(j + i) * QUERIES + p]);
@@ -217,7 +249,7 @@ extern "C" void attention_forward(const bf16* q, const bf16* k, const bf16* v, b
                             logs[(b * s.H + h) * T + start + p + i] = shifts[i] + std::log2(sums[i]);
                         }
                     }
-                    multiply(d, QUERIES, n / 2, values.data(), T / 2, weights.data(), QUERIES, out.data(), QUERIES, false);
+                    multiply_seen(d, n, values.data(), T / 2, weights.data(), out.data(), false);
                     store_transposed(out.data(), d, inverse, y + at, q_row, words.data());
                 }
         }
@@ -249,6 +281,11 @@ extern "C" void attention_backward(const bf16* q, const bf16* k, const bf16* v, 
             for (i64 h = g * G; h < (g + 1) * G; h++)
                 for (i64 start = 0; start < T; start += QUERIES) {
                     i64 at = (b * T + start) * q_row + h * d;
+                    i64 next = start + QUERIES < T ? at + QUERIES * q_row : b * T * q_row + (h + 1) * d;
+                    fetch(q + next, q_row, QUERIES, d);
+                    fetch(dy + next, q_row, QUERIES, d);
+                    fetch(y + next, q_row, QUERIES, d);
+                    fetch(dq + at, q_row, QUERIES, d);
                     transpose((const uint32_t*)(q + at), q_row / 2, QUERIES, d / 2, q_across.data(), QUERIES);
                     transpose((const uint32_t*)(dy + at), q_row / 2, QUERIES, d / 2, dy_across.data(), QUERIES);
                     pair_rows(q + at, q_row, QUERIES, d, q_pairs.data(), wide);
@@ -267,12 +304,13 @@ extern "C" void attention_backward(const bf16* q, const bf16* k, const bf16* v, 
                     const float* log_sums = logs + (b * s.H + h) * T + start;
                     for (i64 first = 0; first < start + QUERIES; first += KEYS) {
                         i64 n = std::min<i64>(KEYS, start + QUERIES - first);
+                        bool diagonal = first + n == start + QUERIES;
                         scores(k + origin, k_row, first, n, start, d, q_across.data(), S.data());
                         scores(v + origin, k_row, first, n, start, d, dy_across.data(), dP.data());
                         for (int p = 0; p < QUERIES; p += LANES) {
                             __m512 factor = _mm512_set1_ps(LOG2E * root), shift = _mm512_loadu_ps(log_sums + p);
                             __m512 mean = _mm512_loadu_ps(D + p), outer = _mm512_set1_ps(root);
-                            for (i64 j = 0; j < n; j += 2) {
+                            for (i64 j = 0; j < (diagonal && p < HALF ? n - HALF : n); j += 2) {
                                 __m512 ds[2];
                                 for (int i = 0; i < 2; i++) {
                                     i64 here = (j + i) * QUERIES + p;
@@ -287,12 +325,13 @@ extern "C" void attention_backward(const bf16* q, const bf16* k, const bf16* v, 
                                 _mm512_storeu_si512(&dS_pairs[j / 2 * QUERIES + p], pair_up(ds[0], ds[1]));
                             }
                         }
-                        multiply(n, wide, QUERIES / 2, (const uint32_t*)P.data(), QUERIES / 2, dy_pairs.data(), wide,
-                                 &dV[first * wide], wide, true);
-                        multiply(n, wide, QUERIES / 2, (const uint32_t*)dS.data(), QUERIES / 2, q_pairs.data(), wide,
-                                 &dK[first * wide], wide, true);
-                        multiply(d, QUERIES, n / 2, keys_down.data() + first / 2, T / 2, dS_pairs.data(), QUERIES,
-                                 dQ.data(), QUERIES, first > 0);
+                        multiply_seeing(n, wide, diagonal, P.data(), dy_pairs.data(), &dV[first * wide]);
+                        multiply_seeing(n, wide, diagonal, dS.data(), q_pairs.data(), &dK[first * wide]);
+                        const uint32_t* down = keys_down.data() + first / 2;
+                        if (diagonal)
+                            multiply_seen(d, n, down, T / 2, dS_pairs.data(), dQ.data(), first > 0);
+                        else
+                            multiply(d, QUERIES, n / 2, down, T / 2, dS_pairs.data(), QUERIES, dQ.data(), QUERIES, first > 0);
                     }
                     store_transposed(dQ.data(), d, ones.data(), dq + at, q_row, words.data());
                 }
