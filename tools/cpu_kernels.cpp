@@ -48,14 +48,11 @@ static inline __m512 exp2_16(__m512 x) {
 }
 
 // ---------- Products --------------------------------------------------------------------------------------------------
-// ROWS x 16 * PANELS of C (+)= A B over `words` words of the reduction. A: rows of words, `lda` words apart; B: rows of
+// ROWS x 16 * PANELS sums of A B over `words` words of the reduction. A: rows of words, `lda` words apart; B: rows of
 // words, `ldb` words apart.
 template <int ROWS, int PANELS>
-static inline void tile(i64 words, const uint32_t* A, i64 lda, const uint32_t* B, i64 ldb, float* C, i64 ldc, bool add) {
-    __m512 sums[ROWS][PANELS];
-    for (int r = 0; r < ROWS; r++)
-        for (int p = 0; p < PANELS; p++)
-            sums[r][p] = add ? _mm512_loadu_ps(C + r * ldc + p * LANES) : _mm512_setzero_ps();
+static inline __attribute__((always_inline)) void accumulate(i64 words, const uint32_t* A, i64 lda, const uint32_t* B,
+                                                             i64 ldb, __m512 (&sums)[ROWS][PANELS]) {
     for (i64 w = 0; w < words; w++) {
         __m512bh b[PANELS];
         for (int p = 0; p < PANELS; p++) b[p] = (__m512bh)_mm512_loadu_si512(B + w * ldb + p * LANES);
@@ -64,6 +61,16 @@ static inline void tile(i64 words, const uint32_t* A, i64 lda, const uint32_t* B
             for (int p = 0; p < PANELS; p++) sums[r][p] = _mm512_dpbf16_ps(sums[r][p], a, b[p]);
         }
     }
+}
+
+// ROWS x 16 * PANELS of C (+)= A B in fp32.
+template <int ROWS, int PANELS>
+static inline void tile(i64 words, const uint32_t* A, i64 lda, const uint32_t* B, i64 ldb, float* C, i64 ldc, bool add) {
+    __m512 sums[ROWS][PANELS];
+    for (int r = 0; r < ROWS; r++)
+        for (int p = 0; p < PANELS; p++)
+            sums[r][p] = add ? _mm512_loadu_ps(C + r * ldc + p * LANES) : _mm512_setzero_ps();
+    accumulate<ROWS, PANELS>(words, A, lda, B, ldb, sums);
     for (int r = 0; r < ROWS; r++)
         for (int p = 0; p < PANELS; p++) _mm512_storeu_ps(C + r * ldc + p * LANES, sums[r][p]);
 }
@@ -342,6 +349,69 @@ extern "C" void attention_backward(const bf16* q, const bf16* k, const bf16* v, 
                     _mm256_mask_storeu_epi16(dk + to, mask, narrow(_mm512_loadu_ps(&dK[t * wide + c])));
                     _mm256_mask_storeu_epi16(dv + to, mask, narrow(_mm512_loadu_ps(&dV[t * wide + c])));
                 }
+        }
+    }
+}
+
+// ---------- Newton-Schulz: a matrix in the cache, half of each symmetric product ----------------------------------------
+// ROWS x 32 of C = outer A B + inner old, in bf16; of `old`, [.., ldc] like C, nothing is read where inner is 0.
+template <int ROWS>
+static inline void rounded_tile(i64 words, const uint32_t* A, const uint32_t* B, i64 ldb, float outer, float inner,
+                                const bf16* old, bf16* C, i64 ldc) {
+    __m512 sums[ROWS][2];
+    for (int r = 0; r < ROWS; r++) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
+    accumulate<ROWS, 2>(words, A, words, B, ldb, sums);
+    for (int r = 0; r < ROWS; r++) {
+        for (int p = 0; p < 2 && inner != 0; p++) {
+            __m512 term = widen(_mm256_loadu_si256((const __m256i*)(old + r * ldc + p * LANES)));
+            sums[r][p] = _mm512_fmadd_ps(term, _mm512_set1_ps(inner), _mm512_mul_ps(sums[r][p], _mm512_set1_ps(outer)));
+        }
+        _mm512_storeu_si512(C + r * ldc, (__m512i)_mm512_cvtne2ps_pbh(sums[r][1], sums[r][0]));
+    }
+}
+
+// C [rows, columns] = outer A B + inner old, of A [rows, 2 * words] and B, words of two rows. Of a symmetric C the upper
+// triangle is made, in squares of 32 x 32, and then copied.
+static void combine(i64 rows, i64 columns, i64 words, const bf16* A, const uint32_t* B, float outer, float inner,
+                    const bf16* old, bf16* C, bool symmetric) {
+    const uint32_t* left = (const uint32_t*)A;
+    for (i64 n = 0; n < columns; n += 32) {
+        i64 last = symmetric ? n + 32 : rows, r = 0;
+        for (; r + 12 <= last; r += 12)
+            rounded_tile<12>(words, left + r * words, B + n, columns, outer, inner, old + r * columns + n,
+                             C + r * columns + n, columns);
+        for (; r < last; r += 4)
+            rounded_tile<4>(words, left + r * words, B + n, columns, outer, inner, old + r * columns + n,
+                            C + r * columns + n, columns);
+    }
+    if (!symmetric) return;
+    uint32_t square[16 * 32];
+    for (i64 m = 0; m < rows; m += 32)
+        for (i64 n = m + 32; n < columns; n += 32) {
+            pair_rows(C + m * columns + n, columns, 32, 32, square, 32);
+            transpose(square, 32, 16, 32, (uint32_t*)(C + n * columns + m), columns / 2);
+        }
+}
+
+// X [n, rows, columns], rows <= columns, both in whole 32: `steps` times X = a X + (b G + c G G) X with G = X X^T.
+extern "C" void newton_schulz(bf16* stack, i64 n, i64 rows, i64 columns, int steps, float a, float b, float c,
+                              int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<uint32_t> pairs(std::max(rows, columns) * std::max(rows, columns) / 2);
+        std::vector<bf16> gram(rows * rows), polynomial(rows * rows), next(rows * columns);
+#pragma omp for schedule(dynamic)
+        for (i64 i = 0; i < n; i++) {
+            bf16* x = stack + i * rows * columns;
+            for (int step = 0; step < steps; step++) {
+                transpose((const uint32_t*)x, columns / 2, rows, columns / 2, pairs.data(), rows);
+                combine(rows, rows, columns / 2, x, pairs.data(), 1.0f, 0.0f, x, gram.data(), true);
+                pair_rows(gram.data(), rows, rows, rows, pairs.data(), rows);
+                combine(rows, rows, rows / 2, gram.data(), pairs.data(), c, b, gram.data(), polynomial.data(), true);
+                pair_rows(x, columns, rows, columns, pairs.data(), columns);
+                combine(rows, columns, rows / 2, polynomial.data(), pairs.data(), 1.0f, a, x, next.data(), false);
+                std::copy(next.begin(), next.end(), x);
+            }
         }
     }
 }
