@@ -68,6 +68,7 @@ class Config:
     mode: str = free("train", "what this call does", choices=("train", "check", "eval", "sample"))
     data_path: str = free("./data/datasets/fineweb10B_sp1024", "folder of fineweb_*.bin shards")
     tokenizer_path: str = free("./data/tokenizers/fineweb_1024_bpe.model", "a .model, a tiktoken name, or bytes")
+    model_file: str = free("", "a .py file with a model and more knobs; empty: this script's own")
     log_dir: str = free("./logs", "folder of the run folders")
     run_id: str = free("", "name of the run folder; empty: a time stamp")
     seed: int = knob(1337, "seed of the initial weights, and of a sample", 0, 2**63 - 1)
@@ -78,9 +79,9 @@ class Config:
     # Machine
     device: str = free("auto", "device of every rank", choices=("auto", "cuda", "mps", "cpu"))
     dtype: str = knob("auto", "of activations", choices=("auto", "bfloat16", "float32"))
-    compile: str = free("auto", "auto: if a compiler works", choices=("auto", "0", "1"))
-    attention: str = free("auto", "the backend; blocked and fused, for CPUs, are our own",
-                          choices=("auto", "flash3", "cudnn", "flash", "efficient", "math", "blocked", "fused"))
+    compile: str = free("auto", "auto: if a compiler works", choices=("auto", "0", "1", "autotune"))
+    attention: str = free("auto", "the backend; blocked and fused, for CPUs, are our own", choices=(
+        "auto", "fastest", "flash3", "cudnn", "flash", "efficient", "math", "blocked", "fused"))
     target_world_size: int = free(0, "MODE=check for so many GPUs; 0: for the ranks there are", 0)
     # Length of a run, and its steps. WARMUP_STEPS only compile: the learning rate has no warm-up.
     iterations: int = knob(20_000, "optimizer steps at most", 1)
@@ -183,6 +184,8 @@ class Config:
         """Defaults < what an artifact tells < KEY=VALUE lines of the file in argv < environment."""
         require(len(argv) <= 1, f"{argv}: give at most one FILE.env; knobs are environment variables")
         knobs, texts = cls.knobs(), read_env_file(Path(argv[0])) if argv else {}
+        if cls is Config and (file := environ.get("MODEL_FILE", texts.get("MODEL_FILE"))):
+            return tool("evaluate").config_class_of(file).load(argv, environ, from_artifact)
         check = tool("check", "contradictions between knobs are not found", log=str)
         for name in texts.keys() - knobs.keys():
             raise UserError(f"{argv[0]}: {name} is no knob: {check.nearest(name, knobs) if check else 'see --help'}")
@@ -670,8 +673,8 @@ class Model(nn.Module):
         """What `losses` makes of the targets; without them logits [B, T, V], in fp32."""
         x_BTD = self.features(tokens_BT)
         masked = self.mask is not None and (self.mask_in_training or not self.training)
-        if self.fused_loss and targets_BT is not None and not masked and not self.needs_logits:
-            return self.fused_loss(self, x_BTD, targets_BT)
+        if self.fused_loss and targets_BT is not None and not self.needs_logits:
+            return self.fused_loss(self, x_BTD, targets_BT, tokens_BT if masked else None)
         logits = self.mask(self.logits(x_BTD), tokens_BT) if masked else self.logits(x_BTD)
         return logits if targets_BT is None else self.losses(logits, targets_BT)
     def losses(self, logits_BTV: Tensor, targets_BT: Tensor):
@@ -727,8 +730,10 @@ class Attention(nn.Module):
         self.q_gain = nn.Parameter(torch.empty(H))
         self.gate = nn.Parameter(torch.empty(H, min(GATE_INPUTS, D))) if config.attn_gate else None
         self.exclusive = layer >= config.num_layers - config.xsa_layers
-    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        q, k, v = (c(x_BTD).unflatten(-1, (-1, self.head_dim)) for c in (self.c_q, self.c_k, self.c_v))
+    def qkv(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.c_q(x_BTD), self.c_k(x_BTD), self.c_v(x_BTD)
+    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, *scale: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv(x_BTD))
         q = rotate(rms_norm(q), cos, sin) * self.q_gain.to(q.dtype)[:, None]
         k = rotate(rms_norm(k), cos, sin)
         y = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
@@ -738,15 +743,15 @@ class Attention(nn.Module):
         if self.gate is not None:
             gate_BTH = 2 * torch.sigmoid(F.linear(x_BTD[..., :GATE_INPUTS], self.gate.to(y.dtype)))
             y = y * gate_BTH[..., None]
-        return self.proj(y.flatten(2))
+        return self.proj(y.flatten(2), *scale)
 
 class MLP(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         D, hidden, self.slope = config.model_dim, round(config.mlp_mult * config.model_dim), config.mlp_slope
         self.fc, self.proj = Linear(D, hidden, bias=False), Linear(hidden, D, bias=False)
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(F.leaky_relu(self.fc(x), self.slope).square())
+    def forward(self, x: Tensor, *scale: Tensor) -> Tensor:
+        return self.proj(F.leaky_relu(self.fc(x), self.slope).square(), *scale)
 
 class Block(nn.Module):
     def __init__(self, config: Config, attend, layer: int):
@@ -756,13 +761,14 @@ class Block(nn.Module):
         self.resid_mix = nn.Parameter(torch.empty(2, D)) if config.x0_mix else None
         self.norm_scale = (layer + 1) ** -0.5 if config.ln_scale else 1.0
         self.parallel = 0 <= config.parallel_from <= layer
+    def scaled(self, scale_D: Tensor, part: nn.Module, x: Tensor, *tables: Tensor) -> Tensor:
+        return scale_D.to(x.dtype) * part(x, *tables)
     def forward(self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         if self.resid_mix is not None:
             mix = self.resid_mix.to(x.dtype)
             x = mix[0] * x + mix[1] * x0
-        y = x + self.attn_scale.to(x.dtype) * self.attn(rms_norm(x) * self.norm_scale, cos, sin)
-        mlp_output = self.mlp(rms_norm(x if self.parallel else y) * self.norm_scale)
-        return y + self.mlp_scale.to(x.dtype) * mlp_output
+        y = x + self.scaled(self.attn_scale, self.attn, rms_norm(x) * self.norm_scale, cos, sin)
+        return y + self.scaled(self.mlp_scale, self.mlp, rms_norm(x if self.parallel else y) * self.norm_scale)
 
 class GPT(Model):
     """A U-net of blocks over a normalised embedding. Weights, RoPE tables, norms, softmax and loss are fp32;
@@ -844,7 +850,8 @@ def build_model(config: Config, runtime: Runtime) -> tuple[Model, nn.Module, str
         model.mask = tool("canonical").Mask(model, config, runtime)
     if compiled:  # DDP would cut the graph, where torch 2.8 corrupts the gradients of loops
         torch._dynamo.config.optimize_ddp = False
-        compiled_model = torch.compile(model, dynamic=False, fullgraph=True)
+        options = kernels.COMPILE_OPTIONS.get(config.compile) if kernels else None
+        compiled_model = torch.compile(model, dynamic=False, fullgraph=True, options=options)
     dtype = str(runtime.dtype).removeprefix("torch.")
     return model, compiled_model, f"device:{runtime.device} ({runtime.device_name()}) dtype:{dtype}\n{note}"
 
@@ -1139,7 +1146,8 @@ class Trainer:
         if runtime.world_size > 1:  # all ranks have the same tables: no buffers are sent around
             new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # torch 2.13
             name = "forward_sync_buffers" if new else "broadcast_buffers"
-            self.train_model = DistributedDataParallel(self.compiled_model, **{name: False})
+            options = {name: False, "gradient_as_bucket_view": True}  # not copied back from the reduction
+            self.train_model = DistributedDataParallel(self.compiled_model, **options)
         self.average = [p.detach().float().clone() for p in self.model.parameters() if config.ema_decay]
         self.calibration = -(-config.gptq_batches // runtime.world_size)  # micro-batches of this rank for GPTQ
         self.reserve, self.hessians = 0.0, {}  # seconds of the clock that are kept for them; what they give

@@ -225,8 +225,8 @@ def test_bounds(name, refused, taken):
 
 
 @pytest.mark.parametrize("name, choices", [
-    ("DEVICE", "auto cuda mps cpu"), ("DTYPE", "auto bfloat16 float32"), ("COMPILE", "auto 0 1"),
-    ("ATTENTION", "auto flash cudnn efficient math blocked"), ("MODE", "train check eval sample"),
+    ("DEVICE", "auto cuda mps cpu"), ("DTYPE", "auto bfloat16 float32"), ("COMPILE", "auto 0 1 autotune"),
+    ("ATTENTION", "auto fastest flash cudnn efficient math blocked"), ("MODE", "train check eval sample"),
     ("CODEC", "zlib rans"),
 ])  # fmt: skip
 def test_choices(name, choices):
@@ -395,7 +395,7 @@ def configs(draw):
             environ[name] = str(draw(number[kind](kind(low), kind(high))))
         elif choices:
             environ[name] = draw(st.sampled_from(choices))
-        elif name != "RUN_ID":
+        elif name not in ("RUN_ID", "MODEL_FILE"):  # the latter must be a program that is there
             environ[name] = draw(PATHS.filter(lambda text: "'" not in text or '"' not in text)).strip()
     T, kv_heads, groups, pairs, sequences = (draw(st.integers(1, 9)) for _ in range(5))
     environ |= {"TRAIN_SEQ_LEN": str(T), "TRAIN_BATCH_TOKENS": str(T * sequences), "NUM_KV_HEADS": str(kv_heads)}
@@ -518,6 +518,14 @@ def test_typo_draws_a_warning(name, nearest):
 def test_a_knob_of_other_trainers_draws_a_warning(name, remedy):
     (warning,) = check.typo_warnings({name: "1"}, KNOBS)
     assert f" {name} is no knob: set" in warning and remedy in warning
+
+
+@pytest.mark.parametrize("name, file", [("CONTEXTS", "frontier"), ("MUON_HEADS", "frontier"),
+                                        ("TTT_CHUNK", "score_first")])  # fmt: skip
+def test_a_knob_of_a_model_file_names_the_file(env_file, name, file):
+    (warning,) = check.typo_warnings({name: "1"}, KNOBS)
+    for message in (warning, error_of([env_file(f"{name}=1\n")])):
+        assert f"{name} is no knob: it is one of a model file: set MODEL_FILE=records/models/{file}.py" in message
 
 
 def test_ordinary_variables_draw_no_warning():

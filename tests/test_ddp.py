@@ -1,5 +1,5 @@
 """Gradients of a compiled model under DDP: they are those of one process, also where the graph is larger than a bucket
-of the reduction and a layer runs several times."""
+of the reduction, a layer runs several times, gradients are added up over micro-steps, and lie in the buckets."""
 
 import shutil
 from pathlib import Path
@@ -9,9 +9,9 @@ import torch
 
 import train_gpt
 
-# Run by each rank: one step without an optimizer, whose gradients rank 0 saves. Nothing has compiled the model before,
-# as where there is no checkpoint tool; a bucket holds less than a layer, as it does in a model of full size (under
-# 1 MiB torch allows none).
+# Run by each rank: two steps without an optimizer, whose gradients rank 0 saves; from the second on DDP has its final
+# buckets. Nothing has compiled the model before, as where there is no checkpoint tool; a bucket holds less than a
+# layer, as it does in a model of full size (under 1 MiB torch allows none).
 WORKER = """
 import functools
 import os
@@ -28,7 +28,7 @@ config = train_gpt.Config.load([], os.environ)
 runtime = train_gpt.Runtime(config, os.environ)
 folder = train_gpt.RunFolder(runtime)
 stream = train_gpt.TokenStream(config.data_path, "train", config.vocab_size)
-loader = train_gpt.TrainLoader(stream, config, runtime, accum_steps=1)
+loader = train_gpt.TrainLoader(stream, config, runtime, config.grad_accum_steps)
 hooks, watch = train_gpt.Hooks(config, folder), train_gpt.Stopwatch(runtime.synchronize)
 trainer = train_gpt.Trainer(config, runtime, folder, watch, loader, hooks)
 generator = torch.Generator().manual_seed(1)
@@ -36,9 +36,14 @@ with torch.no_grad():  # at the initial values half of the gradients are zero
     for p in trainer.model.parameters():
         p.add_(0.1 * torch.randn(p.shape, generator=generator))
 trainer.optimizers = []
-trainer.step(1.0, 0.9)
+found = []
+for _ in range(2):
+    trainer.model.zero_grad(set_to_none=True)  # as the optimizers do it
+    trainer.step(1.0, 0.9)
+    found.append({name: p.grad.clone() for name, p in trainer.model.named_parameters()})
 if runtime.is_master:
-    torch.save({name: p.grad for name, p in trainer.model.named_parameters()}, os.environ["GRADIENTS"])
+    places = {p.grad.untyped_storage().data_ptr() for p in trainer.model.parameters()}
+    torch.save([found, len(places)], os.environ["GRADIENTS"])
 sys.stdout.flush()
 os._exit(0)  # gloo may abort a tidy end
 """
@@ -51,12 +56,14 @@ def test_gradients_of_two_compiled_ranks_with_recurrence_equal_those_of_one_proc
     worker, found = tmp_path / "worker.py", {}
     worker.write_text(WORKER, encoding="utf-8")
     model = {"NUM_LAYERS": 2, "LOOP_LAYERS": "0-0", "LOOP_PASSES": 2, "X0_MIX": 0, "MODEL_DIM": 256}
-    for ranks, compiled in ((1, 0), (2, 1)):
+    for ranks, knobs in ((1, {"COMPILE": 0, "GRAD_ACCUM_STEPS": 1}), (2, {"COMPILE": 1, "GRAD_ACCUM_STEPS": 2})):
         path = tmp_path / f"gradients{ranks}.pt"
-        done = launch(ranks=ranks, script=worker, **model, COMPILE=compiled, GRADIENTS=path,
+        done = launch(ranks=ranks, script=worker, **model, **knobs, GRADIENTS=path,
                       SCRIPT_FOLDER=Path(train_gpt.__file__).parent)  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
-        found[ranks] = torch.load(path, weights_only=True)
-    for name, expected in found[1].items():
-        error = (found[2][name] - expected).abs().max() / expected.abs().max()
-        assert error < 1e-5, f"{name} is off by {error:.1e} of its largest value"
+        found[ranks], places = torch.load(path, weights_only=True)
+    assert places < len(found[1][0]), "gradients lie in buckets, and are not copied from there"
+    for step, gradients in enumerate(found[1]):
+        for name, expected in gradients.items():
+            error = (found[2][step][name] - expected).abs().max() / expected.abs().max()
+            assert error < 1e-5, f"in step {step} {name} is off by {error:.1e} of its largest value"

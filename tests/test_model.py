@@ -4,8 +4,9 @@ RoPE, the attention functions, initialisation, precision, the choice of a backen
 import functools
 import math
 import re
+import shutil
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -415,6 +416,133 @@ def test_the_proof_of_a_backend_takes_fewer_sequences_where_memory_is_short(make
     monkeypatch.setattr(kernels, "grouped_attention", small)
     attend, note = kernels.choose_attention(make_config(ATTENTION="math"), runtime, compiled=False)
     assert (attend, note, tried) == (small, "attention:math by small", [8, 4, 2])
+
+
+# ATTENTION=fastest, and what the log says of what was lost
+
+
+@pytest.fixture
+def gpu(make_config, monkeypatch):
+    """Function: choose_attention on a GPU that is not there, whose backends fail or take so many seconds; (function,
+    its log lines, the backends tried). Which backend it is shows in SDPA's switches, or in the function."""
+
+    def choose(asked, seconds, capability=(9, 0), others=None):
+        tried = []
+
+        def name_of(attend):
+            if attend is kernels.flash3_attention:
+                return "flash3"
+            (switch,) = [switch for switch in SWITCHES if getattr(torch.backends.cuda, f"{switch}_sdp_enabled")()]
+            return switch.removeprefix("mem_")
+
+        def prove(attend, config, runtime, rows):
+            tried.append(name_of(attend))
+            if tried[-1] not in seconds:
+                raise RuntimeError("no kernel")
+
+        config, names = make_config(ATTENTION=asked), train_gpt.Config.knobs()["ATTENTION"].metadata["allowed"][2]
+        theirs = [others.get(name, math.inf) if others else 0.0 for name in names]
+        runtime = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, world_size=2 if others else 1,
+                                  sum=lambda ours: [a + b for a, b in zip(ours, theirs, strict=True)])  # fmt: skip
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(kernels, "prove_attention", prove)
+        attend, note = kernels.choose_attention(config, runtime, False, lambda attend, *_: seconds[name_of(attend)])
+        assert name_of(attend) == re.match(r"attention:(\w+) by ", note)[1], "SDPA is pinned to what is chosen"
+        return attend, note, tried
+
+    return choose
+
+
+TIMES = "; forward and backward of a sequence in a layer, ms: "
+
+
+@pytest.mark.parametrize("seconds, expected", [
+    ({"flash3": 0.003, "cudnn": 0.0011, "flash": 0.002, "efficient": 0.00444},
+     f"attention:cudnn by grouped_attention{TIMES}cudnn 1.1, flash 2, flash3 3, efficient 4.44"),
+    ({"flash3": 0.001, "cudnn": 0.0011, "flash": 0.002, "efficient": 0.004},
+     f"attention:flash3 by flash3_attention{TIMES}flash3 1, cudnn 1.1, flash 2, efficient 4"),
+    ({"cudnn": 0.0011, "flash": 0.001, "efficient": 0.004},
+     f"attention:flash by grouped_attention{TIMES}flash 1, cudnn 1.1, efficient 4; flash3 flash3_attention failed: "
+     "RuntimeError('no kernel')"),
+], ids=["cudnn", "flash3", "flash"])  # fmt: skip
+def test_the_fastest_attention_of_those_that_are_proved_is_taken_and_all_times_are_told(gpu, seconds, expected):
+    _, note, tried = gpu("fastest", seconds)
+    assert note == expected, "without a warning: what failed cannot be faster than cuDNN was here"
+    assert list(dict.fromkeys(tried)) == ["flash3", "cudnn", "flash", "efficient"], "math keeps all scores"
+
+
+def test_where_nothing_else_runs_it_is_plain_products(gpu):
+    note = gpu("fastest", {"math": 0.5}, capability=(8, 0))[1]
+    assert note.startswith(f"attention:math by grouped_attention{TIMES}math 500; flash grouped_attention failed")
+
+
+def test_ranks_choose_the_attention_that_all_of_them_have_and_that_is_the_fastest_for_all(gpu):
+    ours = {"flash3": 0.001, "cudnn": 0.002, "flash": 0.003, "efficient": 0.004}
+    note = gpu("fastest", ours, others={"cudnn": 0.009, "flash": 0.003, "efficient": 0.004})[1]
+    assert note == f"attention:flash by grouped_attention{TIMES}flash 3, efficient 4, cudnn 5.5"
+
+
+@pytest.mark.parametrize("asked, seconds, capability, warned", [
+    ("auto", ["flash", "efficient"], (9, 0), True), ("fastest", ["flash", "efficient"], (9, 0), True),
+    ("auto", ["cudnn", "flash"], (9, 0), False), ("auto", ["flash3", "flash"], (9, 0), False),
+    ("flash", ["flash", "cudnn"], (9, 0), False), ("auto", ["flash"], (8, 0), False),
+    ("auto", ["flash"], (10, 0), False),
+])  # fmt: skip
+def test_a_hopper_gpu_without_its_own_attention_is_warned_of(gpu, asked, seconds, capability, warned):
+    note = gpu(asked, dict.fromkeys(seconds, 1.0), capability)[1]
+    assert ("\nwarning: attention by flash, since neither FlashAttention 3 nor cuDNN works" in note) == warned
+    assert ("10 to 20 ms a step" in note and "install flash_attn_interface" in note) == warned
+
+
+@pytest.mark.parametrize("function", ["prove_attention", "time_attention"])
+def test_attention_is_proved_and_timed_with_the_shapes_and_strides_of_the_model(make_config, runtime, function):
+    config, seen = make_config(TRAIN_BATCH_TOKENS=96), []
+
+    def attend(q, k, v):
+        seen.append([(x.shape, x.stride()) for x in (q, k, v)])
+        y = kernels.expanded_attention(q, k, v)
+        y.requires_grad and y.register_hook(lambda dy: seen[-1].append((dy.shape, dy.stride())))
+        return y
+
+    losses = GPT(config, attend)(*(random_tokens(config, batch=3, length=32),) * 2)
+    model, seen[:] = seen[:], []
+    getattr(kernels, function)(attend, config, runtime, 3)
+    if function == "time_attention":  # what comes back from the output projection
+        losses.mean().backward()
+        assert seen[0][3] == (torch.Size([3, 4, 32, 8]), (1024, 8, 32, 1))
+    assert len(model) == 2 and all(shapes[:3] == model[0][:3] for shapes in (*model, *seen))
+
+
+def test_the_time_of_attention_is_the_median_for_one_sequence_of_synchronized_rounds(make_config, runtime, monkeypatch):
+    events, clock = [], iter([0.0, 90.0, 100.0, 103.0, 200.0, 206.0, 300.0, 330.0])
+    monkeypatch.setattr(kernels, "time", SimpleNamespace(perf_counter=lambda: events.append("time") or next(clock)))
+    monkeypatch.setattr(runtime, "synchronize", lambda: events.append("synchronize"))
+    seconds = kernels.time_attention(kernels.blocked_attention, make_config(), runtime, 2, rounds=3)
+    assert seconds == 3.0, "of 3, 6 and 30 seconds for two sequences; the first round only warms up"
+    assert events == ["synchronize", "time"] * 8
+
+
+def test_the_fastest_attention_of_this_machine(make_config, runtime):
+    config = make_config(ATTENTION="fastest")
+    attend, note = kernels.choose_attention(config, runtime, compiled=False)
+    name, function, times = re.fullmatch(rf"attention:(\w+) by (\w+){TIMES}([^;]*)", note).groups()
+    times = {name: float(ms) for name, ms in (text.split(" ") for text in times.split(", "))}
+    assert set(times) == {"blocked", "flash"} and times[name] == min(times.values()) and function == attend.__name__
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="needs a C++ compiler")
+def test_compiled_code_that_is_kept_does_not_bring_back_another_backend():
+    """torch's key for it leaves SDPA's switches out: pytorch issue 185449."""
+    inputs = [torch.randn(1, 2, 16, 8, requires_grad=True) for _ in range(3)]
+    for name in ("flash", "math", "flash"):
+        kernels.pin_attention(name)
+        torch._dynamo.reset()
+        y = torch.compile(grouped_attention, fullgraph=True, dynamic=False)(*inputs)
+        with torch.autograd.profiler.profile() as profile:
+            y.sum().backward()
+        ran = any("flash_attention_for_cpu_backward" in event.key for event in profile.key_averages())
+        assert ran == (name == "flash"), f"{name} was asked for"
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("attend", [kernels.blocked_attention, kernels.expanded_attention])

@@ -351,10 +351,11 @@ def test_compile_off(make_config, monkeypatch):
     assert kernels.choose_compile(make_config(COMPILE="0"), fake_runtime()) == (False, "COMPILE=0 on cpu, linux")
 
 
-@pytest.mark.parametrize("setting", ["auto", "1"])
+@pytest.mark.parametrize("setting", ["auto", "1", "autotune"])
 def test_compile_where_it_works(make_config, monkeypatch, setting):
     monkeypatch.setattr(torch, "compile", lambda function: function)
-    assert kernels.choose_compile(make_config(COMPILE=setting), fake_runtime())[0] is True
+    chosen, reason = kernels.choose_compile(make_config(COMPILE=setting), fake_runtime())
+    assert chosen is True and ("minutes" in reason) == (setting == "autotune"), "a long compilation is said"
 
 
 @pytest.mark.parametrize("error, shown", [
@@ -365,8 +366,23 @@ def test_compile_where_it_fails(make_config, monkeypatch, error, shown):
     monkeypatch.setattr(torch, "compile", broken_compile(error))
     chosen, reason = kernels.choose_compile(make_config(COMPILE="auto"), fake_runtime())
     assert chosen is False and "failed" in reason and shown in reason and "\n" not in reason
-    with pytest.raises(UserError, match=rf"^COMPILE=1: .*{re.escape(shown)}.*COMPILE=0"):  # asked for: no fallback
-        kernels.choose_compile(make_config(COMPILE="1"), fake_runtime())
+    for asked in ("1", "autotune"):  # no fallback
+        with pytest.raises(UserError, match=rf"^COMPILE={asked}: .*{re.escape(shown)}.*COMPILE=0"):
+            kernels.choose_compile(make_config(COMPILE=asked), fake_runtime())
+
+
+@pytest.mark.parametrize("setting, expected", [
+    ("1", None), ("auto", None),
+    ("autotune", {"max_autotune_gemm": True, "coordinate_descent_tuning": True, "epilogue_fusion": True}),
+])  # fmt: skip
+def test_what_the_compiler_is_told(make_config, runtime, monkeypatch, setting, expected):
+    told, function = [], lambda x: x * 2
+    monkeypatch.setattr(torch, "compile", lambda given, **options: told.append(options) or given)
+    note = train_gpt.build_model(make_config(COMPILE=setting), runtime)[2]
+    assert told[-1] == {"dynamic": False, "fullgraph": True, "options": expected} and "\ncompile:1 (" in note
+    monkeypatch.undo()
+    backend = torch.compile(function, options=expected)._torchdynamo_orig_callable  # inductor knows all of them
+    assert backend is function
 
 
 def test_compile_auto_without_a_compiler_for_the_platform(make_config, monkeypatch):

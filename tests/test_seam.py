@@ -331,6 +331,47 @@ def test_its_knobs_have_the_errors_of_all_knobs(corpus, tmp_path):
         assert done.returncode == 2 and done.stderr.count(b"\n") == 1 and said in done.stderr.decode()
 
 
+# MODEL_FILE: the script runs it
+
+
+def test_the_script_runs_a_model_file_as_the_file_runs_itself(flat, corpus, tmp_path):
+    """By a path from where it is called or from the script, in a variable or in FILE.env."""
+    model_file = flat / "tiny_model.py"
+    environ = settings(corpus, tmp_path / "logs", ITERATIONS=3)
+    itself = run(environ, tmp_path, script=model_file)
+    made = run(environ | {"MODEL_FILE": "tiny_model.py", "RUN_ID": "script"}, tmp_path, script=flat / "train_gpt.py")
+    assert same(itself, made) and made.result["sources"] == itself.result["sources"]
+    (tmp_path / "x.env").write_text(f"MODEL_FILE={model_file}\n")
+    again = run(environ | {"RUN_ID": "env"}, tmp_path, script=flat / "train_gpt.py", args=["x.env"])
+    assert same(itself, again)
+    copy = shutil.copytree(made.path, tmp_path / "copy")  # which has no tools
+    assert 'MODEL_FILE="tiny_model.py"' in (copy / "config.env").read_text()
+    environ = {"RUN_ID": "copy", "LOG_DIR": str(tmp_path / "logs")}
+    assert same(itself, run(environ, tmp_path, script=copy / "tiny_model.py", args=[copy / "config.env"]))
+
+
+@pytest.mark.parametrize("text, file, said", [
+    ("x = 1\n", "x.py", "MODEL_FILE=x.py defines no subclass of train_gpt.Config"),
+    ("from train_gpt import Config\n", "x.py", "MODEL_FILE=x.py defines no subclass of train_gpt.Config"),
+    ("1 / 0\n", "x.py", "x.py, of MODEL_FILE, cannot be loaded: ZeroDivisionError"),
+    ("", "y.py", "MODEL_FILE=y.py: it is neither there nor"),
+], ids=["no class", "an imported class", "an error", "no file"])  # fmt: skip
+def test_a_model_file_that_is_none_is_one_line(tmp_path, text, file, said):
+    (tmp_path / "x.py").write_text(text)
+    done = process({"MODEL_FILE": file}, tmp_path, script=SCRIPT)
+    assert done.returncode == 2 and done.stderr.count(b"\n") == 1 and said in done.stderr.decode()
+
+
+def test_two_model_files_are_too_many(tmp_path):
+    done = process({"MODEL_FILE": "records/models/frontier.py"}, tmp_path, script=MODEL_FILE)
+    assert done.returncode == 2 and b"tiny_model.py was started: choose one" in done.stderr
+
+
+def test_help_knows_the_knobs_of_a_model_file(tmp_path):
+    done = process({"MODEL_FILE": str(MODEL_FILE)}, tmp_path, script=SCRIPT, args=["--help"])
+    assert b"\nHIDDEN=48  channels of the MLP\n" in done.stdout
+
+
 # The table of parameters, and the vocabulary
 
 

@@ -12,6 +12,7 @@ is 1 if there are problems. Data that is missing is a problem among others: the 
 import contextlib
 import datetime
 import difflib
+import inspect
 import json
 import math
 import os
@@ -55,6 +56,8 @@ def check_combinations(config):
     require(config.rope_dims % 2 == 0 and config.rope_dims <= D // H,
             f"ROPE_DIMS={config.rope_dims}: expected an even number up to the width of a head, {D // H}")
     config.loop_range()
+    file, runs = config.model_file, inspect.getfile(type(config))
+    require(not file or Path(file).name == Path(runs).name, f"MODEL_FILE={file}, and {runs} was started: choose one")
     require(config.start_token < config.vocab_size, f"START_TOKEN={config.start_token} is outside VOCAB_SIZE")
     require(config.eval_stride <= T, f"EVAL_STRIDE={config.eval_stride} is over TRAIN_SEQ_LEN={T}: lower it")
     micro, free = config.micro_batch_tokens, ("auto", "0")
@@ -66,8 +69,19 @@ def check_combinations(config):
             "FIT_SIZE=1 scales clips, and CLIP_ATTN, CLIP_MLP or CLIP_EMBED is 0: set each, to about 13")
 
 
+def knobs_of_model_files() -> dict[str, str]:
+    """{knob: the file under records/models/ that adds it}, read from their texts: no code of theirs runs."""
+    root = Path(train_gpt.__file__).resolve().parent
+    return {name.upper(): path.relative_to(root).as_posix()
+            for path in sorted((root / "records" / "models").glob("*.py"))
+            for name in re.findall(r"^    (\w+): \w+ = knob\(", path.read_text(encoding="utf-8"), re.MULTILINE)}
+
+
 def nearest(name: str, knobs) -> str:
     """A hint on what a name that is no knob may have meant."""
+    file = knobs_of_model_files().get(name)
+    if file:
+        return f"it is one of a model file: set MODEL_FILE={file}"
     close = difflib.get_close_matches(name.upper(), knobs, 1)
     return f"did you mean {close[0]}?" if close else "see --help"
 
@@ -212,9 +226,9 @@ def model_and_step(config, runtime, problems: list[str], log) -> dict:
     code = sum(len(path.read_bytes()) for path in train_gpt.source_paths(config).values())
     projected = projected_bytes(config, model)
     # A GPU gets the whole micro-batch, compiled. A CPU gets a small one; its compilation takes far longer than all
-    # the rest together, and is left to COMPILE=1.
+    # the rest together, and is left to COMPILE=1 and autotune.
     on_cpu = runtime.device.type == "cpu"
-    chosen = model if on_cpu and config.compile != "1" else compiled_model
+    chosen = model if on_cpu and config.compile in ("auto", "0") else compiled_model
     rows = max(1, min(micro, CPU_TOKENS) // T) if on_cpu else micro // T
     tokens = torch.zeros(rows, T, dtype=torch.long, device=runtime.device)
     seconds = {}
@@ -279,7 +293,9 @@ def disk(config, params: int) -> dict:
 
 
 def explain(config_class) -> int:
-    """--help: every knob with its default and its meaning. The exit code."""
+    """--help: every knob with its default and its meaning, those of MODEL_FILE among them. The exit code."""
+    if config_class is train_gpt.Config and os.environ.get("MODEL_FILE"):
+        config_class = train_gpt.tool("evaluate").config_class_of(os.environ["MODEL_FILE"])
     print(train_gpt.__doc__ + "\nKnobs; what is [free] does not shape the result, and may differ when a run resumes:")
     for name, field in config_class.knobs().items():
         default = int(field.default) if isinstance(field.default, bool) else field.default
@@ -289,16 +305,17 @@ def explain(config_class) -> int:
 
 
 def typo_warnings(environ, knobs) -> list[str]:
-    """One for each environment variable that is almost a knob, or is one of other trainers; and one for srun, which
-    starts as many single runs where torchrun should start ranks."""
-    warnings, tasks = [], environ.get("SLURM_NTASKS", "1")
+    """One for each environment variable that is almost a knob, or one of a model file or of other trainers; and one
+    for srun, which starts as many single runs where torchrun should start ranks."""
+    warnings, tasks, others = [], environ.get("SLURM_NTASKS", "1"), knobs_of_model_files()
     if tasks.isdecimal() and int(tasks) > 1 and "WORLD_SIZE" not in environ:
         warnings.append(f"warning: SLURM_NTASKS={tasks} and WORLD_SIZE is not set: srun started {tasks} single runs: "
                         "start torchrun once per node")
     for name in sorted(name for name in environ.keys() - knobs.keys() if name.isprintable()):
         # A wrong letter of n leaves 1 - 1/n of a name.
         close = difflib.get_close_matches(name.upper(), knobs, 1, min(0.85, 1 - 1 / max(len(name), 4)))
-        hint = ELSEWHERE.get(name) or (f"did you mean {close[0]}?" if close else "")
+        hint = nearest(name, knobs) if name in others else ELSEWHERE.get(name)
+        hint = hint or (f"did you mean {close[0]}?" if close else "")
         if hint:
             warnings.append(f"warning: the environment variable {name} is no knob: {hint}")
     return warnings

@@ -20,7 +20,8 @@ from train_gpt import INT8_FORMAT, INT8_MIN_NUMEL, RANS_FORMAT, TENSOR_CLASSES, 
 @torch.no_grad()
 def collect_hessians(model, loader, batches: int, runtime) -> dict[str, Tensor]:
     """{parameter: X^T X [in, in] in fp32} of the inputs X of every Linear and of the output projection in so
-    many micro-batches of the uncompiled model; averaged over the ranks."""
+    many micro-batches of the uncompiled model; averaged over the ranks. A module that multiplies by the weights of some
+    of its own, and does not call them, names them in `multiplies`: its input is theirs."""
     sums, precision = {}, torch.get_float32_matmul_precision()
 
     def add(name, module, inputs):
@@ -33,6 +34,8 @@ def collect_hessians(model, loader, batches: int, runtime) -> dict[str, Tensor]:
         for name, module in model.named_modules():
             if isinstance(module, train_gpt.Linear):
                 hooks.enter_context(module.register_forward_pre_hook(functools.partial(add, f"{name}.weight")))
+            for part in getattr(module, "multiplies", ()):
+                hooks.enter_context(module.register_forward_pre_hook(functools.partial(add, f"{name}.{part}.weight")))
         for _ in range(batches):
             add(model.output_weight()[0], model, [model.features(loader.next_step()[0][0])])
     model.train()

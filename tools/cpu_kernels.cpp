@@ -419,9 +419,10 @@ extern "C" void newton_schulz(bf16* stack, i64 n, i64 rows, i64 columns, int ste
 // ---------- Softcapped cross-entropy ----------------------------------------------------------------------------------
 // For each row of z [rows, V], V a multiple of 16: loss = log sum exp(u) - u[target] with u = cap tanh(z / cap). The
 // exponentials need no largest one taken off: u is at most cap. Where `gradient` is asked for it takes the place of z:
-// dz = (softmax(u) - 1[target]) (1 - (u / cap)^2).
+// dz = (softmax(u) - 1[target]) (1 - (u / cap)^2). With `bits` [V, V / 8] only those tokens count whose bit is 1 in the
+// row of the token before; the loss of a target that does not is infinite.
 extern "C" void softcapped_cross_entropy(bf16* z, const i64* targets, float* losses, i64 rows, i64 V, float cap,
-                                         int gradient, int threads) {
+                                         int gradient, const uint8_t* bits, const i64* before, int threads) {
     __m512 inward = _mm512_set1_ps(2 * LOG2E / cap), outward = _mm512_set1_ps(cap * LOG2E), one = _mm512_set1_ps(1.0f);
     __m512 two = _mm512_set1_ps(2.0f);
 #pragma omp parallel num_threads(threads)
@@ -431,17 +432,19 @@ extern "C" void softcapped_cross_entropy(bf16* z, const i64* targets, float* los
         for (i64 row = 0; row < rows; row++) {
             bf16* at = z + row * V;
             i64 target = targets[row];
+            const __mmask16* allowed = bits ? (const __mmask16*)(bits + before[row] * (V / 8)) : nullptr;
             __m512 sum = _mm512_setzero_ps();
             for (i64 c = 0; c < V; c += LANES) {
                 __m512 e = exp2_16(_mm512_mul_ps(widen(_mm256_loadu_si256((const __m256i*)(at + c))), inward));
                 __m512 t = _mm512_sub_ps(one, _mm512_div_ps(two, _mm512_add_ps(e, one)));  // tanh(z / cap)
                 __m512 weight = exp2_16(_mm512_fmsub_ps(t, outward, outward));              // exp(u - cap)
+                if (allowed) weight = _mm512_maskz_mov_ps(allowed[c / LANES], weight);
                 _mm512_storeu_ps(&tanhs[c], t);
                 _mm512_storeu_ps(&exponentials[c], weight);
                 sum = _mm512_add_ps(sum, weight);
             }
             float total = _mm512_reduce_add_ps(sum), t = tanhs[target];
-            losses[row] = std::log(total) + cap * (1.0f - t);
+            losses[row] = exponentials[target] > 0.0f ? std::log(total) + cap * (1.0f - t) : INFINITY;
             if (!gradient) continue;
             __m512 inverse = _mm512_set1_ps(1.0f / total);
             for (i64 c = 0; c < V; c += LANES) {

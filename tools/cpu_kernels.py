@@ -8,6 +8,7 @@ of this to be scored, and the log of a run tells what it used, with the hash of 
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import subprocess
 import tempfile
@@ -58,6 +59,7 @@ def describe() -> str:
 def call(name: str, *arguments):
     """A function of the library; tensors are handed over as the address of their data."""
     values = [ctypes.c_void_p(value.data_ptr()) if isinstance(value, Tensor) else value for value in arguments]
+    values = [ctypes.c_void_p() if value is None else value for value in values]
     getattr(library(), name)(*values, ctypes.c_int(torch.get_num_threads()))
 
 
@@ -118,19 +120,22 @@ def fused_attention(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor) -> Tensor:
 
 @torch.library.custom_op("train_gpt_cpu::cross_entropy", mutates_args=())
 def cross_entropy(
-    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, softcap: float, gradient: bool
-) -> tuple[Tensor, Tensor]:
+    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, softcap: float, gradient: bool,
+    bits_VW: Tensor | None = None, before_N: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Losses [N] in nats of the softcapped logits x W^T; their derivative by the logits before the cap, [N, V] in bf16,
-    if it is asked for."""
+    if it is asked for. With bits [V, V / 8] only those tokens get a probability whose bit is 1 in the row of the token
+    before: a target without has a loss of infinity, and a derivative that is to be multiplied by 0."""
     z = x_ND @ weight_VD.mT
     losses = z.new_empty(len(z), dtype=torch.float32)
+    bits, before = (x if x is None else x.contiguous() for x in (bits_VW, before_N))
     call("softcapped_cross_entropy", z, targets_N.contiguous(), losses, *map(ctypes.c_int64, z.shape),
-         ctypes.c_float(softcap), ctypes.c_int(gradient))  # fmt: skip
+         ctypes.c_float(softcap), ctypes.c_int(gradient), bits, before)  # fmt: skip
     return losses, z if gradient else z.new_empty(0, 0)
 
 
 @cross_entropy.register_fake
-def _(x, weight, targets, softcap, gradient):
+def _(x, weight, targets, softcap, gradient, bits=None, before=None):
     shape = (len(x), len(weight)) if gradient else (0, 0)
     return x.new_empty(len(x), dtype=torch.float32), x.new_empty(shape)
 
@@ -140,8 +145,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     multiplies the narrow side of either product."""
 
     @staticmethod
-    def forward(context, x_ND, weight_VD, targets_N, softcap):
-        losses, gradient = cross_entropy(x_ND, weight_VD, targets_N, softcap, True)
+    def forward(context, x_ND, weight_VD, targets_N, softcap, bits_VW, before_N):
+        losses, gradient = cross_entropy(x_ND, weight_VD, targets_N, softcap, True, bits_VW, before_N)
         context.save_for_backward(x_ND, weight_VD, gradient)
         return losses
 
@@ -149,7 +154,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(context, dlosses_N):
         x, weight, gradient = context.saved_tensors
         rows = dlosses_N[:, None]
-        return (gradient @ weight * rows).to(x.dtype), gradient.mT @ (x * rows).to(x.dtype), None, None
+        return (gradient @ weight * rows).to(x.dtype), gradient.mT @ (x * rows).to(x.dtype), None, None, None, None
 
 
 def takes_loss(vocab_size: int, softcap: float, runtime) -> bool:
@@ -157,13 +162,17 @@ def takes_loss(vocab_size: int, softcap: float, runtime) -> bool:
     return HAS_INSTRUCTIONS and runtime.device.type == "cpu" and runtime.dtype == torch.bfloat16 and fits
 
 
-def fused_loss(model, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
-    """Losses [B, T] in nats from what the output projection sees, as train_gpt.Model.forward gives them."""
+def fused_loss(model, x_BTD: Tensor, targets_BT: Tensor, tokens_BT: Tensor | None = None) -> Tensor:
+    """Losses [B, T] in nats from what the output projection sees, as train_gpt.Model.forward gives them; with tokens
+    under the model's mask. In training, what the mask excludes, as it may where a text begins anew, counts nothing."""
     x_ND, weight_VD = x_BTD.flatten(0, 1), model.output_weight()[1].to(x_BTD.dtype)
+    bits_VW, before_N = (None, None) if tokens_BT is None else (model.mask.bits, tokens_BT.flatten())
     if torch.is_grad_enabled():
-        losses = LinearCrossEntropy.apply(x_ND, weight_VD, targets_BT.flatten(), model.softcap)
+        losses = LinearCrossEntropy.apply(x_ND, weight_VD, targets_BT.flatten(), model.softcap, bits_VW, before_N)
+        if model.training and tokens_BT is not None:
+            losses = losses.masked_fill(losses == math.inf, 0.0)
     else:
-        losses = cross_entropy(x_ND, weight_VD, targets_BT.flatten(), model.softcap, False)[0]
+        losses = cross_entropy(x_ND, weight_VD, targets_BT.flatten(), model.softcap, False, bits_VW, before_N)[0]
     return losses.view_as(targets_BT)
 
 

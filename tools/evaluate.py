@@ -107,15 +107,37 @@ def load_config_class(source: dict, artifact: Path, config_class: type) -> type:
         if not found or any(path.samefile(started) for path in found) or found[0].read_bytes() == started.read_bytes():
             return config_class
     require(found, f"{artifact} is a model of {name}, which is neither {places[0]} nor {places[1]}: put it there")
-    path, key = found[0], re.sub(r"\W", "_", str(found[0].resolve()))  # by its place: many are called model.py
-    spec = importlib.util.spec_from_file_location(key, path)
-    module = sys.modules[key] = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # whatever a program may raise
-        raise UserError(f"{path}, which {artifact} is a model of, cannot be loaded: {error!r:.120}") from error
-    require(hasattr(module, wanted), f"{path} has no class {wanted}, which {artifact} names: find the file it is of")
+    module = load_model_file(found[0], f"which {artifact} is a model of")
+    require(hasattr(module, wanted), f"{found[0]} has no class {wanted}, which {artifact} names: find its file")
     return getattr(module, wanted)
+
+
+def config_class_of(file: str) -> type:
+    """The Config of MODEL_FILE: the last one that it defines."""
+    here = Path(train_gpt.__file__).resolve().parent
+    places = (Path(file), here / file, here / Path(file).name)  # the last: in a run folder
+    path = next((path.resolve() for path in places if path.is_file()), None)
+    require(path, f"MODEL_FILE={file}: it is neither there nor {places[1]}: expected one such as "
+            "records/models/frontier.py")  # fmt: skip
+    module = load_model_file(path, "of MODEL_FILE")
+    found = [value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__
+             and issubclass(value, train_gpt.Config)]  # fmt: skip
+    require(found, f"MODEL_FILE={file} defines no subclass of train_gpt.Config: expected one with its model and knobs")
+    return found[-1]
+
+
+def load_model_file(path: Path, role: str):
+    """The module of a program that holds a model. Its key tells its place: many are called model.py."""
+    key = re.sub(r"\W", "_", str(path.resolve()))
+    if key not in sys.modules:
+        spec = importlib.util.spec_from_file_location(key, path)
+        module = sys.modules[key] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:  # whatever a program may raise
+            del sys.modules[key]
+            raise UserError(f"{path}, {role}, cannot be loaded: {error!r:.120}") from error
+    return sys.modules[key]
 
 
 def shape_of(state: dict[str, torch.Tensor]) -> dict[str, str]:

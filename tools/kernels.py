@@ -6,8 +6,10 @@ train_gpt.py loads this file where it is there. The choice changes no result but
 import contextlib
 import ctypes
 import math
+import statistics
 import sys
 import tempfile
+import time
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +32,11 @@ cpu_kernels = tool("cpu_kernels", "attention, loss and Muon are torch's", log=st
 # What a GPU's bf16 products reach at most, dense, in TFLOP/s, by a part of its name (NVIDIA's data sheets).
 PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "B200": 2250, "A100": 312, "L40S": 362,
                "L4": 121, "RTX 5090": 209, "RTX 4090": 165, "RTX 3090": 71}  # fmt: skip
+
+
+# What torch.compile is told beyond its defaults, by COMPILE. Only a product that is a Triton template can take the
+# squared activation into the same kernel: the fastest of torch's and those is chosen with what follows it.
+COMPILE_OPTIONS = {"autotune": {"max_autotune_gemm": True, "coordinate_descent_tuning": True, "epilogue_fusion": True}}
 
 
 def peak_flops(runtime) -> float | None:
@@ -67,10 +74,11 @@ def choose_compile(config, runtime) -> tuple[bool, str]:
         return False, f"COMPILE={config.compile} on {runtime.device.type}, {sys.platform}"
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=runtime.device))
-        return True, "a trial compilation worked"
+        slow = "; autotune: kernels are timed, which takes minutes more before the first step"
+        return True, "a trial compilation worked" + slow * (config.compile in COMPILE_OPTIONS)
     except Exception as error:  # whatever a missing or broken toolchain raises
         reason = f"a trial compilation failed: {error!r:.120}"
-        require(config.compile == "auto", f"COMPILE=1: {reason}: get a C++ compiler or use COMPILE=0")
+        require(config.compile == "auto", f"COMPILE={config.compile}: {reason}: get a C++ compiler or use COMPILE=0")
         return False, reason
 
 
@@ -109,16 +117,19 @@ def flash3_attention(q_BHTd, k_BKTd, v_BKTd):
     return (y_BTHd[0] if isinstance(y_BTHd, tuple) else y_BTHd).transpose(1, 2)
 
 
-def prove_attention(attend, config, runtime, rows: int, compiled: bool):
+def attention_inputs(config, runtime, rows: int) -> list[torch.Tensor]:
+    """q, k and v [rows, T, heads, d] of normal random numbers, every sequence the same."""
+    heads, d = (config.num_heads, *[config.num_kv_heads] * 2), config.model_dim // config.num_heads
+    generator = torch.Generator().manual_seed(0)
+    sequence = [torch.randn(1, config.train_seq_len, n, d, generator=generator) for n in heads]
+    return [x.to(runtime.device, runtime.dtype).repeat(rows, 1, 1, 1) for x in sequence]
+
+
+def prove_attention(attend, config, runtime, rows: int):
     """Train `rows` sequences with the model's strides, and compare the beginning of the first, on which nothing
     later has an influence, with plain products in fp32. Raises whatever is wrong."""
-    heads, d = (config.num_heads, *[config.num_kv_heads] * 2), config.model_dim // config.num_heads
-    generator, results = torch.Generator().manual_seed(0), []
-    sequence = [torch.randn(1, config.train_seq_len, n, d, generator=generator) for n in heads]
-    inputs = [x.to(runtime.device, runtime.dtype).repeat(rows, 1, 1, 1) for x in sequence]
+    inputs, results = attention_inputs(config, runtime, rows), []
     beginnings = [x[:1, :1024].clone().float() for x in inputs]
-    if compiled and runtime.device.type == "cuda":  # on a CPU that takes long and finds out nothing
-        attend = torch.compile(attend, fullgraph=True, dynamic=False)
     for run, leaves in ((attend, inputs), (blocked_attention, beginnings)):
         y = run(*(x.requires_grad_().transpose(1, 2) for x in leaves)).transpose(1, 2)[:, :1024]
         y.float().square().sum().backward()
@@ -129,37 +140,98 @@ def prove_attention(attend, config, runtime, rows: int, compiled: bool):
             raise RuntimeError(f"it errs by {error:.2g} of the largest value")
 
 
-def choose_attention(config, runtime, compiled: bool):
-    """(function, log line) of the first backend that trains as it should; SDPA is pinned to it."""
-    T, ranks, kind, failed = config.train_seq_len, runtime.world_size, runtime.device.type, ""
+def time_attention(attend, config, runtime, rows: int, rounds: int = 9) -> float:
+    """Seconds of forward and backward for one sequence in one layer, with the model's strides: the median of so many
+    rounds after a first one."""
+    leaves, taken = [x.requires_grad_() for x in attention_inputs(config, runtime, rows)], []
+    dy_BHTd = torch.randn_like(leaves[0]).transpose(1, 2)
+    for _ in range(1 + rounds):
+        runtime.synchronize()
+        began = time.perf_counter()
+        torch.autograd.grad(attend(*(x.transpose(1, 2) for x in leaves)), leaves, dy_BHTd)
+        runtime.synchronize()
+        taken.append((time.perf_counter() - began) / rows)
+    return statistics.median(taken[1:])
+
+
+def pin_attention(name: str):
+    """Of SDPA's kernels this one alone; all of them beside a kernel that is not SDPA's."""
+    kernels = ("flash", "cudnn", "mem_efficient", "math")
+    ours = all(kernel.removeprefix("mem_") != name for kernel in kernels)
+    for kernel in kernels:
+        getattr(torch.backends.cuda, f"enable_{kernel}_sdp")(ours or kernel.removeprefix("mem_") == name)
+    # torch finds compiled code on the disk by a key that leaves these switches out, and would run the kernel of an
+    # earlier choice (pytorch issue 185449).
+    torch.compiler.config.cache_key_tag = f"attention:{name}"
+
+
+def try_attention(name: str, config, runtime, compiled: bool, seconds_of=None):
+    """(function or None, seconds by `seconds_of`, what failed before it) of the first that trains with this backend as
+    it should."""
+    own, failed = {"flash3": flash3_attention, "blocked": blocked_attention, "fused": fused_attention}, ""
+    T, ranks, kind = config.train_seq_len, runtime.world_size, runtime.device.type
+    rows = config.train_batch_tokens // (ranks * config.accumulation_steps(ranks, kind) * T)
+    pin_attention(name)
+    for attend in [own[name]] if name in own else [grouped_attention, expanded_attention]:
+        # On a CPU compiling takes long and finds out nothing.
+        on_gpu = compiled and kind == "cuda"
+        run = torch.compile(attend, fullgraph=True, dynamic=False) if on_gpu else attend
+        for halvings in range(rows.bit_length()):  # as will be done to the micro-batch
+            try:
+                prove_attention(run, config, runtime, rows >> halvings)
+                return attend, seconds_of and seconds_of(run, config, runtime, rows >> halvings), failed
+            except Exception as error:  # of the kernel, its package, or the compiler
+                if rows >> halvings == 1 or not is_out_of_memory(error):
+                    failed += f"; {name} {attend.__name__} failed: {error!r:.120}"
+                    break
+            finally:
+                if on_gpu:  # of graphs there may only be so many; and for one that is there no switch is looked at
+                    torch._dynamo.reset()
+    return None, math.inf, failed
+
+
+def fastest_first(found: dict, config, runtime) -> tuple[dict, str]:
+    """({backend: (function, seconds)} sorted by what all ranks take together, times for the log)."""
+    names = config.knobs()["ATTENTION"].metadata["allowed"][2]  # on every rank the same
+    mine = [found[name][1] if name in found else math.inf for name in names]
+    sums = dict(zip(names, runtime.sum(mine), strict=True))
+    found = {name: found[name] for name in sorted(found, key=sums.get) if sums[name] < math.inf}
+    times = ", ".join(f"{name} {1000 * sums[name] / runtime.world_size:.3g}" for name in found)
+    return found, f"; forward and backward of a sequence in a layer, ms: {times}"
+
+
+def choose_attention(config, runtime, compiled: bool, seconds_of=time_attention):
+    """(function, log lines) of the first backend that trains as it should, or with ATTENTION=fastest of the one that
+    all ranks together take the least time with, by `seconds_of`; SDPA is pinned to it."""
+    T, kind, asked, failed, found = config.train_seq_len, runtime.device.type, config.attention, "", {}
     order = {"cuda": "flash cudnn efficient math", "mps": "math blocked", "cpu": "flash math"}[kind]
-    if kind == "cuda" and torch.cuda.get_device_capability(runtime.device)[0] in (9, 10):
-        order = "flash3 cudnn flash efficient math"  # Hopper and Blackwell
-    order = "blocked" if kind == "cpu" and T <= 1024 else order
+    major = torch.cuda.get_device_capability(runtime.device)[0] if kind == "cuda" else 0
+    order = "flash3 cudnn flash efficient math" if major in (9, 10) else order  # Hopper and Blackwell
+    order = f"blocked {order}" if kind == "cpu" and T <= 1024 else order
     d = config.model_dim // config.num_heads
     fused = bool(kind == "cpu" and cpu_kernels and cpu_kernels.takes_attention(T, d, runtime.dtype))
     order = f"fused {order}" if fused else order
-    require(fused or config.attention != "fused", "ATTENTION=fused wants bfloat16 on a CPU that multiplies it by "
+    require(fused or asked != "fused", "ATTENTION=fused wants bfloat16 on a CPU that multiplies it by "
             f"AVX-512, TRAIN_SEQ_LEN={T} in whole 64 up to 2,048 and heads of even width, not {d}: use ATTENTION=auto")
-    rows = config.train_batch_tokens // (ranks * config.accumulation_steps(ranks, kind) * T)
-    own = {"flash3": [flash3_attention], "blocked": [blocked_attention], "fused": [fused_attention]}
-    for name in order.split() if config.attention == "auto" else [config.attention]:
-        for kernel in ("flash", "cudnn", "mem_efficient", "math"):
-            switch = getattr(torch.backends.cuda, f"enable_{kernel}_sdp")
-            switch(name in own or kernel.removeprefix("mem_") == name)
-        for attend in own.get(name, [grouped_attention, expanded_attention]):
-            for halvings in range(rows.bit_length()):  # as will be done to the micro-batch
-                try:
-                    prove_attention(attend, config, runtime, rows >> halvings, compiled)
-                    return attend, f"attention:{name} by {attend.__name__}{failed}"
-                except Exception as error:  # of the kernel, its package, or the compiler
-                    if compiled:
-                        torch._dynamo.reset()  # each size is one more graph, and there may only be so many
-                    if rows >> halvings == 1 or not is_out_of_memory(error):
-                        failed += f"; {name} {attend.__name__} failed: {error!r:.120}"
-                        break
-    raise UserError(f"ATTENTION={config.attention} does not run on {runtime.device}: use ATTENTION=auto, or a "
-                    f"smaller MODEL_DIM or TRAIN_SEQ_LEN{failed}")
+    timed, times = asked == "fastest", ""
+    for name in order.split() if timed or asked == "auto" else [asked]:
+        if found and (not timed or name == "math"):  # which is never the fastest, and keeps all scores
+            break
+        attend, seconds, failures = try_attention(name, config, runtime, compiled, seconds_of if timed else None)
+        failed += failures
+        if attend:
+            found[name] = attend, seconds
+    if timed:
+        found, times = fastest_first(found, config, runtime)
+    require(found, f"ATTENTION={asked} does not run on {runtime.device}: use ATTENTION=auto, or a smaller MODEL_DIM or "
+            f"TRAIN_SEQ_LEN{failed}")
+    name, (attend, _) = next(iter(found.items()))
+    pin_attention(name)
+    note = f"attention:{name} by {attend.__name__}{times}{failed}"
+    if major == 9 and asked in ("auto", "fastest") and not {"flash3", "cudnn"} & found.keys():
+        note += (f"\nwarning: attention by {name}, since neither FlashAttention 3 nor cuDNN works: public runs lost 10 "
+                 "to 20 ms a step on H100s by that: install flash_attn_interface, or a torch with cuDNN 9")
+    return attend, note
 
 
 def choose_loss(config, runtime):

@@ -189,7 +189,7 @@ def predict(config, model, gpus: int) -> dict:
                          for loops in (False, model.has_loops)]  # fmt: skip
         steps, seconds = steps_in_budget(config, *times[kernel])
         means[kernel] = round(1e3 * seconds / steps, 1)
-    attention = "flash3" if config.attention in ("auto", "flash3", "cudnn") else "flash"
+    attention = "flash3" if config.attention in ("auto", "fastest", "flash3", "cudnn") else "flash"
     steps, seconds = steps_in_budget(config, *times[attention])
     straight, looping = (round(1e3 * time, 1) for time in times[attention])
     phases = f" ({straight} up to LOOP_START, {looping} from there on)" if model.has_loops else ""

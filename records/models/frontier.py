@@ -1,9 +1,8 @@
-"""The script's own model with what newer public runs add: more knobs, each off by default. With none of them set this
-trains bit for bit as train_gpt.py does.
+"""The script's own model with what newer public runs add: more knobs, each off by default, those of score_first.py
+(test-time training) among them. With none of them set this trains bit for bit as train_gpt.py does.
 
-    python records/models/frontier.py records/recipes/frontier_cpu.env
-    XSA_LAYERS=4 XSA_GATE=1 python records/models/frontier.py records/recipes/frontier_cpu.env
-    python records/models/frontier.py --help
+    MODEL_FILE=records/models/frontier.py XSA_LAYERS=4 XSA_GATE=1 python train_gpt.py records/recipes/demo_cpu.env
+    MODEL_FILE=records/models/frontier.py python train_gpt.py --help
 
 records/LOG.md has what each was measured to be worth.
 """
@@ -19,7 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 places = [folder for folder in Path(__file__).resolve().parents if (folder / "train_gpt.py").is_file()]
-sys.path.insert(0, str(places[0]))  # beside this file, or above it
+sys.path[:0] = [str(places[0]), str(Path(__file__).resolve().parent)]  # beside this file or above it; beside it
+
+from score_first import ScoreFirst, ScoreFirstConfig  # noqa: E402
 
 import train_gpt  # noqa: E402
 from train_gpt import Row, knob, require  # noqa: E402
@@ -29,13 +30,15 @@ NO_PREFIX = -100  # the target for which F.cross_entropy gives 0
 
 
 @dataclasses.dataclass(frozen=True)
-class FrontierConfig(train_gpt.Config):
+class FrontierConfig(ScoreFirstConfig):
     xsa_gate: bool = knob(False, "a learned gate per head on what XSA_LAYERS leave out", arch=True)
     muon_heads: int = knob(0, "heads of q, k or v that Muon takes as one matrix; 0: all", 0)
     polar_express: bool = knob(False, "its coefficients in the place of Muon's usual ones")
     prefix_loss: float = knob(0.0, "initial weight of the loss on the target's longest prefix", 0, 10)
     contexts: str = knob("", "LENGTH@SHARE,...: tokens of context from that share of the run on; empty: all")
     canonical_train: bool = knob(False, "the mask of CANONICAL=1 in training, too")
+    fold_scales: bool = knob(False, "attn_scale and mlp_scale multiply weights, not tokens", free=True, arch=True)
+    fuse_qkv: bool = knob(False, "one product for queries, keys and values", free=True, arch=True)
 
     @classmethod
     def model_class(cls):
@@ -70,6 +73,39 @@ class FrontierConfig(train_gpt.Config):
         return starts
 
 
+# FOLD_SCALES and FUSE_QKV: the same sums in fewer passes over the tokens. The parameters are the same, so that either
+# may be switched for a checkpoint or an artifact that is there.
+
+
+class FoldedLinear(train_gpt.Linear):
+    """Its weights are multiplied by a `scale` [out] in fp32 where its outputs would be, token by token: backward, too,
+    no scale needs a sum over tokens, and no output is kept for it."""
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        return F.linear(x, (scale[:, None] * self.weight).to(x.dtype))
+
+
+class FusedAttention(train_gpt.Attention):
+    multiplies = ("c_q", "c_k", "c_v")  # without calling them: GPTQ looks at the input of this
+
+    def qkv(self, x_BTD: Tensor) -> tuple[Tensor, ...]:
+        weights = [part.weight for part in (self.c_q, self.c_k, self.c_v)]
+        return F.linear(x_BTD, torch.cat(weights).to(x_BTD.dtype)).split([*map(len, weights)], dim=-1)
+
+
+class LeanBlock(train_gpt.Block):
+    def __init__(self, config: FrontierConfig, attend, layer: int):
+        super().__init__(config, attend, layer)
+        self.folds = config.fold_scales
+        if config.fuse_qkv:
+            self.attn = FusedAttention(config, attend, layer)
+        for part in (self.attn, self.mlp) if self.folds else ():
+            part.proj = FoldedLinear(part.proj.in_features, config.model_dim, bias=False)
+
+    def scaled(self, scale_D: Tensor, part: nn.Module, x: Tensor, *tables: Tensor) -> Tensor:
+        return part(x, *tables, scale_D) if self.folds else super().scaled(scale_D, part, x, *tables)
+
+
 class GatedExclusion(nn.Module):
     """Causal attention that leaves out of each head some of the direction of the token's own value: all of it is XSA.
 
@@ -100,12 +136,15 @@ def longest_prefixes(token_bytes: train_gpt.TokenBytes, vocab_size: int) -> Tens
     return table
 
 
-class FrontierGPT(train_gpt.GPT):
+class FrontierGPT(ScoreFirst, train_gpt.GPT):
     needs_logits = False  # unless there is a loss on prefixes
     PARAMETERS = train_gpt.GPT.PARAMETERS | {"blocks.attn.attend.gate": Row(0.0, "scalar", "attn", fp32=True)}
 
     def __init__(self, config: FrontierConfig, attend=train_gpt.grouped_attention, dtype=torch.float32):
         super().__init__(config, attend, dtype)
+        if config.fold_scales or config.fuse_qkv:
+            self.blocks = nn.ModuleList(LeanBlock(config, attend, layer) for layer in range(config.num_layers))
+            self.init_weights(config)  # the same ones
         for block in self.blocks:
             if config.xsa_gate and block.attn.exclusive:
                 block.attn.attend, block.attn.exclusive = GatedExclusion(attend, config.num_heads), False

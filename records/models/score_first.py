@@ -1,7 +1,8 @@
 """Score-first test-time training: a model that learns from the validation text, but only from what has been scored.
 
-    TTT_CHUNK=32768 python records/models/score_first.py FILE.env       train the script's GPT, and score it so
-    MODE=eval ARTIFACT=FILE.ptz TTT_CHUNK=32768 python records/models/score_first.py            a finished one
+    export MODEL_FILE=records/models/score_first.py TTT_CHUNK=32768
+    python train_gpt.py FILE.env                          train the script's GPT, and score it so
+    MODE=eval ARTIFACT=FILE.ptz python train_gpt.py       a finished one
 
 The text is walked once, in chunks of TTT_CHUNK targets. The windows of a chunk are scored without gradients; then all
 weights take TTT_EPOCHS passes of SGD over that chunk; then the next chunk is scored by what they have become. The last

@@ -1,5 +1,6 @@
 """records/models/frontier.py: off, it trains bit for bit as the script; each knob against a slow reading of its
-formula; whole runs with all of them on one rank and on two, stopped and resumed, scored again in another process."""
+formula; whole runs with all of them on one rank and on two, stopped and resumed, scored again in another process; the
+rules of a score with the mask, with test-time training, and with both."""
 
 import importlib.util
 import itertools
@@ -9,6 +10,7 @@ import re
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import models
 import numpy as np
@@ -19,14 +21,23 @@ from models import exact_line, process
 import train_gpt
 from train_gpt import GPT, Config, TokenBytes, UserError
 
-MODEL_FILE = Path(train_gpt.__file__).resolve().parent / "records" / "models" / "frontier.py"
-spec = importlib.util.spec_from_file_location("frontier", MODEL_FILE)
-frontier = sys.modules["frontier"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(frontier)
+ROOT = Path(train_gpt.__file__).resolve().parent
+MODEL_FILE = ROOT / "records" / "models" / "frontier.py"
+
+
+def load(name: str, path: Path):
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+frontier, probe = load("frontier", MODEL_FILE), load("record_probe", ROOT / "tools" / "record_probe.py")
 FrontierConfig, FrontierGPT = frontier.FrontierConfig, frontier.FrontierGPT
 
 ALL = {"XSA_LAYERS": 2, "XSA_GATE": 1, "MUON_HEADS": 1, "POLAR_EXPRESS": 1, "PREFIX_LOSS": 0.5, "CANONICAL": 1,
-       "CANONICAL_TRAIN": 1, "CONTEXTS": "8@0,16@0.3,32@0.6", "EMA_DECAY": 0.9}  # fmt: skip
+       "CANONICAL_TRAIN": 1, "CONTEXTS": "8@0,16@0.3,32@0.6", "EMA_DECAY": 0.9, "TTT_CHUNK": 64, "TTT_LR": 0.05,
+       "TTT_BATCH_TOKENS": 64, "FOLD_SCALES": 1, "FUSE_QKV": 1}  # fmt: skip
 
 
 @pytest.fixture
@@ -92,9 +103,8 @@ def test_with_every_knob_off_it_trains_bit_for_bit_as_the_script(tiny, capfd, tm
     assert len(losses_of(ours)) == 5 and losses_of(ours) == losses_of(theirs)
     assert same_weights(ours, theirs)
     results = [json.loads((folder / "result.json").read_text()) for folder in (ours, theirs)]
-    loaded = set(results[0]["sources"]) - {"score_first.py"}  # which tests of it may have left in this process
     assert results[0]["val_loss"] == results[1]["val_loss"]
-    assert loaded == {"train_gpt.py", "canonical.py", "frontier.py"}
+    assert results[0]["sources"].keys() == {"train_gpt.py", "canonical.py", "frontier.py", "score_first.py"}
 
 
 def test_with_every_knob_off_there_is_nothing_new(config_of, make_config, runtime):
@@ -150,6 +160,128 @@ def test_gates_begin_at_0_and_are_trained_as_vectors(config_of):
     tokens = random_tokens(config_of())
     model(tokens, tokens.roll(-1, 1)).mean().backward()
     assert gate.grad.abs().min() > 0
+
+
+# FOLD_SCALES, FUSE_QKV
+
+LEAN = [{"FOLD_SCALES": 1}, {"FUSE_QKV": 1}, {"FOLD_SCALES": 1, "FUSE_QKV": 1}]
+ARCHITECTURES = [
+    {},
+    {"XSA_LAYERS": 1, "XSA_GATE": 1, "X0_MIX": 0, "MLP_MULT": 1.7, "NUM_KV_HEADS": 1},
+    {"NUM_LAYERS": 4, "XSA_LAYERS": 3, "ATTN_GATE": 1, "PARALLEL_FROM": 2, "LN_SCALE": 1, "LOOP_LAYERS": "1-2",
+     "ROPE_DIMS": 4, "MLP_SLOPE": 0.5, "NUM_KV_HEADS": 4},
+]  # fmt: skip
+ids = {"ids": lambda knobs: " ".join(f"{name}={value}" for name, value in knobs.items()) or "default"}
+
+
+def losses_and_gradients(model, config):
+    tokens, targets = (random_tokens(config, seed=seed) for seed in (0, 1))
+    losses = model(tokens, targets)
+    losses.mean().backward()
+    return {"losses": losses.detach()} | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(ours, theirs, error):
+    """Equal to `error`, relative to the largest value of each tensor."""
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        assert expected.abs().max() > 0, f"{name} is 0: nothing is compared"
+        off = (ours[name] - expected).abs().max() / expected.abs().max()
+        assert off < error, f"{name} is off by {off:.1e} of its largest value"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, **ids)
+@pytest.mark.parametrize("lean", LEAN, **ids)
+def test_folded_and_fused_the_model_has_the_same_weights_losses_and_gradients(config_of, architecture, lean):
+    """In float64 to 1e-12; in float32 the loss to 1e-6."""
+    for dtype in (torch.float64, torch.float32):
+        models, found = [], []
+        for knobs in (lean, {}):
+            config = config_of(**architecture | knobs)
+            models.append(config.model_class()(config, dtype=dtype).to(dtype))
+        ours, theirs = (model.state_dict() for model in models)
+        assert [*ours] == [*theirs] and all(torch.equal(ours[name], theirs[name]) for name in ours), "initial weights"
+        for model in models:
+            with torch.no_grad():
+                for seed, p in enumerate(model.parameters()):
+                    p.add_(0.2 * randn(*p.shape, seed=seed).to(dtype))
+            found.append(losses_and_gradients(model, config))
+        if dtype == torch.float64:
+            assert_same(*found, 1e-12)
+        means = [float(result["losses"].mean()) for result in found]
+        assert means[0] == pytest.approx(means[1], rel=1e-6)
+
+
+def test_folded_and_fused_there_are_fewer_passes_over_the_tokens(config_of):
+    """By what the graph keeps for the backward and does: no output of a projection, and two products less a block."""
+    counts = []
+    for knobs in ({}, {"FOLD_SCALES": 1, "FUSE_QKV": 1}):
+        config, kept, products = config_of(**knobs), [], []
+        model, tokens = FrontierGPT(config), random_tokens(config)
+
+        class Count(torch.utils._python_dispatch.TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None, products=products):
+                products.append(str(function) in ("aten.mm.default", "aten.addmm.default"))
+                return function(*args, **kwargs or {})
+
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x) or x, lambda x: x), Count():
+            model(tokens, tokens)
+        by_storage = {x.untyped_storage().data_ptr(): x.shape for x in kept}
+        width = tokens.numel() * config.model_dim
+        counts.append((sum(products), sum(math.prod(shape) == width for shape in by_storage.values())))
+    (products, kept), (fewer, less) = counts
+    assert products - fewer == 2 * 2 and kept - less >= 2 * 2, "two layers"
+
+
+def test_folded_and_fused_gptq_sees_the_inputs_of_every_matrix(config_of, runtime):
+    collect, found = train_gpt.tool("compress").collect_hessians, []
+    for knobs in ({}, *LEAN):
+        config = config_of(XSA_LAYERS=1, **knobs)
+        model, tokens = scatter(FrontierGPT(config)), random_tokens(config)
+        loader = SimpleNamespace(next_step=lambda tokens=tokens: ([tokens], None))
+        found.append(collect(model, loader, 2, runtime))
+        assert not any(module._forward_pre_hooks for module in model.modules())
+    expected = {name for name, p in model.named_parameters() if model.row(name).group == "matrix"} | {"tok_emb.weight"}
+    for hessians in found:
+        assert hessians.keys() == expected
+        assert_same(hessians, found[0], 1e-5)
+
+
+def test_folded_and_fused_it_is_one_graph(config_of):
+    config = config_of(**ARCHITECTURES[1] | LEAN[2])
+    eager, traced = (scatter(FrontierGPT(config)) for _ in range(2))
+    torch._dynamo.reset()
+    compiled = torch.compile(traced, backend="aot_eager", fullgraph=True, dynamic=False)
+    found = losses_and_gradients(compiled, config)
+    found = {name.removeprefix("_orig_mod."): value for name, value in found.items()}
+    assert_same(found, losses_and_gradients(eager, config), 1e-5)
+    torch._dynamo.reset()
+
+
+def test_a_checkpoint_and_an_artifact_do_not_ask_whether_they_are_folded_and_fused(tiny, capfd, tmp_path):
+    """A run goes on with both; its artifact is scored to the digit as it tells, and equal to rounding without."""
+    common = {"CODEC": "rans", "GPTQ_BATCHES": 1, "WEIGHT_BITS": 6, "VAL_TOKENS_LIMIT": 200, "WARMDOWN_FRAC": 0}
+    losses, scores, checkpoint = [], [], tmp_path / "logs" / "begun" / "checkpoint.pt"
+    for name, knobs in (("begun", {"ITERATIONS": 3}), ("plain", {"RESUME": checkpoint}),
+                        ("lean", {"RESUME": checkpoint} | LEAN[2])):  # fmt: skip
+        values = tiny(**{"ITERATIONS": 6} | common | knobs, RUN_ID=name)
+        code, out, err = start(FrontierConfig, values, capfd)
+        assert code == 0, err
+        losses.append(losses_of(tmp_path / "logs" / name))
+        scores.append(float(re.search(r"val_loss:([\d.]+)", exact_line(out, "final_int6_rans_roundtrip"))[1]))
+    assert len(losses[2]) == 3 and losses[2] == pytest.approx(losses[1], abs=1e-5)
+    assert scores[2] == pytest.approx(scores[1], abs=1e-3) and scores[2] < scores[0] - 0.1
+    artifact = tmp_path / "logs" / "lean" / "final_model.rans.ptz"
+    told = train_gpt.unpack(artifact.read_bytes())["config"]
+    assert told["fold_scales"] is True and told["fuse_qkv"] is True
+    machine = {name: tiny()[name] for name in (*models.MACHINE, "LOG_DIR")}
+    for off in ({}, {"FOLD_SCALES": "0", "FUSE_QKV": "0"}):
+        values = machine | {"MODE": "eval", "ARTIFACT": str(artifact), "VAL_TOKENS_LIMIT": "200"} | off
+        code, again, err = start(FrontierConfig, values, capfd)
+        assert code == 0, err
+        line = exact_line(again, "final_int6_rans_roundtrip")
+        assert off or line == exact_line(out, "final_int6_rans_roundtrip")
+        assert float(re.search(r"val_loss:([\d.]+)", line)[1]) == pytest.approx(scores[2], abs=1e-6)
 
 
 # MUON_HEADS, POLAR_EXPRESS
@@ -367,6 +499,35 @@ def test_the_mask_in_training_leaves_a_distribution_over_what_is_allowed(config_
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
     scored = model.eval()(tokens, targets)
     assert scored.isinf().sum() == excluded and scored[scored.isfinite()].equal(losses[scored.isfinite()])
+
+
+# The rules of a score: each target once, by what came before it, from a whole distribution
+
+
+@pytest.mark.parametrize("learns", [False, True], ids=["fixed", "learns"])
+@pytest.mark.parametrize("stride", [0, 8], ids=["chunks", "windows"])
+@pytest.mark.parametrize("mask", [{}, {"CANONICAL": 1}, {"CANONICAL": 1, "CANONICAL_TRAIN": 1}],
+                         ids=["no mask", "mask", "mask in training"])  # fmt: skip
+def test_a_score_keeps_the_rules(config_of, runtime, token_bytes, mask, stride, learns):
+    knobs = {"XSA_LAYERS": 2, "XSA_GATE": 1, "PREFIX_LOSS": 0.5, "CONTEXTS": "8@0,32@0.6", "VAL_TOKENS_LIMIT": 700,
+             "TTT_CHUNK": 128 * learns, "TTT_LR": 0.05, "TTT_BATCH_TOKENS": 64, "EVAL_STRIDE": stride}  # fmt: skip
+    config = config_of(**knobs | mask)
+    model = scatter(FrontierGPT(config)).eval()
+    model.advance(0.0)  # as training leaves it: contexts cut short, which a score is not to see
+    if mask:
+        model.mask = train_gpt.tool("canonical").Mask(model, config, runtime)
+    stream = train_gpt.TokenStream(config.data_path, "val", config.vocab_size)
+    evaluator = train_gpt.Evaluator(stream, token_bytes, config, runtime)
+    recorder = probe.Recorder(model, evaluator, stream, keep=True)
+    found = model.final_score(evaluator, recorder, print)
+    assert (recorder.counts == 1).all() and recorder.wrong == 0 and recorder.learned == learns
+    assert recorder.nats / found.tokens == pytest.approx(found.loss, rel=1e-6) and math.isfinite(found.loss)
+    rng = np.random.default_rng(0)
+    moved = probe.flips_in_evaluation(train_gpt, config, model, stream, token_bytes, runtime, 3, rng, learns)
+    assert moved == [0.0] * 3
+    with torch.no_grad():
+        sums = probe.sums_of_probabilities(model.eval(), config, stream, runtime, 40)
+    assert len(sums) == 40 and sums == pytest.approx([1.0] * 40, abs=1e-4)
 
 
 # Whole runs

@@ -1,6 +1,7 @@
 """The CPU's own attention, loss and Newton-Schulz iterations against the same mathematics in float64."""
 
 import dataclasses
+import math
 import subprocess
 
 import pytest
@@ -124,12 +125,16 @@ def losses_as_the_model_has_them(x, weight, targets, softcap):
     return F.cross_entropy(logits, targets, reduction="none")
 
 
-def fused_losses(x, weight, targets, softcap):
+def model_of(weight, softcap):
     model = train_gpt.Model()
     model.tok_emb, model.softcap = torch.nn.Embedding(*weight.shape), softcap
     del model.tok_emb.weight
     model.tok_emb.weight = weight
-    return cpu_kernels.fused_loss(model, x[None], targets[None])[0]
+    return model
+
+
+def fused_losses(x, weight, targets, softcap):
+    return cpu_kernels.fused_loss(model_of(weight, softcap), x[None], targets[None])[0]
 
 
 def losses_and_gradients(function, x, weight, targets, softcap, dtype):
@@ -138,6 +143,13 @@ def losses_and_gradients(function, x, weight, targets, softcap, dtype):
     scale = torch.linspace(0.5, 2.0, len(losses), dtype=losses.dtype)
     (losses * scale).sum().backward()
     return losses.detach(), x.grad, weight.grad
+
+
+def assert_no_worse(fused, plain, exact):
+    """Than the model's own way in bf16."""
+    for name, ours, theirs, true in zip(("loss", "dx", "dweight"), fused, plain, exact, strict=True):
+        once_more = 1e-6 if name == "loss" else 2.0**-9  # a rounding to bf16 where the loss's own gradient comes in
+        assert distance(ours, true) <= 1.1 * distance(theirs, true) + once_more, name
 
 
 @pytest.mark.parametrize("N, D, V, softcap, size", [
@@ -150,9 +162,7 @@ def test_losses_and_gradients_are_those_of_the_softcapped_cross_entropy(N, D, V,
     fused = losses_and_gradients(fused_losses, x, weight, targets, softcap, torch.bfloat16)
     plain = losses_and_gradients(losses_as_the_model_has_them, x, weight, targets, softcap, torch.bfloat16)
     assert fused[0].dtype == torch.float32
-    for name, ours, theirs, true in zip(("loss", "dx", "dweight"), fused, plain, exact, strict=True):
-        once_more = 1e-6 if name == "loss" else 2.0**-9  # a rounding to bf16 where the loss's own gradient comes in
-        assert distance(ours, true) <= 1.1 * distance(theirs, true) + once_more, name
+    assert_no_worse(fused, plain, exact)
     with torch.no_grad():
         assert torch.equal(fused_losses(x, weight, targets, softcap), fused[0])
 
@@ -165,6 +175,51 @@ def test_logits_far_beyond_the_cap_give_finite_losses():
     exact = losses_and_gradients(torch_losses, x, weight, targets, 40.0, torch.float64)
     assert torch.allclose(losses.double(), exact[0], atol=1e-4)  # 0 and 80
     assert dx.isfinite().all() and dweight.isfinite().all()
+
+
+class Masked:
+    """As tools/canonical.py's Mask, of a random table in which each token may follow itself."""
+
+    def __init__(self, V, seed=0):
+        self.allowed = torch.rand(V, V, generator=torch.Generator().manual_seed(seed)) < 0.7
+        self.allowed |= torch.eye(V, dtype=torch.bool)
+        powers = 2 ** torch.arange(8)
+        self.bits = (self.allowed.view(V, V // 8, 8) * powers).sum(-1).to(torch.uint8)
+
+    def __call__(self, logits, tokens):
+        return logits.masked_fill(~self.allowed[tokens], -math.inf)
+
+
+@pytest.mark.parametrize("N, D, V, excluded", [(50, 32, 48, False), (40, 16, 1024, False), (30, 16, 2048, True)])
+def test_under_a_mask_too(N, D, V, excluded):
+    """A target that it excludes is infinite in a score; in training it counts nothing, and has no gradient."""
+    generator, mask = torch.Generator().manual_seed(N), Masked(V)
+    x, weight = (torch.randn(rows, D, generator=generator).bfloat16() for rows in (N, V))
+    before = torch.randint(V, (N,), generator=generator)
+    targets = before.clone()
+    targets[1::2] = torch.randint(V, (N // 2,), generator=generator)
+    out = ~mask.allowed[before, targets]
+    targets = targets if excluded else torch.where(out, before, targets)
+    assert excluded == bool((~mask.allowed[before, targets]).any())
+
+    def as_the_model_has_them(x, weight, targets, softcap):
+        logits = softcap * torch.tanh(train_gpt.at_least_fp32(x @ weight.mT) / softcap)
+        losses = F.cross_entropy(mask(logits, before), targets, reduction="none")
+        return losses.masked_fill(losses == math.inf, 0.0)
+
+    def fused(x, weight, targets, softcap):
+        model = model_of(weight, softcap)
+        model.mask = mask
+        return cpu_kernels.fused_loss(model, x[None], targets[None], before[None])[0]
+
+    exact = losses_and_gradients(as_the_model_has_them, x, weight, targets, 30.0, torch.float64)
+    plain = losses_and_gradients(as_the_model_has_them, x, weight, targets, 30.0, torch.bfloat16)
+    ours = losses_and_gradients(fused, x, weight, targets, 30.0, torch.bfloat16)
+    assert_no_worse(ours, plain, exact)
+    with torch.no_grad():
+        scored = fused(x, weight, targets, 30.0)
+    assert torch.equal(scored == math.inf, ~mask.allowed[before, targets])
+    assert torch.equal(scored[scored < math.inf], ours[0][scored < math.inf])
 
 
 # Newton-Schulz
