@@ -272,6 +272,7 @@ def read_env_file(path: Path) -> dict[str, str]:
 # ---------- Runtime: device and ranks, what they tell each other, the run folder with its log, the one stopwatch ------
 class Runtime:
     """This process among `world_size` ranks, and its device. One process has nothing to tell."""
+    newton_schulz = None  # a kernel for Muon's iterations, where tools/kernels.py has one
     def __init__(self, config: Config, environ):
         rank, size = environ.get("RANK", "0"), environ.get("WORLD_SIZE", "1")
         numbers = rank.isdecimal() and size.isdecimal() and int(rank) < int(size)
@@ -891,7 +892,8 @@ class Muon(torch.optim.Optimizer):
         """The scaled updates of a stack [n, rows, cols] in fp32, in `dtype`."""
         for dims in [2, (1, 2)] if group["row_norm"] else [(1, 2)]:
             u = u / u.norm(dim=dims, keepdim=True).clamp_min(1e-7)
-        return newton_schulz(u.to(dtype), group["steps"]) * max(1, u.size(1) / u.size(2)) ** 0.5
+        iterate = self.runtime.newton_schulz or newton_schulz
+        return iterate(u.to(dtype), group["steps"]) * max(1, u.size(1) / u.size(2)) ** 0.5
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:

@@ -16,7 +16,7 @@
 using bf16 = uint16_t;
 using i64 = int64_t;
 
-static const int LANES = 16, QUERIES = 64, KEYS = 256;  // queries of one block; keys whose scores the cache holds
+static const int LANES = 16, QUERIES = 64, HALF = 32, KEYS = 256;  // queries of a block; keys of scores in the cache
 static const float LOG2E = 1.44269504f;
 
 static inline __m512 widen(__m256i halves) {
@@ -48,14 +48,11 @@ static inline __m512 exp2_16(__m512 x) {
 }
 
 // ---------- Products --------------------------------------------------------------------------------------------------
-// ROWS x 16 * PANELS of C (+)= A B over `words` words of the reduction. A: rows of words, `lda` words apart; B: rows of
+// ROWS x 16 * PANELS sums of A B over `words` words of the reduction. A: rows of words, `lda` words apart; B: rows of
 // words, `ldb` words apart.
 template <int ROWS, int PANELS>
-static inline void tile(i64 words, const uint32_t* A, i64 lda, const uint32_t* B, i64 ldb, float* C, i64 ldc, bool add) {
-    __m512 sums[ROWS][PANELS];
-    for (int r = 0; r < ROWS; r++)
-        for (int p = 0; p < PANELS; p++)
-            sums[r][p] = add ? _mm512_loadu_ps(C + r * ldc + p * LANES) : _mm512_setzero_ps();
+static inline __attribute__((always_inline)) void accumulate(i64 words, const uint32_t* A, i64 lda, const uint32_t* B,
+                                                             i64 ldb, __m512 (&sums)[ROWS][PANELS]) {
     for (i64 w = 0; w < words; w++) {
         __m512bh b[PANELS];
         for (int p = 0; p < PANELS; p++) b[p] = (__m512bh)_mm512_loadu_si512(B + w * ldb + p * LANES);
@@ -64,6 +61,16 @@ static inline void tile(i64 words, const uint32_t* A, i64 lda, const uint32_t* B
             for (int p = 0; p < PANELS; p++) sums[r][p] = _mm512_dpbf16_ps(sums[r][p], a, b[p]);
         }
     }
+}
+
+// ROWS x 16 * PANELS of C (+)= A B in fp32.
+template <int ROWS, int PANELS>
+static inline void tile(i64 words, const uint32_t* A, i64 lda, const uint32_t* B, i64 ldb, float* C, i64 ldc, bool add) {
+    __m512 sums[ROWS][PANELS];
+    for (int r = 0; r < ROWS; r++)
+        for (int p = 0; p < PANELS; p++)
+            sums[r][p] = add ? _mm512_loadu_ps(C + r * ldc + p * LANES) : _mm512_setzero_ps();
+    accumulate<ROWS, PANELS>(words, A, lda, B, ldb, sums);
     for (int r = 0; r < ROWS; r++)
         for (int p = 0; p < PANELS; p++) _mm512_storeu_ps(C + r * ldc + p * LANES, sums[r][p]);
 }
@@ -73,7 +80,7 @@ static void panel(i64 rows, i64 words, const uint32_t* A, i64 lda, const uint32_
                   bool add) {
     i64 r = 0;
     for (; r + 6 <= rows; r += 6) tile<6, PANELS>(words, A + r * lda, lda, B, ldb, C + r * ldc, ldc, add);
-    for (; r + 2 <= rows; r += 2) tile<2, PANELS>(words, A + r * lda, lda, B, ldb, C + r * ldc, ldc, add);
+    for (; r + 4 <= rows; r += 4) tile<4, PANELS>(words, A + r * lda, lda, B, ldb, C + r * ldc, ldc, add);
     for (; r < rows; r++) tile<1, PANELS>(words, A + r * lda, lda, B, ldb, C + r * ldc, ldc, add);
 }
 
@@ -121,6 +128,12 @@ static void transpose(const uint32_t* in, i64 in_stride, i64 rows, i64 columns, 
         }
 }
 
+// Rows of a head that are soon read, on their way from the memory: they lie far apart, which no processor foresees.
+static inline void fetch(const bf16* at, i64 stride, i64 rows, i64 width) {
+    for (i64 r = 0; r < rows; r++)
+        for (i64 c = 0; c < width; c += 32) _mm_prefetch(at + r * stride + c, _MM_HINT_T1);
+}
+
 // out [rows / 2, padded] = words of two rows of in [rows, width]; columns beyond `width` are 0.
 static void pair_rows(const bf16* in, i64 in_stride, i64 rows, i64 width, uint32_t* out, i64 padded) {
     for (i64 r = 0; r < rows; r += 2)
@@ -163,6 +176,26 @@ static void scores(const bf16* keys_at, i64 stride, i64 first, i64 keys, i64 sta
     }
 }
 
+// C [d, 64] (+)= A B over keys of which the first 32 queries do not see the last 32.
+static void multiply_seen(i64 d, i64 keys, const uint32_t* A, i64 lda, const uint32_t* B, float* C, bool add) {
+    i64 words = (keys - HALF) / 2;
+    multiply(d, QUERIES, words, A, lda, B, QUERIES, C, QUERIES, add);
+    multiply(d, HALF, HALF / 2, A + words, lda, B + words * QUERIES + HALF, QUERIES, C + HALF, QUERIES, true);
+}
+
+// C [keys, wide] += A B over 64 queries, of which the last 64 keys, where they lie on the `diagonal`, are seen from their
+// own place on.
+static void multiply_seeing(i64 keys, i64 wide, bool diagonal, const bf16* A, const uint32_t* B, float* C) {
+    i64 before = diagonal ? keys - QUERIES : keys;
+    const uint32_t* words = (const uint32_t*)A;
+    multiply(before, wide, QUERIES / 2, words, QUERIES / 2, B, wide, C, wide, true);
+    for (i64 j = before; j < keys; j += LANES) {
+        i64 skip = (j - before) / 2;
+        multiply(LANES, wide, QUERIES / 2 - skip, words + j * (QUERIES / 2) + skip, QUERIES / 2, B + skip * wide, wide,
+                 C + j * wide, wide, true);
+    }
+}
+
 // Which of the 16 queries from start + p on see key j.
 static inline __mmask16 seen(i64 j, i64 start, int p) {
     i64 hidden = j - start - p;  // so many of them come before it
@@ -189,17 +222,23 @@ extern "C" void attention_forward(const bf16* q, const bf16* k, const bf16* v, b
             for (i64 h = g * G; h < (g + 1) * G; h++)
                 for (i64 start = 0; start < T; start += QUERIES) {
                     i64 n = start + QUERIES, at = (b * T + start) * q_row + h * d;
+                    i64 next = n < T ? at + QUERIES * q_row : b * T * q_row + (h + 1) * d;
+                    fetch(q + next, q_row, QUERIES, d);
+                    fetch(y + at, q_row, QUERIES, d);
                     transpose((const uint32_t*)(q + at), q_row / 2, QUERIES, d / 2, queries.data(), QUERIES);
                     scores(keys, k_row, 0, n, start, d, queries.data(), S.data());
+                    __m512 most[QUERIES / LANES];
+                    for (__m512& m : most) m = _mm512_set1_ps(-INFINITY);
+                    for (i64 j = 0; j < n; j++)
+                        for (int p = 0; p < QUERIES; p += LANES) {
+                            __m512 x = _mm512_loadu_ps(&S[j * QUERIES + p]), &m = most[p / LANES];
+                            m = j < start ? _mm512_max_ps(m, x) : _mm512_mask_max_ps(m, seen(j, start, p), m, x);
+                        }
                     float inverse[QUERIES];
                     for (int p = 0; p < QUERIES; p += LANES) {
-                        __m512 most = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
-                        for (i64 j = 0; j < n; j++) {
-                            __mmask16 mask = seen(j, start, p);
-                            most = _mm512_mask_max_ps(most, mask, most, _mm512_loadu_ps(&S[j * QUERIES + p]));
-                        }
-                        __m512 shift = _mm512_mul_ps(most, _mm512_set1_ps(scale)), factor = _mm512_set1_ps(scale);
-                        for (i64 j = 0; j < n; j += 2) {
+                        __m512 sum = _mm512_setzero_ps(), factor = _mm512_set1_ps(scale);
+                        __m512 shift = _mm512_mul_ps(most[p / LANES], factor);
+                        for (i64 j = 0; j < (p < HALF ? n - HALF : n); j += 2) {
                             __m512 e[2];
                             for (int i = 0; i < 2; i++) {
                                 __m512 x = _mm512_loadu_ps(&S[(j + i) * QUERIES + p]);
@@ -217,7 +256,7 @@ extern "C" void attention_forward(const bf16* q, const bf16* k, const bf16* v, b
                             logs[(b * s.H + h) * T + start + p + i] = shifts[i] + std::log2(sums[i]);
                         }
                     }
-                    multiply(d, QUERIES, n / 2, values.data(), T / 2, weights.data(), QUERIES, out.data(), QUERIES, false);
+                    multiply_seen(d, n, values.data(), T / 2, weights.data(), out.data(), false);
                     store_transposed(out.data(), d, inverse, y + at, q_row, words.data());
                 }
         }
@@ -249,6 +288,11 @@ extern "C" void attention_backward(const bf16* q, const bf16* k, const bf16* v, 
             for (i64 h = g * G; h < (g + 1) * G; h++)
                 for (i64 start = 0; start < T; start += QUERIES) {
                     i64 at = (b * T + start) * q_row + h * d;
+                    i64 next = start + QUERIES < T ? at + QUERIES * q_row : b * T * q_row + (h + 1) * d;
+                    fetch(q + next, q_row, QUERIES, d);
+                    fetch(dy + next, q_row, QUERIES, d);
+                    fetch(y + next, q_row, QUERIES, d);
+                    fetch(dq + at, q_row, QUERIES, d);
                     transpose((const uint32_t*)(q + at), q_row / 2, QUERIES, d / 2, q_across.data(), QUERIES);
                     transpose((const uint32_t*)(dy + at), q_row / 2, QUERIES, d / 2, dy_across.data(), QUERIES);
                     pair_rows(q + at, q_row, QUERIES, d, q_pairs.data(), wide);
@@ -267,12 +311,13 @@ extern "C" void attention_backward(const bf16* q, const bf16* k, const bf16* v, 
                     const float* log_sums = logs + (b * s.H + h) * T + start;
                     for (i64 first = 0; first < start + QUERIES; first += KEYS) {
                         i64 n = std::min<i64>(KEYS, start + QUERIES - first);
+                        bool diagonal = first + n == start + QUERIES;
                         scores(k + origin, k_row, first, n, start, d, q_across.data(), S.data());
                         scores(v + origin, k_row, first, n, start, d, dy_across.data(), dP.data());
                         for (int p = 0; p < QUERIES; p += LANES) {
                             __m512 factor = _mm512_set1_ps(LOG2E * root), shift = _mm512_loadu_ps(log_sums + p);
                             __m512 mean = _mm512_loadu_ps(D + p), outer = _mm512_set1_ps(root);
-                            for (i64 j = 0; j < n; j += 2) {
+                            for (i64 j = 0; j < (diagonal && p < HALF ? n - HALF : n); j += 2) {
                                 __m512 ds[2];
                                 for (int i = 0; i < 2; i++) {
                                     i64 here = (j + i) * QUERIES + p;
@@ -287,12 +332,13 @@ extern "C" void attention_backward(const bf16* q, const bf16* k, const bf16* v, 
                                 _mm512_storeu_si512(&dS_pairs[j / 2 * QUERIES + p], pair_up(ds[0], ds[1]));
                             }
                         }
-                        multiply(n, wide, QUERIES / 2, (const uint32_t*)P.data(), QUERIES / 2, dy_pairs.data(), wide,
-                                 &dV[first * wide], wide, true);
-                        multiply(n, wide, QUERIES / 2, (const uint32_t*)dS.data(), QUERIES / 2, q_pairs.data(), wide,
-                                 &dK[first * wide], wide, true);
-                        multiply(d, QUERIES, n / 2, keys_down.data() + first / 2, T / 2, dS_pairs.data(), QUERIES,
-                                 dQ.data(), QUERIES, first > 0);
+                        multiply_seeing(n, wide, diagonal, P.data(), dy_pairs.data(), &dV[first * wide]);
+                        multiply_seeing(n, wide, diagonal, dS.data(), q_pairs.data(), &dK[first * wide]);
+                        const uint32_t* down = keys_down.data() + first / 2;
+                        if (diagonal)
+                            multiply_seen(d, n, down, T / 2, dS_pairs.data(), dQ.data(), first > 0);
+                        else
+                            multiply(d, QUERIES, n / 2, down, T / 2, dS_pairs.data(), QUERIES, dQ.data(), QUERIES, first > 0);
                     }
                     store_transposed(dQ.data(), d, ones.data(), dq + at, q_row, words.data());
                 }
@@ -303,6 +349,69 @@ extern "C" void attention_backward(const bf16* q, const bf16* k, const bf16* v, 
                     _mm256_mask_storeu_epi16(dk + to, mask, narrow(_mm512_loadu_ps(&dK[t * wide + c])));
                     _mm256_mask_storeu_epi16(dv + to, mask, narrow(_mm512_loadu_ps(&dV[t * wide + c])));
                 }
+        }
+    }
+}
+
+// ---------- Newton-Schulz: a matrix in the cache, half of each symmetric product ----------------------------------------
+// ROWS x 32 of C = outer A B + inner old, in bf16; of `old`, [.., ldc] like C, nothing is read where inner is 0.
+template <int ROWS>
+static inline void rounded_tile(i64 words, const uint32_t* A, const uint32_t* B, i64 ldb, float outer, float inner,
+                                const bf16* old, bf16* C, i64 ldc) {
+    __m512 sums[ROWS][2];
+    for (int r = 0; r < ROWS; r++) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
+    accumulate<ROWS, 2>(words, A, words, B, ldb, sums);
+    for (int r = 0; r < ROWS; r++) {
+        for (int p = 0; p < 2 && inner != 0; p++) {
+            __m512 term = widen(_mm256_loadu_si256((const __m256i*)(old + r * ldc + p * LANES)));
+            sums[r][p] = _mm512_fmadd_ps(term, _mm512_set1_ps(inner), _mm512_mul_ps(sums[r][p], _mm512_set1_ps(outer)));
+        }
+        _mm512_storeu_si512(C + r * ldc, (__m512i)_mm512_cvtne2ps_pbh(sums[r][1], sums[r][0]));
+    }
+}
+
+// C [rows, columns] = outer A B + inner old, of A [rows, 2 * words] and B, words of two rows. Of a symmetric C the upper
+// triangle is made, in squares of 32 x 32, and then copied.
+static void combine(i64 rows, i64 columns, i64 words, const bf16* A, const uint32_t* B, float outer, float inner,
+                    const bf16* old, bf16* C, bool symmetric) {
+    const uint32_t* left = (const uint32_t*)A;
+    for (i64 n = 0; n < columns; n += 32) {
+        i64 last = symmetric ? n + 32 : rows, r = 0;
+        for (; r + 12 <= last; r += 12)
+            rounded_tile<12>(words, left + r * words, B + n, columns, outer, inner, old + r * columns + n,
+                             C + r * columns + n, columns);
+        for (; r < last; r += 4)
+            rounded_tile<4>(words, left + r * words, B + n, columns, outer, inner, old + r * columns + n,
+                            C + r * columns + n, columns);
+    }
+    if (!symmetric) return;
+    uint32_t square[16 * 32];
+    for (i64 m = 0; m < rows; m += 32)
+        for (i64 n = m + 32; n < columns; n += 32) {
+            pair_rows(C + m * columns + n, columns, 32, 32, square, 32);
+            transpose(square, 32, 16, 32, (uint32_t*)(C + n * columns + m), columns / 2);
+        }
+}
+
+// X [n, rows, columns], rows <= columns, both in whole 32: `steps` times X = a X + (b G + c G G) X with G = X X^T.
+extern "C" void newton_schulz(bf16* stack, i64 n, i64 rows, i64 columns, int steps, float a, float b, float c,
+                              int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<uint32_t> pairs(std::max(rows, columns) * std::max(rows, columns) / 2);
+        std::vector<bf16> gram(rows * rows), polynomial(rows * rows), next(rows * columns);
+#pragma omp for schedule(dynamic)
+        for (i64 i = 0; i < n; i++) {
+            bf16* x = stack + i * rows * columns;
+            for (int step = 0; step < steps; step++) {
+                transpose((const uint32_t*)x, columns / 2, rows, columns / 2, pairs.data(), rows);
+                combine(rows, rows, columns / 2, x, pairs.data(), 1.0f, 0.0f, x, gram.data(), true);
+                pair_rows(gram.data(), rows, rows, rows, pairs.data(), rows);
+                combine(rows, rows, rows / 2, gram.data(), pairs.data(), c, b, gram.data(), polynomial.data(), true);
+                pair_rows(x, columns, rows, columns, pairs.data(), columns);
+                combine(rows, columns, rows / 2, polynomial.data(), pairs.data(), 1.0f, a, x, next.data(), false);
+                std::copy(next.begin(), next.end(), x);
+            }
         }
     }
 }

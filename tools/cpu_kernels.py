@@ -1,4 +1,4 @@
-"""Attention and loss for CPUs that multiply bf16 by AVX-512: cpu_kernels.cpp compiled, its functions with gradients.
+"""Attention, loss and Newton-Schulz iterations for CPUs that multiply bf16 by AVX-512: cpu_kernels.cpp compiled.
 
 tools/kernels.py uses them where there are the instructions, a compiler and a shape that they take, and torch's own
 operations elsewhere. As with any backend of attention the results are the same but for rounding: an artifact needs none
@@ -20,6 +20,8 @@ from torch import Tensor
 SOURCE = Path(__file__).with_suffix(".cpp")
 HAS_INSTRUCTIONS = os.name == "posix" and bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
 MOST_TOKENS = 2048  # of a sequence: the scores of 64 queries stay in the cache
+IDLE_SHARE = 0.25  # of the threads, at most: each takes whole matrices
+QUINTIC = (3.4445, -4.7750, 2.0315)  # of train_gpt.newton_schulz
 MOST_SOFTCAP = 40.0  # exponentials from -2 * softcap on must not vanish in fp32
 
 
@@ -172,3 +174,21 @@ def fused_loss(model, x_BTD: Tensor, targets_BT: Tensor, tokens_BT: Tensor | Non
     else:
         losses = cross_entropy(x_ND, weight_VD, targets_BT.flatten(), model.softcap, False, bits_VW, before_N)[0]
     return losses.view_as(targets_BT)
+
+
+def takes_newton_schulz(stack: Tensor) -> bool:
+    """Whether there are enough matrices [n, rows, columns] for the threads, of a size that fits."""
+    n, threads = len(stack), torch.get_num_threads()
+    places = -(-n // threads) * threads
+    fits = stack.dtype == torch.bfloat16 and stack.size(1) % 32 == 0 and stack.size(2) % 32 == 0
+    return HAS_INSTRUCTIONS and stack.device.type == "cpu" and fits and 0 < n >= (1 - IDLE_SHARE) * places
+
+
+def newton_schulz(stack: Tensor, steps: int) -> Tensor:
+    """As train_gpt.newton_schulz, of what `takes_newton_schulz` says: X X^T and the polynomial of it are symmetric, so
+    that half of either is enough, and a matrix stays in the cache of its core."""
+    tall = stack.size(1) > stack.size(2)
+    x = (stack.mT if tall else stack).clone(memory_format=torch.contiguous_format)
+    a, b, c = map(ctypes.c_float, QUINTIC)
+    call("newton_schulz", x, *map(ctypes.c_int64, x.shape), ctypes.c_int(steps), a, b, c)
+    return x.mT if tall else x

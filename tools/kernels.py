@@ -14,9 +14,20 @@ import time
 import torch
 import torch.nn.functional as F
 
-from train_gpt import GPT, Linear, Model, UserError, at_least_fp32, grouped_attention, is_out_of_memory, require, tool
+from train_gpt import (
+    GPT,
+    Linear,
+    Model,
+    UserError,
+    at_least_fp32,
+    grouped_attention,
+    is_out_of_memory,
+    newton_schulz,
+    require,  # fmt: skip
+    tool,
+)
 
-cpu_kernels = tool("cpu_kernels", "attention and loss are torch's", log=str)
+cpu_kernels = tool("cpu_kernels", "attention, loss and Muon are torch's", log=str)
 
 # What a GPU's bf16 products reach at most, dense, in TFLOP/s, by a part of its name (NVIDIA's data sheets).
 PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "B200": 2250, "A100": 312, "L40S": 362,
@@ -236,6 +247,23 @@ def choose_loss(config, runtime):
         return None, f"loss:torch; fused failed: {error!r:.120}"
 
 
+def fused_newton_schulz(stack, steps: int):
+    """By tools/cpu_kernels.cpp, where it takes these matrices."""
+    takes = cpu_kernels.takes_newton_schulz(stack)
+    return (cpu_kernels.newton_schulz if takes else newton_schulz)(stack, steps)
+
+
+def choose_newton_schulz(runtime):
+    """(function of (stack, steps) for Muon, or None for train_gpt's; log line)."""
+    takes = cpu_kernels and cpu_kernels.HAS_INSTRUCTIONS
+    if not takes or runtime.device.type != "cpu" or runtime.dtype != torch.bfloat16:
+        return None, "muon:torch"
+    try:
+        return fused_newton_schulz, f"muon:fused by {cpu_kernels.describe()}"
+    except Exception as error:  # of the compiler
+        return None, f"muon:torch; fused failed: {error!r:.120}"
+
+
 def keep_memory():
     """glibc hands large blocks back to the system, which clears them when the next step wants them again: 0.1 of a step
     in small models. From here on it keeps them, but those of over 32 MiB."""
@@ -247,7 +275,7 @@ def keep_memory():
 
 
 def choose(config, runtime):
-    """(attention function, loss function or None, whether to compile, lines for the log)."""
+    """(attention function, loss function or None, whether to compile, lines for the log). The runtime gets Muon's."""
     name, device = runtime.device_name(), runtime.device
     try:
         tempfile.gettempdir()
@@ -263,6 +291,8 @@ def choose(config, runtime):
     compiled, compile_note = choose_compile(config, runtime)
     attend, attention_note = choose_attention(config, runtime, compiled)
     fused_loss, loss_note = choose_loss(config, runtime)
+    runtime.newton_schulz, muon_note = choose_newton_schulz(runtime)
     if device.type == "cuda" and runtime.dtype == torch.float32:
         compile_note += "; no bf16 products in hardware, or DTYPE=float32: slow"
-    return attend, fused_loss, compiled, f"{attention_note}\n{loss_note}\ncompile:{int(compiled)} ({compile_note})"
+    note = f"{attention_note}\n{loss_note}\n{muon_note}\ncompile:{int(compiled)} ({compile_note})"
+    return attend, fused_loss, compiled, note

@@ -1,4 +1,4 @@
-"""The CPU's own attention and loss against the same mathematics in float64."""
+"""The CPU's own attention, loss and Newton-Schulz iterations against the same mathematics in float64."""
 
 import dataclasses
 import math
@@ -21,6 +21,12 @@ def is_usable() -> bool:
 
 
 pytestmark = pytest.mark.skipif(not is_usable(), reason="no compiler, or no AVX-512 instructions for bf16")
+
+@pytest.fixture
+def config():
+    return train_gpt.Config(vocab_size=64, num_layers=2, model_dim=32, num_heads=2, num_kv_heads=1, train_seq_len=64,
+                            train_batch_tokens=128, device="cpu", dtype="bfloat16", compile="0")  # fmt: skip
+
 
 SHAPES = [(2, 256, 4, 2, 64), (3, 256, 4, 2, 40), (1, 1024, 8, 4, 64), (3, 64, 2, 1, 128), (1, 320, 2, 2, 22),
           (1, 128, 3, 1, 2), (1, 576, 2, 1, 96)]  # fmt: skip
@@ -216,13 +222,60 @@ def test_under_a_mask_too(N, D, V, excluded):
     assert torch.equal(scored[scored < math.inf], ours[0][scored < math.inf])
 
 
+# Newton-Schulz
+
+
+def normed(n, rows, columns):
+    stack = torch.randn(n, rows, columns, generator=torch.Generator().manual_seed(rows + columns))
+    return (stack / stack.norm(dim=(1, 2), keepdim=True)).bfloat16()
+
+
+@pytest.mark.parametrize("shape", [(2, 32, 32), (3, 64, 96), (2, 160, 64), (1, 96, 512), (1, 256, 256)], ids=str)
+@pytest.mark.parametrize("steps", [1, 5])
+def test_iterations_err_no_more_than_products_in_bf16(shape, steps):
+    stack = normed(*shape)
+    exact = train_gpt.newton_schulz(stack.double(), steps)
+    plain, ours = train_gpt.newton_schulz(stack, steps), cpu_kernels.newton_schulz(stack, steps)
+    assert ours.shape == stack.shape and ours.dtype == torch.bfloat16
+    assert distance(ours, exact) <= 1.02 * distance(plain, exact)  # sums in another order
+    assert torch.equal(stack, normed(*shape))  # as it was
+
+
+def test_one_iteration_of_each_matrix_of_a_stack_is_that_of_the_matrix_alone():
+    stack, threads = normed(5, 64, 32), torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            alone = torch.cat([cpu_kernels.newton_schulz(matrix[None], 3) for matrix in stack])
+            assert torch.equal(cpu_kernels.newton_schulz(stack, 3), alone)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_matrices_that_do_not_fit_go_to_torch(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    for shape, takes in (((4, 32, 32), True), ((3, 32, 32), True), ((5, 32, 32), False), ((4, 40, 32), False),
+                         ((4, 32, 8), False), ((0, 32, 32), False)):  # fmt: skip
+        assert cpu_kernels.takes_newton_schulz(torch.zeros(shape).bfloat16()) == takes, shape
+    assert not cpu_kernels.takes_newton_schulz(torch.zeros(4, 32, 32))
+    for stack in (normed(4, 40, 32), normed(4, 32, 32).float()):
+        assert torch.equal(kernels.fused_newton_schulz(stack, 2), train_gpt.newton_schulz(stack, 2))
+
+
+def test_muon_takes_the_same_step_but_for_rounding(config):
+    runtime, results = train_gpt.Runtime(config, {}), []
+    for fused in (None, kernels.fused_newton_schulz):
+        runtime.newton_schulz = fused
+        params = [torch.nn.Parameter(matrix.float()) for matrix in normed(4, 64, 32)]
+        for p in params:
+            p.grad = p.detach().flip(0)
+        train_gpt.Muon(params, lr=1.0, momentum=0.9, steps=5, runtime=runtime).step()
+        results.append(torch.stack([p.detach() for p in params]))
+    assert not torch.equal(results[0], torch.stack([*normed(4, 64, 32).float()]))
+    assert float((results[0] - results[1]).norm()) <= 0.01 * float(results[0].norm())
+
+
 # The choice
-
-
-@pytest.fixture
-def config():
-    return train_gpt.Config(vocab_size=64, num_layers=2, model_dim=32, num_heads=2, num_kv_heads=1, train_seq_len=64,
-                            train_batch_tokens=128, device="cpu", dtype="bfloat16", compile="0")  # fmt: skip
 
 
 def test_a_model_of_bf16_gets_both_and_trains_as_with_torch_but_for_rounding(config):
@@ -234,6 +287,7 @@ def test_a_model_of_bf16_gets_both_and_trains_as_with_torch_but_for_rounding(con
             model.fused_loss = None
         else:
             assert "attention:fused by fused_attention" in note and "loss:fused by cpu_kernels.cpp sha256:" in note
+            assert "\nmuon:fused by cpu_kernels.cpp sha256:" in note and runtime.newton_schulz
         loss = model(tokens[:, :-1], tokens[:, 1:]).mean()
         loss.backward()
         results.append((loss.detach(), [p.grad for p in model.parameters() if p.grad is not None]))
@@ -277,7 +331,7 @@ def test_without_a_compiler_torch_does_it_and_the_log_says_why(config, monkeypat
         cpu_kernels.library.cache_clear()
     assert model.fused_loss is None
     assert "attention:blocked by blocked_attention; fused fused_attention failed: FileNotFoundError" in note
-    assert "loss:torch; fused failed: FileNotFoundError" in note
+    assert all(f"\n{part}:torch; fused failed: FileNotFoundError" in note for part in ("loss", "muon"))
 
 
 @pytest.mark.parametrize("change", [{"vocab_size": 60}, {"logit_softcap": 50.0}, {"dtype": "float32"}], ids=str)
