@@ -14,18 +14,8 @@ import time
 import torch
 import torch.nn.functional as F
 
-from train_gpt import (
-    GPT,
-    Linear,
-    Model,
-    UserError,
-    at_least_fp32,
-    grouped_attention,
-    is_out_of_memory,
-    newton_schulz,
-    require,  # fmt: skip
-    tool,
-)
+import train_gpt
+from train_gpt import GPT, Linear, Model, UserError, at_least_fp32, grouped_attention, is_out_of_memory, require, tool
 
 cpu_kernels = tool("cpu_kernels", "attention, loss and Muon are torch's", log=str)
 
@@ -250,7 +240,7 @@ def choose_loss(config, runtime):
 def fused_newton_schulz(stack, steps: int):
     """By tools/cpu_kernels.cpp, where it takes these matrices."""
     takes = cpu_kernels.takes_newton_schulz(stack)
-    return (cpu_kernels.newton_schulz if takes else newton_schulz)(stack, steps)
+    return (cpu_kernels if takes else train_gpt).newton_schulz(stack, steps)
 
 
 def choose_newton_schulz(runtime):

@@ -22,6 +22,7 @@ def is_usable() -> bool:
 
 pytestmark = pytest.mark.skipif(not is_usable(), reason="no compiler, or no AVX-512 instructions for bf16")
 
+
 @pytest.fixture
 def config():
     return train_gpt.Config(vocab_size=64, num_layers=2, model_dim=32, num_heads=2, num_kv_heads=1, train_seq_len=64,
