@@ -42,6 +42,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
+NAMED_TOKENIZER = re.compile(r"\w+|(.*\W)?\w*byte_?260\w*(\.json)?")  # bytes, or tiktoken's: no .model
+GATE_INPUTS = 12  # channels that a gate of the model looks at
 NO_DATA_HINT = """two commands bring some data and train on it:
   python data/prepare_shakespeare.py\n  python train_gpt.py records/recipes/demo_cpu.env"""
 
@@ -429,8 +431,8 @@ class TokenStream:
     def __init__(self, folder: str, split: str, vocab_size: int):
         self.pattern, self.vocab_size = f"{folder}/fineweb_{split}_*.bin", vocab_size
         name = re.compile(rf"fineweb_{split}_(\d+)\.bin")  # a glob takes ..._000000_old.bin, too
-        paths = [path for path in Path(folder).glob("*") if name.fullmatch(path.name)]
-        found = sorted((int(name.fullmatch(path.name)[1]), path) for path in paths)
+        paths = {path: match for path in Path(folder).glob("*") if (match := name.fullmatch(path.name))}
+        found = sorted((int(match[1]), path) for path, match in paths.items())
         require(found, f"DATA_PATH={folder} holds no fineweb_{split}_NNNNNN.bin; {NO_DATA_HINT}")
         first = found[0][0] if split == "train" else 0  # a score needs the beginning of its text
         for expected, (number, path) in enumerate(found, start=first):
@@ -463,9 +465,9 @@ def to_device(tokens: np.ndarray, device: torch.device) -> Tensor:
 class TrainLoader:
     """This rank's share of each step; a thread reads the next one ahead.
 
-    Ranks and micro-steps take slices of a step's sequences: their number does not matter. Sequence i
-    of the step at `position` p is the T + 1 tokens from p + i*T on (LOADER=stream), or number p / T + i
-    of an order of all pieces of the text (LOADER=shuffle), with a permutation and a phase per epoch."""
+    Ranks and micro-steps take slices of a step's sequences: their number does not matter. Sequence
+    i of the step at `position` p is the T + 1 tokens from p + i*T on (LOADER=stream), or number
+    p / T + i of all pieces of the text (LOADER=shuffle), by a permutation and a phase per epoch."""
     def __init__(self, stream: TokenStream, config: Config, runtime: Runtime, accum_steps: int):
         self.stream, self.device, self.accum_steps = stream, runtime.device, accum_steps
         self.batch_tokens, self.length = config.train_batch_tokens, config.train_seq_len
@@ -497,8 +499,6 @@ class TrainLoader:
         return tuple(half.contiguous().view(shape) for half in halves)
 
 # ---------- Bytes: the tokenizer, what each of its tokens weighs in bytes of text, the proof of it --------------------
-NAMED_TOKENIZER = re.compile(r"\w+|(.*\W)?\w*byte_?260\w*(\.json)?")  # bytes, or tiktoken's: no .model
-
 class TokenBytes:
     """Bytes of text per token, for a SentencePiece .model; tools/tokenizers.py has others.
 
@@ -569,8 +569,8 @@ FINEWEB_TARGETS, FINEWEB_BYTES = 62_021_632, 151_080_363  # the challenge's, in 
 AUDIT_TOKENS = 1_000_000  # that are decoded
 
 def compare_spelling(token_bytes: TokenBytes, stream: TokenStream) -> str:
-    """Prove on the first tokens that what is weighed is the text as the tokenizer decodes it, less half
-    characters, and documents with unknown letters, which it decodes to a sign. A phrase for the log."""
+    """Prove on the first tokens that what is weighed is the text that the tokenizer decodes, less half
+    characters, and documents with unknown letters, which become a sign there. A phrase for the log."""
     tokens = stream.read(0, min(AUDIT_TOKENS, len(stream)))
     starts, length, unknown = np.flatnonzero(token_bytes.boundary[tokens]), 0, 0
     for document in filter(len, map(np.ndarray.tolist, np.split(tokens, starts))):
@@ -588,7 +588,7 @@ def compare_spelling(token_bytes: TokenBytes, stream: TokenStream) -> str:
 
 def audit(token_bytes: TokenBytes, stream: TokenStream, data_path: str) -> tuple[str, dict]:
     """Prove the byte count that a score divides by: a line for the log, and facts for result.json. It takes
-    a manifest.json with the true bytes: a tokenizer and what its tokens weigh come from one file."""
+    a manifest.json with the true bytes: a tokenizer and its tokens' weights come from one file."""
     pattern, text_bytes, largest, digest = stream.pattern, 0, 0, hashlib.sha256()
     for start in range(0, len(stream), 2**24):
         chunk = stream.read(start, min(2**24 + 1, len(stream) - start))
@@ -611,7 +611,7 @@ def audit(token_bytes: TokenBytes, stream: TokenStream, data_path: str) -> tuple
     return f"byte_audit: {compared}; all {len(stream)} tokens weigh {text_bytes} bytes ({source})", facts
 
 def manifest_bytes(folder: str) -> dict[str, int] | None:
-    """`bytes` of the validation text, and `token_bytes` that are kept, if a manifest states them."""
+    """`bytes` of the validation text, and `token_bytes` that are kept, if a manifest has them."""
     path = Path(folder) / "manifest.json"
     if not path.exists():
         return None
@@ -656,11 +656,8 @@ class Model(nn.Module):
         generator = torch.Generator().manual_seed(config.seed)
         for name, p in self.named_parameters():
             init = self.row(name).init
-            if callable(init):
-                init(p, config, generator)
-            else:
-                value = getattr(config, init) if isinstance(init, str) else init
-                p.copy_(torch.tensor(value, dtype=p.dtype))
+            init = getattr(config, init) if isinstance(init, str) else init
+            init(p, config, generator) if callable(init) else p.copy_(torch.tensor(init, dtype=p.dtype))
     def output_weight(self) -> tuple[str, Tensor]:
         """Name and weight [V, D] of the output projection: the embedding's without an lm_head."""
         name = "tok_emb" if getattr(self, "lm_head", None) is None else "lm_head"
@@ -717,8 +714,6 @@ def rotate(x_BTHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE in halves: dimension i turns with i + r/2 by cos, sin [T, 1, r/2]; from r on none."""
     a, b, *rest = x_BTHd.split(cos.size(-1), dim=-1)
     return torch.cat([a * cos + b * sin, b * cos - a * sin, *rest], dim=-1)
-
-GATE_INPUTS = 12  # channels that a gate looks at
 
 class Attention(nn.Module):
     """Causal, grouped-query (Shazeer 2019; Ainslie et al. 2023); queries and keys normalised."""
@@ -864,13 +859,11 @@ def parameter_groups(model: Model) -> dict[str, list[nn.Parameter]]:
         groups[model.row(name).group].append(p)
     return groups
 
-def newton_schulz(stack: Tensor, steps: int) -> Tensor:
-    """Bring the singular values of matrices [n, rows, cols] of Frobenius norm 1 near 1, 0.7 to 1.2,
-    by quintic iterations. Source: Keller Jordan, Muon."""
-    a, b, c = 3.4445, -4.7750, 2.0315
+def newton_schulz(stack: Tensor, polynomials: list[tuple[float, float, float]]) -> Tensor:
+    """Bring singular values s <= 1 of matrices [n, rows, cols] near 1, by a s + b s^3 + c s^5 in turn."""
     tall = stack.size(-2) > stack.size(-1)
     x = stack.mT if tall else stack
-    for _ in range(steps):
+    for a, b, c in polynomials:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
@@ -881,6 +874,7 @@ class Muon(torch.optim.Optimizer):
     m = mu * m + g;  u = g + mu * m (Nesterov);  p -= lr * sqrt(max(1, rows / cols)) * orthogonal(u)
     Before that, `row_norm` brings the rows of u to norm 1, `weight_decay` takes off lr * weight_decay * p.
     Rank r owns every world_size-th matrix and the momentum of no other; updates are summed."""
+    QUINTIC = (3.4445, -4.7750, 2.0315)  # five of it give 0.7 to 1.2. Source: Keller Jordan, Muon
     def __init__(self, params, lr, momentum, steps, runtime, row_norm=False, weight_decay=0.0):
         defaults = dict(lr=lr, momentum=momentum, steps=steps, row_norm=row_norm, weight_decay=weight_decay)
         super().__init__(params, defaults)
@@ -888,12 +882,14 @@ class Muon(torch.optim.Optimizer):
         assert all(p.ndim == 2 for p in self.param_groups[0]["params"]), "Muon is for matrices"
     def own(self, params: list[Tensor]) -> list[Tensor]:
         return params[self.runtime.rank :: self.runtime.world_size]
+    def polynomials(self, steps: int) -> list[tuple[float, float, float]]:
+        return [self.QUINTIC] * steps
     def orthogonal(self, u: Tensor, group: dict, dtype: torch.dtype) -> Tensor:
         """The scaled updates of a stack [n, rows, cols] in fp32, in `dtype`."""
         for dims in [2, (1, 2)] if group["row_norm"] else [(1, 2)]:
             u = u / u.norm(dim=dims, keepdim=True).clamp_min(1e-7)
-        iterate = self.runtime.newton_schulz or newton_schulz
-        return iterate(u.to(dtype), group["steps"]) * max(1, u.size(1) / u.size(2)) ** 0.5
+        iterate, polynomials = self.runtime.newton_schulz or newton_schulz, self.polynomials(group["steps"])
+        return iterate(u.to(dtype), polynomials) * max(1, u.size(1) / u.size(2)) ** 0.5
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
@@ -901,7 +897,6 @@ class Muon(torch.optim.Optimizer):
             sizes, mine, dtype = [p.numel() for p in params], self.own(params), self.runtime.dtype
             flat = torch.zeros(sum(sizes), device=params[0].device, dtype=dtype)  # for one reduction
             updates = {p: u.view_as(p) for p, u in zip(params, flat.split(sizes), strict=True)}
-
             for shape in {p.shape for p in mine}:  # those of one shape in one batch: it is faster
                 same = [p for p in mine if p.shape == shape]
                 for p in same:
@@ -913,7 +908,6 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_add_(momenta, grads)
                 u = torch.stack(torch._foreach_add(grads, momenta, alpha=mu))
                 torch._foreach_copy_([updates[p] for p in same], [*self.orthogonal(u, group, dtype)])
-
             if self.runtime.world_size > 1:
                 dist.all_reduce(flat)
             if group["weight_decay"]:
@@ -1062,7 +1056,7 @@ def quantize(state: dict[str, Tensor], config: Config, hessians=None, multiplier
     return artifact
 
 def dequantize(artifact: dict, config: Config) -> dict[str, Tensor]:
-    """The state dict that an object of either format stands for, each tensor in its original type."""
+    """The state dict that an object of either format stands for, each tensor in its own type."""
     if artifact["__quant_format__"] == RANS_FORMAT:
         artifact = tool("compress").rans_unpack(artifact, config)
     state = {}
@@ -1079,7 +1073,7 @@ def torch_bytes(value) -> bytes:
     return buffer.getvalue()
 
 def encode(state: dict[str, Tensor], config: Config, hessians=None, multiplier=1.0) -> tuple[dict, bytes, int]:
-    """(object; file: a zlib stream and its sha256, which foreign readers ignore; bytes before zlib)."""
+    """(object; file: a zlib stream and its sha256, which others' readers skip; bytes before zlib)."""
     artifact = quantize(state, config, hessians, multiplier)
     artifact = tool("compress").rans_pack(artifact, config) if config.codec == "rans" else artifact
     raw = torch_bytes(artifact)
@@ -1095,19 +1089,17 @@ def export(state: dict[str, Tensor], config: Config, folder: RunFolder, code_byt
     """Write final_model.pt and the artifact; log the sizes and return them for result.json."""
     raw, limit, (name, tag) = torch_bytes(state), config.size_limit, artifact_names(config)
     folder.write("final_model.pt", raw)  # first: whatever fails from here on, the weights are there
-    if config.fit_size:
-        multiplier, artifact, blob, packed = tool("compress").fit_artifact(state, config, code_bytes, hessians)
-    else:
-        multiplier, (artifact, blob, packed) = 1.0, encode(state, config, hessians)
+    fitted = config.fit_size and tool("compress").fit_artifact(state, config, code_bytes, hessians)
+    multiplier, artifact, blob, packed = fitted or (1.0, *encode(state, config, hessians))
     folder.write(name, blob)
     payload = sum(t.nbytes for t in torch.utils._pytree.tree_leaves(artifact) if isinstance(t, Tensor))
     ratio, total = sum(t.nbytes for t in state.values()) / payload, len(blob) + code_bytes
     verdict = "OK" if total <= limit else "TOO LARGE, NOT A VALID SUBMISSION"
-    fitted = f" clip_multiplier:{multiplier:.4f}" * config.fit_size
+    clips = f" clip_multiplier:{multiplier:.4f}" * config.fit_size
     folder.log(f"Serialized model: {len(raw)} bytes\nCode size: {code_bytes} bytes\n"
                f"Total submission size: {len(raw) + code_bytes} bytes\nSerialized model {tag}: {len(blob)} bytes "
                f"(payload:{payload} raw_torch:{packed} payload_ratio:{ratio:.2f}x)\nTotal submission size {tag}: "
-               f"{total} bytes\nsize_verdict:{verdict} limit:{limit} spare:{limit - total}{fitted}")
+               f"{total} bytes\nsize_verdict:{verdict} limit:{limit} spare:{limit - total}{clips}")
     return {"bytes_model": len(raw), "bytes_artifact": len(blob), "bytes_code": code_bytes, "bytes_total": total,
             "bytes_limit": limit, "sha256_artifact": hashlib.sha256(blob).hexdigest(), "clip_multiplier": multiplier}
 
@@ -1266,8 +1258,7 @@ class Trainer:
             self.folder.append("metrics.jsonl", json.dumps({"step": self.steps, **numbers}))
         return score
     def stop(self):
-        """After the last step: a checkpoint first, so that a killed validation or export goes on from here; then the
-        weights become what is exported."""
+        """After the last step: a checkpoint, for what is killed from here on; then the weights to export."""
         if not self.finished:
             self.settle(keep=0)
             self.watch.switch("export")

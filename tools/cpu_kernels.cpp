@@ -393,8 +393,9 @@ static void combine(i64 rows, i64 columns, i64 words, const bf16* A, const uint3
         }
 }
 
-// X [n, rows, columns], rows <= columns, both in whole 32: `steps` times X = a X + (b G + c G G) X with G = X X^T.
-extern "C" void newton_schulz(bf16* stack, i64 n, i64 rows, i64 columns, int steps, float a, float b, float c,
+// X [n, rows, columns], rows <= columns, both in whole 32: X = a X + (b G + c G G) X with G = X X^T, for each row a, b, c
+// of the coefficients [steps, 3].
+extern "C" void newton_schulz(bf16* stack, i64 n, i64 rows, i64 columns, const float* coefficients, int steps,
                               int threads) {
 #pragma omp parallel num_threads(threads)
     {
@@ -404,6 +405,7 @@ extern "C" void newton_schulz(bf16* stack, i64 n, i64 rows, i64 columns, int ste
         for (i64 i = 0; i < n; i++) {
             bf16* x = stack + i * rows * columns;
             for (int step = 0; step < steps; step++) {
+                float a = coefficients[3 * step], b = coefficients[3 * step + 1], c = coefficients[3 * step + 2];
                 transpose((const uint32_t*)x, columns / 2, rows, columns / 2, pairs.data(), rows);
                 combine(rows, rows, columns / 2, x, pairs.data(), 1.0f, 0.0f, x, gram.data(), true);
                 pair_rows(gram.data(), rows, rows, rows, pairs.data(), rows);

@@ -21,7 +21,6 @@ SOURCE = Path(__file__).with_suffix(".cpp")
 HAS_INSTRUCTIONS = os.name == "posix" and bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
 MOST_TOKENS = 2048  # of a sequence: the scores of 64 queries stay in the cache
 IDLE_SHARE = 0.25  # of the threads, at most: each takes whole matrices
-QUINTIC = (3.4445, -4.7750, 2.0315)  # of train_gpt.newton_schulz
 MOST_SOFTCAP = 40.0  # exponentials from -2 * softcap on must not vanish in fp32
 
 
@@ -184,11 +183,11 @@ def takes_newton_schulz(stack: Tensor) -> bool:
     return HAS_INSTRUCTIONS and stack.device.type == "cpu" and fits and 0 < n >= (1 - IDLE_SHARE) * places
 
 
-def newton_schulz(stack: Tensor, steps: int) -> Tensor:
+def newton_schulz(stack: Tensor, polynomials: list[tuple[float, float, float]]) -> Tensor:
     """As train_gpt.newton_schulz, of what `takes_newton_schulz` says: X X^T and the polynomial of it are symmetric, so
     that half of either is enough, and a matrix stays in the cache of its core."""
     tall = stack.size(1) > stack.size(2)
     x = (stack.mT if tall else stack).clone(memory_format=torch.contiguous_format)
-    a, b, c = map(ctypes.c_float, QUINTIC)
-    call("newton_schulz", x, *map(ctypes.c_int64, x.shape), ctypes.c_int(steps), a, b, c)
+    coefficients = torch.tensor(polynomials, dtype=torch.float32)
+    call("newton_schulz", x, *map(ctypes.c_int64, x.shape), coefficients, ctypes.c_int(len(polynomials)))
     return x.mT if tall else x

@@ -237,14 +237,14 @@ def choose_loss(config, runtime):
         return None, f"loss:torch; fused failed: {error!r:.120}"
 
 
-def fused_newton_schulz(stack, steps: int):
+def fused_newton_schulz(stack, polynomials: list[tuple[float, float, float]]):
     """By tools/cpu_kernels.cpp, where it takes these matrices."""
     takes = cpu_kernels.takes_newton_schulz(stack)
-    return (cpu_kernels if takes else train_gpt).newton_schulz(stack, steps)
+    return (cpu_kernels if takes else train_gpt).newton_schulz(stack, polynomials)
 
 
 def choose_newton_schulz(runtime):
-    """(function of (stack, steps) for Muon, or None for train_gpt's; log line)."""
+    """(function of (stack, polynomials) for Muon, or None for train_gpt's; log line)."""
     takes = cpu_kernels and cpu_kernels.HAS_INSTRUCTIONS
     if not takes or runtime.device.type != "cpu" or runtime.dtype != torch.bfloat16:
         return None, "muon:torch"

@@ -207,18 +207,15 @@ POLAR_EXPRESS = (
 SAFETY = 1.01  # keeps what rounding adds within the interval where the iterations converge
 
 
-def polar_express(stack: Tensor, steps: int) -> Tensor:
-    """Bring the singular values of matrices [n, rows, cols] of Frobenius norm 1 near 1. Source: Amsel, Persson, Musco
-    and Gower 2025, The Polar Express; with their SAFETY on the norm and on all iterations but the last."""
-    tall = stack.size(-2) > stack.size(-1)
-    x = (stack.mT if tall else stack) / SAFETY
+def polar_express(steps: int) -> list[tuple[float, float, float]]:
+    """The polynomials a s + b s^3 + c s^5 of singular values for matrices whose Frobenius norm is 1. Source: Amsel,
+    Persson, Musco and Gower 2025, The Polar Express; with their SAFETY on the norm and on all steps but the last."""
+    polynomials = []
     for step in range(steps):
         a, b, c = POLAR_EXPRESS[min(step, len(POLAR_EXPRESS) - 1)]
-        if step + 1 < len(POLAR_EXPRESS):
-            a, b, c = a / SAFETY, b / SAFETY**3, c / SAFETY**5
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+        safety = SAFETY ** ((step == 0) + (step + 1 < len(POLAR_EXPRESS)))
+        polynomials.append((a / safety, b / safety**3, c / safety**5))
+    return polynomials
 
 
 class FrontierMuon(train_gpt.Muon):
@@ -229,15 +226,12 @@ class FrontierMuon(train_gpt.Muon):
                          config.muon_row_norm, config.muon_weight_decay)  # fmt: skip
         self.polar_express = config.polar_express
 
+    def polynomials(self, steps: int) -> list[tuple[float, float, float]]:
+        return polar_express(steps) if self.polar_express else super().polynomials(steps)
+
     def orthogonal(self, u: Tensor, group: dict, dtype: torch.dtype) -> Tensor:
         n, rows, cols = u.shape
-        u = u.reshape(-1, group["rows"] or rows, cols)
-        if not self.polar_express:
-            return super().orthogonal(u, group, dtype).reshape(n, rows, cols)
-        for dims in [2, (1, 2)] if group["row_norm"] else [(1, 2)]:
-            u = u / u.norm(dim=dims, keepdim=True).clamp_min(1e-7)
-        u = polar_express(u.to(dtype), group["steps"]) * max(1, u.size(1) / cols) ** 0.5
-        return u.reshape(n, rows, cols)
+        return super().orthogonal(u.reshape(-1, group["rows"] or rows, cols), group, dtype).reshape(n, rows, cols)
 
 
 if __name__ == "__main__":
