@@ -151,8 +151,8 @@ def pin_attention(name: str):
     for kernel in kernels:
         getattr(torch.backends.cuda, f"enable_{kernel}_sdp")(ours or kernel.removeprefix("mem_") == name)
     # torch finds compiled code on the disk by a key that leaves these switches out, and would run the kernel of an
-    # earlier choice (pytorch issue 185449).
-    torch.compiler.config.cache_key_tag = f"attention:{name}"
+    # earlier choice (pytorch issue 185449); and what an operator of ours computes on the way back.
+    torch.compiler.config.cache_key_tag = f"attention:{name} {cpu_kernels and cpu_kernels.WIRING}"
 
 
 def try_attention(name: str, config, runtime, compiled: bool, seconds_of=None):
