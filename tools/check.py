@@ -226,9 +226,9 @@ def model_and_step(config, runtime, problems: list[str], log) -> dict:
     code = sum(len(path.read_bytes()) for path in train_gpt.source_paths(config).values())
     projected = projected_bytes(config, model)
     # A GPU gets the whole micro-batch, compiled. A CPU gets a small one; its compilation takes far longer than all
-    # the rest together, and is left to COMPILE=1 and autotune.
+    # the rest together, and is left to COMPILE=1 and autotune, where the CPU is to train.
     on_cpu = runtime.device.type == "cpu"
-    chosen = model if on_cpu and config.compile in ("auto", "0") else compiled_model
+    chosen = model if on_cpu and (not here or config.compile in ("auto", "0")) else compiled_model
     rows = max(1, min(micro, CPU_TOKENS) // T) if on_cpu else micro // T
     tokens = torch.zeros(rows, T, dtype=torch.long, device=runtime.device)
     seconds = {}

@@ -234,6 +234,12 @@ def test_check_without_the_tool_that_predicts(checked, monkeypatch):
     assert facts["steps_in_budget"] == "unknown: no 8 ranks of cuda to measure on"
 
 
+def test_a_cpu_does_not_compile_what_gpus_elsewhere_are_to_train(checked, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, facts, _, _ = checked(TARGET_WORLD_SIZE=8, TRAIN_BATCH_TOKENS=1024, COMPILE=1)
+    assert code == 0 and facts["micro_step"].endswith("eager: runs")
+
+
 def test_check_in_a_process_of_its_own(corpus, tmp_path):
     environ = models.tiny_settings(corpus, MODE="check", DATA_PATH=tmp_path / "nowhere", LOG_DIR=tmp_path / "logs")
     done = process(environ | {"ITERATION": "7"}, tmp_path)
