@@ -37,7 +37,7 @@ class FrontierConfig(ScoreFirstConfig):
     polar_express: bool = knob(False, "its coefficients in the place of Muon's usual ones")
     prefix_loss: float = knob(0.0, "initial weight of the loss on the target's longest prefix", 0, 10)
     lookahead: float = knob(0.0, "how many average updates ahead of the weights gradients are taken", 0, 0.99)
-    lookahead_decay: float = knob(0.98, "per step, of that average", 0, 0.99999)
+    lookahead_decay: float = knob(0.99, "per step, of that average", 0, 0.99999)
     contexts: str = knob("", "LENGTH@SHARE,...: tokens of context from that share of the run on; empty: all")
     canonical_train: bool = knob(False, "the mask of CANONICAL=1 in training, too")
     fold_scales: bool = knob(False, "attn_scale and mlp_scale multiply weights, not tokens", free=True, arch=True)
