@@ -142,16 +142,6 @@ def lock(file, log):
         log(f"warning: {file.name} cannot be locked ({error.strerror}): see that no other run writes to its folder")
 
 
-def state_names(trainer) -> list[dict]:
-    """Of each optimizer {parameter: name of its state in a checkpoint}: the parameter's name, and after it that of the
-    optimizer where one before has the parameter, too."""
-    own, found = {p: name for name, p in trainer.model.named_parameters()}, []
-    for optimizer in trainer.optimizers:
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        found.append({p: own[p] + f" {type(optimizer).__name__}" * any(p in names for names in found) for p in params})
-    return found
-
-
 def gather(runtime, value) -> list:
     """Every rank's value, in order, on rank 0."""
     values = [value] * runtime.world_size
@@ -236,8 +226,8 @@ class Checkpoints(train_gpt.Hooks):
     def state(self, trainer, copy: bool = True) -> dict | None:
         """All that a run needs to go on, on the CPU, on rank 0; None on the others. Collective. Without `copy` what is
         there already is not copied: it must not change before it is written."""
-        own = {}
-        for optimizer, names in zip(trainer.optimizers, state_names(trainer), strict=True):
+        names, own = {p: name for name, p in trainer.model.named_parameters()}, {}
+        for optimizer in trainer.optimizers:
             if trainer.runtime.is_master or isinstance(optimizer, train_gpt.Muon):  # Adam's is the same everywhere
                 own |= {names[p]: values for p, values in optimizer.state.items()}
         rng = {"cpu": torch.get_rng_state()}
@@ -280,7 +270,8 @@ class Checkpoints(train_gpt.Hooks):
         for tensor, value in zip(trainer.average, values, strict=bool(trainer.average)):
             require(tensor.shape == value.shape, "its average is of another model")
             tensor.copy_(value)
-        for optimizer, names in zip(trainer.optimizers, state_names(trainer), strict=True):
+        names = {p: name for name, p in trainer.model.named_parameters()}
+        for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
                 own = optimizer.own(group["params"]) if isinstance(optimizer, train_gpt.Muon) else group["params"]
                 for p in own:
@@ -334,9 +325,8 @@ def fit_memory(trainer):
     while True:
         tokens, lacking, ballast = loader.share // loader.accum_steps, False, []
         try:  # with as much taken as the optimizers, the average and DDP will need
-            optimized = [p for names in state_names(trainer) for p in names]
-            copies = 1 + bool(trainer.config.ema_decay)
-            ballast += [torch.empty_like(p) for p in 2 * optimized + copies * [*trainer.model.parameters()]]
+            copies = 3 + bool(trainer.config.ema_decay)
+            ballast += [torch.empty_like(p) for p in trainer.model.parameters() for _ in range(copies)]
             x = torch.zeros(tokens // T, T, dtype=torch.long, device=trainer.runtime.device)
             output = trainer.compiled_model(x, x.clone())  # one tensor twice would be compiled as another graph
             (output[0] if isinstance(output, tuple) else output).mean().backward()

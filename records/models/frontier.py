@@ -27,7 +27,6 @@ from train_gpt import Row, knob, require  # noqa: E402
 
 MOST_CONTEXTS = 5  # torch.compile keeps eight graphs of a model: of these, of depth recurrence, and of the evaluation
 NO_PREFIX = -100  # the target for which F.cross_entropy gives 0
-LOOKAHEAD_SHARES = 0.16, 0.76  # of the run: from the first to the second, as in modded-nanogpt's PR 308
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +35,6 @@ class FrontierConfig(ScoreFirstConfig):
     muon_heads: int = knob(0, "heads of q, k or v that Muon takes as one matrix; 0: all", 0)
     polar_express: bool = knob(False, "its coefficients in the place of Muon's usual ones")
     prefix_loss: float = knob(0.0, "initial weight of the loss on the target's longest prefix", 0, 10)
-    lookahead: float = knob(0.0, "how many average updates ahead of the weights gradients are taken", 0, 0.99)
-    lookahead_decay: float = knob(0.99, "per step, of that average", 0, 0.99999)
     contexts: str = knob("", "LENGTH@SHARE,...: tokens of context from that share of the run on; empty: all")
     canonical_train: bool = knob(False, "the mask of CANONICAL=1 in training, too")
     fold_scales: bool = knob(False, "attn_scale and mlp_scale multiply weights, not tokens", free=True, arch=True)
@@ -144,7 +141,6 @@ def longest_prefixes(token_bytes: train_gpt.TokenBytes, vocab_size: int) -> Tens
 class FrontierGPT(ScoreFirst, train_gpt.GPT):
     block_class = LeanBlock
     needs_logits = False  # unless there is a loss on prefixes
-    lookahead: "Lookahead | None" = None
     PARAMETERS = train_gpt.GPT.PARAMETERS | {"blocks.attn.attend.gate": Row(0.0, "scalar", "attn", fp32=True)}
 
     def __init__(self, config: FrontierConfig, attend=train_gpt.grouped_attention, dtype=torch.float32):
@@ -168,8 +164,6 @@ class FrontierGPT(ScoreFirst, train_gpt.GPT):
     def advance(self, progress: float):
         self.looping = self.has_loops and progress >= self.loop_start
         self.context = [length for share, length in self.context_starts if share <= progress][-1]
-        if self.lookahead:
-            self.lookahead.active = LOOKAHEAD_SHARES[0] <= progress < LOOKAHEAD_SHARES[1]
         if self.longest_prefix is not None:
             self.prefix_weight.fill_(self.prefix_loss * (1 - progress))
 
@@ -189,21 +183,15 @@ class FrontierGPT(ScoreFirst, train_gpt.GPT):
         return losses_BT, self.prefix_weight * prefix_BT.mean()
 
     def optimizers(self, config: FrontierConfig, runtime) -> list[torch.optim.Optimizer]:
-        optimizers = super().optimizers(config, runtime)
-        if config.muon_heads or config.polar_express:
-            optimizers[1] = self.muon(config, runtime)
-        if config.lookahead:
-            self.lookahead = Lookahead(self.parameters(), config.lookahead, config.lookahead_decay)
-            optimizers.append(self.lookahead)
-        return optimizers
-
-    def muon(self, config: FrontierConfig, runtime) -> train_gpt.Muon:
+        if not config.muon_heads and not config.polar_express:
+            return super().optimizers(config, runtime)
+        adam, _ = super().optimizers(config, runtime)
         names = ("attn.c_q.weight", "attn.c_k.weight", "attn.c_v.weight") if config.muon_heads else ()
         groups = [{"params": [], "rows": 0}, {"params": [], "rows": config.muon_heads * self.blocks[0].attn.head_dim}]
         for name, p in self.named_parameters():
             if self.row(name).group == "matrix":
                 groups[name.endswith(names)]["params"].append(p)
-        return FrontierMuon([group for group in groups if group["params"]], config, runtime)
+        return [adam, FrontierMuon([group for group in groups if group["params"]], config, runtime)]
 
 
 # The paper's iterations, each the best for the singular values that those before it leave; the last goes on as it is.
@@ -250,32 +238,6 @@ class FrontierMuon(train_gpt.Muon):
             u = u / u.norm(dim=dims, keepdim=True).clamp_min(1e-7)
         u = polar_express(u.to(dtype), group["steps"]) * max(1, u.size(1) / cols) ** 0.5
         return u.reshape(n, rows, cols)
-
-
-class Lookahead(torch.optim.Optimizer):
-    """EMA-Nesterov, the last of the optimizers: the next gradient is taken where it leaves the weights, and from there
-    the others go on. Source: Yau et al. 2026, arXiv 2605.25395.
-
-    m = decay * m + (1 - decay) * (x - x one step before);  while it is active: x + lr * m, and nothing is moved back
-    Here x is what the other optimizers leave. The first step has none before it, and counts as no movement."""
-
-    active = False
-
-    def __init__(self, params, lr: float, decay: float):
-        super().__init__(params, {"lr": lr, "decay": decay})
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            params = group["params"]
-            for p in params:
-                if p not in self.state:
-                    self.state[p] = {"average": torch.zeros_like(p), "previous": p.clone()}
-            averages, previous = ([self.state[p][key] for p in params] for key in ("average", "previous"))
-            torch._foreach_lerp_(averages, torch._foreach_sub(params, previous), 1 - group["decay"])
-            torch._foreach_copy_(previous, params)
-            if self.active:
-                torch._foreach_add_(params, averages, alpha=group["lr"])
 
 
 if __name__ == "__main__":

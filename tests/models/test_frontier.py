@@ -37,7 +37,7 @@ FrontierConfig, FrontierGPT = frontier.FrontierConfig, frontier.FrontierGPT
 
 ALL = {"XSA_LAYERS": 2, "XSA_GATE": 1, "MUON_HEADS": 1, "POLAR_EXPRESS": 1, "PREFIX_LOSS": 0.5, "CANONICAL": 1,
        "CANONICAL_TRAIN": 1, "CONTEXTS": "8@0,16@0.3,32@0.6", "EMA_DECAY": 0.9, "TTT_CHUNK": 64, "TTT_LR": 0.05,
-       "TTT_BATCH_TOKENS": 64, "FOLD_SCALES": 1, "FUSE_QKV": 1, "LOOKAHEAD": 0.5, "LOOKAHEAD_DECAY": 0.8}  # fmt: skip
+       "TTT_BATCH_TOKENS": 64, "FOLD_SCALES": 1, "FUSE_QKV": 1}  # fmt: skip
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_with_every_knob_off_there_is_nothing_new(config_of, make_config, runtim
     model, plain = FrontierGPT(config_of(XSA_LAYERS=2)), GPT(make_config(XSA_LAYERS=2))
     assert all(map(torch.equal, model.state_dict().values(), plain.state_dict().values()))
     assert model.state_dict().keys() == plain.state_dict().keys() and model.graph_starts == plain.graph_starts
-    assert [type(one) for one in model.optimizers(config_of(), runtime)] == [torch.optim.AdamW, train_gpt.Muon]
+    assert type(model.optimizers(config_of(), runtime)[1]) is train_gpt.Muon
     assert not dict(model.named_buffers()).keys() - dict(plain.named_buffers()).keys()
 
 
@@ -347,54 +347,6 @@ def test_polar_express_brings_singular_values_nearer_to_1_than_the_usual_coeffic
     assert errors[0].max() < {1: 1, 3: 0.9, 4: 0.6, 5: 0.17, 6: 0.01, 10: 1e-6}[steps]
     expected = by_singular_values(matrix / 1.01, paper_quintics(steps))
     torch.testing.assert_close(frontier.polar_express(matrix[None], steps)[0], expected, rtol=1e-9, atol=1e-9)
-
-
-# LOOKAHEAD
-
-
-def test_looking_ahead_equals_the_papers_recursion():
-    """x = A(x + b m), m = g m + (1 - g) (x - x before), of SGD with momentum on a quadratic, where b changes."""
-    g, curvature, x, updates = 0.9, randn(5, seed=1).abs(), randn(5), []
-    params = [torch.nn.Parameter(part.clone()) for part in x.split([2, 3])]
-    sgd, lookahead = torch.optim.SGD(params, lr=0.1, momentum=0.7), frontier.Lookahead(params, 0.6, g)
-    point, velocity = x, torch.zeros_like(x)
-    for step, b in enumerate([0, 0, 0.6, 0.5, 0.4, 0.3, 0, 0]):
-        for p, scale in zip(params, curvature.split([2, 3]), strict=True):
-            p.grad = scale * p.detach()
-        lookahead.active, lookahead.param_groups[0]["lr"] = b > 0, b or 0.6
-        sgd.step()
-        lookahead.step()
-        velocity = 0.7 * velocity + curvature * point
-        before, x = x, point - 0.1 * velocity
-        updates.append(x - before if step else torch.zeros_like(x))  # of the first it sees only the end
-        point = x + b * (1 - g) * sum(g ** (step - i) * update for i, update in enumerate(updates))
-        torch.testing.assert_close(torch.cat([p.detach() for p in params]), point, rtol=1e-12, atol=1e-12)
-
-
-def test_all_parameters_look_ahead_in_the_middle_of_the_run_after_all_else_was_done(config_of, runtime):
-    for knobs, muon in (({}, train_gpt.Muon), ({"POLAR_EXPRESS": 1}, frontier.FrontierMuon)):
-        config = config_of(LOOKAHEAD=0.6, LOOKAHEAD_DECAY=0.9, **knobs)
-        model = FrontierGPT(config)
-        optimizers = model.optimizers(config, runtime)
-        assert [type(one) for one in optimizers] == [torch.optim.AdamW, muon, frontier.Lookahead]
-        (group,) = optimizers[2].param_groups
-        assert group["params"] == [*model.parameters()] and (group["lr"], group["decay"]) == (0.6, 0.9)
-        active = []
-        for progress in (0.0, 0.15, 0.16, 0.5, 0.759, 0.76, 1.0):
-            model.advance(progress)
-            active.append(optimizers[2].active)
-        assert active == [False, False, True, True, True, False, False]
-
-
-def test_a_warm_up_leaves_no_average_behind(tiny, capfd, tmp_path):
-    """And looking ahead changes the loss of the first step after one in which it was active, the third of ten."""
-    losses = []
-    for name, knobs in {"off": {}, "cold": {"LOOKAHEAD": 0.6}, "warm": {"LOOKAHEAD": 0.6, "WARMUP_STEPS": 3}}.items():
-        values = tiny(ITERATIONS=10, RUN_ID=name, CONTEXTS="16@0,32@0.5", LOOKAHEAD_DECAY=0.8, **knobs)
-        assert start(FrontierConfig, values, capfd)[0] == 0
-        losses.append(losses_of(tmp_path / "logs" / name))
-    off, cold, warm = losses
-    assert warm == cold and cold[:3] == off[:3] and cold[3] != off[3]
 
 
 # PREFIX_LOSS
