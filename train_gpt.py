@@ -157,6 +157,7 @@ class Config:
     warmdown_frac: float = knob(0.3526, "share of the run in which the rates fall to 0", 0, 1)
     lr_floor: float = knob(0.0, "least share of the rates in the warmdown; wants EMA_DECAY", 0, 1)
     ema_decay: float = knob(0.0, "of the exported average of the weights; 0: none", 0, 1)
+    ema_share: float = knob(1.0, "of that average in what is exported; the rest: the last weights", 0, 1)
     # Export
     codec: str = knob("zlib", "of the artifact; rans is smaller", choices=("zlib", "rans"))
     weight_bits: int = knob(8, "bits of the blocks and of an untied output projection", 2, 8)
@@ -1179,10 +1180,10 @@ class Trainer:
         torch._foreach_lerp_(self.average, [p.float() for p in self.model.parameters()], 1 - decay)
     @torch.no_grad()
     def finish_weights(self):
-        """Put the average, if there is one, in the place of the weights; calibrate it, if GPTQ is to round it."""
+        """Bring the weights EMA_SHARE of the way to the average, if there is one; calibrate, if GPTQ is to round."""
         self.exporting = True
         for p, average in zip(self.model.parameters(), self.average, strict=False):
-            p.copy_(average)
+            p.copy_(torch.lerp(p.float(), average, self.config.ema_share))
         if self.calibration:
             collect = tool("compress").collect_hessians
             self.hessians = collect(self.model, self.loader, self.calibration, self.runtime)

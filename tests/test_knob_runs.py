@@ -24,9 +24,9 @@ EVERYTHING = {
     "NUM_LAYERS": 3, "MLP_SLOPE": 0.5, "MLP_MULT": 1.7, "ROPE_DIMS": 4, "LN_SCALE": 1, "XSA_LAYERS": 2, "ATTN_GATE": 1,
     "GATED_SKIPS": 1, "X0_MIX": 0, "PARALLEL_FROM": 2, "SMEAR_GATE": 1, "LOOP_LAYERS": "0-1",
     "LOOP_PASSES": 2, "LOOP_START": 0.5, "MUON_WEIGHT_DECAY": 0.1, "MUON_ROW_NORM": 1, "EMBED_WEIGHT_DECAY": 0.1,
-    "LR_FLOOR": 0.1, "SCALAR_WEIGHT_DECAY": 0.1, "EMA_DECAY": 0.9, "LOADER": "shuffle", "GRAD_CLIP_NORM": 0.3,
-    "CODEC": "rans", "WEIGHT_BITS": 6, "EMBED_BITS": 7, "CLIP_ATTN": 13, "CLIP_MLP": 12, "CLIP_EMBED": 15,
-    "GPTQ_BATCHES": 3,
+    "LR_FLOOR": 0.1, "SCALAR_WEIGHT_DECAY": 0.1, "EMA_DECAY": 0.9, "EMA_SHARE": 0.7, "LOADER": "shuffle",
+    "GRAD_CLIP_NORM": 0.3, "CODEC": "rans", "WEIGHT_BITS": 6, "EMBED_BITS": 7, "CLIP_ATTN": 13, "CLIP_MLP": 12,
+    "CLIP_EMBED": 15, "GPTQ_BATCHES": 3,
 }  # fmt: skip
 
 
@@ -184,14 +184,16 @@ def test_fitting_the_memory_compiles_nothing_but_what_the_training_uses(make_con
 # The average
 
 
-@pytest.mark.parametrize("decay", [0.4, 0.999])
-def test_the_average_of_the_weights_is_exported(go, raw_weights, decay):
-    run = go(EMA_DECAY=decay, ITERATIONS=12, WARMUP_STEPS=2)
+@pytest.mark.parametrize("decay, part", [(0.4, 1), (0.999, 1), (0.999, 0.6)])
+def test_the_average_of_the_weights_is_exported(go, raw_weights, decay, part):
+    """Or so much of it, and for the rest the last weights."""
+    run = go(EMA_DECAY=decay, EMA_SHARE=part, ITERATIONS=12, WARMUP_STEPS=2)
     assert len(raw_weights) == 13
     average = raw_weights[0]
     for t, weights in enumerate(raw_weights[1:]):
         share = min(decay, (t + 1) / (t + 10))
         average = {name: share * average[name] + (1 - share) * p for name, p in weights.items()}
+    average = {name: part * tensor + (1 - part) * raw_weights[-1][name] for name, tensor in average.items()}
     exported = torch.load(run.path / "final_model.pt", weights_only=True)
     assert exported.keys() == average.keys()
     for name, tensor in exported.items():
@@ -212,8 +214,9 @@ def test_the_average_leaves_the_training_alone(go):
 
 
 @pytest.mark.parametrize("name, value", [
-    ("EMA_DECAY", -0.1), ("EMA_DECAY", 1.1), ("EMA_DECAY", "x"), ("MUON_WEIGHT_DECAY", -1), ("MUON_WEIGHT_DECAY", "x"),
-    ("EMBED_WEIGHT_DECAY", -1), ("SCALAR_WEIGHT_DECAY", -1), ("MUON_ROW_NORM", 2), ("MUON_ROW_NORM", "x"),
+    ("EMA_DECAY", -0.1), ("EMA_DECAY", 1.1), ("EMA_DECAY", "x"), ("EMA_SHARE", -0.1), ("EMA_SHARE", 1.1),
+    ("MUON_WEIGHT_DECAY", -1), ("MUON_WEIGHT_DECAY", "x"), ("EMBED_WEIGHT_DECAY", -1), ("SCALAR_WEIGHT_DECAY", -1),
+    ("MUON_ROW_NORM", 2), ("MUON_ROW_NORM", "x"),
 ])  # fmt: skip
 def test_bad_values_are_user_errors_that_name_the_knob(make_config, name, value):
     with pytest.raises(train_gpt.UserError, match=name):
