@@ -432,8 +432,7 @@ class TokenStream:
     def __init__(self, folder: str, split: str, vocab_size: int):
         self.pattern, self.vocab_size = f"{folder}/fineweb_{split}_*.bin", vocab_size
         name = re.compile(rf"fineweb_{split}_(\d+)\.bin")  # a glob takes ..._000000_old.bin, too
-        paths = {path: match for path in Path(folder).glob("*") if (match := name.fullmatch(path.name))}
-        found = sorted((int(match[1]), path) for path, match in paths.items())
+        found = sorted((int(match[1]), path) for path in Path(folder).glob("*") if (match := name.fullmatch(path.name)))
         require(found, f"DATA_PATH={folder} holds no fineweb_{split}_NNNNNN.bin; {NO_DATA_HINT}")
         first = found[0][0] if split == "train" else 0  # a score needs the beginning of its text
         for expected, (number, path) in enumerate(found, start=first):

@@ -224,6 +224,11 @@ def test_bounds(name, refused, taken):
         assert name in ("TRAIN_BATCH_TOKENS", "MODEL_DIM", "NUM_HEADS") and "the least is" not in str(error)
 
 
+def test_a_share_of_an_average_wants_one():
+    assert "EMA_DECAY=0 makes none: set EMA_DECAY" in error_of(EMA_SHARE="0.5")
+    assert load(EMA_SHARE="0.5", EMA_DECAY="0.99").ema_share == 0.5
+
+
 @pytest.mark.parametrize("name, choices", [
     ("DEVICE", "auto cuda mps cpu"), ("DTYPE", "auto bfloat16 float32"), ("COMPILE", "auto 0 1 autotune"),
     ("ATTENTION", "auto fastest flash cudnn efficient math blocked"), ("MODE", "train check eval sample"),
@@ -407,6 +412,7 @@ def configs(draw):
     environ |= {"LOOP_LAYERS": f"{first}-{draw(st.integers(first, min(layers, 9999) - 1))}" if layers > 1 else ""}
     environ |= {"START_TOKEN": str(draw(st.integers(0, int(environ["VOCAB_SIZE"]) - 1)))}
     environ |= dict.fromkeys(("CLIP_ATTN", "CLIP_MLP", "CLIP_EMBED"), clip) if environ["FIT_SIZE"] == "1" else {}
+    environ |= {} if float(environ["EMA_DECAY"]) else {"EMA_SHARE": "1"}
     del environ[draw(st.sampled_from(["GRAD_ACCUM_STEPS", "MICRO_BATCH_TOKENS"]))]
     return environ
 
