@@ -67,8 +67,8 @@ def check_combinations(config):
             "GRAD_ACCUM_STEPS and MICRO_BATCH_TOKENS are both given: unset one, both cut the step")
     require(not config.fit_size or min(config.clip_attn, config.clip_mlp, config.clip_embed) > 0,
             "FIT_SIZE=1 scales clips, and CLIP_ATTN, CLIP_MLP or CLIP_EMBED is 0: set each, to about 13")
-    require(config.ema_share == 1 or config.ema_decay, f"EMA_SHARE={config.ema_share} is of an average, and EMA_DECAY=0 "
-            "makes none: set EMA_DECAY, to about 0.99")
+    require(config.ema_share == 1 or config.ema_decay, f"EMA_SHARE={config.ema_share} is of an average, and "
+            "EMA_DECAY=0 makes none: set EMA_DECAY, to about 0.99")
 
 
 def knobs_of_model_files() -> dict[str, str]:
