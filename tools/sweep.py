@@ -32,6 +32,7 @@ the workers of one machine. `optuna-dashboard <storage>` (a package of its own) 
 """
 
 import argparse
+import contextlib
 import os
 import re
 import socket
@@ -164,17 +165,31 @@ def check_same_space(study: optuna.Study, space: dict):
                                 "give the new search another name") from error
 
 
+@contextlib.contextmanager
+def one_at_a_time(folder: Path):
+    """Of the workers on this machine: a grid would give the same values to two that ask at once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "asking.lock", "w") as file:
+        if os.name != "nt":  # which has no fcntl
+            import fcntl
+
+            with contextlib.suppress(OSError):  # Lustre, SMB and some NFS have no such locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def suggest(trial: optuna.Trial, space: dict) -> dict[str, str]:
     """{KNOB: text}"""
     knobs = {}
-    for name, form in space["space"].items():
-        if isinstance(form, list):
-            value = trial.suggest_categorical(name, form)
-        elif isinstance(distribution(form), optuna.distributions.IntDistribution):
-            value = trial.suggest_int(name, **form)
-        else:
-            value = trial.suggest_float(name, **form)
-        knobs[name] = text_of(value)
+    with one_at_a_time(Path("logs") / space["name"]):
+        for name, form in space["space"].items():
+            if isinstance(form, list):
+                value = trial.suggest_categorical(name, form)
+            elif isinstance(distribution(form), optuna.distributions.IntDistribution):
+                value = trial.suggest_int(name, **form)
+            else:
+                value = trial.suggest_float(name, **form)
+            knobs[name] = text_of(value)
     return {name: text_of(value) for name, value in space["fixed"].items()} | knobs
 
 

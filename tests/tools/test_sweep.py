@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import optuna
@@ -82,6 +83,22 @@ def test_two_workers_share_a_study(space, storage):
     trials = study_of(storage).get_trials()
     assert {trial.params["LEVEL"] for trial in trials if trial.state == TrialState.COMPLETE} == set(range(1, 7))
     assert {trial.user_attrs["pid"] for trial in trials} == {worker.pid for worker in workers}
+
+
+def test_workers_that_ask_at_once_try_no_value_of_a_grid_twice(space, monkeypatch):
+    settings = sweep.read_space(space('sampler = "BruteForceSampler"\n[space]\nLEVEL = {low = 1, high = 6}\n', 6))
+    sample = optuna.samplers.BruteForceSampler.sample_independent
+
+    def slow(*arguments):
+        value = sample(*arguments)
+        time.sleep(0.3)  # while others may ask, too
+        return value
+
+    monkeypatch.setattr(optuna.samplers.BruteForceSampler, "sample_independent", slow)
+    studies = [sweep.open_study(settings) for _ in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda study: sweep.suggest(study.ask(), settings)["LEVEL"], studies))
+    assert sorted(found) == ["1", "2", "3", "4", "5", "6"]
 
 
 def test_a_killed_sweep_goes_on_and_gives_its_trial_again(space):
