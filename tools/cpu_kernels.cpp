@@ -32,9 +32,10 @@ static inline __m512i pair_up(__m512 even, __m512 odd) {
     return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
 }
 
-// 2^x: the whole part scales, a polynomial does the rest, to 2e-7. Below -126 it fades to 0.
+// 2^x: the whole part scales, a polynomial does the rest, to 2e-7. Below -126 it fades to 0. NaN stays NaN: of a pair
+// with it the larger is, by the instruction, the second.
 static inline __m512 exp2_16(__m512 x) {
-    x = _mm512_max_ps(x, _mm512_set1_ps(-150.0f));
+    x = _mm512_max_ps(_mm512_set1_ps(-150.0f), x);
     __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     __m512 f = _mm512_sub_ps(x, whole);
     __m512 p = _mm512_set1_ps(1.5403530e-4f);  // Taylor's coefficients, ln(2)^n / n!
@@ -446,7 +447,7 @@ extern "C" void softcapped_cross_entropy(bf16* z, const i64* targets, float* los
                 sum = _mm512_add_ps(sum, weight);
             }
             float total = _mm512_reduce_add_ps(sum), t = tanhs[target];
-            losses[row] = exponentials[target] > 0.0f ? std::log(total) + cap * (1.0f - t) : INFINITY;
+            losses[row] = exponentials[target] == 0.0f ? INFINITY : std::log(total) + cap * (1.0f - t);
             if (!gradient) continue;
             __m512 inverse = _mm512_set1_ps(1.0f / total);
             for (i64 c = 0; c < V; c += LANES) {

@@ -1,6 +1,6 @@
-"""Attention, loss and Newton-Schulz iterations for CPUs that multiply bf16 by AVX-512: cpu_kernels.cpp compiled.
+"""Attention and loss for CPUs, and for those that multiply bf16 by AVX-512 Newton-Schulz iterations: C++ compiled.
 
-tools/kernels.py uses them where there are the instructions, a compiler and a shape that they take, and torch's own
+tools/kernels.py uses them where there are a compiler, the instructions and a shape that they take, and torch's own
 operations elsewhere. As with any backend of attention the results are the same but for rounding: an artifact needs none
 of this to be scored, and the log of a run tells what it used, with the hash of the C++.
 """
@@ -17,50 +17,56 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_suffix(".cpp")
+HERE = Path(__file__).parent
+SOURCES = {torch.bfloat16: HERE / "cpu_kernels.cpp", torch.float32: HERE / "cpu_kernels_fp32.cpp"}
 WIRING = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]  # torch does not look into an operator of ours
-HAS_INSTRUCTIONS = os.name == "posix" and bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
+HAS_INSTRUCTIONS = os.name == "posix" and bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())  # for bf16
 MOST_TOKENS = 2048  # of a sequence: the scores of 64 queries stay in the cache
 IDLE_SHARE = 0.25  # of the threads, at most: each takes whole matrices
 MOST_SOFTCAP = 40.0  # exponentials from -2 * softcap on must not vanish in fp32
 
 
+def has_kernels(dtype: torch.dtype) -> bool:
+    return HAS_INSTRUCTIONS if dtype == torch.bfloat16 else os.name == "posix" and dtype in SOURCES
+
+
 @functools.cache
-def library() -> ctypes.CDLL:
+def library(dtype: torch.dtype) -> ctypes.CDLL:
     """The compiled C++, made once for each source, compiler and machine. Raises OSError without a compiler, and
     subprocess.CalledProcessError for one that does not know the instructions."""
+    source = SOURCES[dtype]
     compiler = os.environ.get("CXX", "g++")
     flags = ["-O3", "-march=native", "-fno-strict-aliasing", "-fno-math-errno", "-fPIC"]
     cpu = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
     model = [line for line in cpu.splitlines() if line.startswith(("model name", "flags"))]
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    key = hashlib.sha256(repr((SOURCE.read_bytes(), version, flags, model)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr((source.read_bytes(), version, flags, model)).encode()).hexdigest()[:16]
     usual = Path(tempfile.gettempdir(), f"torchinductor_{os.getuid()}")
     folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or usual)
-    path = folder / f"cpu_kernels_{key}.so"
+    path = folder / f"{source.stem}_{key}.so"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             objects, made = Path(scratch, "kernels.o"), Path(scratch, "kernels.so")
             run = functools.partial(subprocess.run, check=True, capture_output=True, text=True)
-            run([compiler, *flags, "-fopenmp", "-c", str(SOURCE), "-o", str(objects)])
+            run([compiler, *flags, "-fopenmp", "-c", str(source), "-o", str(objects)])
             # Without -fopenmp, which would bring a second OpenMP beside torch's: two that wait for each other's cores.
             run([compiler, "-shared", str(objects), "-o", str(made)])
             os.replace(made, path)
     return ctypes.CDLL(str(path))
 
 
-def describe() -> str:
+def describe(dtype: torch.dtype) -> str:
     """The source and its hash, for the log of a run; raises whatever keeps it from being compiled."""
-    library()
-    return f"{SOURCE.name} sha256:{hashlib.sha256(SOURCE.read_bytes()).hexdigest()}"
+    library(dtype)
+    return f"{SOURCES[dtype].name} sha256:{hashlib.sha256(SOURCES[dtype].read_bytes()).hexdigest()}"
 
 
-def call(name: str, *arguments):
-    """A function of the library; tensors are handed over as the address of their data."""
+def call(name: str, dtype: torch.dtype, *arguments):
+    """A function of the library for a dtype; tensors are handed over as the address of their data."""
     values = [ctypes.c_void_p(value.data_ptr()) if isinstance(value, Tensor) else value for value in arguments]
     values = [ctypes.c_void_p() if value is None else value for value in values]
-    getattr(library(), name)(*values, ctypes.c_int(torch.get_num_threads()))
+    getattr(library(dtype), name)(*values, ctypes.c_int(torch.get_num_threads()))
 
 
 def sizes_of(q: Tensor, k: Tensor) -> Tensor:
@@ -70,11 +76,11 @@ def sizes_of(q: Tensor, k: Tensor) -> Tensor:
 
 @torch.library.custom_op("train_gpt_cpu::attention", mutates_args=())
 def attention(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> tuple[Tensor, Tensor]:
-    """y [B, T, H, d] in bf16, and log2 of each query's sum of exponentials, [B, H, T] in fp32."""
+    """y [B, T, H, d], and log2 of each query's sum of exponentials, [B, H, T] in fp32."""
     q, k, v = (x.contiguous() for x in (q_BTHd, k_BTKd, v_BTKd))
     B, T, H, d = q.shape
     y, logs = torch.empty_like(q), q.new_empty(B, H, T, dtype=torch.float32)
-    call("attention_forward", q, k, v, y, logs, sizes_of(q, k))
+    call("attention_forward", q.dtype, q, k, v, y, logs, sizes_of(q, k))
     return y, logs
 
 
@@ -88,7 +94,7 @@ def _(q, k, v):
 def attention_backward(q: Tensor, k: Tensor, v: Tensor, y: Tensor, dy: Tensor, logs: Tensor) -> list[Tensor]:
     q, k, v, y, dy, logs = (x.contiguous() for x in (q, k, v, y, dy, logs))
     gradients = [torch.empty_like(x) for x in (q, k, v)]
-    call("attention_backward", q, k, v, y, dy, logs, *gradients, sizes_of(q, k))
+    call("attention_backward", q.dtype, q, k, v, y, dy, logs, *gradients, sizes_of(q, k))
     return gradients
 
 
@@ -110,7 +116,7 @@ attention.register_autograd(differentiate_attention, setup_context=save_attentio
 
 
 def takes_attention(T: int, d: int, dtype: torch.dtype) -> bool:
-    return HAS_INSTRUCTIONS and dtype == torch.bfloat16 and T % 64 == 0 and T <= MOST_TOKENS and d % 2 == 0
+    return has_kernels(dtype) and T % 64 == 0 and T <= MOST_TOKENS and d % 2 == 0
 
 
 def fused_attention(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor) -> Tensor:
@@ -123,13 +129,13 @@ def cross_entropy(
     x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, softcap: float, gradient: bool,
     bits_VW: Tensor | None = None, before_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Losses [N] in nats of the softcapped logits x W^T; their derivative by the logits before the cap, [N, V] in bf16,
+    """Losses [N] in nats of the softcapped logits x W^T; their derivative by the logits before the cap, [N, V] like x,
     if it is asked for. With bits [V, V / 8] only those tokens get a probability whose bit is 1 in the row of the token
     before: a target without has a loss of infinity, and a derivative that is to be multiplied by 0."""
     z = x_ND @ weight_VD.mT
     losses = z.new_empty(len(z), dtype=torch.float32)
     bits, before = (x if x is None else x.contiguous() for x in (bits_VW, before_N))
-    call("softcapped_cross_entropy", z, targets_N.contiguous(), losses, *map(ctypes.c_int64, z.shape),
+    call("softcapped_cross_entropy", z.dtype, z, targets_N.contiguous(), losses, *map(ctypes.c_int64, z.shape),
          ctypes.c_float(softcap), ctypes.c_int(gradient), bits, before)  # fmt: skip
     return losses, z if gradient else z.new_empty(0, 0)
 
@@ -161,7 +167,7 @@ cross_entropy.register_autograd(differentiate_loss, setup_context=save_loss)
 
 def takes_loss(vocab_size: int, softcap: float, runtime) -> bool:
     fits = vocab_size % 16 == 0 and softcap <= MOST_SOFTCAP
-    return HAS_INSTRUCTIONS and runtime.device.type == "cpu" and runtime.dtype == torch.bfloat16 and fits
+    return has_kernels(runtime.dtype) and runtime.device.type == "cpu" and fits
 
 
 def fused_loss(model, x_BTD: Tensor, targets_BT: Tensor, tokens_BT: Tensor | None = None) -> Tensor:
@@ -190,5 +196,5 @@ def newton_schulz(stack: Tensor, polynomials: list[tuple[float, float, float]]) 
     tall = stack.size(1) > stack.size(2)
     x = (stack.mT if tall else stack).clone(memory_format=torch.contiguous_format)
     coefficients = torch.tensor(polynomials, dtype=torch.float32)
-    call("newton_schulz", x, *map(ctypes.c_int64, x.shape), coefficients, ctypes.c_int(len(polynomials)))
+    call("newton_schulz", x.dtype, x, *map(ctypes.c_int64, x.shape), coefficients, ctypes.c_int(len(polynomials)))
     return x.mT if tall else x

@@ -94,7 +94,7 @@ def blocked_attention(q_BHTd, k_BKTd, v_BKTd, block: int = 128):
 
 
 def fused_attention(q_BHTd, k_BKTd, v_BKTd):
-    """By tools/cpu_kernels.cpp, where it takes the shape; sequences of a sample come in every length."""
+    """By tools/cpu_kernels.py, where it takes the shape; sequences of a sample come in every length."""
     if cpu_kernels.takes_attention(*q_BHTd.shape[2:], q_BHTd.dtype):
         return cpu_kernels.fused_attention(q_BHTd, k_BKTd, v_BKTd)
     return blocked_attention(q_BHTd, k_BKTd, v_BKTd)
@@ -201,8 +201,8 @@ def choose_attention(config, runtime, compiled: bool, seconds_of=time_attention)
     d = config.model_dim // config.num_heads
     fused = bool(kind == "cpu" and cpu_kernels and cpu_kernels.takes_attention(T, d, runtime.dtype))
     order = f"fused {order}" if fused else order
-    require(fused or asked != "fused", "ATTENTION=fused wants bfloat16 on a CPU that multiplies it by "
-            f"AVX-512, TRAIN_SEQ_LEN={T} in whole 64 up to 2,048 and heads of even width, not {d}: use ATTENTION=auto")
+    require(fused or asked != "fused", "ATTENTION=fused wants a CPU, float32 or AVX-512 that multiplies bfloat16, "
+            f"TRAIN_SEQ_LEN={T} in whole 64 up to 2,048 and heads of even width, not {d}: use ATTENTION=auto")
     timed, times = asked == "fastest", ""
     for name in order.split() if timed or asked == "auto" else [asked]:
         if found and (not timed or name == "math"):  # which is never the fastest, and keeps all scores
@@ -232,7 +232,7 @@ def choose_loss(config, runtime):
     if not cpu_kernels or own or not cpu_kernels.takes_loss(config.vocab_size, config.logit_softcap, runtime):
         return None, "loss:torch"
     try:
-        return cpu_kernels.fused_loss, f"loss:fused by {cpu_kernels.describe()}"
+        return cpu_kernels.fused_loss, f"loss:fused by {cpu_kernels.describe(runtime.dtype)}"
     except Exception as error:  # of the compiler
         return None, f"loss:torch; fused failed: {error!r:.120}"
 
@@ -249,7 +249,7 @@ def choose_newton_schulz(runtime):
     if not takes or runtime.device.type != "cpu" or runtime.dtype != torch.bfloat16:
         return None, "muon:torch"
     try:
-        return fused_newton_schulz, f"muon:fused by {cpu_kernels.describe()}"
+        return fused_newton_schulz, f"muon:fused by {cpu_kernels.describe(runtime.dtype)}"
     except Exception as error:  # of the compiler
         return None, f"muon:torch; fused failed: {error!r:.120}"
 
