@@ -642,7 +642,7 @@ class Model(nn.Module):
     PARAMETERS: dict[str, Row] = {}
     looping, has_loops = False, False  # depth recurrence: it is on, there is any
     softcap, mask, mask_in_training = 30.0, None, False  # CANONICAL=1
-    fused_loss, needs_logits = None, False  # a kernel for logits and loss at once; `losses` does without it
+    fused_loss, needs_logits = None, False  # a kernel for logits and loss at once; training needs the logits
     graph_starts: tuple[float, ...] = (0.0,)  # shares of the run where its graph changes
     @classmethod
     def row(cls, name: str) -> Row:
@@ -670,7 +670,7 @@ class Model(nn.Module):
         """What `losses` makes of the targets; without them logits [B, T, V], in fp32."""
         x_BTD = self.features(tokens_BT)
         masked = self.mask is not None and (self.mask_in_training or not self.training)
-        if self.fused_loss and targets_BT is not None and not self.needs_logits:
+        if self.fused_loss and targets_BT is not None and not (self.training and self.needs_logits):
             return self.fused_loss(self, x_BTD, targets_BT, tokens_BT if masked else None)
         logits = self.mask(self.logits(x_BTD), tokens_BT) if masked else self.logits(x_BTD)
         return logits if targets_BT is None else self.losses(logits, targets_BT)

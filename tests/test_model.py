@@ -362,7 +362,7 @@ def test_each_attention_backend_on_the_cpu_works_or_is_a_user_error(make_config,
 
 
 def test_auto_on_the_cpu_avoids_quadratic_memory_for_long_sequences(make_config, runtime):
-    config = make_config(TRAIN_SEQ_LEN=1088, TRAIN_BATCH_TOKENS=1088)
+    config = make_config(TRAIN_SEQ_LEN=2112, TRAIN_BATCH_TOKENS=2112)
     assert kernels.choose_attention(config, runtime, compiled=False)[1].startswith("attention:flash")
 
 

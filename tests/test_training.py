@@ -455,7 +455,7 @@ def test_the_score_of_record_is_that_of_the_file(finished, make_config, runtime)
     scores = []
     for state in (train_gpt.dequantize(artifact, config),
                   torch.load(finished.path / "final_model.pt", weights_only=True)):  # fmt: skip
-        model = train_gpt.GPT(config, kernels.blocked_attention)
+        model, *_ = train_gpt.build_model(config, runtime)
         model.load_state_dict(state)
         assert sum(p.numel() for p in model.parameters()) == finished.result["model_params"]
         stream = TokenStream(config.data_path, "val", config.vocab_size)

@@ -221,7 +221,7 @@ def flips_in_evaluation(train_gpt, config, model, stream, token_bytes, runtime, 
 
 def sums_of_probabilities(model, config, stream, runtime, places: int) -> list[float]:
     """At the first `places` positions of the text, cut into windows: the sum of exp(-loss) over every token of the
-    vocabulary as the target. It is asked of the very function that scores."""
+    vocabulary as the target. It is asked of the very function that scores, but for a kernel in its place."""
     found, T = [], config.train_seq_len
     while len(found) < places and len(found) + 1 < len(stream):
         for length in dict.fromkeys([min(places, T), T]):
@@ -254,9 +254,12 @@ def main(record: Path, data: str, tokenizer: str, artifact: Path, places: int) -
     found["score"] = rescore(train_gpt, config, model, compiled_model, stream, token_bytes, runtime)
     model.load_state_dict(train_gpt.dequantize(train_gpt.unpack(artifact.read_bytes()), config))
     model.eval()
+    # A kernel of this machine stands for the record's own losses where it scores: these are asked for themselves.
+    kernel, model.fused_loss = getattr(model, "fused_loss", None), None
     with torch.no_grad():
         found["moved"] = flips_in_windows(model, config, stream, runtime, places, rng)
         found["sums"] = sums_of_probabilities(model, config, stream, runtime, places)
+    model.fused_loss = kernel
     found["moved_in_evaluation"] = flips_in_evaluation(train_gpt, config, model, stream, token_bytes, runtime,
                                                        min(4, places), rng, found["score"]["learned"])  # fmt: skip
     return found | {"opened": OPENED, "refused": REFUSED}

@@ -1143,8 +1143,8 @@ TWELVE = {"TRAIN_BATCH_TOKENS": 384, "VAL_BATCH_SIZE": 32, "WARMUP_STEPS": 1}
                                          (2, [(384, 192, 2), (192, 96, 4), (96, 32, 12)])])  # fmt: skip
 def test_the_micro_batch_is_halved_until_it_fits(go, small_memory, monkeypatch, fits, tried):
     """And the run is the one with that micro-batch given."""
-    expected = go(RUN_ID="given", **TWELVE, MICRO_BATCH_TOKENS=tried[-1][1] if tried else 384)
     small_memory(fits, "CPU allocator: not enough memory" if fits == 3 else "CUDA out of memory. Tried 2.00 GiB.")
+    expected = go(RUN_ID="given", **TWELVE, MICRO_BATCH_TOKENS=tried[-1][1] if tried else 384)
     run = go(**TWELVE)
     assert run.code == 0 and scores(run) | {"sha256_artifact": 0} == scores(expected) | {"sha256_artifact": 0}
     assert timeless(run.metrics) == timeless(expected.metrics)
