@@ -293,6 +293,7 @@ def test_matrices_that_do_not_fit_go_to_torch(monkeypatch):
 
 
 @BF16_ONLY
+@pytest.mark.parametrize("dtype", [torch.bfloat16])
 def test_muon_takes_the_same_step_but_for_rounding(config):
     runtime, results = train_gpt.Runtime(config, {}), []
     for fused in (None, kernels.fused_newton_schulz):
@@ -325,14 +326,17 @@ def test_a_model_gets_both_and_trains_as_with_torch_but_for_rounding(config):
         loss.backward()
         results.append((loss.detach(), [p.grad for p in model.parameters() if p.grad is not None]))
     (ours, grads), (theirs, plain) = results
-    assert abs(ours - theirs) < 1e-4 * theirs
+    loss, gradient = (1e-4, 0.03) if config.dtype == "bfloat16" else (1e-6, 1e-5)
+    assert abs(ours - theirs) < loss * theirs
     for p, q in zip(grads, plain, strict=True):
-        assert float((p - q).norm()) <= 0.03 * float(q.norm()) + 1e-6
+        assert float((p - q).norm()) <= gradient * float(q.norm()) + 1e-6
 
 
 def test_compiled_as_a_whole_the_model_gives_the_same(config):
     tokens, results = torch.arange(2 * 65).view(2, 65) * 7 % 64, []
-    runtime = train_gpt.Runtime(config, {})
+    runtime, (loss, gradient) = train_gpt.Runtime(config, {}), (0.02, 0.05)  # bf16 is rounded in other places
+    if config.dtype == "float32":
+        loss, gradient = 1e-5, 1e-4
     torch._dynamo.utils.counters.clear()
     for switch in "01":
         _, model, note = train_gpt.build_model(dataclasses.replace(config, compile=switch), runtime)
@@ -341,13 +345,13 @@ def test_compiled_as_a_whole_the_model_gives_the_same(config):
         losses.mean().backward()
         results.append((losses.detach(), [p.grad for p in model.parameters() if p.grad is not None]))
         with torch.no_grad():  # another graph
-            assert torch.allclose(model(tokens[:, :-1], tokens[:, 1:]), losses, atol=0.02)
+            assert torch.allclose(model(tokens[:, :-1], tokens[:, 1:]), losses, atol=loss)
     # The next start finds the graphs: torch keeps none with an operator whose derivative it cannot see.
     assert not torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_bypass"]
     (eager, plain), (compiled, ours) = results
-    assert torch.allclose(eager, compiled, atol=0.02)  # bf16 is rounded in other places
+    assert torch.allclose(eager, compiled, atol=loss)
     for p, q in zip(plain, ours, strict=True):
-        assert float((p - q).norm()) <= 0.05 * float(p.norm()) + 1e-5
+        assert float((p - q).norm()) <= gradient * float(p.norm()) + 1e-5
 
 
 @pytest.mark.parametrize("change", [{"train_seq_len": 32}, {"train_seq_len": 4096, "train_batch_tokens": 4096},
