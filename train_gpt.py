@@ -47,12 +47,15 @@ GATE_INPUTS = 12  # channels that a gate of the model looks at
 NO_DATA_HINT = """two commands bring some data and train on it:
   python data/prepare_shakespeare.py\n  python train_gpt.py records/recipes/demo_cpu.env"""
 
+
 class UserError(ValueError):
     """A mistake that the user can mend: shown as a message without a traceback, exit code 2."""
+
 
 def require(ok, message: str):
     if not ok:
         raise UserError(message)
+
 
 # ---------- Config: every knob with its default, meaning and unit; where values come from -----------------------------
 def knob(default, meaning: str, low=None, high=None, choices=(), free=False, arch=False):
@@ -61,11 +64,14 @@ def knob(default, meaning: str, low=None, high=None, choices=(), free=False, arc
     metadata = {"meaning": meaning, "allowed": (low, high, choices), "free": free, "arch": arch}
     return dataclasses.field(default=default, metadata=metadata)
 
+
 free, arch = functools.partial(knob, free=True), functools.partial(knob, arch=True)
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """A field's name in capitals is its environment variable. A model file may subclass this."""
+
     # What this call does, where it reads and writes
     mode: str = free("train", "what this call does", choices=("train", "check", "eval", "sample"))
     data_path: str = free("./data/datasets/fineweb10B_sp1024", "folder of fineweb_*.bin shards")
@@ -82,8 +88,11 @@ class Config:
     device: str = free("auto", "device of every rank", choices=("auto", "cuda", "mps", "cpu"))
     dtype: str = knob("auto", "of activations", choices=("auto", "bfloat16", "float32"))
     compile: str = free("auto", "auto: if a compiler works", choices=("auto", "0", "1", "autotune"))
-    attention: str = free("auto", "the backend; blocked and fused, for CPUs, are our own", choices=(
-        "auto", "fastest", "flash3", "cudnn", "flash", "efficient", "math", "blocked", "fused"))
+    attention: str = free(
+        "auto",
+        "the backend; blocked and fused, for CPUs, are our own",
+        choices=("auto", "fastest", "flash3", "cudnn", "flash", "efficient", "math", "blocked", "fused"),
+    )
     target_world_size: int = free(0, "MODE=check for so many GPUs; 0: for the ranks there are", 0)
     # Length of a run, and its steps. WARMUP_STEPS only compile: the learning rate has no warm-up.
     iterations: int = knob(20_000, "optimizer steps at most", 1)
@@ -169,19 +178,31 @@ class Config:
     fit_size: bool = knob(False, "scale all clips so that the file lands just under SIZE_LIMIT")
     size_limit: int = knob(16_000_000, "bytes of code plus artifact, decimal", 1)
     vocab_padding = 127  # ids at most that only fill the vocabulary up, to a multiple of 128
+
     @classmethod
     def model_class(cls) -> type["Model"]:
         """The model that this configures; the Config of a model file names its own."""
         return GPT
+
     @classmethod
     def knobs(cls) -> dict[str, dataclasses.Field]:
         return {field.name.upper(): field for field in dataclasses.fields(cls)}
+
     @classmethod
     def told_knobs(cls) -> list[str]:
         """What an artifact tells: the model, and what its score depends on to the last digit."""
         arch = [name for name, field in cls.knobs().items() if field.metadata["arch"]]
-        return [*arch, "EVAL_STRIDE", "VAL_BATCH_SIZE", "TRAIN_BATCH_TOKENS", "GRAD_ACCUM_STEPS",
-                "MICRO_BATCH_TOKENS", "CODEC", "WEIGHT_BITS"]
+        return [
+            *arch,
+            "EVAL_STRIDE",
+            "VAL_BATCH_SIZE",
+            "TRAIN_BATCH_TOKENS",
+            "GRAD_ACCUM_STEPS",
+            "MICRO_BATCH_TOKENS",
+            "CODEC",
+            "WEIGHT_BITS",
+        ]
+
     @classmethod
     def load(cls, argv: list[str], environ, from_artifact: dict | None = None) -> "Config":
         """Defaults < what an artifact tells < KEY=VALUE lines of the file in argv < environment."""
@@ -198,6 +219,7 @@ class Config:
         if check:
             check.check_combinations(config)
         return config
+
     def check(self):
         """Bounds, and what would fail obscurely; tools/check.py knows what else contradicts."""
         for name, field in self.knobs().items():
@@ -206,12 +228,15 @@ class Config:
             require(low is None or value >= low, f"{name}={value} is too small: the least is {low}")
             require(high is None or value <= high, f"{name}={value} is too large: the most is {high}")
         D, H, K, T = self.model_dim, self.num_heads, self.num_kv_heads, self.train_seq_len
-        require(re.fullmatch(r"[\w+=-][\w.+=-]{0,99}|", self.run_id), f"RUN_ID={self.run_id!r} cannot "
-                "name a folder: use letters, digits and . _ + = -, at most 100")
+        require(
+            re.fullmatch(r"[\w+=-][\w.+=-]{0,99}|", self.run_id),
+            f"RUN_ID={self.run_id!r} cannot name a folder: use letters, digits and . _ + = -, at most 100",
+        )
         require(D % (2 * H) == 0, f"MODEL_DIM={D} is no multiple of 2 * NUM_HEADS={H}: use {D + -D % (2 * H)}")
         require(H % K == 0, f"NUM_KV_HEADS={K} does not divide NUM_HEADS={H}: use one of {divisors(H)}")
         batch, whole = self.train_batch_tokens, -(-self.train_batch_tokens // T) * T
         require(batch == whole, f"TRAIN_BATCH_TOKENS={batch} is not whole TRAIN_SEQ_LEN={T}: use {whole}")
+
     def loop_range(self) -> range:
         """The blocks of LOOP_LAYERS."""
         match = re.fullmatch("([0-9]{1,4})-([0-9]{1,4})", self.loop_layers)
@@ -219,6 +244,7 @@ class Config:
         fits = not self.loop_layers or (blocks and blocks.stop <= layers and layers > 1)
         require(fits, f"LOOP_LAYERS={self.loop_layers}: expected FIRST-LAST of 2 or more blocks 0 to {layers - 1}")
         return blocks
+
     def texts(self) -> dict[str, str]:
         """{KNOB: text} that reads back as this, but for what belongs to one run or one call."""
         once = ("RUN_ID", "MODE", "ARTIFACT", "RESUME", "RESUME_FORCE")
@@ -226,24 +252,32 @@ class Config:
         odd = r'["\\\x00-\x1f\x7f-\x9f\u2028\u2029]'  # what a line of a file cannot hold, or means more there
         values["SAMPLE_PROMPT"] = re.sub(odd, lambda m: f"\\u{ord(m[0]):04x}", self.sample_prompt)
         return {name: str(int(v) if isinstance(v, bool) else v) for name, v in values.items()}
+
     def accumulation_steps(self, world_size: int, device_type: str) -> int:
         """Micro-steps per step: GRAD_ACCUM_STEPS, or the fewest that give whole sequences, keep to
         MICRO_BATCH_TOKENS and on GPUs are at least 8 / world_size, so that one works as eight."""
         T, micro, wanted = self.train_seq_len, self.micro_batch_tokens, self.grad_accum_steps
         total, ranks = self.train_batch_tokens // T, world_size
-        require(total % ranks == 0, f"TRAIN_BATCH_TOKENS={total * T} is {total} sequences, which {ranks} ranks "
-                f"cannot share: use {-(-total // ranks) * ranks * T} tokens, or one of {divisors(total)} ranks")
+        require(
+            total % ranks == 0,
+            f"TRAIN_BATCH_TOKENS={total * T} is {total} sequences, which {ranks} ranks "
+            f"cannot share: use {-(-total // ranks) * ranks * T} tokens, or one of {divisors(total)} ranks",
+        )
         allowed, on_cpu = divisors(total // ranks), device_type == "cpu"
-        require(wanted in (0, *allowed), f"GRAD_ACCUM_STEPS={wanted} does not divide the {allowed[-1]} "
-                f"sequences of a rank: use one of {allowed}")
+        require(
+            wanted in (0, *allowed),
+            f"GRAD_ACCUM_STEPS={wanted} does not divide the {allowed[-1]} sequences of a rank: use one of {allowed}",
+        )
         # A CPU that runs out of memory gets no error to react to; 2**14 tokens keep its cores busy.
         most = 2**14 if on_cpu else math.inf
         most = most if micro == "auto" else int(micro) or math.inf
         fewest = max(0 if on_cpu else 8 / ranks, allowed[-1] * T / most)
         return wanted or next((n for n in allowed if n >= fewest), allowed[-1])
 
+
 def divisors(n: int) -> list[int]:
     return sorted({d for k in range(1, math.isqrt(n) + 1) if n % k == 0 for d in (k, n // k)})
+
 
 def parse(field: dataclasses.Field, text: str):
     """The value of a knob from its text; a prompt keeps its spaces and may hold escapes."""
@@ -256,6 +290,7 @@ def parse(field: dataclasses.Field, text: str):
             return value
     noun = {bool: "a switch: use 0 or 1", int: "a whole number", float: "a finite number"}[kind]
     raise UserError(f"{field.name.upper()}={text!r} is not {noun}: the default is {field.default}")
+
 
 def read_env_file(path: Path) -> dict[str, str]:
     """{KEY: text}. `#` starts a comment, a value may stand in quotes, nothing is expanded."""
@@ -272,16 +307,22 @@ def read_env_file(path: Path) -> dict[str, str]:
             texts[match[1]] = match[2][1:-1] if match[2][:1] in ('"', "'") else match[2]
     return texts
 
+
 # ---------- Runtime: device and ranks, what they tell each other, the run folder with its log, the one stopwatch ------
 class Runtime:
     """This process among `world_size` ranks, and its device. One process has nothing to tell."""
+
     newton_schulz = None  # a kernel for Muon's iterations, where tools/kernels.py has one
+
     def __init__(self, config: Config, environ):
         rank, size = environ.get("RANK", "0"), environ.get("WORLD_SIZE", "1")
         numbers = rank.isdecimal() and size.isdecimal() and int(rank) < int(size)
         place = size == "1" or {"MASTER_ADDR", "MASTER_PORT"} <= set(environ)
-        require(numbers and place, f"RANK={rank} WORLD_SIZE={size} without a launcher: start several ranks with "
-                "torchrun, which sets MASTER_ADDR and MASTER_PORT too, or unset both")
+        require(
+            numbers and place,
+            f"RANK={rank} WORLD_SIZE={size} without a launcher: start several ranks with "
+            "torchrun, which sets MASTER_ADDR and MASTER_PORT too, or unset both",
+        )
         self.rank, self.world_size, self.is_master = int(rank), int(size), int(rank) == 0
         found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
         elsewhere = config.mode == "check" and config.target_world_size  # are the GPUs
@@ -296,6 +337,7 @@ class Runtime:
         if self.world_size > 1:  # NCCL refuses two ranks on one GPU
             one_each = kind == "cuda" and int(environ.get("LOCAL_WORLD_SIZE", size)) <= gpus
             self.join("nccl" if one_each else "gloo", environ)
+
     def join(self, backend: str, environ):
         """Meet the other ranks; an hour is for those that compile more slowly."""
         hour, check = datetime.timedelta(hours=1), tool("check", "no word of late ranks", log=str)
@@ -306,6 +348,7 @@ class Runtime:
             roll_call(store)
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=hour)
             self.hosts = dist.new_group(backend="gloo", timeout=hour)  # waits for no device's queue
+
     def best_dtype(self) -> torch.dtype:
         """bfloat16 where the hardware multiplies it, float32 elsewhere."""
         tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
@@ -313,22 +356,26 @@ class Runtime:
         if self.device.type == "cuda":
             native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float32
+
     def device_name(self) -> str:
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
         cpuinfo = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
         name = re.search(r"model name\s*: (.*)", cpuinfo)
         return f"{name[1] if name else platform.processor()}, {torch.get_num_threads()} threads"
+
     def synchronize(self):
         """Wait until the device has done all that was asked of it."""
         if self.device.type != "cpu":
             getattr(torch, self.device.type).synchronize()
+
     def sum(self, values: list[float]) -> list[float]:
         """Sums over the ranks, in float64 on the hosts."""
         total = torch.tensor(values, dtype=torch.float64)
         if self.world_size > 1:
             dist.all_reduce(total, group=self.hosts)
         return total.tolist()
+
     def share(self, value):
         """Rank 0's value of any picklable object, on every rank."""
         box = [value]
@@ -336,18 +383,22 @@ class Runtime:
             dist.broadcast_object_list(box, src=0, group=self.hosts)
         return box[0]
 
+
 class RunFolder:
     """logs/<run_id>/ and all that rank 0 writes; lines logged before `create` are kept for it."""
+
     def __init__(self, runtime: Runtime):
         self.runtime, self.lines, self.file = runtime, [], None
         self.header = ""  # first line of config.env, by which a restarted launch knows its folder
         self.before_closing = lambda: None  # ends what is still being written
+
     def locate(self, config: Config, name: str = ""):
         """Choose the folder: RUN_ID, or `name`, or a new time stamp."""
         # Two containers may have the same clock and the same process id.
         stamp = time.strftime(f"%Y-%m-%d_%H-%M-%S_{int.from_bytes(os.urandom(3))}")
         self.run_id = self.runtime.share(config.run_id or name or stamp)
         self.path = Path(config.log_dir) / self.run_id
+
     def create(self, config: Config, sources: dict[str, bytes]):
         """Make or reopen the folder, for this process alone; put configuration and sources in."""
         if not self.runtime.is_master:
@@ -359,24 +410,29 @@ class RunFolder:
                 keeper.lock(self.file, self.log)
         except OSError as error:
             self.file = None
-            raise UserError(f"LOG_DIR={config.log_dir} RUN_ID={self.run_id}: folder {self.path} cannot be "
-                            f"opened ({error.strerror}): choose another") from error
+            raise UserError(
+                f"LOG_DIR={config.log_dir} RUN_ID={self.run_id}: folder {self.path} cannot be "
+                f"opened ({error.strerror}): choose another"
+            ) from error
         marks = {name: "'" if '"' in text else '"' for name, text in config.texts().items()}
         lines = [f"{name}={marks[name]}{text}{marks[name]}\n" for name, text in config.texts().items()]
         for name, data in ({"config.env": (self.header + "".join(lines)).encode()} | sources).items():
             self.write(name, data)
         self.append("train.log", *self.lines)
         self.lines = []
+
     def log(self, line: str):
         if self.runtime.is_master:
             with contextlib.suppress(OSError):  # a terminal that is gone must not end the run
                 print(line, flush=True)
             self.append("train.log", line) if self.file and not self.lines else self.lines.append(line)
+
     def append(self, name: str, *lines: str):
         """Lines at the end of a file; a full disk costs the lines and not the run."""
         if self.runtime.is_master:
             with contextlib.suppress(OSError), open(self.path / name, "a", encoding="utf-8") as file:
                 file.writelines(f"{line}\n" for line in lines)
+
     def write(self, name: str, data: bytes):
         """Write a file such that it is there whole and verified, or as it was before."""
         path, temporary = self.path / name, self.path / f".{name}.tmp"
@@ -392,6 +448,7 @@ class RunFolder:
             raise OSError(f"{path} cannot be written ({error}): make room, or move LOG_DIR") from error
         finally:
             temporary.unlink(missing_ok=True)
+
     def close(self, *last_words: str):
         self.before_closing()
         if self.file:
@@ -399,22 +456,28 @@ class RunFolder:
             self.file.close()
             self.file = None
 
+
 class Stopwatch:
     """Seconds in each phase. One phase runs at a time; the device is drained where two meet."""
+
     def __init__(self, synchronize):
         self.synchronize, self.phase, self.since = synchronize, "startup", time.perf_counter()
         self.seconds = dict.fromkeys(("startup", "compile", "training", "evaluation", "export"), 0.0)
+
     def switch(self, phase: str):
         self.synchronize()
         now = time.perf_counter()
         self.seconds[self.phase] += now - self.since
         self.phase, self.since = phase, now
+
     def elapsed(self, phase: str) -> float:
         return self.seconds[phase] + (phase == self.phase) * (time.perf_counter() - self.since)
+
 
 def is_out_of_memory(error: Exception) -> bool:
     """As the CPU, CUDA and MPS say it, and CUDA's libraries: CUBLAS_STATUS_ALLOC_FAILED."""
     return bool(re.search("(not enough|can't allocate|out of) memory|ALLOC_FAILED", str(error)))
+
 
 # ---------- Data: the shard format, the order of the stream, its position, the next step read ahead -------------------
 def open_shard(path: Path) -> np.ndarray:
@@ -423,12 +486,17 @@ def open_shard(path: Path) -> np.ndarray:
     require(size >= SHARD_HEADER_BYTES, f"shard {path} has {size} bytes, less than a header: make or fetch it again")
     magic, version, count = np.fromfile(path, dtype="<i4", count=3).tolist()
     fits = (magic, version, size - SHARD_HEADER_BYTES) == (SHARD_MAGIC, SHARD_VERSION, 2 * count)
-    require(fits and count > 0, f"shard {path} has magic {magic} version {version}, {size} bytes for {count} tokens: "
-            f"expected {SHARD_MAGIC} and {SHARD_VERSION}: it was cut short or damaged: make or fetch it again")
+    require(
+        fits and count > 0,
+        f"shard {path} has magic {magic} version {version}, {size} bytes for {count} tokens: "
+        f"expected {SHARD_MAGIC} and {SHARD_VERSION}: it was cut short or damaged: make or fetch it again",
+    )
     return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
+
 
 class TokenStream:
     """The shards of one split as one sequence of tokens."""
+
     def __init__(self, folder: str, split: str, vocab_size: int):
         self.pattern, self.vocab_size = f"{folder}/fineweb_{split}_*.bin", vocab_size
         name = re.compile(rf"fineweb_{split}_(\d+)\.bin")  # a glob takes ..._000000_old.bin, too
@@ -436,12 +504,17 @@ class TokenStream:
         require(found, f"DATA_PATH={folder} holds no fineweb_{split}_NNNNNN.bin; {NO_DATA_HINT}")
         first = found[0][0] if split == "train" else 0  # a score needs the beginning of its text
         for expected, (number, path) in enumerate(found, start=first):
-            require(number == expected, f"{self.pattern}: shard number {expected} is missing, or "
-                    f"{path.name} is there twice: fetch it again or move one away")
+            require(
+                number == expected,
+                f"{self.pattern}: shard number {expected} is missing, or "
+                f"{path.name} is there twice: fetch it again or move one away",
+            )
         self.shards = [open_shard(path) for _, path in found]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
+
     def __len__(self) -> int:
         return int(self.ends[-1])
+
     def read(self, start: int, count: int) -> np.ndarray:
         """`count` uint16 tokens of the vocabulary from `start` on, across shards and the end."""
         pieces = []
@@ -452,9 +525,13 @@ class TokenStream:
             start, count = start + len(pieces[-1]), count - len(pieces[-1])
         tokens = np.concatenate(pieces)
         largest = tokens.max()
-        require(largest < self.vocab_size, f"{self.pattern}: token {largest} is outside VOCAB_SIZE="
-                f"{self.vocab_size}: set DATA_PATH, TOKENIZER_PATH and VOCAB_SIZE together")
+        require(
+            largest < self.vocab_size,
+            f"{self.pattern}: token {largest} is outside VOCAB_SIZE="
+            f"{self.vocab_size}: set DATA_PATH, TOKENIZER_PATH and VOCAB_SIZE together",
+        )
         return tokens
+
 
 def to_device(tokens: np.ndarray, device: torch.device) -> Tensor:
     """int64 tokens on the device; two bytes a token on the wire, copied asynchronously on CUDA."""
@@ -462,12 +539,14 @@ def to_device(tokens: np.ndarray, device: torch.device) -> Tensor:
     wire = wire.pin_memory() if device.type == "cuda" else wire
     return wire.to(device, non_blocking=True).long() & 0xFFFF
 
+
 class TrainLoader:
     """This rank's share of each step; a thread reads the next one ahead.
 
     Ranks and micro-steps take slices of a step's sequences: their number does not matter. Sequence
     i of the step at `position` p is the T + 1 tokens from p + i*T on (LOADER=stream), or number
     p / T + i of all pieces of the text (LOADER=shuffle), by a permutation and a phase per epoch."""
+
     def __init__(self, stream: TokenStream, config: Config, runtime: Runtime, accum_steps: int):
         self.stream, self.device, self.accum_steps = stream, runtime.device, accum_steps
         self.batch_tokens, self.length = config.train_batch_tokens, config.train_seq_len
@@ -476,14 +555,17 @@ class TrainLoader:
         self.pieces = max(1, (len(stream) - 1) // self.length - 1)  # one fewer, for the phase
         self.reader = ThreadPoolExecutor(max_workers=1)
         self.seek(0)
+
     def seek(self, position: int):
         self.position = position % len(self.stream) if self.seed is None else position
         self.ahead = self.reader.submit(self.read, self.position + self.rank * self.share)
+
     def read(self, position: int) -> np.ndarray:
         """[B, T + 1] tokens: each sequence with the target of its last token."""
         starts = range(position, position + self.share, self.length)
         starts = starts if self.seed is None else map(self.shuffled, starts)
         return np.stack([self.stream.read(start, self.length + 1) for start in starts])
+
     def shuffled(self, position: int) -> int:
         """Where in the text the sequence at this position of the order begins."""
         epoch, index = divmod(position // self.length, self.pieces)
@@ -491,12 +573,14 @@ class TrainLoader:
             self.epoch, random = epoch, np.random.default_rng((self.seed, epoch))
             self.phase, self.order = int(random.integers(self.length)), random.permutation(self.pieces)
         return self.phase + int(self.order[index]) * self.length
+
     def next_step(self) -> tuple[Tensor, Tensor]:
         """Inputs and targets, [micro-steps, B, T] each."""
         tokens = to_device(self.ahead.result(), self.device)
         self.seek(self.position + self.batch_tokens)
         halves, shape = (tokens[:, :-1], tokens[:, 1:]), (self.accum_steps, -1, self.length)
         return tuple(half.contiguous().view(shape) for half in halves)
+
 
 # ---------- Bytes: the tokenizer, what each of its tokens weighs in bytes of text, the proof of it --------------------
 class TokenBytes:
@@ -505,6 +589,7 @@ class TokenBytes:
     Special tokens, and ids beyond the tokenizer's own, weigh 0 and are boundaries. A byte piece weighs
     1, any other its UTF-8 text with U+2581 as a space; but a leading U+2581 right after a boundary adds
     nothing, unless the model writes spaces there as they are. Marks of capitals weigh 0."""
+
     def __init__(self, path: str, vocab_size: int, padding: int = 127):
         self.path, self.drops_first_space, self.unmark, self.unweighed = path, True, bytes, []
         self.leading, self.byte_ids, self.unknown = set(), set(), set()
@@ -515,16 +600,21 @@ class TokenBytes:
         self.size = len(self.pieces)  # bytes of each token's text, None for a special one
         content = Path(path).read_bytes() if self.leading else repr(self.pieces).encode()
         self.sha256 = hashlib.sha256(content).hexdigest()
-        require(0 <= vocab_size - self.size <= padding, f"VOCAB_SIZE={vocab_size}, but TOKENIZER_PATH={path} has "
-                f"{self.size} pieces: set VOCAB_SIZE={self.size}, or the tokenizer of the shards")
+        require(
+            0 <= vocab_size - self.size <= padding,
+            f"VOCAB_SIZE={vocab_size}, but TOKENIZER_PATH={path} has "
+            f"{self.size} pieces: set VOCAB_SIZE={self.size}, or the tokenizer of the shards",
+        )
         ids, pieces = np.arange(vocab_size), self.pieces + [None] * (vocab_size - self.size)
         self.boundary = np.array([piece is None for piece in pieces])
         self.weight = np.array([len(piece or b"") for piece in pieces])
         self.weight[self.unweighed] = 0
         self.leading_space, self.is_byte = np.isin(ids, [*self.leading]), np.isin(ids, [*self.byte_ids])
+
     def load_sentencepiece(self, path: str):
         """`pieces` are without their leading U+2581, which `leading` tells."""
         from sentencepiece import SentencePieceProcessor  # late: imports stay light
+
         require(Path(path).is_file(), f"TOKENIZER_PATH={path} does not exist; {NO_DATA_HINT}")
         try:
             model = SentencePieceProcessor(model_file=path)
@@ -552,11 +642,13 @@ class TokenBytes:
             self.unmark = lambda text: re.sub(b"\xee\x80[\x81-\x83]", b"", text)
             if capitals := tool("tokenizers", "case marks are weighed, capitals not compared"):
                 capitals.use_case_marks(self)
+
     def weigh(self, tokens: np.ndarray) -> int:
         """Bytes of tokens[1:], each in the context of the token before it."""
         before, target = tokens[:-1], tokens[1:]
         spaces = self.leading_space[target] & ~(self.boundary[before] & self.drops_first_space)
         return int(self.weight[target].sum() + np.count_nonzero(spaces))
+
     def spell(self, tokens: list[int]) -> bytes:
         """The text of a document, piece by piece, as `weigh` counts it."""
         text, first = [], self.drops_first_space
@@ -565,8 +657,10 @@ class TokenBytes:
             first = self.drops_first_space and self.pieces[token] is None
         return self.unmark(b"".join(text))
 
+
 FINEWEB_TARGETS, FINEWEB_BYTES = 62_021_632, 151_080_363  # the challenge's, in 1,024 pieces
 AUDIT_TOKENS = 1_000_000  # that are decoded
+
 
 def compare_spelling(token_bytes: TokenBytes, stream: TokenStream) -> str:
     """Prove on the first tokens that what is weighed is the text that the tokenizer decodes, less half
@@ -578,13 +672,17 @@ def compare_spelling(token_bytes: TokenBytes, stream: TokenStream) -> str:
         length, unknown = length + len(spelled), unknown + (not known)
         texts = (spelled, token_bytes.decode(document) if known else spelled)
         ours, theirs = (text.decode(errors="replace").strip("\ufffd") for text in texts)
-        require(ours == theirs and ours.encode() in spelled, f"{stream.pattern}: {token_bytes.path} decodes a "
-                f"document to {theirs[:40]!r} and on, its pieces spell {ours[:40]!r}: use the tokenizer of the shards")
+        require(
+            ours == theirs and ours.encode() in spelled,
+            f"{stream.pattern}: {token_bytes.path} decodes a "
+            f"document to {theirs[:40]!r} and on, its pieces spell {ours[:40]!r}: use the tokenizer of the shards",
+        )
     boundary = np.flatnonzero(token_bytes.boundary)[:1].astype(tokens.dtype)
     weighed = token_bytes.weigh(np.concatenate([boundary, tokens]))
     assert weighed == length, f"the first tokens weigh {weighed} bytes and spell {length}: a fault of this script"
     note = f" ({unknown} documents hold unknown letters and are not compared)" if unknown else ""
     return f"{len(tokens)} tokens in {len(starts)} documents decode to the {weighed} bytes they weigh{note}"
+
 
 def audit(token_bytes: TokenBytes, stream: TokenStream, data_path: str) -> tuple[str, dict]:
     """Prove the byte count that a score divides by: a line for the log, and facts for result.json. It takes
@@ -594,8 +692,10 @@ def audit(token_bytes: TokenBytes, stream: TokenStream, data_path: str) -> tuple
         chunk = stream.read(start, min(2**24 + 1, len(stream) - start))
         text_bytes, largest = text_bytes + token_bytes.weigh(chunk), max(largest, int(chunk.max()))
         digest.update(chunk[: 2**24].tobytes())
-    require(largest < token_bytes.size,
-            f"{pattern}: {token_bytes.path} has no token {largest}: use the tokenizer of the shards")
+    require(
+        largest < token_bytes.size,
+        f"{pattern}: {token_bytes.path} has no token {largest}: use the tokenizer of the shards",
+    )
     require(text_bytes, f"{pattern}: {len(stream)} tokens weigh no bytes: make or fetch it again")
     stated, compared = manifest_bytes(data_path), compare_spelling(token_bytes, stream)
     fineweb = abs(text_bytes - 151.08e6) < 6e3
@@ -604,11 +704,15 @@ def audit(token_bytes: TokenBytes, stream: TokenStream, data_path: str) -> tuple
     source = f"{'' if fineweb else 'not '}canonical FineWeb, not proved: no manifest.json states the true bytes"
     proved = stated is not None and stated["bytes"] == text_bytes
     if stated:
-        require(text_bytes == stated["token_bytes"], f"{pattern}: weighs {text_bytes} bytes, but "
-                f"manifest.json states {stated['token_bytes']}: make or fetch the data again")
+        require(
+            text_bytes == stated["token_bytes"],
+            f"{pattern}: weighs {text_bytes} bytes, but "
+            f"manifest.json states {stated['token_bytes']}: make or fetch the data again",
+        )
         source = "bytes:proved by manifest.json" if proved else f"bytes:lossy: of {stated['bytes']} in the text"
     facts = {"val_bytes": text_bytes, "bytes_proved": proved, "sha256_val_tokens": digest.hexdigest()}
     return f"byte_audit: {compared}; all {len(stream)} tokens weigh {text_bytes} bytes ({source})", facts
+
 
 def manifest_bytes(folder: str) -> dict[str, int] | None:
     """`bytes` of the validation text, and `token_bytes` that are kept, if a manifest has them."""
@@ -621,35 +725,43 @@ def manifest_bytes(folder: str) -> dict[str, int] | None:
     except (ValueError, KeyError, TypeError, OverflowError, AttributeError) as error:
         raise UserError(f"{path} states no splits.val.bytes ({error!r:.60}): prepare the data again") from error
 
+
 # ---------- Model: what is asked of any model, attention and its backends, the architecture ---------------------------
 class Row(NamedTuple):
     """What is done with the parameters of a kind, from the first weights to the artifact."""
+
     init: object  # a value, the name of a knob, or a function of (parameter, config, generator)
     group: str  # "matrix" is Muon's; "embed", "head" and "scalar" are AdamW's
     clip: str = "embed"  # class of the export: its knob CLIP_*, its table of frequencies
     bits: str = "weight_bits"  # the knob that says how many a weight gets
     fp32: bool = False  # kept whole by CODEC=zlib, where it is too small to be quantised
 
+
 def uniform_init(p: Tensor, config: Config, generator):
     p.uniform_(-(p.size(1) ** -0.5), p.size(1) ** -0.5, generator=generator)
+
 
 def embedding_init(p: Tensor, config: Config, generator):
     p.normal_(std=config.tied_embed_init_std if config.tie_embeddings else 1.0, generator=generator)
 
+
 class Model(nn.Module):
     """What training, export and scoring ask of a model. One of your own gives PARAMETERS and `features`, from
     tokens [B, T] what the output projection sees [B, T, D], calls init_weights, and may override the rest."""
+
     PARAMETERS: dict[str, Row] = {}
     looping, has_loops = False, False  # depth recurrence: it is on, there is any
     softcap, mask, mask_in_training = 30.0, None, False  # CANONICAL=1
     fused_loss, needs_logits = None, False  # a kernel for logits and loss at once; training needs the logits
     graph_starts: tuple[float, ...] = (0.0,)  # shares of the run where its graph changes
+
     @classmethod
     def row(cls, name: str) -> Row:
         """That of a parameter: blocks.3.attn.c_q.weight is a blocks.attn.c_q."""
         kind = re.sub(r"\.\d+(?=\.|$)", "", name).removesuffix(".weight")
         require(kind in cls.PARAMETERS, f"{cls.__name__}.PARAMETERS has no row {kind} for {name}: add one")
         return cls.PARAMETERS[kind]
+
     @torch.no_grad()
     def init_weights(self, config: Config):
         """Drawn on the CPU in the order of the parameters: the same on every device and rank."""
@@ -658,14 +770,17 @@ class Model(nn.Module):
             init = self.row(name).init
             init = getattr(config, init) if isinstance(init, str) else init
             init(p, config, generator) if callable(init) else p.copy_(torch.tensor(init, dtype=p.dtype))
+
     def output_weight(self) -> tuple[str, Tensor]:
         """Name and weight [V, D] of the output projection: the embedding's without an lm_head."""
         name = "tok_emb" if getattr(self, "lm_head", None) is None else "lm_head"
         return f"{name}.weight", getattr(self, name).weight
+
     def logits(self, x_BTD: Tensor) -> Tensor:
         """[B, T, V] in fp32, softcapped."""
         z = at_least_fp32(F.linear(x_BTD, self.output_weight()[1].to(x_BTD.dtype)))
         return self.softcap * torch.tanh(z / self.softcap)
+
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None):
         """What `losses` makes of the targets; without them logits [B, T, V], in fp32."""
         x_BTD = self.features(tokens_BT)
@@ -674,35 +789,46 @@ class Model(nn.Module):
             return self.fused_loss(self, x_BTD, targets_BT, tokens_BT if masked else None)
         logits = self.mask(self.logits(x_BTD), tokens_BT) if masked else self.logits(x_BTD)
         return logits if targets_BT is None else self.losses(logits, targets_BT)
+
     def losses(self, logits_BTV: Tensor, targets_BT: Tensor):
         """[B, T] in nats, in fp32. In training it may be (losses, extra): a scalar to minimise with
         their mean, which no log or score counts."""
         return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="none").view_as(targets_BT)
+
     def advance(self, progress: float):
         """Be what this share of the run trains. Before that, and in evaluation, it is what the end is."""
+
     def final_score(self, evaluator: "Evaluator", compiled_model: nn.Module, log) -> "Score":
         """That of the artifact, whose weights these are; a model that learns while it is scored does so here."""
         return evaluator.score(compiled_model, log)
+
     def optimizers(self, config: Config, runtime: Runtime) -> list[torch.optim.Optimizer]:
         return build_optimizers(self, config, runtime)
+
     def lr_scale(self, config: Config, step: int, progress: float) -> float:
         """By what each group's rate is multiplied at this step."""
         return lr_scale(config, progress)
 
+
 def at_least_fp32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
 
 def grouped_attention(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor) -> Tensor:
     """Causal; tools/kernels.py has others, and chooses."""
     return F.scaled_dot_product_attention(q_BHTd, k_BKTd, v_BKTd, is_causal=True, enable_gqa=True)
 
+
 def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),), eps=2.0**-23)  # computed in fp32, whose own epsilon this is
 
+
 class Linear(nn.Linear):
     """The fp32 master weight is cast to the type of the input at use."""
+
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
 
 def rope_tables(length: int, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
     """cos and sin [T, d/2] in fp32 (Su et al., RoFormer): bf16 positions would merge past 256."""
@@ -710,13 +836,16 @@ def rope_tables(length: int, head_dim: int, base: float) -> tuple[Tensor, Tensor
     angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
     return angles.cos(), angles.sin()
 
+
 def rotate(x_BTHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE in halves: dimension i turns with i + r/2 by cos, sin [T, 1, r/2]; from r on none."""
     a, b, *rest = x_BTHd.split(cos.size(-1), dim=-1)
     return torch.cat([a * cos + b * sin, b * cos - a * sin, *rest], dim=-1)
 
+
 class Attention(nn.Module):
     """Causal, grouped-query (Shazeer 2019; Ainslie et al. 2023); queries and keys normalised."""
+
     def __init__(self, config: Config, attend, layer: int):
         super().__init__()
         D, H, self.attend = config.model_dim, config.num_heads, attend
@@ -725,8 +854,10 @@ class Attention(nn.Module):
         self.q_gain = nn.Parameter(torch.empty(H))
         self.gate = nn.Parameter(torch.empty(H, min(GATE_INPUTS, D))) if config.attn_gate else None
         self.exclusive = layer >= config.num_layers - config.xsa_layers
+
     def qkv(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.c_q(x_BTD), self.c_k(x_BTD), self.c_v(x_BTD)
+
     def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, *scale: Tensor) -> Tensor:
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv(x_BTD))
         q = rotate(rms_norm(q), cos, sin) * self.q_gain.to(q.dtype)[:, None]
@@ -740,13 +871,16 @@ class Attention(nn.Module):
             y = y * gate_BTH[..., None]
         return self.proj(y.flatten(2), *scale)
 
+
 class MLP(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         D, hidden, self.slope = config.model_dim, round(config.mlp_mult * config.model_dim), config.mlp_slope
         self.fc, self.proj = Linear(D, hidden, bias=False), Linear(hidden, D, bias=False)
+
     def forward(self, x: Tensor, *scale: Tensor) -> Tensor:
         return self.proj(F.leaky_relu(self.fc(x), self.slope).square(), *scale)
+
 
 class Block(nn.Module):
     def __init__(self, config: Config, attend, layer: int):
@@ -756,8 +890,10 @@ class Block(nn.Module):
         self.resid_mix = nn.Parameter(torch.empty(2, D)) if config.x0_mix else None
         self.norm_scale = (layer + 1) ** -0.5 if config.ln_scale else 1.0
         self.parallel = 0 <= config.parallel_from <= layer
+
     def scaled(self, scale_D: Tensor, part: nn.Module, x: Tensor, *tables: Tensor) -> Tensor:
         return scale_D.to(x.dtype) * part(x, *tables)
+
     def forward(self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         if self.resid_mix is not None:
             mix = self.resid_mix.to(x.dtype)
@@ -765,9 +901,11 @@ class Block(nn.Module):
         y = x + self.scaled(self.attn_scale, self.attn, rms_norm(x) * self.norm_scale, cos, sin)
         return y + self.scaled(self.mlp_scale, self.mlp, rms_norm(x if self.parallel else y) * self.norm_scale)
 
+
 class GPT(Model):
     """A U-net of blocks over a normalised embedding. Weights, RoPE tables, norms, softmax and loss are fp32;
     activations and products are of `dtype`, to which weights and tables are cast at use."""
+
     PARAMETERS = {
         "tok_emb": Row(embedding_init, "embed", bits="embed_bits"),
         "lm_head": Row(0.0, "head"),
@@ -787,6 +925,7 @@ class GPT(Model):
         "blocks.mlp.proj": Row(0.0, "matrix", "mlp"),
     }
     block_class = Block
+
     def __init__(self, config: Config, attend=grouped_attention, dtype=torch.float32):
         super().__init__()
         D, V, layers = config.model_dim, config.vocab_size, config.num_layers
@@ -808,8 +947,10 @@ class GPT(Model):
         self.register_buffer("cos", cos[:, None], persistent=False)
         self.register_buffer("sin", sin[:, None], persistent=False)
         self.init_weights(config)
+
     def advance(self, progress: float):
         self.looping = self.has_loops and progress >= self.graph_starts[-1]
+
     def embed(self, tokens_BT: Tensor) -> Tensor:
         """[B, T, D], normalised; the smear gate adds some of the token before in the document."""
         x = rms_norm(self.tok_emb(tokens_BT).to(self.dtype))
@@ -818,6 +959,7 @@ class GPT(Model):
         share, weights = self.smear[0].to(x.dtype), self.smear[1:].to(x.dtype)
         gate_BT = share * torch.sigmoid(x[:, 1:, :GATE_INPUTS] @ weights) * (tokens_BT[:, 1:] != self.start_token)
         return torch.cat([x[:, :1], x[:, 1:] + gate_BT[..., None] * x[:, :-1]], dim=1)
+
     def features(self, tokens_BT: Tensor) -> Tensor:
         """[B, T, D] in `dtype`. The first half of the blocks, as they run, push what they give; each of the
         second half takes the latest that is left, scaled by its skip_weights."""
@@ -835,6 +977,7 @@ class GPT(Model):
                 skips.append(x)
         return rms_norm(x)
 
+
 def build_model(config: Config, runtime: Runtime) -> tuple[Model, nn.Module, str]:
     """(model, the same compiled where that works, what was chosen and why)."""
     attend, fused_loss, compiled, note = grouped_attention, None, runtime.device.type == "cuda", "no tools/kernels.py"
@@ -851,6 +994,7 @@ def build_model(config: Config, runtime: Runtime) -> tuple[Model, nn.Module, str
     dtype = str(runtime.dtype).removeprefix("torch.")
     return model, compiled_model, f"device:{runtime.device} ({runtime.device_name()}) dtype:{dtype}\n{note}"
 
+
 # ---------- Optimizer: the partition of the parameters, Adam for embeddings and vectors, Muon for matrices ------------
 def parameter_groups(model: Model) -> dict[str, list[nn.Parameter]]:
     """Every parameter in exactly one of embed, head, matrix, scalar, as the model's table says."""
@@ -858,6 +1002,7 @@ def parameter_groups(model: Model) -> dict[str, list[nn.Parameter]]:
     for name, p in model.named_parameters():
         groups[model.row(name).group].append(p)
     return groups
+
 
 def newton_schulz(stack: Tensor, polynomials: list[tuple[float, float, float]]) -> Tensor:
     """Bring singular values s <= 1 of matrices [n, rows, cols] near 1, by a s + b s^3 + c s^5 in turn."""
@@ -868,28 +1013,35 @@ def newton_schulz(stack: Tensor, polynomials: list[tuple[float, float, float]]) 
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
 
+
 class Muon(torch.optim.Optimizer):
     """Momentum, then an orthogonalised update, for the matrices inside the blocks.
 
     m = mu * m + g;  u = g + mu * m (Nesterov);  p -= lr * sqrt(max(1, rows / cols)) * orthogonal(u)
     Before that, `row_norm` brings the rows of u to norm 1, `weight_decay` takes off lr * weight_decay * p.
     Rank r owns every world_size-th matrix and the momentum of no other; updates are summed."""
+
     QUINTIC = (3.4445, -4.7750, 2.0315)  # five of it give 0.7 to 1.2. Source: Keller Jordan, Muon
+
     def __init__(self, params, lr, momentum, steps, runtime, row_norm=False, weight_decay=0.0):
         defaults = dict(lr=lr, momentum=momentum, steps=steps, row_norm=row_norm, weight_decay=weight_decay)
         super().__init__(params, defaults)
         self.runtime = runtime
         assert all(p.ndim == 2 for p in self.param_groups[0]["params"]), "Muon is for matrices"
+
     def own(self, params: list[Tensor]) -> list[Tensor]:
         return params[self.runtime.rank :: self.runtime.world_size]
+
     def polynomials(self, steps: int) -> list[tuple[float, float, float]]:
         return [self.QUINTIC] * steps
+
     def orthogonal(self, u: Tensor, group: dict, dtype: torch.dtype) -> Tensor:
         """The scaled updates of a stack [n, rows, cols] in fp32, in `dtype`."""
         for dims in [2, (1, 2)] if group["row_norm"] else [(1, 2)]:
             u = u / u.norm(dim=dims, keepdim=True).clamp_min(1e-7)
         iterate, polynomials = self.runtime.newton_schulz or newton_schulz, self.polynomials(group["steps"])
         return iterate(u.to(dtype), polynomials) * max(1, u.size(1) / u.size(2)) ** 0.5
+
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
@@ -914,19 +1066,32 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
             torch._foreach_add_(params, [updates[p].to(p.dtype) for p in params], alpha=-lr)
 
+
 def build_optimizers(model: Model, config: Config, runtime: Runtime) -> list[torch.optim.Optimizer]:
     """AdamW and Muon, each for the groups that the model has."""
     groups, decay, betas = parameter_groups(model), config.embed_weight_decay, (config.beta1, config.beta2)
     embed_lr = config.tied_embed_lr if config.tie_embeddings else config.embed_lr
-    options = [{"params": groups["embed"], "lr": embed_lr, "weight_decay": decay},
-               {"params": groups["head"], "lr": config.head_lr, "weight_decay": decay},
-               {"params": groups["scalar"], "lr": config.scalar_lr, "weight_decay": config.scalar_weight_decay}]
+    options = [
+        {"params": groups["embed"], "lr": embed_lr, "weight_decay": decay},
+        {"params": groups["head"], "lr": config.head_lr, "weight_decay": decay},
+        {"params": groups["scalar"], "lr": config.scalar_lr, "weight_decay": config.scalar_weight_decay},
+    ]
     options = [option for option in options if option["params"]]
     optimizers = [torch.optim.AdamW(options, betas=betas, eps=config.adam_eps, fused=True)]
     if groups["matrix"]:
-        optimizers.append(Muon(groups["matrix"], config.matrix_lr, config.muon_momentum, config.muon_backend_steps,
-                               runtime, config.muon_row_norm, config.muon_weight_decay))
+        optimizers.append(
+            Muon(
+                groups["matrix"],
+                config.matrix_lr,
+                config.muon_momentum,
+                config.muon_backend_steps,
+                runtime,
+                config.muon_row_norm,
+                config.muon_weight_decay,
+            )
+        )
     return optimizers
+
 
 # ---------- Schedule: pure functions of the step and of progress, the share of the run that is over -------------------
 def progress_at(config: Config, step: int, elapsed: float) -> float:
@@ -934,9 +1099,11 @@ def progress_at(config: Config, step: int, elapsed: float) -> float:
     by_clock = elapsed / config.max_wallclock_seconds if config.max_wallclock_seconds else 0.0
     return min(max(step / config.iterations, by_clock), 1.0)
 
+
 def lr_scale(config: Config, progress: float) -> float:
     """1, then on a line to 0 over the last WARMDOWN_FRAC of the run, but not below LR_FLOOR."""
     return min(1.0, max((1 - progress) / config.warmdown_frac, config.lr_floor)) if config.warmdown_frac else 1.0
+
 
 def muon_momentum(config: Config, step: int) -> float:
     """Linear from MUON_MOMENTUM_WARMUP_START to MUON_MOMENTUM."""
@@ -944,17 +1111,21 @@ def muon_momentum(config: Config, step: int) -> float:
     share = min(step / steps, 1.0) if steps else 1.0
     return (1 - share) * config.muon_momentum_warmup_start + share * config.muon_momentum
 
+
 # ---------- Evaluation: loss and bits per byte over the validation text, every target scored exactly once -------------
 class Score:
     """From sums over scored targets; `label` marks a score of fewer than all, `of`."""
+
     def __init__(self, nats: float, tokens: int, bytes: int, of: int, seconds: float):
         self.tokens, self.bytes, self.of, self.seconds = tokens, bytes, of, seconds
         self.loss, self.bpb = nats / tokens, nats / math.log(2) / bytes
         self.label = f" partial:{tokens}/{of}" if tokens < of else ""
 
+
 class Evaluator:
     """Windows of T inputs every S = EVAL_STRIDE tokens (0: T); target j is token j + 1. The first window
     scores all its targets, a later one its last S, and none what overhangs the end."""
+
     def __init__(self, stream: TokenStream, token_bytes: TokenBytes, config, runtime, accum_steps=1):
         self.stream, self.token_bytes, self.runtime, self.of = stream, token_bytes, runtime, len(stream) - 1
         self.targets = min(config.val_tokens_limit or self.of, self.of)
@@ -964,6 +1135,7 @@ class Evaluator:
         self.windows = range(windows * rank // ranks, windows * (rank + 1) // ranks)
         per_rank = config.val_batch_size // (self.length * ranks * accum_steps)
         self.batch = max(1, min(per_rank, -(-windows // ranks)))
+
     def batch_at(self, index: int) -> tuple[Tensor, Tensor, Tensor, range]:
         """Inputs, targets, mask of the scored [batch, T] from window `index` on; the range of targets scored.
 
@@ -981,6 +1153,7 @@ class Evaluator:
         fresh = (target >= target[:, :1] + T - S) | (target[:, :1] == 0)
         mask = fresh & (target < stop)
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), mask, scored
+
     @torch.no_grad()  # not inference_mode: tables cached in it would poison the next step
     def score(self, model, log=lambda line: None, interrupted=lambda: False, order=None) -> Score | None:
         """The Score over all ranks; None if one was interrupted. `order` gives the first windows of a
@@ -1010,14 +1183,17 @@ class Evaluator:
         require(math.isfinite(nats), f"the validation loss is {nats}, the run diverged: lower learning rates")
         return Score(nats, int(count), int(weight), self.of, time.perf_counter() - begun)
 
+
 # ---------- Export: few bits with an fp16 scale per row, zlib, a checksum, the size, the way back ---------------------
 INT8_FORMAT, RANS_FORMAT, INT8_CLIP_QUANTILE = "int8_clean_per_row_v1", "rans_per_row_v1", 0.9999984
 INT8_MIN_NUMEL = 65_536  # tensors up to this many elements are kept as floats
 TENSOR_CLASSES = ("attn", "mlp", "embed")  # each has a CLIP knob and a table of frequencies
 
+
 def artifact_names(config: Config) -> tuple[str, str]:
     """(file, tag in log lines): final_model.int8.ptz and int8+zlib by default."""
     return f"final_model.{'rans' if config.codec == 'rans' else 'int8'}.ptz", f"int{config.weight_bits}+{config.codec}"
+
 
 def quantize_rows(w: Tensor, qmax: int = 127, k: float = 0.0) -> tuple[Tensor, Tensor]:
     """int8 values up to qmax and fp16 scales [rows] of an fp32 matrix: clip / qmax, with a clip of k standard
@@ -1027,6 +1203,7 @@ def quantize_rows(w: Tensor, qmax: int = 127, k: float = 0.0) -> tuple[Tensor, T
     clip = torch.maximum(k * spread, mean.abs()) if k else torch.quantile(w.abs(), INT8_CLIP_QUANTILE, dim=1)
     scale = (clip / qmax).clamp(min=2.0**-24).where(clip > 0, 1.0).half()  # the least of fp16
     return (w / scale.float()[:, None]).round().clamp(-qmax, qmax).to(torch.int8), scale
+
 
 def quantize(state: dict[str, Tensor], config: Config, hessians=None, multiplier=1.0) -> dict:
     """The public reference's int8 object, plus `config`, which explains it, and `source`, which names the
@@ -1038,8 +1215,11 @@ def quantize(state: dict[str, Tensor], config: Config, hessians=None, multiplier
     for name, tensor in state.items():
         tensor, dtype = tensor.detach().cpu().contiguous(), str(tensor.dtype).removeprefix("torch.")
         row = config.model_class().row(name) if tensor.is_floating_point() else None
-        require(not row or (tensor.abs() <= 65504).all(), f"{name} holds non-finite values, or some beyond "
-                "fp16: the run diverged, no artifact was made: lower the learning rates")
+        require(
+            not row or (tensor.abs() <= 65504).all(),
+            f"{name} holds non-finite values, or some beyond "
+            "fp16: the run diverged, no artifact was made: lower the learning rates",
+        )
         if row and tensor.numel() > INT8_MIN_NUMEL:
             matrix = tensor.float() if tensor.ndim == 2 else tensor.float().view(1, -1)
             qmax, clip = 2 ** (getattr(config, row.bits) - 1) - 1, getattr(config, f"clip_{row.clip}")
@@ -1055,6 +1235,7 @@ def quantize(state: dict[str, Tensor], config: Config, hessians=None, multiplier
             kept[name] = tensor
     return artifact
 
+
 def dequantize(artifact: dict, config: Config) -> dict[str, Tensor]:
     """The state dict that an object of either format stands for, each tensor in its own type."""
     if artifact["__quant_format__"] == RANS_FORMAT:
@@ -1068,9 +1249,11 @@ def dequantize(artifact: dict, config: Config) -> dict[str, Tensor]:
         state[name] = tensor.to(getattr(torch, original[name])) if original.get(name) else tensor
     return state
 
+
 def torch_bytes(value) -> bytes:
     torch.save(value, buffer := io.BytesIO())
     return buffer.getvalue()
+
 
 def encode(state: dict[str, Tensor], config: Config, hessians=None, multiplier=1.0) -> tuple[dict, bytes, int]:
     """(object; file: a zlib stream and its sha256, which others' readers skip; bytes before zlib)."""
@@ -1080,10 +1263,12 @@ def encode(state: dict[str, Tensor], config: Config, hessians=None, multiplier=1
     stream = zlib.compress(raw, level=9)
     return artifact, stream + hashlib.sha256(stream).digest(), len(raw)
 
+
 def unpack(blob: bytes) -> dict:
     """The object in a file of this script; tools/evaluate.py reads what others made."""
     require(hashlib.sha256(blob[:-32]).digest() == blob[-32:], "the artifact and its checksum differ: check the disk")
     return torch.load(io.BytesIO(zlib.decompress(blob[:-32])), map_location="cpu", weights_only=True)
+
 
 def export(state: dict[str, Tensor], config: Config, folder: RunFolder, code_bytes: int, hessians=None) -> dict:
     """Write final_model.pt and the artifact; log the sizes and return them for result.json."""
@@ -1096,37 +1281,59 @@ def export(state: dict[str, Tensor], config: Config, folder: RunFolder, code_byt
     ratio, total = sum(t.nbytes for t in state.values()) / payload, len(blob) + code_bytes
     verdict = "OK" if total <= limit else "TOO LARGE, NOT A VALID SUBMISSION"
     clips = f" clip_multiplier:{multiplier:.4f}" * config.fit_size
-    folder.log(f"Serialized model: {len(raw)} bytes\nCode size: {code_bytes} bytes\n"
-               f"Total submission size: {len(raw) + code_bytes} bytes\nSerialized model {tag}: {len(blob)} bytes "
-               f"(payload:{payload} raw_torch:{packed} payload_ratio:{ratio:.2f}x)\nTotal submission size {tag}: "
-               f"{total} bytes\nsize_verdict:{verdict} limit:{limit} spare:{limit - total}{clips}")
-    return {"bytes_model": len(raw), "bytes_artifact": len(blob), "bytes_code": code_bytes, "bytes_total": total,
-            "bytes_limit": limit, "sha256_artifact": hashlib.sha256(blob).hexdigest(), "clip_multiplier": multiplier}
+    folder.log(
+        f"Serialized model: {len(raw)} bytes\nCode size: {code_bytes} bytes\n"
+        f"Total submission size: {len(raw) + code_bytes} bytes\nSerialized model {tag}: {len(blob)} bytes "
+        f"(payload:{payload} raw_torch:{packed} payload_ratio:{ratio:.2f}x)\nTotal submission size {tag}: "
+        f"{total} bytes\nsize_verdict:{verdict} limit:{limit} spare:{limit - total}{clips}"
+    )
+    return {
+        "bytes_model": len(raw),
+        "bytes_artifact": len(blob),
+        "bytes_code": code_bytes,
+        "bytes_total": total,
+        "bytes_limit": limit,
+        "sha256_artifact": hashlib.sha256(blob).hexdigest(),
+        "clip_multiplier": multiplier,
+    }
+
 
 # ---------- Training: one step function for the warm-up and for the run, the pace that the clock sets, the loop -------
 class Hooks:
     """What a run calls, and when. These do nothing; those of tools/checkpoint.py make checkpoints, resume, listen to
     signals and fit the micro-batch to the memory."""
+
     stop_signal = 0  # the number of a signal that asks the run to save and end
     resumed_at: tuple[int, ...] = ()  # the steps at which the run went on
+
     def __init__(self, config: Config, folder: RunFolder):
         self.config, self.folder = config, folder
+
     def choose_folder(self, stream: TokenStream, sources: dict[str, bytes]):
         """Before the model is built: a checkpoint is looked for, and checked to be of this run."""
         self.folder.locate(self.config)
-        require(self.config.resume in ("auto", "never") and not self.folder.path.exists(), "no run goes on without "
-                f"tools/checkpoint.py: unset RESUME, and give a RUN_ID whose folder {self.folder.path} is not there")
+        require(
+            self.config.resume in ("auto", "never") and not self.folder.path.exists(),
+            "no run goes on without "
+            f"tools/checkpoint.py: unset RESUME, and give a RUN_ID whose folder {self.folder.path} is not there",
+        )
+
     def before_warm_up(self, trainer: "Trainer"):
         """All is as for a new run: here a checkpoint is put into it."""
+
     def training(self, begins: bool):
         """From here on, or no longer, a signal waits for the end of a step."""
+
     def wants_checkpoint(self, trainer: "Trainer") -> bool:
         return False  # asked before every step on every rank, and one that wants it suffices
+
     def save(self, trainer: "Trainer", wait: bool):
         """Between two steps, on every rank; `wait` until it is on the disk."""
 
+
 class Trainer:
     """Model, optimizers and data of one run, and the loop over them."""
+
     def __init__(self, config: Config, runtime: Runtime, folder, watch: Stopwatch, loader: TrainLoader, hooks: Hooks):
         self.config, self.runtime, self.folder = config, runtime, folder
         self.watch, self.loader, self.hooks = watch, loader, hooks
@@ -1149,6 +1356,7 @@ class Trainer:
         self.grad_norm = torch.zeros((), device=runtime.device)  # of the last step, with GRAD_CLIP_NORM
         # Losses on their way to the host, seconds of the last steps, the training clock when the last of them ended.
         self.pending, self.recent, self.settled_at = deque(), deque(maxlen=20), 0.0
+
     def step(self, scale: float, momentum: float) -> Tensor:
         """One optimizer step; returns the mean loss of this rank's micro-steps, still on the device."""
         inputs, targets = self.loader.next_step()
@@ -1172,11 +1380,13 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return losses.sum()
+
     @torch.no_grad()
     def update_average(self):
         """EMA in fp32; short runs forget their first steps sooner: decay min(EMA_DECAY, (t + 1) / (t + 10))."""
         decay = min(self.config.ema_decay, (self.steps + 1) / (self.steps + 10))
         torch._foreach_lerp_(self.average, [p.float() for p in self.model.parameters()], 1 - decay)
+
     @torch.no_grad()
     def finish_weights(self):
         """Bring the weights EMA_SHARE of the way to the average, if there is one; calibrate, if GPTQ is to round."""
@@ -1186,6 +1396,7 @@ class Trainer:
         if self.calibration:
             collect = tool("compress").collect_hessians
             self.hessians = collect(self.model, self.loader, self.calibration, self.runtime)
+
     def warm_up(self, evaluator: Evaluator):
         """Compile every path with real steps, then put weights, optimizers, RNG and data back exactly as they were."""
         parts, position = [self.model, *self.optimizers], self.loader.position
@@ -1209,6 +1420,7 @@ class Trainer:
         for part, state in zip(parts, before, strict=False):
             part.load_state_dict(state)
         self.loader.seek(position)
+
     def plan(self) -> tuple[float, bool, bool, bool]:
         """(learning-rate scale, whether to stop before one more step, to save, to leave): rank 0's decision, and any
         rank's signals. The next step, if it takes as long as the slowest of the last 20, must end before the limit."""
@@ -1221,6 +1433,7 @@ class Trainer:
         scale, stop, progress, save, leave = runtime.sum([*(decision if runtime.is_master else [0.0] * 3), *signals])
         self.model.advance(progress)
         return scale, bool(stop), bool(save), bool(leave)
+
     def settle(self, keep: int):
         """Log the steps that are done, all but the last `keep` dispatched: their losses arrive while those run."""
         config = self.config
@@ -1230,20 +1443,25 @@ class Trainer:
             (loss, norm), clock = told.tolist(), self.watch.elapsed("training")
             self.recent.append(clock - self.settled_at)
             self.settled_at = clock
-            require(math.isfinite(loss), f"step {step}: the loss is {loss}: nothing was exported: lower MATRIX_LR, "
-                    "TIED_EMBED_LR and SCALAR_LR, or set GRAD_CLIP_NORM")
+            require(
+                math.isfinite(loss),
+                f"step {step}: the loss is {loss}: nothing was exported: lower MATRIX_LR, "
+                "TIED_EMBED_LR and SCALAR_LR, or set GRAD_CLIP_NORM",
+            )
             if config.train_log_every and (step <= 10 or step % config.train_log_every == 0):
                 line = f"step:{step}/{config.iterations} train_loss:{loss:.4f} {times(step, clock)}"
                 self.folder.log(f"{line} {self.speed()}{f' grad_norm:{norm:.4f}' * bool(config.grad_clip_norm)}")
             numbers = {"step": step, "train_loss": loss, "lr_scale": scale, "train_seconds": round(clock, 4)}
             numbers |= {"grad_norm": norm} if config.grad_clip_norm else {}
             self.folder.append("metrics.jsonl", json.dumps(numbers))
+
     def speed(self) -> str:
         """Over the last steps: tokens per second of all ranks, and what share of their devices' FLOP/s that takes."""
         speed = self.config.train_batch_tokens / max(statistics.fmean(self.recent), 1e-9)
         kernels = tool("kernels", "the share of the peak is not told", log=str)
         share = kernels.share_of_peak(self.model, self.config, self.runtime, speed) if kernels else None
         return f"tok/s:{speed:.0f}" + (f" mfu:{share:.1%}" if share else "")
+
     def validate(self, evaluator: Evaluator) -> Score | None:
         """The Score, logged, while the training clock stands still; None if a signal came in between."""
         self.settle(keep=0)
@@ -1252,11 +1470,14 @@ class Trainer:
         self.watch.switch("training")
         self.settled_at = clock = self.watch.elapsed("training")
         if score:
-            self.folder.log(f"step:{self.steps}/{self.config.iterations} val_loss:{score.loss:.4f} "
-                            f"val_bpb:{score.bpb:.4f} {times(self.steps, clock)}{score.label}")
+            self.folder.log(
+                f"step:{self.steps}/{self.config.iterations} val_loss:{score.loss:.4f} "
+                f"val_bpb:{score.bpb:.4f} {times(self.steps, clock)}{score.label}"
+            )
             numbers = {"val_loss": score.loss, "val_bpb": score.bpb, "partial": bool(score.label)}
             self.folder.append("metrics.jsonl", json.dumps({"step": self.steps, **numbers}))
         return score
+
     def stop(self):
         """After the last step: a checkpoint, for what is killed from here on; then the weights to export."""
         if not self.finished:
@@ -1267,6 +1488,7 @@ class Trainer:
             self.watch.switch("training")
         if not self.exporting:
             self.finish_weights()
+
     def train(self, evaluator: Evaluator) -> Score:
         """Plan, save, validate, step, log, until ITERATIONS or the clock. The last validation."""
         config, runtime, cuda = self.config, self.runtime, self.runtime.device.type == "cuda"
@@ -1302,8 +1524,10 @@ class Trainer:
             self.pending.append((self.steps, scale, told, event))
             self.settle(keep=1 if cuda else 0)  # a GPU may have one more step queued
 
+
 def times(step: int, clock: float) -> str:
     return f"train_time:{1000 * clock:.0f}ms step_avg:{1000 * clock / max(step, 1):.2f}ms"
+
 
 # ---------- Modes: training, from the checks to result.json; every other mode is a tool -------------------------------
 def tool(name: str, without: str = "", log=print):
@@ -1320,20 +1544,28 @@ def tool(name: str, without: str = "", log=print):
     key in sys.modules or log(f"warning: tools/{name}.py is not beside the script: {without}")
     return sys.modules.get(key)
 
+
 def source_paths(config: Config) -> dict[str, Path]:
     """{name in the run folder: path} of what shapes a run: this script; a tool that makes the artifact,
     weighs bytes or scores; of a model in its own file that, and what it imports beside it."""
     compress = config.gptq_batches or config.fit_size or config.codec == "rans"
-    asked = {"compress": compress, "canonical": config.canonical,
-             "tokenizers": NAMED_TOKENIZER.fullmatch(config.tokenizer_path)}
+    asked = {
+        "compress": compress,
+        "canonical": config.canonical,
+        "tokenizers": NAMED_TOKENIZER.fullmatch(config.tokenizer_path),
+    }
     script, paths = Path(__file__).resolve(), {f"{k}.py": Path(tool(k).__file__) for k in asked if asked[k]}
     for cls in (type(config), config.model_class()):
         if cls.__module__ != __name__:
             folder = Path(inspect.getfile(cls)).resolve().parent
-            files = [Path(module.__file__).resolve() for module in list(sys.modules.values())
-                     if getattr(module, "__file__", None)]
+            files = [
+                Path(module.__file__).resolve()
+                for module in list(sys.modules.values())
+                if getattr(module, "__file__", None)
+            ]
             paths |= {path.name: path for path in files if path.parent == folder and path != script}
     return {"train_gpt.py": script} | paths
+
 
 def model_source(config: Config) -> dict:
     """For an artifact: where the Config is that names the model, unless both are this script's."""
@@ -1343,13 +1575,16 @@ def model_source(config: Config) -> dict:
     name = path.relative_to(here).as_posix() if path.is_relative_to(here) else path.name
     return {"source": {"file": name, "config_class": type(config).__name__}}
 
+
 def open_text(config: Config, folder: RunFolder) -> tuple[TokenStream, TokenBytes, dict]:
     """(validation text, what its tokens weigh, what the audit found: nothing on ranks but 0)."""
     stream = TokenStream(config.data_path, "val", config.vocab_size)
     require(len(stream) > 1, f"{stream.pattern} holds {len(stream)} tokens: 2 are needed to score one")
     token_bytes = TokenBytes(config.tokenizer_path, config.vocab_size, config.vocab_padding)
-    require(not config.smear_gate or token_bytes.start in (config.start_token, -1),
-            f"START_TOKEN={config.start_token}, but documents begin with token {token_bytes.start}: set that")
+    require(
+        not config.smear_gate or token_bytes.start in (config.start_token, -1),
+        f"START_TOKEN={config.start_token}, but documents begin with token {token_bytes.start}: set that",
+    )
     folder.log(f"val_loader:shards pattern={stream.pattern} tokens:{len(stream) - 1}")
     if config.canonical and folder.runtime.is_master:
         folder.log(tool("canonical").check_text(config, stream))
@@ -1357,10 +1592,14 @@ def open_text(config: Config, folder: RunFolder) -> tuple[TokenStream, TokenByte
     folder.log(line)
     return stream, token_bytes, facts
 
+
 def log_final(label: str, score: Score, folder: RunFolder):
-    folder.log(f"{label} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} eval_time:{1000 * score.seconds:.0f}ms"
-               f"{score.label}\n{label}_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} "
-               f"tokens:{score.tokens} bytes:{score.bytes}{score.label}")
+    folder.log(
+        f"{label} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} eval_time:{1000 * score.seconds:.0f}ms"
+        f"{score.label}\n{label}_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} "
+        f"tokens:{score.tokens} bytes:{score.bytes}{score.label}"
+    )
+
 
 def prepare(config: Config, folder: RunFolder, sources: dict[str, bytes], watch: Stopwatch):
     """(trainer, new or resumed, and what open_text returns), after all that the user brought has been checked."""
@@ -1382,14 +1621,17 @@ def prepare(config: Config, folder: RunFolder, sources: dict[str, bytes], watch:
     folder.create(config, sources)
     return trainer, *text
 
+
 def train(config: Config, folder: RunFolder, argv: list[str]):
     """MODE=train: one run, from the checks to result.json."""
     runtime, watch = folder.runtime, Stopwatch(folder.runtime.synchronize)
     sources = {name: path.read_bytes() for name, path in source_paths(config).items()}
     trainer, val_stream, token_bytes, facts = prepare(config, folder, sources, watch)
     params, accum_steps = sum(p.numel() for p in trainer.model.parameters()), trainer.loader.accum_steps
-    folder.log(f"{trainer.note}\nmodel_params:{params}\nseed:{config.seed}\nrun_folder:{folder.path}\n"
-               f"world_size:{runtime.world_size} grad_accum_steps:{accum_steps}")
+    folder.log(
+        f"{trainer.note}\nmodel_params:{params}\nseed:{config.seed}\nrun_folder:{folder.path}\n"
+        f"world_size:{runtime.world_size} grad_accum_steps:{accum_steps}"
+    )
     evaluator = Evaluator(val_stream, token_bytes, config, runtime, accum_steps)
     trainer.warm_up(evaluator)
     watch.switch("training")
@@ -1403,8 +1645,10 @@ def train(config: Config, folder: RunFolder, argv: list[str]):
     if limit and over > 0:
         folder.log(f"clock_verdict:{over:.3f}s OVER MAX_WALLCLOCK_SECONDS={limit}, NOT A VALID SUBMISSION")
     if runtime.device.type == "cuda":
-        folder.log(f"peak memory allocated: {torch.cuda.max_memory_allocated() >> 20} MiB "
-                   f"reserved: {torch.cuda.max_memory_reserved() >> 20} MiB")
+        folder.log(
+            f"peak memory allocated: {torch.cuda.max_memory_allocated() >> 20} MiB "
+            f"reserved: {torch.cuda.max_memory_reserved() >> 20} MiB"
+        )
     state, (name, tag), artifact = trainer.model.state_dict(), artifact_names(config), None
     if runtime.is_master:
         facts |= export(state, trainer.config, folder, sum(map(len, sources.values())), trainer.hessians)
@@ -1420,29 +1664,52 @@ def train(config: Config, folder: RunFolder, argv: list[str]):
     if config.sample_prompt and runtime.is_master and (sample := tool("sample", "no sample", folder.log)):
         folder.log("".join(["sample: ", *sample.generate(trainer.model.eval(), config, token_bytes)]))
 
+
 def write_result(trainer: Trainer, before: Score, after: Score, sources: dict[str, bytes], facts: dict):
     """result.json of a finished run: the Scores of the weights and of the artifact, time, machine, sources, `facts`."""
     config, runtime, folder, watch = trainer.config, trainer.runtime, trainer.folder, trainer.watch
-    require(after.label or after.bytes == facts["val_bytes"],
-            f"scored {after.bytes} bytes, but the text has {facts['val_bytes']}: a fault of this script")
+    require(
+        after.label or after.bytes == facts["val_bytes"],
+        f"scored {after.bytes} bytes, but the text has {facts['val_bytes']}: a fault of this script",
+    )
     limit, trained = config.max_wallclock_seconds, watch.seconds["training"]
     hashes = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in sources.items()}
     result = {
-        "run_id": folder.run_id, "seed": config.seed, "steps": trainer.steps,
+        "run_id": folder.run_id,
+        "seed": config.seed,
+        "steps": trainer.steps,
         "model_params": sum(p.numel() for p in trainer.model.parameters()),
-        "val_loss": after.loss, "val_bpb": after.bpb, "pre_quant_val_loss": before.loss,
-        "pre_quant_val_bpb": before.bpb, "partial": bool(after.label), "scored_tokens": after.tokens,
-        "scored_bytes": after.bytes, "val_tokens": after.of, "eval_stride": config.eval_stride,
-        "eval_seconds": round(after.seconds, 3), "train_tokens": trainer.steps * config.train_batch_tokens,
+        "val_loss": after.loss,
+        "val_bpb": after.bpb,
+        "pre_quant_val_loss": before.loss,
+        "pre_quant_val_bpb": before.bpb,
+        "partial": bool(after.label),
+        "scored_tokens": after.tokens,
+        "scored_bytes": after.bytes,
+        "val_tokens": after.of,
+        "eval_stride": config.eval_stride,
+        "eval_seconds": round(after.seconds, 3),
+        "train_tokens": trainer.steps * config.train_batch_tokens,
         "over_clock": bool(limit and trained > limit),
         "seconds": {phase: round(seconds, 3) for phase, seconds in watch.seconds.items()},
-        "step_avg_ms": 1000 * trained / max(trainer.steps, 1), "world_size": runtime.world_size,
-        "resumed_at": trainer.hooks.resumed_at, "grad_accum_steps": trainer.loader.accum_steps,
-        "device": runtime.device_name(), "dtype": str(runtime.dtype), "note": trainer.note, "cuda": torch.version.cuda,
-        "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version(),
-        "platform": platform.platform(), "sha256_code": hashes["train_gpt.py"]["sha256"], "sources": hashes, **facts,
-    }  # fmt: skip
+        "step_avg_ms": 1000 * trained / max(trainer.steps, 1),
+        "world_size": runtime.world_size,
+        "resumed_at": trainer.hooks.resumed_at,
+        "grad_accum_steps": trainer.loader.accum_steps,
+        "device": runtime.device_name(),
+        "dtype": str(runtime.dtype),
+        "note": trainer.note,
+        "cuda": torch.version.cuda,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "sha256_code": hashes["train_gpt.py"]["sha256"],
+        "sources": hashes,
+        **facts,
+    }
     folder.write("result.json", (json.dumps(result, indent=1) + "\n").encode())
+
 
 # ---------- main: wiring only -----------------------------------------------------------------------------------------
 def main(argv: list[str] | None = None, config_class: type[Config] = Config) -> int:
@@ -1478,6 +1745,7 @@ def main(argv: list[str] | None = None, config_class: type[Config] = Config) -> 
         sys.stdout.flush()
         os._exit(code)
     return code
+
 
 if __name__ == "__main__":
     sys.modules["train_gpt"] = sys.modules["__main__"]  # for the tools, whatever its name

@@ -173,8 +173,10 @@ def claimed(folder: Path, command: str) -> Iterator[Path]:
         try:
             state = {"incomplete": "run the same command again", "command": command}
             started = time.strftime("%Y-%m-%d %H:%M:%S")
-            write_json(work / "manifest.json", state | {"process": f"{os.getpid()} on {socket.gethostname()}",
-                                                        "started": started})  # fmt: skip
+            write_json(
+                work / "manifest.json",
+                state | {"process": f"{os.getpid()} on {socket.gethostname()}", "started": started},
+            )
             yield work
         finally:
             shutil.rmtree(work, ignore_errors=True)

@@ -30,8 +30,11 @@ try:
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
     from huggingface_hub.utils import disable_progress_bars, get_session
 except (ImportError, ValueError) as error:  # it reads the environment when it is imported
-    say(f"error: huggingface-hub 1.0 or later is needed ({error}): pip install -r requirements.txt; check also "
-        "variables that begin with HF_, such as HF_HUB_DOWNLOAD_TIMEOUT", sys.stderr)  # fmt: skip
+    say(
+        f"error: huggingface-hub 1.0 or later is needed ({error}): pip install -r requirements.txt; check also "
+        "variables that begin with HF_, such as HF_HUB_DOWNLOAD_TIMEOUT",
+        sys.stderr,
+    )
     leave(2)
 
 REPO_ID, PREFIX, SP8192_REPO_ID = "willdepueoai/parameter-golf", "datasets", "kevclark/parameter-golf"
@@ -73,8 +76,10 @@ class Hub:
             get_session()
         except (ImportError, ValueError) as error:  # a scheme that needs another package, or that there is not
             names = [name for name in os.environ if name.lower() in ("all_proxy", "http_proxy", "https_proxy")]
-            raise UserError(f"{', '.join(sorted(names))}: the proxy cannot be used ({first_line(error)}): pip install "
-                            "socksio for socks5, name one of http://, or unset the variable") from None  # fmt: skip
+            raise UserError(
+                f"{', '.join(sorted(names))}: the proxy cannot be used ({first_line(error)}): pip install "
+                "socksio for socks5, name one of http://, or unset the variable"
+            ) from None
 
     def explain(self, error: BaseException, path: str | None = None) -> Exception:
         """The error of a request as one that says what to do: ConnectionError where trying later may help."""
@@ -93,22 +98,28 @@ class Hub:
         """The file below `folder`, by the library, which takes up lost connections."""
         path = f"{self.prefix}/{remote.path}".lstrip("/")
         try:
-            return Path(hf_hub_download(self.repo_id, path, repo_type="dataset", revision=commit, local_dir=folder,
-                                        endpoint=self.endpoint))  # fmt: skip
+            return Path(
+                hf_hub_download(
+                    self.repo_id, path, repo_type="dataset", revision=commit, local_dir=folder, endpoint=self.endpoint
+                )
+            )
         except (HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
             raise self.explain(error, path) from error
         except OSError as error:
             if error.errno is not None:  # of the disk
                 raise
-            raise UserError(f"{path} arrived damaged and was not put in place ({first_line(error)}): start the command "
-                            "again, or check HF_ENDPOINT") from error  # fmt: skip
+            raise UserError(
+                f"{path} arrived damaged and was not put in place ({first_line(error)}): start the command "
+                "again, or check HF_ENDPOINT"
+            ) from error
 
     def fetch_listing(self, folder: Path) -> Listing:
         """The commit, its files under the prefix, the manifest, which is kept below `folder`."""
         files, start = {}, f"{self.prefix}/" if self.prefix else ""
         try:
-            info = HfApi(endpoint=self.endpoint).repo_info(self.repo_id, repo_type="dataset", files_metadata=True,
-                                                           timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)  # fmt: skip
+            info = HfApi(endpoint=self.endpoint).repo_info(
+                self.repo_id, repo_type="dataset", files_metadata=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
+            )
             for it in info.siblings:
                 path = it.rfilename.removeprefix(start)
                 size, digest = (it.lfs.size, it.lfs.sha256) if it.lfs else (it.size, it.blob_id)
@@ -119,10 +130,15 @@ class Hub:
         except (HTTPError, OSError) as error:
             raise self.explain(error) from error
         except (ValueError, TypeError, LookupError, AttributeError) as error:  # JSON of another shape, or none at all
-            raise UserError(f"{self.endpoint} does not answer as a hub does ({first_line(error)}): check HF_ENDPOINT, "
-                            "and that no log-in page of the network stands between") from error  # fmt: skip
-        require("manifest.json" in files, f"{self.repo_id} has no {start}manifest.json: check MATCHED_FINEWEB_REPO_ID "
-                f"and MATCHED_FINEWEB_REMOTE_ROOT_PREFIX={self.prefix}")  # fmt: skip
+            raise UserError(
+                f"{self.endpoint} does not answer as a hub does ({first_line(error)}): check HF_ENDPOINT, "
+                "and that no log-in page of the network stands between"
+            ) from error
+        require(
+            "manifest.json" in files,
+            f"{self.repo_id} has no {start}manifest.json: check MATCHED_FINEWEB_REPO_ID "
+            f"and MATCHED_FINEWEB_REMOTE_ROOT_PREFIX={self.prefix}",
+        )
         staged = self.fetch(files["manifest.json"], info.sha, folder)
         fault = find_fault(staged, files["manifest.json"])
         require(fault is None, f"{start}manifest.json {fault}: start the command again")
@@ -140,8 +156,10 @@ def make_plan(listing: Listing, repo_id: str, args: argparse.Namespace) -> Plan:
     """UserError where the repository lacks what the manifest or the arguments name, or it would leave the data root."""
 
     def remote(path: str, remedy: str = "check MATCHED_FINEWEB_REPO_ID") -> Remote:
-        require(all(map(SAFE_NAME.fullmatch, path.split("/"))),
-                f"the manifest names {path!r}, expected a path below the prefix: check MATCHED_FINEWEB_REPO_ID")
+        require(
+            all(map(SAFE_NAME.fullmatch, path.split("/"))),
+            f"the manifest names {path!r}, expected a path below the prefix: check MATCHED_FINEWEB_REPO_ID",
+        )
         require(path in listing.files, f"the manifest of {repo_id} asks for {path}, which it does not have: {remedy}")
         return listing.files[path]
 
@@ -171,8 +189,9 @@ def make_plan(listing: Listing, repo_id: str, args: argparse.Namespace) -> Plan:
             require(wanted.setdefault(target, found) == found, f"the manifest has two files for {target}: refused")
         size = entry.get("vocab_size", tokenizer.get("vocab_size"))
     except (LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"the manifest of {repo_id} is not that of such data ({error!r:.80}): check "
-                        "MATCHED_FINEWEB_REPO_ID") from None  # fmt: skip
+        raise UserError(
+            f"the manifest of {repo_id} is not that of such data ({error!r:.80}): check MATCHED_FINEWEB_REPO_ID"
+        ) from None
     if args.with_docs:
         require(DOCS in listing.files, f"--with-docs: {repo_id} has no {DOCS} beside its manifest; leave it out")
         docs = [path for path in listing.files if path.startswith("docs_selected.") and SAFE_NAME.fullmatch(path)]
@@ -180,13 +199,23 @@ def make_plan(listing: Listing, repo_id: str, args: argparse.Namespace) -> Plan:
     strangers = {}
     for path in sorted(set(folder.glob("fineweb_*.bin")) - set(wanted)):
         found = listing.files.get(path.relative_to(args.out).as_posix())
-        require(found, f"{path} is no shard of the repository, and the trainer would read it as part of the data: "
-                "delete it or move it away")  # fmt: skip
+        require(
+            found,
+            f"{path} is no shard of the repository, and the trainer would read it as part of the data: "
+            "delete it or move it away",
+        )
         strangers[path] = found
     chosen = f"{name}: {asked['train']} of {count['train']} training shards, all {count['val']} of validation"
     more = f" (--train-shards {args.train_shards} is more than there are)" * (args.train_shards > count["train"])
-    knobs = {"DATA_PATH": folder, "TOKENIZER_PATH": args.out / "tokenizers" / main.rpartition("/")[2],
-             "VOCAB_SIZE": size or ""} if folder != DATA_ROOT / "datasets" / DEFAULT_DATASET else {}  # fmt: skip
+    knobs = (
+        {
+            "DATA_PATH": folder,
+            "TOKENIZER_PATH": args.out / "tokenizers" / main.rpartition("/")[2],
+            "VOCAB_SIZE": size or "",
+        }
+        if folder != DATA_ROOT / "datasets" / DEFAULT_DATASET
+        else {}
+    )
     command = [*(f"{knob}={shlex.quote(str(value))}" for knob, value in knobs.items()), "python train_gpt.py"]
     return Plan(chosen + more, wanted, strangers, " ".join(command))
 
@@ -209,8 +238,10 @@ def download(target: Path, remote: Remote, hub: Hub, commit: str, staging: Path)
     staged = hub.fetch(remote, commit, staging)
     if fault := find_fault(staged, remote):
         staged.unlink()  # so that the next run fetches it anew
-        raise UserError(f"{remote.path} arrived damaged and was not put in place: it {fault}; start the command again, "
-                        f"and if that is of no help, ask the owner of {hub.repo_id} or check HF_ENDPOINT")  # fmt: skip
+        raise UserError(
+            f"{remote.path} arrived damaged and was not put in place: it {fault}; start the command again, "
+            f"and if that is of no help, ask the owner of {hub.repo_id} or check HF_ENDPOINT"
+        )
     part = target.with_name(target.name + ".part")
     part.parent.mkdir(parents=True, exist_ok=True)
     shutil.move(staged, part)  # which may be on another disk
@@ -225,8 +256,11 @@ def bring(plan: Plan, hub: Hub, commit: str, offline: str | None, args: argparse
         items = plan.wanted | plan.strangers
         faults = dict(zip(items, pool.map(find_fault, items, items.values()), strict=True))
         for path in plan.strangers:
-            require(not faults[path], f"{path} {faults[path]}; it is not among the shards asked for, but the trainer "
-                    "would read it: delete it, or ask for more with --train-shards")  # fmt: skip
+            require(
+                not faults[path],
+                f"{path} {faults[path]}; it is not among the shards asked for, but the trainer "
+                "would read it: delete it, or ask for more with --train-shards",
+            )
             say(f"{path} is here from before and whole; the trainer reads it too")
         missing = {path: remote for path, remote in plan.wanted.items() if faults[path]}
         for path in filter(Path.exists, missing):
@@ -234,11 +268,17 @@ def bring(plan: Plan, hub: Hub, commit: str, offline: str | None, args: argparse
         size, count = sum(remote.size for remote in missing.values()), len(plan.wanted)
         say(f"{count - len(missing)} of {count} files are in place, with the size and hash the hub states")
         if missing:
-            require(not offline, f"{offline}; {len(missing)} files of {size:,} bytes are missing or damaged, the first "
-                    f"is {min(missing)}: connect, or set HF_ENDPOINT to a mirror")  # fmt: skip
+            require(
+                not offline,
+                f"{offline}; {len(missing)} files of {size:,} bytes are missing or damaged, the first "
+                f"is {min(missing)}: connect, or set HF_ENDPOINT to a mirror",
+            )
             free = shutil.disk_usage(next(path for path in min(missing).parents if path.exists())).free
-            require(size <= free, f"{size:,} bytes are missing, but the disk of {args.out} has {free:,} free: make "
-                    "room, take fewer shards (--train-shards N), or another disk (--out DIR)")  # fmt: skip
+            require(
+                size <= free,
+                f"{size:,} bytes are missing, but the disk of {args.out} has {free:,} free: make "
+                "room, take fewer shards (--train-shards N), or another disk (--out DIR)",
+            )
             say(f"fetching {len(missing)} files, {size:,} bytes")
             for done in as_completed([pool.submit(download, *item, hub, commit, staging) for item in missing.items()]):
                 done.result()
@@ -251,16 +291,28 @@ def bring(plan: Plan, hub: Hub, commit: str, offline: str | None, args: argparse
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     variables = "MATCHED_FINEWEB_REPO_ID, MATCHED_FINEWEB_REMOTE_ROOT_PREFIX, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=f"environment: {variables}")
-    parser.add_argument("--variant", default="sp1024", metavar="NAME",
-                        help="sp1024, sp4096, sp8192, byte260 or a data set of the manifest (default sp1024)")
-    parser.add_argument("--train-shards", type=int, default=80, metavar="N",
-                        help="the first N training shards, or all where there are fewer (default 80)")  # fmt: skip
+    parser.add_argument(
+        "--variant",
+        default="sp1024",
+        metavar="NAME",
+        help="sp1024, sp4096, sp8192, byte260 or a data set of the manifest (default sp1024)",
+    )
+    parser.add_argument(
+        "--train-shards",
+        type=int,
+        default=80,
+        metavar="N",
+        help="the first N training shards, or all where there are fewer (default 80)",
+    )
     parser.add_argument("--with-docs", action="store_true", help=f"also the text itself, {DOCS}")
     parser.add_argument("--workers", type=int, default=8, metavar="N", help="files at a time, 1 to 64 (default 8)")
     parser.add_argument("--out", type=Path, default=DATA_ROOT, help="data root (default: the folder of this script)")
     args = parser.parse_args(argv)
-    require(args.train_shards >= 0 and 1 <= args.workers <= 64, f"--train-shards {args.train_shards} --workers "
-            f"{args.workers}: expected 0 shards (validation alone) or more, and 1 to 64 workers")  # fmt: skip
+    require(
+        args.train_shards >= 0 and 1 <= args.workers <= 64,
+        f"--train-shards {args.train_shards} --workers "
+        f"{args.workers}: expected 0 shards (validation alone) or more, and 1 to 64 workers",
+    )
     return args
 
 
@@ -278,8 +330,10 @@ def run(args: argparse.Namespace):
                 files = {path: Remote(*it) for path, it in known["files"].items()}
                 listing = Listing(known["commit"], files, known["manifest"])
             except (TypeError, LookupError, AttributeError):
-                raise UserError(f"{offline}; and no earlier run has left a record of {hub.repo_id} in {downloads}: "
-                                "connect, set HF_ENDPOINT to a mirror, or unset HF_HUB_OFFLINE") from None
+                raise UserError(
+                    f"{offline}; and no earlier run has left a record of {hub.repo_id} in {downloads}: "
+                    "connect, set HF_ENDPOINT to a mirror, or unset HF_HUB_OFFLINE"
+                ) from None
             say(f"offline: {offline}; going by the record of commit {listing.commit}")
         plan = make_plan(listing, hub.repo_id, args)
         say(plan.chosen)
@@ -287,8 +341,9 @@ def run(args: argparse.Namespace):
         try:
             bring(plan, hub, listing.commit, offline, args)
         except ConnectionError as error:
-            raise UserError(f"{error}; what has arrived is kept: start the same command again, or set HF_ENDPOINT to a "
-                            "mirror") from error  # fmt: skip
+            raise UserError(
+                f"{error}; what has arrived is kept: start the same command again, or set HF_ENDPOINT to a mirror"
+            ) from error
     say(f"next: {plan.next}")
 
 

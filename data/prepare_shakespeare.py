@@ -133,8 +133,10 @@ def build(sdist: bytes, work: Path, vocab_size: int, args: argparse.Namespace) -
     encoded = {split: prove(tokenizer, raws[split], tokenizer.encode(texts)) for split, texts in splits.items()}
     for split, it in encoded.items():
         if it.lossy_documents:
-            raise UserError(f"{split}: the tokens of {it.lossy_documents} texts do not decode to them, and weigh "
-                            f"{it.token_bytes} bytes where the text has {it.bytes}; nothing was written")  # fmt: skip
+            raise UserError(
+                f"{split}: the tokens of {it.lossy_documents} texts do not decode to them, and weigh "
+                f"{it.token_bytes} bytes where the text has {it.bytes}; nothing was written"
+            )
     return tokenizer.model, write_shards(work, encoded.items(), args.shard_tokens)
 
 
@@ -145,8 +147,14 @@ def build(sdist: bytes, work: Path, vocab_size: int, args: argparse.Namespace) -
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--vocab-size", type=int, nargs="+", default=[1024, 2048], metavar="N",
-                        help="pieces of the tokenizer; a data set of each size (default 1024 2048)")  # fmt: skip
+    parser.add_argument(
+        "--vocab-size",
+        type=int,
+        nargs="+",
+        default=[1024, 2048],
+        metavar="N",
+        help="pieces of the tokenizer; a data set of each size (default 1024 2048)",
+    )
     parser.add_argument("--holdout", type=int, metavar="N", help="tuning: drop validation, hold out index %% 10 == N")
     parser.add_argument("--case-marks", action="store_true", help="capital letters become marks (data/README.md)")
     parser.add_argument("--shard-tokens", type=int, default=SHARD_TOKENS, help="most tokens in one shard")

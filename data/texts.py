@@ -183,8 +183,10 @@ def split_records(file: TextFile, progress: tqdm) -> Iterator[tuple[int, bytes]]
         for piece in cut_bytes(record, size or MAX_DOCUMENT_BYTES, hold):
             if not size and len(piece) < len(record):
                 cut = "" if file.form == "jsonl" else " with --separator or --document-bytes"
-                raise UserError(f"{file.path}: line {line}: a document of over {MAX_DOCUMENT_BYTES >> 20} MiB, the "
-                                f"most there may be; cut it{cut}")  # fmt: skip
+                raise UserError(
+                    f"{file.path}: line {line}: a document of over {MAX_DOCUMENT_BYTES >> 20} MiB, the "
+                    f"most there may be; cut it{cut}"
+                )
             yield line, piece
             line += piece.count(b"\n")
 
@@ -205,8 +207,9 @@ def read_txt(file: TextFile, progress: tqdm) -> Iterator[Document]:
             text = raw.decode("utf-8")
         except UnicodeDecodeError as error:
             line += raw[: error.start].count(b"\n")
-            raise UserError(f"{file.path}: line {line}: no UTF-8 (byte {raw[error.start]:#04x}); convert the file to "
-                            "UTF-8") from None  # fmt: skip
+            raise UserError(
+                f"{file.path}: line {line}: no UTF-8 (byte {raw[error.start]:#04x}); convert the file to UTF-8"
+            ) from None
         yield Document(text, raw)
 
 
@@ -221,14 +224,17 @@ def read_jsonl(file: TextFile, progress: tqdm) -> Iterator[Document]:
         except UnicodeDecodeError as error:
             raise UserError(f"{place}: no UTF-8 (byte {record[error.start]:#04x}); convert the file to UTF-8") from None
         except UnicodeEncodeError:
-            raise UserError(f"{place}: half a character (a lone surrogate), which no UTF-8 can spell; mend or drop the "
-                            "line") from None  # fmt: skip
+            raise UserError(
+                f"{place}: half a character (a lone surrogate), which no UTF-8 can spell; mend or drop the line"
+            ) from None
         except (LookupError, TypeError, AttributeError):
             found = type(value).__name__
             if isinstance(value, dict):
                 found = ", ".join(f"{name} ({type(it).__name__})" for name, it in [*value.items()][:8]) or "no field"
-            raise UserError(f"{place}: expected an object with text in the field '{file.field}', found {found}; choose "
-                            "another with --field") from None  # fmt: skip
+            raise UserError(
+                f"{place}: expected an object with text in the field '{file.field}', found {found}; choose "
+                "another with --field"
+            ) from None
         except (ValueError, RecursionError) as error:
             raise UserError(f"{place}: no JSON ({error}); expected one object a line") from None
         yield document
@@ -249,8 +255,10 @@ def read_parquet(file: TextFile, progress: tqdm) -> Iterator[Document]:
             columns = table.iter_batches(batch_size=256, columns=[file.field])
             for row, text in enumerate((text for batch in columns for text in batch.column(0).to_pylist()), 1):
                 if not isinstance(text, str):
-                    raise UserError(f"{file.path}: row {row}: '{file.field}' is {type(text).__name__}, expected text; "
-                                    "mend the row or choose a column with --field")  # fmt: skip
+                    raise UserError(
+                        f"{file.path}: row {row}: '{file.field}' is {type(text).__name__}, expected text; "
+                        "mend the row or choose a column with --field"
+                    )
                 progress.update(size)
                 yield Document(text, text.encode("utf-8"))
     except (OSError, ValueError, pyarrow.ArrowException) as error:
@@ -277,9 +285,11 @@ def read_bin(file: TextFile, progress: tqdm, tokenizer: Tokenizer) -> Iterator[D
                 raw = tokenizer.restore(tokenizer.spell(part)[0])
                 yield Document(raw.decode("utf-8"), raw)
             except (IndexError, UnicodeDecodeError):
-                raise UserError(f"{file.path}: expected uint16 tokens of {tokenizer.label} that spell UTF-8, none that "
-                                f"is no text, documents of at most {MAX_DOCUMENT_BYTES:,}; name the tokenizer that "
-                                "made it") from None  # fmt: skip
+                raise UserError(
+                    f"{file.path}: expected uint16 tokens of {tokenizer.label} that spell UTF-8, none that "
+                    f"is no text, documents of at most {MAX_DOCUMENT_BYTES:,}; name the tokenizer that "
+                    "made it"
+                ) from None
 
 
 def read_documents(file: TextFile, progress: tqdm, tokenizer: Tokenizer | None) -> Iterator[Document]:

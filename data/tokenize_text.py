@@ -249,8 +249,13 @@ class SplitWriter:
         self.counts, self.shards = Counter(), []
 
     def add(self, it: Encoded) -> None:
-        self.counts.update(documents=it.documents, tokens=len(it.tokens), bytes=it.bytes, token_bytes=it.token_bytes,
-                           lossy_documents=it.lossy_documents)  # fmt: skip
+        self.counts.update(
+            documents=it.documents,
+            tokens=len(it.tokens),
+            bytes=it.bytes,
+            token_bytes=it.token_bytes,
+            lossy_documents=it.lossy_documents,
+        )
         tokens = it.tokens.astype("<u2")
         while len(tokens):
             if self.file is None:
@@ -354,8 +359,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.name is not None and not re.fullmatch(r"[\w][\w.+-]*", args.name):
         raise UserError(f"--name {args.name}: expected a plain name of letters, digits and any of _ . + -")
     if args.case_marks and not args.tokenizer.startswith("train:"):
-        raise UserError(f"--case-marks with --tokenizer {args.tokenizer}: expected train:spN; a model that was learned "
-                        "with marks is known by its pieces, leave the option out")  # fmt: skip
+        raise UserError(
+            f"--case-marks with --tokenizer {args.tokenizer}: expected train:spN; a model that was learned "
+            "with marks is known by its pieces, leave the option out"
+        )
     return args
 
 
@@ -407,9 +414,17 @@ def record_command(args: argparse.Namespace) -> str:
     parts = ["python", "data/tokenize_text.py", *args.inputs, "--tokenizer", args.tokenizer]
     cut = args.separator.decode("utf-8", "replace").replace("\\", "\\\\")
     cut = cut.replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
-    options = {"--val-docs": args.val_docs, "--val-share": args.val_share, "--field": args.field, "--separator": cut,
-               "--document-bytes": args.document_bytes, "--format": args.format, "--name": args.name,
-               "--shard-tokens": args.shard_tokens, "--train-bytes": args.train_bytes}  # fmt: skip
+    options = {
+        "--val-docs": args.val_docs,
+        "--val-share": args.val_share,
+        "--field": args.field,
+        "--separator": cut,
+        "--document-bytes": args.document_bytes,
+        "--format": args.format,
+        "--name": args.name,
+        "--shard-tokens": args.shard_tokens,
+        "--train-bytes": args.train_bytes,
+    }
     parts += [f"{option}={value}" for option, value in options.items() if value]  # a value may begin with a dash
     return shlex.join([*parts, *["--case-marks"] * args.case_marks, *(["--val", *args.val] if args.val else [])])
 
@@ -430,13 +445,16 @@ def refuse_foreign(folder: Path, header: dict, model: Path | None) -> None:
 def check_split(split: str, documents: int, counts: Counter) -> None:
     if not documents:
         found = counts["train"] + counts["val"] + counts["duplicates"]
-        raise UserError(f"the {split} split would be empty, as the input has {found:,} documents; give more text, cut "
-                        "it into documents (--separator, --document-bytes), or choose another --val, --val-docs or "
-                        "--val-share")  # fmt: skip
+        raise UserError(
+            f"the {split} split would be empty, as the input has {found:,} documents; give more text, cut "
+            "it into documents (--separator, --document-bytes), or choose another --val, --val-docs or "
+            "--val-share"
+        )
 
 
-def make_splits(work: Path, files: list[TextFile], tokenizer: Tokenizer, below: int,
-                args: argparse.Namespace) -> tuple[int, dict]:  # fmt: skip
+def make_splits(
+    work: Path, files: list[TextFile], tokenizer: Tokenizer, below: int, args: argparse.Namespace
+) -> tuple[int, dict]:
     """Encode and write everything. Where no hash is under the share of validation, once more with the smallest as
     validation. That share, and what the manifest says of the result."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -450,8 +468,10 @@ def make_splits(work: Path, files: list[TextFile], tokenizer: Tokenizer, below: 
     for name, it in splits.items():
         check_split(name, it["documents"], split.counts)
         if it["lossy_documents"] and not args.tokenizer.endswith(".model"):
-            raise UserError(f"{name}: {it['lossy_documents']} documents do not come back from their tokens, a fault of "
-                            f"this script or of {args.tokenizer}; choose another tokenizer")  # fmt: skip
+            raise UserError(
+                f"{name}: {it['lossy_documents']} documents do not come back from their tokens, a fault of "
+                f"this script or of {args.tokenizer}; choose another tokenizer"
+            )
     dropped = {"duplicates_of_validation": split.counts["duplicates"], "empty": split.counts["empty"]}
     return below, {"dropped": dropped, "splits": splits}
 
@@ -460,8 +480,10 @@ def report(manifest: dict) -> None:
     for why, count in manifest["corpus"].get("left_out", {}).items():
         say(f"left out of the input: {count:,} files or folders ({why})")
     dropped = manifest["dropped"]
-    say(f"dropped {dropped['duplicates_of_validation']:,} training documents that validation has, skipped "
-        f"{dropped['empty']:,} empty texts")  # fmt: skip
+    say(
+        f"dropped {dropped['duplicates_of_validation']:,} training documents that validation has, skipped "
+        f"{dropped['empty']:,} empty texts"
+    )
     for split, it in manifest["splits"].items():
         counts = f"{it['documents']:,} documents, {it['bytes']:,} bytes, {it['tokens']:,} tokens"
         say(f"{split}: {counts}, {it['bytes'] / it['tokens']:.4f} bytes per token")
@@ -469,12 +491,15 @@ def report(manifest: dict) -> None:
             say(f"{split}: lossless, the tokens of every document spell its exact bytes")
         else:
             off = it["token_bytes"] - it["bytes"]
-            say(f"{split}: LOSSY, {it['lossy_documents']:,} documents are not spelled exactly; the tokens stand for "
-                f"{it['token_bytes']:,} bytes, {off:+,} ({off / it['bytes']:+.4%})")  # fmt: skip
+            say(
+                f"{split}: LOSSY, {it['lossy_documents']:,} documents are not spelled exactly; the tokens stand for "
+                f"{it['token_bytes']:,} bytes, {off:+,} ({off / it['bytes']:+.4%})"
+            )
 
 
-def make_dataset(folder: Path, work: Path, model: Path | None, tokenizer: Tokenizer | int,
-                 args: argparse.Namespace) -> tuple[dict, Tokenizer] | None:  # fmt: skip
+def make_dataset(
+    folder: Path, work: Path, model: Path | None, tokenizer: Tokenizer | int, args: argparse.Namespace
+) -> tuple[dict, Tokenizer] | None:
     """Make the data set in `work` and put it in its place; the manifest and the tokenizer. None if all is there."""
     left_out = Counter()
     files = find_input(args, work, left_out)
@@ -534,8 +559,9 @@ def tokenize(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_command(lambda: tokenize(parse_arguments(argv)), "nothing is in place that was not before; the same "
-                       "command begins anew")  # fmt: skip
+    return run_command(
+        lambda: tokenize(parse_arguments(argv)), "nothing is in place that was not before; the same command begins anew"
+    )
 
 
 if __name__ == "__main__":

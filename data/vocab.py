@@ -149,12 +149,22 @@ class SentencePiece(Tokenizer):
         # the text. With any other model it is.
         own = sp.normalize("a").startswith(SPACE_MARK) or not sp.normalize(" a").startswith(SPACE_MARK)
         leading = [i for i in ids if own and names[i].startswith(SPACE_MARK) and not boundary[i]]
-        super().__init__(label, pieces, boundary, leading, [sp.piece_to_id(mark) for mark in case_marks.UNWEIGHED]
-                         if self.case_marks else [])  # fmt: skip
+        super().__init__(
+            label,
+            pieces,
+            boundary,
+            leading,
+            [sp.piece_to_id(mark) for mark in case_marks.UNWEIGHED] if self.case_marks else [],
+        )
         # Without <s> another token that stands for no text separates the documents; <unk> is in every model.
         self.start = next(i for i in (sp.bos_id(), sp.eos_id(), sp.pad_id(), sp.unk_id()) if i >= 0)
-        self.about = {"kind": "sentencepiece", "file": None, "vocab_size": len(ids), "start": self.start,
-                      "sha256": sha256(model)}  # fmt: skip
+        self.about = {
+            "kind": "sentencepiece",
+            "file": None,
+            "vocab_size": len(ids),
+            "start": self.start,
+            "sha256": sha256(model),
+        }
 
     def in_bytes(self, text: str) -> np.ndarray:
         return np.array([self.sp.piece_to_id(f"<0x{byte:02X}>") for byte in text.encode("utf-8")], np.uint16)
@@ -198,8 +208,13 @@ class Tiktoken(Tokenizer):
         pieces = [b"" if i in special else self.piece(i) for i in range(self.encoding.n_vocab)]
         super().__init__(f"--tokenizer {name}", pieces, np.array([not piece for piece in pieces]))
         digest = sha256(b"".join(len(piece).to_bytes(4, "little") + piece for piece in pieces))
-        self.about = {"kind": "tiktoken", "name": name, "vocab_size": len(pieces), "start": self.start,
-                      "sha256": digest}  # fmt: skip
+        self.about = {
+            "kind": "tiktoken",
+            "name": name,
+            "vocab_size": len(pieces),
+            "start": self.start,
+            "sha256": digest,
+        }
 
     def piece(self, token: int) -> bytes:
         try:
@@ -222,8 +237,13 @@ def gpt2_in(folder: str):
         if found != expected:
             raise ValueError(f"GPT2_BPE_DIR: {Path(folder, name)} has sha256 {found}, expected {expected}")
     ranks = data_gym_to_mergeable_bpe_ranks(*(os.path.join(folder, name) for name in GPT2_FILES))
-    return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks,
-                             special_tokens={ENDOFTEXT: len(ranks)}, explicit_n_vocab=len(ranks) + 1)  # fmt: skip
+    return tiktoken.Encoding(
+        "gpt2",
+        pat_str=r50k_pat_str,
+        mergeable_ranks=ranks,
+        special_tokens={ENDOFTEXT: len(ranks)},
+        explicit_n_vocab=len(ranks) + 1,
+    )
 
 
 class Bytes(Tokenizer):
@@ -259,8 +279,9 @@ def in_thread(task: Callable, *arguments) -> Future:
     return future
 
 
-def train_sentencepiece(documents: list[bytes], vocab_size: int, option: str,
-                        options: dict = TOKENIZER_OPTIONS) -> bytes:  # fmt: skip
+def train_sentencepiece(
+    documents: list[bytes], vocab_size: int, option: str, options: dict = TOKENIZER_OPTIONS
+) -> bytes:
     """A lossless SentencePiece BPE model learned from UTF-8 documents, the same bytes every time; UserError if
     impossible, which names the `option` that asked for it.
 
@@ -275,8 +296,9 @@ def train_sentencepiece(documents: list[bytes], vocab_size: int, option: str,
     def learn(**extra) -> bytes:
         parts = (part for raw in documents for part in re.split(f"[{UNLEARNED}]", rewrite(raw.decode("utf-8"))))
         model = io.BytesIO()
-        spm.SentencePieceTrainer.train(sentence_iterator=filter(None, parts), model_writer=model, **options, **limits,
-                                       **extra)  # fmt: skip
+        spm.SentencePieceTrainer.train(
+            sentence_iterator=filter(None, parts), model_writer=model, **options, **limits, **extra
+        )
         return model.getvalue()
 
     try:

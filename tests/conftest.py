@@ -64,10 +64,19 @@ def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
     train, val = make_documents(400, seed=1), make_documents(30, seed=2)
     spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(train), model_prefix=str(folder / "tok"), vocab_size=320, model_type="bpe",
-        byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
-        character_coverage=1.0, hard_vocab_limit=False, num_threads=1, minloglevel=2,
-    )  # fmt: skip
+        sentence_iterator=iter(train),
+        model_prefix=str(folder / "tok"),
+        vocab_size=320,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        character_coverage=1.0,
+        hard_vocab_limit=False,
+        num_threads=1,
+        minloglevel=2,
+    )
     model = spm.SentencePieceProcessor(model_file=str(folder / "tok.model"))
     tokens = [[model.bos_id(), *ids] for ids in model.encode(train)]
     flat = [token for ids in tokens for token in ids]
@@ -86,12 +95,26 @@ def tiny(corpus, tmp_path):
 
     def settings(**overrides):
         base = {
-            "DATA_PATH": corpus / "data", "TOKENIZER_PATH": corpus / "tok.model",
-            "VOCAB_SIZE": (corpus / "vocab_size").read_text(), "LOG_DIR": tmp_path / "logs", "RUN_ID": "run",
-            "DEVICE": "cpu", "DTYPE": "float32", "COMPILE": "0", "MAX_WALLCLOCK_SECONDS": "0", "ITERATIONS": "5",
-            "NUM_LAYERS": "2", "MODEL_DIM": "32", "NUM_HEADS": "4", "NUM_KV_HEADS": "2", "TRAIN_SEQ_LEN": "32",
-            "TRAIN_BATCH_TOKENS": "256", "VAL_BATCH_SIZE": "512", "WARMUP_STEPS": "0", "VAL_LOSS_EVERY": "0",
-        }  # fmt: skip
+            "DATA_PATH": corpus / "data",
+            "TOKENIZER_PATH": corpus / "tok.model",
+            "VOCAB_SIZE": (corpus / "vocab_size").read_text(),
+            "LOG_DIR": tmp_path / "logs",
+            "RUN_ID": "run",
+            "DEVICE": "cpu",
+            "DTYPE": "float32",
+            "COMPILE": "0",
+            "MAX_WALLCLOCK_SECONDS": "0",
+            "ITERATIONS": "5",
+            "NUM_LAYERS": "2",
+            "MODEL_DIM": "32",
+            "NUM_HEADS": "4",
+            "NUM_KV_HEADS": "2",
+            "TRAIN_SEQ_LEN": "32",
+            "TRAIN_BATCH_TOKENS": "256",
+            "VAL_BATCH_SIZE": "512",
+            "WARMUP_STEPS": "0",
+            "VAL_LOSS_EVERY": "0",
+        }
         return {name: str(value) for name, value in (base | overrides).items()}
 
     return settings
@@ -117,8 +140,17 @@ def launch(tiny, tmp_path_factory):
     def start(ranks=1, args=(), timeout=300, script=ROOT / "train_gpt.py", max_restarts=0, **overrides):
         environ = {k: v for k, v in os.environ.items() if k not in train_gpt.Config.knobs()} | tiny(**overrides)
         environ["TMPDIR"] = str(tmp_path_factory.mktemp("launch"))  # where torchrun leaves folders behind
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
-                    f"--max-restarts={max_restarts}"] if ranks > 1 else []  # fmt: skip
+        torchrun = (
+            [
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                f"--nproc_per_node={ranks}",
+                f"--max-restarts={max_restarts}",
+            ]
+            if ranks > 1
+            else []
+        )
         command = [sys.executable, *torchrun, str(script), *map(str, args)]
         return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=timeout, check=False)
 

@@ -37,10 +37,20 @@ SAME = ("val_loss", "val_bpb", "pre_quant_val_loss", "pre_quant_val_bpb", "sha25
 def settings(logs: Path, run_id: str) -> dict[str, str]:
     """The demo's model and data, few steps without a clock, no compiler; what the environment says goes before."""
     knobs = {
-        "LOG_DIR": str(logs), "RUN_ID": run_id, "DEVICE": "cpu", "COMPILE": "0", "MAX_WALLCLOCK_SECONDS": "0",
-        "ITERATIONS": str(STEPS), "WARMUP_STEPS": "0", "CHECKPOINT_EVERY_SECONDS": "0.3", "TRAIN_BATCH_TOKENS": "1024",
-        "VAL_TOKENS_LIMIT": "8192", "VAL_BATCH_SIZE": "1024", "TRAIN_LOG_EVERY": "1", "PYTHONUNBUFFERED": "1",
-    }  # fmt: skip
+        "LOG_DIR": str(logs),
+        "RUN_ID": run_id,
+        "DEVICE": "cpu",
+        "COMPILE": "0",
+        "MAX_WALLCLOCK_SECONDS": "0",
+        "ITERATIONS": str(STEPS),
+        "WARMUP_STEPS": "0",
+        "CHECKPOINT_EVERY_SECONDS": "0.3",
+        "TRAIN_BATCH_TOKENS": "1024",
+        "VAL_TOKENS_LIMIT": "8192",
+        "VAL_BATCH_SIZE": "1024",
+        "TRAIN_LOG_EVERY": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
     return knobs | dict(os.environ)
 
 
@@ -54,14 +64,22 @@ def launch(environ: dict[str, str], arguments, errors=subprocess.DEVNULL) -> lis
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             port = probe.getsockname()[1]
-        rendezvous = [f"--nnodes={nodes}", f"--nproc_per_node={ranks // nodes}", "--rdzv_backend=c10d",
-                      "--rdzv_id=faults", f"--rdzv_endpoint=localhost:{port}", "--max-restarts=100"]  # fmt: skip
+        rendezvous = [
+            f"--nnodes={nodes}",
+            f"--nproc_per_node={ranks // nodes}",
+            "--rdzv_backend=c10d",
+            "--rdzv_id=faults",
+            f"--rdzv_endpoint=localhost:{port}",
+            "--max-restarts=100",
+        ]
         commands = [[sys.executable, "-m", "torch.distributed.run", *rendezvous, *script] for _ in range(nodes)]
         # Without it torchrun's shared store keeps the addresses of dead ranks, which a restart may then wait for.
         environ = environ | ({"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if nodes > 1 else {})
     outputs = [subprocess.PIPE] + [subprocess.DEVNULL] * (len(commands) - 1)
-    return [subprocess.Popen(command, env=environ, stdout=output, stderr=errors, text=True)
-            for command, output in zip(commands, outputs, strict=True)]  # fmt: skip
+    return [
+        subprocess.Popen(command, env=environ, stdout=output, stderr=errors, text=True)
+        for command, output in zip(commands, outputs, strict=True)
+    ]
 
 
 def children(pid: int) -> list[int]:

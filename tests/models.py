@@ -27,19 +27,36 @@ MACHINE = ("DEVICE", "DTYPE", "COMPILE", "DATA_PATH", "TOKENIZER_PATH")
 def tiny_settings(corpus: Path, **overrides) -> dict[str, str]:
     """The environment of a run of a second, whose artifact is scored with every knob that it must tell of set."""
     base = {
-        "DATA_PATH": corpus / "data", "TOKENIZER_PATH": corpus / "tok.model", "RUN_ID": "run", "LOG_DIR": "logs",
-        "VOCAB_SIZE": (corpus / "vocab_size").read_text(), "DEVICE": "cpu", "DTYPE": "float32", "COMPILE": "0",
-        "MAX_WALLCLOCK_SECONDS": 0, "ITERATIONS": 4, "NUM_LAYERS": 2, "MODEL_DIM": 32, "NUM_HEADS": 4,
-        "NUM_KV_HEADS": 2, "TRAIN_SEQ_LEN": 32, "TRAIN_BATCH_TOKENS": 256, "VAL_BATCH_SIZE": 512, "WARMUP_STEPS": 0,
-        "VAL_LOSS_EVERY": 0, "ROPE_BASE": 5000, "LOGIT_SOFTCAP": 20,
-    }  # fmt: skip
+        "DATA_PATH": corpus / "data",
+        "TOKENIZER_PATH": corpus / "tok.model",
+        "RUN_ID": "run",
+        "LOG_DIR": "logs",
+        "VOCAB_SIZE": (corpus / "vocab_size").read_text(),
+        "DEVICE": "cpu",
+        "DTYPE": "float32",
+        "COMPILE": "0",
+        "MAX_WALLCLOCK_SECONDS": 0,
+        "ITERATIONS": 4,
+        "NUM_LAYERS": 2,
+        "MODEL_DIM": 32,
+        "NUM_HEADS": 4,
+        "NUM_KV_HEADS": 2,
+        "TRAIN_SEQ_LEN": 32,
+        "TRAIN_BATCH_TOKENS": 256,
+        "VAL_BATCH_SIZE": 512,
+        "WARMUP_STEPS": 0,
+        "VAL_LOSS_EVERY": 0,
+        "ROPE_BASE": 5000,
+        "LOGIT_SOFTCAP": 20,
+    }
     return {name: str(value) for name, value in (base | overrides).items()}
 
 
 def machine_settings(corpus: Path, **overrides) -> dict[str, str]:
     """Of `tiny_settings`, what is left for MODE=eval and MODE=sample."""
     return {name: text for name, text in tiny_settings(corpus).items() if name in MACHINE} | {
-        name: str(value) for name, value in overrides.items()}  # fmt: skip
+        name: str(value) for name, value in overrides.items()
+    }
 
 
 @contextlib.contextmanager

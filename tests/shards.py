@@ -15,8 +15,11 @@ EMOJI = "\U0001f600"
 
 def snapshot(root: Path) -> dict[str, bytes]:
     """{path: content} of all files but locks."""
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*")
-            if path.is_file() and path.suffix != ".lock"}  # fmt: skip
+    return {
+        path.relative_to(root).as_posix(): path.read_bytes()
+        for path in root.rglob("*")
+        if path.is_file() and path.suffix != ".lock"
+    }
 
 
 def times(root: Path) -> dict[Path, int]:

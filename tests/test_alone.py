@@ -64,18 +64,29 @@ def test_the_script_alone_trains_exports_proves_its_bytes_and_writes_its_result(
     assert result["val_bpb"] == pytest.approx(reference["val_bpb"], rel=1e-4)
     assert result["sources"] == reference["sources"]
     assert {path.name for path in folder.iterdir()} == {
-        "train.log", "metrics.jsonl", "config.env", "train_gpt.py", "final_model.pt", "final_model.int8.ptz",
-        "result.json"}  # fmt: skip
+        "train.log",
+        "metrics.jsonl",
+        "config.env",
+        "train_gpt.py",
+        "final_model.pt",
+        "final_model.int8.ptz",
+        "result.json",
+    }
     assert exact_line(made.out) == exact_line((folder / "train.log").read_text())
 
 
-@pytest.mark.parametrize("knobs, said", [
-    ({}, "logs/run is not there"), ({"RUN_ID": "other", "RESUME": "logs/run"}, "without tools/checkpoint.py"),
-    ({"MODE": "eval", "ARTIFACT": "x"}, "tools/evaluate.py is not there: take it from the repository"),
-    ({"MODE": "check"}, "tools/check.py is not there: take it from the repository"),
-    ({"ITERATIONS": "many"}, "ITERATIONS='many' is not a whole number"),
-    ({"TOKENIZER_PATH": "bytes"}, "/tokenizers.py is not there: take it from the repository"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "knobs, said",
+    [
+        ({}, "logs/run is not there"),
+        ({"RUN_ID": "other", "RESUME": "logs/run"}, "without tools/checkpoint.py"),
+        ({"MODE": "eval", "ARTIFACT": "x"}, "tools/evaluate.py is not there: take it from the repository"),
+        ({"MODE": "check"}, "tools/check.py is not there: take it from the repository"),
+        ({"ITERATIONS": "many"}, "ITERATIONS='many' is not a whole number"),
+        ({"TOKENIZER_PATH": "bytes"}, "/tokenizers.py is not there: take it from the repository"),
+    ],
+    ids=str,
+)
 def test_what_the_script_alone_cannot_do_is_one_line(corpus, tmp_path, monkeypatch, capsys, knobs, said):
     (tmp_path / "logs" / "run").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
@@ -108,9 +119,15 @@ def hostile(tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("name, options, more", [
-    ("train_gpt.py", ["-P"], {}), ("train_gpt.py", [], {"PYTHONSAFEPATH": "1"}), ("renamed-copy.2.py", [], {}),
-], ids=["-P", "PYTHONSAFEPATH", "renamed"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, options, more",
+    [
+        ("train_gpt.py", ["-P"], {}),
+        ("train_gpt.py", [], {"PYTHONSAFEPATH": "1"}),
+        ("renamed-copy.2.py", [], {}),
+    ],
+    ids=["-P", "PYTHONSAFEPATH", "renamed"],
+)
 def test_tools_are_those_beside_the_script(corpus, whole, hostile, tmp_path, name, options, more):
     """With another working directory, where others have their names, and with that on the module path."""
     place = tmp_path / "place"

@@ -85,6 +85,7 @@ def the_message(out: str, err: str) -> str:
 @contextlib.contextmanager
 def impatience():
     """Ends what hangs."""
+
     def stop(number, frame):
         pytest.fail("this hangs")
 
@@ -182,7 +183,7 @@ CONFIGURATION = [
     ("sample without an artifact", {"MODE": "sample"}, ["MODE=sample", "ARTIFACT="]),
     ("sample of no tokens", {"MODE": "sample", "ARTIFACT": "x", "SAMPLE_TOKENS": "0"}, "SAMPLE_TOKENS=0"),
     ("negative temperature", {"MODE": "sample", "ARTIFACT": "x", "TEMPERATURE": "-1"}, "TEMPERATURE=-1"),
-]  # fmt: skip
+]
 
 
 @table(CONFIGURATION)
@@ -239,7 +240,7 @@ ENV_FILES = [
     ("twice", b"SEED=1\n\nSEED=1\n", [":3: ", "twice"]),
     ("bad value", b"TOP_K=many\n", ["TOP_K='many'", "whole number"]),
     ("no value", b"TOP_K=\n", ["TOP_K=''", "whole number"]),
-]  # fmt: skip
+]
 
 
 @table(ENV_FILES)
@@ -267,6 +268,7 @@ TRAIN, VAL = "fineweb_train_000001.bin", "fineweb_val_000000.bin"
 
 def header(magic=20240520, version=1, count=None):
     """Replaces the numbers at the beginning of a shard."""
+
     def change(data: bytes) -> bytes:
         old = struct.unpack("<i", data[8:12])[0]
         return struct.pack("<3i", magic, version, old if count is None else count(old)) + data[12:]
@@ -301,15 +303,23 @@ SHARDS = [
     ("directory", VAL, At(emptied), VAL),
     ("directory, training", TRAIN, At(emptied), TRAIN),
     ("dangling link", VAL, At(dangling), VAL),
-    ("a gap", TRAIN, At(lambda path: path.rename(path.with_name("fineweb_train_000002.bin"))), [
-        "shard number 1 is missing", "fetch it again"]),
-    ("no beginning", VAL, At(lambda path: path.rename(path.with_name("fineweb_val_000001.bin"))), [
-        "shard number 0 is missing", "fetch it again"]),
+    (
+        "a gap",
+        TRAIN,
+        At(lambda path: path.rename(path.with_name("fineweb_train_000002.bin"))),
+        ["shard number 1 is missing", "fetch it again"],
+    ),
+    (
+        "no beginning",
+        VAL,
+        At(lambda path: path.rename(path.with_name("fineweb_val_000001.bin"))),
+        ["shard number 0 is missing", "fetch it again"],
+    ),
     ("twice", VAL, At(lambda path: shutil.copy(path, path.with_name("fineweb_val_0.bin"))), ["twice", "move one away"]),
     ("no validation text", VAL, At(Path.unlink), ["holds no fineweb_val_", "prepare_shakespeare"]),
     ("one token", VAL, shard_of(1), ["holds 1 tokens", "2 are needed"]),
     ("tokens that weigh nothing", VAL, shard_of(1, 1, 1), ["weigh no bytes", AGAIN]),
-]  # fmt: skip
+]
 
 
 @table(SHARDS)
@@ -346,7 +356,7 @@ MANIFESTS = [
     ("not UTF-8", b'{"caf\xe9": 1}', "manifest.json"),
     ("infinity", b'{"splits": {"val": {"bytes": 1e999}}}', "manifest.json"),
     ("word", b'{"splits": {"val": {"bytes": "many"}}}', "manifest.json"),
-]  # fmt: skip
+]
 
 
 @table(MANIFESTS)
@@ -370,7 +380,7 @@ TOKENIZERS = [
     ("sign bit of a length flipped", lambda data: data[:1] + bytes([data[1] ^ 128]) + data[2:], AGAIN),
     ("shard", lambda data: np.arange(3000, dtype="<u2").tobytes(), AGAIN),
     ("zip", lambda data: models.torch_bytes({"a": 1}), AGAIN),
-]  # fmt: skip
+]
 
 
 @table(TOKENIZERS)
@@ -397,6 +407,7 @@ def test_tokenizer_of_other_shards(refuse, place):
 
 def state_with(change):
     """The state of the run after `change`, with a checksum that holds."""
+
     def make(place: Place) -> bytes:
         state = models.open_checkpoint(place.trained / "checkpoint.pt")
         changed = change(state)
@@ -416,6 +427,7 @@ def flipped(data: bytes, bit: int) -> bytes:
 
 def drop(*keys):
     """A change that takes out what a path of keys leads to."""
+
     def change(value):
         for key in keys[:-1]:
             value = value[key]
@@ -498,15 +510,30 @@ CHECKPOINTS = [
     ("checksum of nothing", lambda place: checked(b""), "is damaged or of another format"),
     ("checksum of text", lambda place: checked(b"the king"), "is damaged or of another format"),
     ("pickle that runs code", state_with(lambda state: state | {"rng": models.Canary(Path("canary"))}), "is damaged"),
-    ("plain pickle that runs code", lambda place: checked(
-        models.torch_bytes(models.Canary(place.canary), _use_new_zipfile_serialization=False)), "is damaged"),
+    (
+        "plain pickle that runs code",
+        lambda place: checked(models.torch_bytes(models.Canary(place.canary), _use_new_zipfile_serialization=False)),
+        "is damaged",
+    ),
     ("list", state_with(lambda state: [state]), "holds a list"),
     ("tensor", state_with(lambda state: torch.ones(3)), "holds a Tensor"),
     ("other format", state_with(set_to("format", "somebody_else_v7")), "format"),
     ("format that is endless", state_with(set_to("format", laughs())), "format"),
-    *((f"without {key}", state_with(drop(key)), "is damaged") for key in (
-        "format", "knobs", "model", "optimizer", "rng", "position", "steps", "train_seconds", "finished",
-        "resumed_at")),
+    *(
+        (f"without {key}", state_with(drop(key)), "is damaged")
+        for key in (
+            "format",
+            "knobs",
+            "model",
+            "optimizer",
+            "rng",
+            "position",
+            "steps",
+            "train_seconds",
+            "finished",
+            "resumed_at",
+        )
+    ),
     ("without a matrix", state_with(drop("model", W)), "is damaged"),
     ("with a matrix more", state_with(set_to("model", lambda model: model | {"x": torch.ones(1)})), "is damaged"),
     ("wrong shape", state_with(set_to("model", W, lambda w: w[:-1])), "is damaged"),
@@ -536,7 +563,7 @@ CHECKPOINTS = [
     ("of another shape", state_with(set_to("knobs", "NUM_LAYERS", "3")), ["NUM_LAYERS was 3", "RESUME_FORCE=1"]),
     ("deflated bomb", lambda place: checked(deflated_bomb({"format": torch.zeros(9)})), "more than it holds"),
     ("overlapping bomb", lambda place: checked(overlapping_bomb({"format": torch.zeros(10**5)})), "more than it holds"),
-]  # fmt: skip
+]
 
 
 @table(CHECKPOINTS)
@@ -576,6 +603,7 @@ def test_a_checkpoint_of_other_knobs_is_taken_by_force(place):
 
 def object_with(change):
     """The object in the artifact after `change`, sealed again."""
+
     def make(place: Place) -> bytes:
         artifact = models.open_artifact(place.trained / "final_model.int8.ptz")
         changed = change(artifact)
@@ -590,6 +618,7 @@ def blob_with(change):
 
 def model_with(change):
     """final_model.pt after `change`."""
+
     def make(place: Place) -> bytes:
         state = models.load((place.trained / "final_model.pt").read_bytes())
         changed = change(state)
@@ -654,15 +683,25 @@ ARTIFACTS = [
     ("zlib bomb", lambda place: zlib_bomb(2**32), "unpacks to over"),
     ("deflated zip bomb", lambda place: models.seal(deflated_bomb({"a": torch.zeros(9)})), "more than it holds"),
     ("overlapping zip bomb", lambda place: models.seal(overlapping_bomb({"a": torch.zeros(10**5)})), "more than it"),
-    ("pickle that runs code", lambda place: object_with(
-        set_to("config", models.Canary(place.canary)))(place), "is damaged"),
-    ("plain pickle that runs code", lambda place: models.seal(
-        models.torch_bytes(models.Canary(place.canary), _use_new_zipfile_serialization=False)), "is damaged"),
+    (
+        "pickle that runs code",
+        lambda place: object_with(set_to("config", models.Canary(place.canary)))(place),
+        "is damaged",
+    ),
+    (
+        "plain pickle that runs code",
+        lambda place: models.seal(
+            models.torch_bytes(models.Canary(place.canary), _use_new_zipfile_serialization=False)
+        ),
+        "is damaged",
+    ),
     ("list", object_with(lambda artifact: [artifact]), "holds a list"),
     ("other format", object_with(set_to("__quant_format__", "int4")), "no artifact of format"),
     ("without a format", object_with(drop("__quant_format__")), "no artifact of format"),
-    *((f"without {part}", object_with(drop(part)), "is damaged") for part in (
-        "quantized", "scales", "dtypes", "passthrough")),
+    *(
+        (f"without {part}", object_with(drop(part)), "is damaged")
+        for part in ("quantized", "scales", "dtypes", "passthrough")
+    ),
     ("list of tensors", object_with(set_to("quantized", lambda part: list(part.items()))), "is damaged"),
     ("words for a tensor", object_with(set_to("passthrough", Q, "four")), "is damaged"),
     ("without a matrix", object_with(drop("quantized", W)), W),
@@ -692,10 +731,29 @@ ARTIFACTS = [
     ("terabytes by a row of scales", object_with(spread), "is damaged"),
     ("tensor without data", object_with(set_to("passthrough", S, lambda t: t.to("meta"))), "is damaged"),
     ("sparse tensor", object_with(set_to("passthrough", S, lambda t: t.to_sparse())), "is damaged"),
-    ("no layers", object_with(lambda a: [a[p].pop(n) for p in ("quantized", "passthrough") for n in [*a[p]]
-                                         if n.startswith("blocks.")] and None), "is damaged"),
-    ("layers with a gap", object_with(lambda a: [a[p].update({n.replace(".1.", ".7."): a[p].pop(n)}) for p in (
-        "quantized", "scales", "dtypes", "passthrough", "passthrough_orig_dtypes") for n in [*a[p]]] and None), ".1."),
+    (
+        "no layers",
+        object_with(
+            lambda a: (
+                [a[p].pop(n) for p in ("quantized", "passthrough") for n in [*a[p]] if n.startswith("blocks.")] and None
+            )
+        ),
+        "is damaged",
+    ),
+    (
+        "layers with a gap",
+        object_with(
+            lambda a: (
+                [
+                    a[p].update({n.replace(".1.", ".7."): a[p].pop(n)})
+                    for p in ("quantized", "scales", "dtypes", "passthrough", "passthrough_orig_dtypes")
+                    for n in [*a[p]]
+                ]
+                and None
+            )
+        ),
+        ".1.",
+    ),
     ("configuration that is a list", object_with(set_to("config", [1])), "is damaged"),
     ("configuration that is a word", object_with(set_to("config", "large")), "is damaged"),
     ("configuration of unknown knobs", told(num_experts=8), "NUM_EXPERTS"),
@@ -719,11 +777,17 @@ ARTIFACTS = [
     (".pt of nothing", lambda place: models.torch_bytes({}), "is damaged"),
     (".pt of a list", lambda place: models.torch_bytes([1]), "holds a list"),
     (".pt of a tensor", lambda place: models.torch_bytes(torch.ones(3)), "holds a Tensor"),
-    (".pt of an artifact", lambda place: zlib.decompressobj().decompress(
-        (place.trained / "final_model.int8.ptz").read_bytes()), "is damaged"),
+    (
+        ".pt of an artifact",
+        lambda place: zlib.decompressobj().decompress((place.trained / "final_model.int8.ptz").read_bytes()),
+        "is damaged",
+    ),
     (".pt cut in half", lambda place: (place.trained / "final_model.pt").read_bytes()[:50_000], "is damaged"),
-    (".pt that runs code", lambda place: model_with(
-        lambda state: state | {"x": models.Canary(place.canary)})(place), "is damaged"),
+    (
+        ".pt that runs code",
+        lambda place: model_with(lambda state: state | {"x": models.Canary(place.canary)})(place),
+        "is damaged",
+    ),
     (".pt of words", model_with(set_to(S, "heavy")), "is damaged"),
     (".pt of numbers for names", model_with(lambda state: dict(state) | {7: torch.ones(1)}), "is damaged"),
     (".pt without a matrix", model_with(drop(W)), W),
@@ -735,7 +799,7 @@ ARTIFACTS = [
     (".pt of terabytes", model_with(set_to(S, claims(10**13))), "larger than the data"),
     (".pt deflated bomb", lambda place: deflated_bomb({"x": torch.zeros(9)}), "more than it holds"),
     (".pt of ten gigabytes for one byte", lambda place: zip_of([("a/data.pkl", bytes(2**24))]), "more than it holds"),
-]  # fmt: skip
+]
 
 
 @contextlib.contextmanager
@@ -799,8 +863,14 @@ def test_the_bombs_would_go_off():
 @pytest.mark.parametrize("mode", ["eval", "sample"])
 def test_knobs_against_the_tensors(refuse, place, mode):
     artifact = place.trained / "final_model.int8.ptz"
-    for knobs in ({"NUM_LAYERS": 3}, {"MODEL_DIM": 64}, {"VOCAB_SIZE": 512}, {"TIE_EMBEDDINGS": 0}, {"MLP_MULT": 3},
-                  {"NUM_HEADS": 2, "NUM_KV_HEADS": 1}):  # fmt: skip
+    for knobs in (
+        {"NUM_LAYERS": 3},
+        {"MODEL_DIM": 64},
+        {"VOCAB_SIZE": 512},
+        {"TIE_EMBEDDINGS": 0},
+        {"MLP_MULT": 3},
+        {"NUM_HEADS": 2, "NUM_KV_HEADS": 1},
+    ):
         refuse(MODE=mode, ARTIFACT=artifact, said=[str(artifact), "disagree", "unset"], **knobs)
 
 
@@ -859,8 +929,10 @@ def small_files(limit: int):
 
 # Limits between the sizes of config.env (1 kB), the script (100 kB), the model (400 kB) and the checkpoint (over 1 MB)
 DISKS = [
-    ("configuration", 500, "config.env"), ("script", 20_000, "train_gpt.py"), ("model", 200_000, "final_model.pt"),
-]  # fmt: skip
+    ("configuration", 500, "config.env"),
+    ("script", 20_000, "train_gpt.py"),
+    ("model", 200_000, "final_model.pt"),
+]
 LARGER = {"MODEL_DIM": 96}
 
 

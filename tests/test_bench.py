@@ -20,8 +20,18 @@ sys.path.insert(0, str(BENCH))
 import plain  # noqa: E402
 import speed  # noqa: E402
 
-SMALL = {"DEVICE": "cpu", "COMPILE": "0", "PAIRS": "1", "STEPS": "1", "NUM_LAYERS": "1", "MODEL_DIM": "32",
-         "NUM_HEADS": "2", "NUM_KV_HEADS": "1", "TRAIN_SEQ_LEN": "32", "TRAIN_BATCH_TOKENS": "64"}  # fmt: skip
+SMALL = {
+    "DEVICE": "cpu",
+    "COMPILE": "0",
+    "PAIRS": "1",
+    "STEPS": "1",
+    "NUM_LAYERS": "1",
+    "MODEL_DIM": "32",
+    "NUM_HEADS": "2",
+    "NUM_KV_HEADS": "1",
+    "TRAIN_SEQ_LEN": "32",
+    "TRAIN_BATCH_TOKENS": "64",
+}
 
 
 @pytest.fixture
@@ -52,8 +62,12 @@ def test_speed_in_all_its_parts_but_the_start(bench, tmp_path):
         assert re.search(line, found, re.MULTILINE), found
     phases = {name.removeprefix("split: ") for name in told["figures"] if name.startswith("split: ")}
     assert {*speed.PHASES} <= phases
-    for name in ("ours over plain, eager", "evaluation by windows over a pure forward", "export, rans: in all",
-                 *[f"growth with {knob}: exponent" for knob in speed.GROWING]):  # fmt: skip
+    for name in (
+        "ours over plain, eager",
+        "evaluation by windows over a pure forward",
+        "export, rans: in all",
+        *[f"growth with {knob}: exponent" for knob in speed.GROWING],
+    ):
         assert name in told["figures"]
 
 
@@ -64,10 +78,15 @@ def test_speed_of_the_start(bench):
         assert re.search(rf"^ours over plain, eager: {phase} ", found, re.MULTILINE), found
 
 
-@pytest.mark.parametrize("arguments, said", [
-    (("--parts", "step,rest"), "--parts step,rest: expected some of step,split"),
-    (("--pairs", "0"), "--pairs 0: expected at least 1"), (("--shape", "huge"), "invalid choice: 'huge'"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (("--parts", "step,rest"), "--parts step,rest: expected some of step,split"),
+        (("--pairs", "0"), "--pairs 0: expected at least 1"),
+        (("--shape", "huge"), "invalid choice: 'huge'"),
+    ],
+    ids=str,
+)
 def test_speed_asked_for_what_it_does_not_know(monkeypatch, capsys, arguments, said):
     monkeypatch.setattr(sys, "argv", ["speed.py", *arguments])
     with pytest.raises(SystemExit):
@@ -75,8 +94,17 @@ def test_speed_asked_for_what_it_does_not_know(monkeypatch, capsys, arguments, s
     assert said in capsys.readouterr().err
 
 
-MODEL = {"num_layers": 5, "model_dim": 64, "num_heads": 4, "num_kv_heads": 2, "train_seq_len": 48, "vocab_size": 80,
-         "train_batch_tokens": 192, "dtype": "float32", "compile": "0"}  # fmt: skip
+MODEL = {
+    "num_layers": 5,
+    "model_dim": 64,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "train_seq_len": 48,
+    "vocab_size": 80,
+    "train_batch_tokens": 192,
+    "dtype": "float32",
+    "compile": "0",
+}
 
 
 def both_models(seed=0, **knobs):
@@ -153,8 +181,21 @@ def test_the_speed_of_the_data_tool(bench, corpus, tmp_path):
 
 def test_what_case_marks_gain(bench, tmp_path):
     sources = write_texts(tmp_path / "train.jsonl", 60), write_texts(tmp_path / "val.jsonl", 5)
-    found = bench("case_marks_gain.py", *sources, "--out", tmp_path / "out", "--pieces", 300, "--megabytes", 0.002,
-                  "--batch", 64, "--seeds", 1, **SMALL | {"WARMUP_STEPS": "0"})  # fmt: skip
+    found = bench(
+        "case_marks_gain.py",
+        *sources,
+        "--out",
+        tmp_path / "out",
+        "--pieces",
+        300,
+        "--megabytes",
+        0.002,
+        "--batch",
+        64,
+        "--seeds",
+        1,
+        **SMALL | {"WARMUP_STEPS": "0"},
+    )
     scored = re.findall(r"^(?:none|before|after): \d+ steps, ([\d,]+) bytes scored", found, re.MULTILINE)
     assert len(scored) == 3 and len(set(scored)) == 1, "the same text, whatever the marks"
     assert re.search(r"^before - none: [+-][0-9.]+ bits per byte", found, re.MULTILINE), found

@@ -34,10 +34,19 @@ DOCUMENTS = [
 
 def train(folder, name, **options):
     spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(make_documents(150, seed=3)), model_prefix=str(folder / name), vocab_size=330,
-        model_type="bpe", byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
-        character_coverage=1.0, hard_vocab_limit=False, num_threads=1, minloglevel=2, **options,
-    )  # fmt: skip
+        sentence_iterator=iter(make_documents(150, seed=3)),
+        model_prefix=str(folder / name),
+        vocab_size=330,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        character_coverage=1.0,
+        hard_vocab_limit=False,
+        num_threads=1,
+        minloglevel=2,
+        **options,
+    )
     return str(folder / f"{name}.model")
 
 
@@ -134,10 +143,18 @@ def test_what_a_table_is_made_of(prefixed):
 def test_spaces_inside_a_piece_weigh_one_byte_each(tmp_path):
     options = {"remove_extra_whitespaces": False, "add_dummy_prefix": False, "split_by_whitespace": False}
     spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(["a b" + " " * 8 + "a b"] * 50), model_prefix=str(tmp_path / "tok"), vocab_size=280,
-        model_type="bpe", byte_fallback=True, normalization_rule_name="identity", hard_vocab_limit=False,
-        num_threads=1, minloglevel=2, allow_whitespace_only_pieces=True, **options,
-    )  # fmt: skip
+        sentence_iterator=iter(["a b" + " " * 8 + "a b"] * 50),
+        model_prefix=str(tmp_path / "tok"),
+        vocab_size=280,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        hard_vocab_limit=False,
+        num_threads=1,
+        minloglevel=2,
+        allow_whitespace_only_pieces=True,
+        **options,
+    )
     tokenizer = load(str(tmp_path / "tok.model"))
     pieces = [tokenizer.model.id_to_piece(token) for token in range(tokenizer.size)]
     assert any(set(piece) == {SPACE} and len(piece) > 1 for piece in pieces)
@@ -283,10 +300,17 @@ def test_a_document_that_begins_with_a_space_counts_it_where_the_model_adds_none
 def test_a_model_that_strips_spaces_drops_a_first_one(tmp_path, stream_of):
     """The published models are of this kind: their documents have no spaces at their ends."""
     spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(make_documents(150, seed=3)), model_prefix=str(tmp_path / "tok"), vocab_size=330,
-        model_type="bpe", byte_fallback=True, add_dummy_prefix=False, remove_extra_whitespaces=True,
-        hard_vocab_limit=False, num_threads=1, minloglevel=2,
-    )  # fmt: skip
+        sentence_iterator=iter(make_documents(150, seed=3)),
+        model_prefix=str(tmp_path / "tok"),
+        vocab_size=330,
+        model_type="bpe",
+        byte_fallback=True,
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=True,
+        hard_vocab_limit=False,
+        num_threads=1,
+        minloglevel=2,
+    )
     tokenizer = load(str(tmp_path / "tok.model"))
     tokens = tokens_of(tokenizer, [" the king", "of  sea "])
     assert tokens == tokens_of(tokenizer, ["the king", "of sea"])
@@ -331,7 +355,7 @@ def test_audit_names_documents_with_unknown_tokens(lossless, stream_of):
     whole = tokens_of(lossless, ["the king", "of sea"])
     tokens = [*whole, lossless.model.unk_id(), *lossless.model.encode(" night")]
     line, facts = run_audit(lossless.table, stream_of(tokens, lossless.size))
-    size = len("the king" "of sea" " night")
+    size = len("the kingof sea night")
     assert f"decode to the {size} bytes they weigh (1 documents hold unknown letters" in line
     assert facts["val_bytes"] == size and not facts["bytes_proved"]
     with pytest.raises(UserError, match=f"weighs {size} bytes, but manifest.json states {size + 3}"):
@@ -395,10 +419,16 @@ def test_a_shard_that_ends_or_begins_inside_a_character(tokenizer, stream_of, le
 def test_unknown_letters_of_a_model_without_byte_fallback_are_named(tmp_path, stream_of):
     """SentencePiece's default: it decodes an unknown letter to a sign that the text does not have."""
     spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(make_documents(150, seed=3)), model_prefix=str(tmp_path / "tok"), vocab_size=60,
-        model_type="bpe", normalization_rule_name="identity", remove_extra_whitespaces=False, hard_vocab_limit=False,
-        num_threads=1, minloglevel=2,
-    )  # fmt: skip
+        sentence_iterator=iter(make_documents(150, seed=3)),
+        model_prefix=str(tmp_path / "tok"),
+        vocab_size=60,
+        model_type="bpe",
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+        num_threads=1,
+        minloglevel=2,
+    )
     tokenizer = load(str(tmp_path / "tok.model"))
     texts = ["the king", "of the \u03b1 sea", "night \u03b1\u03b2"]
     tokens = tokens_of(tokenizer, texts)
@@ -463,10 +493,22 @@ def test_manifest_is_optional(tmp_path):
     assert manifest_bytes(str(tmp_path)) == {"bytes": 123, "token_bytes": 120}
 
 
-@pytest.mark.parametrize("text", [
-    "", "{", "[]", "{}", '{"splits": {}}', '{"splits": {"val": {}}}', '{"splits": {"val": {"bytes": null}}}',
-    '{"splits": {"val": {"bytes": "many"}}}', '{"splits": {"val": 5}}', '{"splits": []}', "\udcff",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"splits": {}}',
+        '{"splits": {"val": {}}}',
+        '{"splits": {"val": {"bytes": null}}}',
+        '{"splits": {"val": {"bytes": "many"}}}',
+        '{"splits": {"val": 5}}',
+        '{"splits": []}',
+        "\udcff",
+    ],
+)
 def test_malformed_manifest(tmp_path, text):
     path = tmp_path / "manifest.json"
     path.write_bytes(text.encode(errors="surrogateescape"))

@@ -50,8 +50,11 @@ def encode_by_hand(text: str, pieces: list) -> list[str]:
         text = text[len(symbol) :]
     while True:
         pairs = enumerate(itertools.pairwise(symbols))
-        merges = [(-scores[x + y], place) for place, ((x, x_whole), (y, y_whole)) in pairs
-                  if x + y in scores and not x_whole and not y_whole]  # fmt: skip
+        merges = [
+            (-scores[x + y], place)
+            for place, ((x, x_whole), (y, y_whole)) in pairs
+            if x + y in scores and not x_whole and not y_whole
+        ]
         if not merges:
             return [symbol for symbol, _ in symbols]
         _, place = min(merges)
@@ -79,20 +82,27 @@ def message(*parts: tuple) -> bytes:
 
 def model_of(pieces: list, model_type=2) -> bytes:
     """A SentencePiece model that changes nothing of its text before it cuts it."""
-    return b"".join([
-        *(message((1, message((1, text), (2, float(score)), (3, kind)))) for text, score, kind in pieces),
-        message((2, message((3, model_type))), (3, message((1, "identity"), (3, 0), (4, 0), (5, 1)))),
-    ])  # fmt: skip
+    return b"".join(
+        [
+            *(message((1, message((1, text), (2, float(score)), (3, kind)))) for text, score, kind in pieces),
+            message((2, message((3, model_type))), (3, message((1, "identity"), (3, 0), (4, 0), (5, 1)))),
+        ]
+    )
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def trained_model(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(make_documents(150, seed=3)), model_prefix=str(folder / "tok"), model_type="bpe",
-        vocab_size=330 if "byte_fallback" in KINDS[request.param] else 80, hard_vocab_limit=False, num_threads=1,
-        minloglevel=2, **KINDS[request.param],
-    )  # fmt: skip
+        sentence_iterator=iter(make_documents(150, seed=3)),
+        model_prefix=str(folder / "tok"),
+        model_type="bpe",
+        vocab_size=330 if "byte_fallback" in KINDS[request.param] else 80,
+        hard_vocab_limit=False,
+        num_threads=1,
+        minloglevel=2,
+        **KINDS[request.param],
+    )
     return folder / "tok.model"
 
 
@@ -122,8 +132,11 @@ def piece_lists(draw):
     """Few letters and many pieces of them, scores in any order and often equal: merges that go astray, pieces that are
     never made, user-defined ones that overlap, unused ones."""
     texts = draw(st.lists(st.text("abc", min_size=2, max_size=5), min_size=2, max_size=14, unique=True))
-    kinds = draw(st.sampled_from([[NORMAL], [NORMAL] * 5 + [USER_DEFINED], [NORMAL] * 4 + [UNUSED],
-                                  [NORMAL] * 4 + [UNUSED, USER_DEFINED]]))  # fmt: skip
+    kinds = draw(
+        st.sampled_from(
+            [[NORMAL], [NORMAL] * 5 + [USER_DEFINED], [NORMAL] * 4 + [UNUSED], [NORMAL] * 4 + [UNUSED, USER_DEFINED]]
+        )
+    )
     rows = [(text, -draw(st.integers(0, 9)), draw(st.sampled_from(kinds))) for text in texts]
     return [("<unk>", 0, UNKNOWN), *rows, *((letter, -99, NORMAL) for letter in "abc")]
 
@@ -166,9 +179,20 @@ def test_by_hand(tmp_path):
 @pytest.fixture(scope="module")
 def masked(corpus):
     """A model at random weights with the mask, in evaluation; its table; some of the text [B, T + 1]."""
-    settings = {"DATA_PATH": corpus / "data", "TOKENIZER_PATH": corpus / "tok.model", "DEVICE": "cpu", "COMPILE": "0",
-                "VOCAB_SIZE": (corpus / "vocab_size").read_text(), "DTYPE": "float32", "NUM_LAYERS": 2, "MODEL_DIM": 32,
-                "NUM_HEADS": 4, "NUM_KV_HEADS": 2, "TRAIN_SEQ_LEN": 32, "TRAIN_BATCH_TOKENS": 256}  # fmt: skip
+    settings = {
+        "DATA_PATH": corpus / "data",
+        "TOKENIZER_PATH": corpus / "tok.model",
+        "DEVICE": "cpu",
+        "COMPILE": "0",
+        "VOCAB_SIZE": (corpus / "vocab_size").read_text(),
+        "DTYPE": "float32",
+        "NUM_LAYERS": 2,
+        "MODEL_DIM": 32,
+        "NUM_HEADS": 4,
+        "NUM_KV_HEADS": 2,
+        "TRAIN_SEQ_LEN": 32,
+        "TRAIN_BATCH_TOKENS": 256,
+    }
     config = train_gpt.Config.load([], {name: str(value) for name, value in settings.items()} | {"CANONICAL": "1"})
     runtime = train_gpt.Runtime(config, {})
     model, _, _ = train_gpt.build_model(config, runtime)
@@ -249,8 +273,9 @@ def runs(corpus, tmp_path_factory):
 
 def test_a_run_trains_as_without_it_and_scores_better(runs):
     result = {on: json.loads((path / "result.json").read_text()) for on, path in runs.items()}
-    losses = {on: re.findall('"train_loss": [0-9.]+', (path / "metrics.jsonl").read_text())
-              for on, path in runs.items()}  # fmt: skip
+    losses = {
+        on: re.findall('"train_loss": [0-9.]+', (path / "metrics.jsonl").read_text()) for on, path in runs.items()
+    }
     weights = {on: models.load((path / "final_model.pt").read_bytes()) for on, path in runs.items()}
     assert losses["1"] == losses["0"] and len(losses["1"]) == 30
     assert all(torch.equal(weights["1"][name], weights["0"][name]) for name in weights["0"])
@@ -281,8 +306,9 @@ def test_an_artifact_tells_of_it_and_scores_the_same_elsewhere(runs, bare, call)
 def test_the_record_tools_score_its_folder_again_by_its_own_files(runs, tmp_path):
     """Random tokens, by which they look whether anything reads the future, are excluded again and again."""
     folder = Path(shutil.copytree(runs["1"], tmp_path / "alone"))
-    done = models.process({}, tmp_path, script=models.SCRIPT.parent / "tools" / "record.py",
-                          args=["rescore", folder, "--json"])  # fmt: skip
+    done = models.process(
+        {}, tmp_path, script=models.SCRIPT.parent / "tools" / "record.py", args=["rescore", folder, "--json"]
+    )
     assert done.returncode == 0, done.stdout.decode() + done.stderr.decode()
     report = json.loads(done.stdout)
     assert not report["findings"] and {"score", "causality", "normalisation"} <= {*report["passed"]}
@@ -300,8 +326,13 @@ def test_a_sample_never_has_an_excluded_pair(masked, corpus, knobs):
     tokenizer = train_gpt.TokenBytes(str(corpus / "tok.model"), len(table))
     mask, decode, excluded = model.mask, tokenizer.decode, {}
     tokenizer.decode = lambda tokens: said.append(tokens) or decode(tokens)
-    settings = {"TOKENIZER_PATH": tokenizer.path, "VOCAB_SIZE": str(len(table)), "SAMPLE_TOKENS": "30",
-                "SAMPLE_PROMPT": "the king", "TRAIN_SEQ_LEN": "32"}  # fmt: skip
+    settings = {
+        "TOKENIZER_PATH": tokenizer.path,
+        "VOCAB_SIZE": str(len(table)),
+        "SAMPLE_TOKENS": "30",
+        "SAMPLE_PROMPT": "the king",
+        "TRAIN_SEQ_LEN": "32",
+    }
     config = dataclasses.replace(train_gpt.Config.load([], settings), **knobs)
 
     def spoilt(logits, tokens):
@@ -350,15 +381,27 @@ def test_a_text_with_an_excluded_pair_ends_the_run_before_it_begins(corpus, tmp_
     assert call(knobs)[0] == 0
 
 
-@pytest.mark.parametrize("name, said", [
-    ("bytes", "is not such a file"), ("nowhere.model", "is not such a file"), ("text.model", "is not one"),
-    ("half.model", "is not one"), ("empty.model", "is not one"), ("unigram.model", "is of type unigram"),
-    ("word.model", "is of type word"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("bytes", "is not such a file"),
+        ("nowhere.model", "is not such a file"),
+        ("text.model", "is not one"),
+        ("half.model", "is not one"),
+        ("empty.model", "is not one"),
+        ("unigram.model", "is of type unigram"),
+        ("word.model", "is of type word"),
+    ],
+)
 def test_other_tokenizers_are_refused(corpus, tmp_path, name, said):
     good, pieces = (corpus / "tok.model").read_bytes(), [("<unk>", 0, UNKNOWN), ("\u2581", -1, NORMAL)]
-    written = {"text": b"no model", "half": good[: len(good) // 2], "empty": b"", "unigram": model_of(pieces, 1),
-               "word": model_of(pieces, 3)}  # fmt: skip
+    written = {
+        "text": b"no model",
+        "half": good[: len(good) // 2],
+        "empty": b"",
+        "unigram": model_of(pieces, 1),
+        "word": model_of(pieces, 3),
+    }
     path = tmp_path / name
     if path.stem in written:
         path.write_bytes(written[path.stem])

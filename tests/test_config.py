@@ -21,16 +21,43 @@ CHECKED = settings()  # those of the profile that conftest.py loads
 
 # The reference configuration ("Training Opt Seq4096 v1"), from its documentation and not from the code.
 REFERENCE = {
-    "DATA_PATH": "./data/datasets/fineweb10B_sp1024", "TOKENIZER_PATH": "./data/tokenizers/fineweb_1024_bpe.model",
-    "SEED": 1337, "VAL_BATCH_SIZE": 524288, "VAL_LOSS_EVERY": 1000, "TRAIN_LOG_EVERY": 200, "ITERATIONS": 20000,
-    "WARMDOWN_FRAC": 0.3526, "WARMUP_STEPS": 20, "TRAIN_BATCH_TOKENS": 393216, "TRAIN_SEQ_LEN": 4096,
-    "MAX_WALLCLOCK_SECONDS": 600.0, "QK_GAIN_INIT": 1.5, "VOCAB_SIZE": 1024, "NUM_LAYERS": 9, "MODEL_DIM": 512,
-    "NUM_HEADS": 8, "NUM_KV_HEADS": 4, "MLP_MULT": 2.0, "TIE_EMBEDDINGS": True, "ROPE_BASE": 10000.0,
-    "LOGIT_SOFTCAP": 30.0, "EMBED_LR": 0.6, "HEAD_LR": 0.008, "TIED_EMBED_LR": 0.03, "TIED_EMBED_INIT_STD": 0.005,
-    "MATRIX_LR": 0.02, "SCALAR_LR": 0.02, "MUON_MOMENTUM": 0.99, "MUON_BACKEND_STEPS": 5,
-    "MUON_MOMENTUM_WARMUP_START": 0.92, "MUON_MOMENTUM_WARMUP_STEPS": 1500, "BETA1": 0.9, "BETA2": 0.95,
-    "ADAM_EPS": 1e-8, "GRAD_CLIP_NORM": 0.0,
-}  # fmt: skip
+    "DATA_PATH": "./data/datasets/fineweb10B_sp1024",
+    "TOKENIZER_PATH": "./data/tokenizers/fineweb_1024_bpe.model",
+    "SEED": 1337,
+    "VAL_BATCH_SIZE": 524288,
+    "VAL_LOSS_EVERY": 1000,
+    "TRAIN_LOG_EVERY": 200,
+    "ITERATIONS": 20000,
+    "WARMDOWN_FRAC": 0.3526,
+    "WARMUP_STEPS": 20,
+    "TRAIN_BATCH_TOKENS": 393216,
+    "TRAIN_SEQ_LEN": 4096,
+    "MAX_WALLCLOCK_SECONDS": 600.0,
+    "QK_GAIN_INIT": 1.5,
+    "VOCAB_SIZE": 1024,
+    "NUM_LAYERS": 9,
+    "MODEL_DIM": 512,
+    "NUM_HEADS": 8,
+    "NUM_KV_HEADS": 4,
+    "MLP_MULT": 2.0,
+    "TIE_EMBEDDINGS": True,
+    "ROPE_BASE": 10000.0,
+    "LOGIT_SOFTCAP": 30.0,
+    "EMBED_LR": 0.6,
+    "HEAD_LR": 0.008,
+    "TIED_EMBED_LR": 0.03,
+    "TIED_EMBED_INIT_STD": 0.005,
+    "MATRIX_LR": 0.02,
+    "SCALAR_LR": 0.02,
+    "MUON_MOMENTUM": 0.99,
+    "MUON_BACKEND_STEPS": 5,
+    "MUON_MOMENTUM_WARMUP_START": 0.92,
+    "MUON_MOMENTUM_WARMUP_STEPS": 1500,
+    "BETA1": 0.9,
+    "BETA2": 0.95,
+    "ADAM_EPS": 1e-8,
+    "GRAD_CLIP_NORM": 0.0,
+}
 
 
 def load(argv=(), **environ) -> Config:
@@ -115,37 +142,52 @@ def test_other_environment_variables_are_ignored():
     assert load(PATH="/bin", iterations="3", ITERATION="4") == Config()
 
 
-@pytest.mark.parametrize("line, value", [
-    ("DATA_PATH=/a", "/a"),
-    ("  DATA_PATH\t=  /a  ", "/a"),
-    ("DATA_PATH=/a # a comment", "/a"),
-    ("DATA_PATH=/a\t#a comment with 'quotes\"", "/a"),
-    ("DATA_PATH=/a=b==", "/a=b=="),
-    ("DATA_PATH=/a b  c", "/a b  c"),
-    ("DATA_PATH=it's", "it's"),
-    ('DATA_PATH="/a"', "/a"),
-    ("DATA_PATH='/a'", "/a"),
-    ('DATA_PATH="/a # b"', "/a # b"),
-    ("DATA_PATH='/a#b' # c", "/a#b"),
-    ("""DATA_PATH="it's" """, "it's"),
-    ("""DATA_PATH='say "hi"'""", 'say "hi"'),
-    ("DATA_PATH=", ""),
-    ('DATA_PATH=""', ""),
-    ("DATA_PATH= # nothing", ""),
-    ("DATA_PATH=$HOME/`x`/${y}~", "$HOME/`x`/${y}~"),
-    ("DATA_PATH=na\u00efve/\u6d77", "na\u00efve/\u6d77"),
-    ("\ufeffDATA_PATH=/a", "/a"),
-    ("# DATA_PATH=/z\n\n   \n\t# more\nDATA_PATH=/a", "/a"),
-    ("DATA_PATH=/a\r\nSEED=3\r\n", "/a"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "line, value",
+    [
+        ("DATA_PATH=/a", "/a"),
+        ("  DATA_PATH\t=  /a  ", "/a"),
+        ("DATA_PATH=/a # a comment", "/a"),
+        ("DATA_PATH=/a\t#a comment with 'quotes\"", "/a"),
+        ("DATA_PATH=/a=b==", "/a=b=="),
+        ("DATA_PATH=/a b  c", "/a b  c"),
+        ("DATA_PATH=it's", "it's"),
+        ('DATA_PATH="/a"', "/a"),
+        ("DATA_PATH='/a'", "/a"),
+        ('DATA_PATH="/a # b"', "/a # b"),
+        ("DATA_PATH='/a#b' # c", "/a#b"),
+        ("""DATA_PATH="it's" """, "it's"),
+        ("""DATA_PATH='say "hi"'""", 'say "hi"'),
+        ("DATA_PATH=", ""),
+        ('DATA_PATH=""', ""),
+        ("DATA_PATH= # nothing", ""),
+        ("DATA_PATH=$HOME/`x`/${y}~", "$HOME/`x`/${y}~"),
+        ("DATA_PATH=na\u00efve/\u6d77", "na\u00efve/\u6d77"),
+        ("\ufeffDATA_PATH=/a", "/a"),
+        ("# DATA_PATH=/z\n\n   \n\t# more\nDATA_PATH=/a", "/a"),
+        ("DATA_PATH=/a\r\nSEED=3\r\n", "/a"),
+    ],
+)
 def test_file_grammar(env_file, line, value):
     assert load([env_file(line)]).data_path == value
 
 
-@pytest.mark.parametrize("line", [
-    "DATA_PATH", "=/a", "export DATA_PATH=/a", "DATA_PATH: /a", "DATA-PATH=/a", "DATA_PATH=/a#b",
-    'DATA_PATH="/a', "DATA_PATH='/a", 'DATA_PATH="/a" b', 'DATA_PATH="/a"b', "DATA_PATH='/a' 'b'",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "line",
+    [
+        "DATA_PATH",
+        "=/a",
+        "export DATA_PATH=/a",
+        "DATA_PATH: /a",
+        "DATA-PATH=/a",
+        "DATA_PATH=/a#b",
+        'DATA_PATH="/a',
+        "DATA_PATH='/a",
+        'DATA_PATH="/a" b',
+        'DATA_PATH="/a"b',
+        "DATA_PATH='/a' 'b'",
+    ],
+)
 def test_malformed_line_names_file_and_line(env_file, line):
     path = env_file(f"SEED=1\n# comment\n\n{line}\n")
     message = error_of([path])
@@ -158,10 +200,17 @@ def test_duplicate_key_names_file_and_line(env_file):
     assert f"{path}:3" in message and "SEED" in message and "twice" in message
 
 
-@pytest.mark.parametrize("key, nearest", [
-    ("ITERATION", "ITERATIONS"), ("MATRXI_LR", "MATRIX_LR"), ("iterations", "ITERATIONS"), ("SEEDS", "SEED"),
-    ("NUM_KV_HEAD", "NUM_KV_HEADS"), ("TRAIN_SEQ_LENGTH", "TRAIN_SEQ_LEN"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "key, nearest",
+    [
+        ("ITERATION", "ITERATIONS"),
+        ("MATRXI_LR", "MATRIX_LR"),
+        ("iterations", "ITERATIONS"),
+        ("SEEDS", "SEED"),
+        ("NUM_KV_HEAD", "NUM_KV_HEADS"),
+        ("TRAIN_SEQ_LENGTH", "TRAIN_SEQ_LEN"),
+    ],
+)
 def test_unknown_key_names_the_nearest(env_file, key, nearest):
     path = env_file(f"{key}=1\n")
     message = error_of([path])
@@ -188,27 +237,63 @@ def test_two_arguments_are_refused(env_file):
 # What is refused: every message names the knob, its value and what to do
 
 BOUNDS = [  # knob, first value that is refused, nearest that is taken
-    ("SEED", "-1", "0"), ("SEED", str(2**63), str(2**63 - 1)), ("ITERATIONS", "0", "1"),
-    ("MAX_WALLCLOCK_SECONDS", "-0.5", "0"), ("WARMDOWN_FRAC", "-0.1", "0"), ("WARMDOWN_FRAC", "1.01", "1"),
-    ("WARMUP_STEPS", "-1", "0"), ("TRAIN_BATCH_TOKENS", "0", "4096"),
-    ("TRAIN_SEQ_LEN", "0", "1"), ("GRAD_ACCUM_STEPS", "-1", "0"),
-    ("CHECKPOINT_EVERY_SECONDS", "-1.5", "-1"), ("TARGET_WORLD_SIZE", "-1", "0"), ("SAMPLE_TOKENS", "0", "1"),
-    ("TEMPERATURE", "-0.1", "0"), ("TOP_K", "-1", "0"),
-    ("TRAIN_LOG_EVERY", "-1", "0"), ("VAL_LOSS_EVERY", "-1", "0"), ("VAL_BATCH_SIZE", "0", "1"),
-    ("VAL_TOKENS_LIMIT", "-1", "0"), ("EVAL_STRIDE", "-1", "0"), ("VOCAB_SIZE", "1", "2"),
-    ("VOCAB_SIZE", "65537", "65536"), ("NUM_LAYERS", "0", "1"), ("MODEL_DIM", "0", "16"), ("NUM_HEADS", "0", "4"),
-    ("NUM_KV_HEADS", "0", "1"), ("MLP_MULT", "0", "0.01"), ("TIED_EMBED_INIT_STD", "-0.1", "0"),
+    ("SEED", "-1", "0"),
+    ("SEED", str(2**63), str(2**63 - 1)),
+    ("ITERATIONS", "0", "1"),
+    ("MAX_WALLCLOCK_SECONDS", "-0.5", "0"),
+    ("WARMDOWN_FRAC", "-0.1", "0"),
+    ("WARMDOWN_FRAC", "1.01", "1"),
+    ("WARMUP_STEPS", "-1", "0"),
+    ("TRAIN_BATCH_TOKENS", "0", "4096"),
+    ("TRAIN_SEQ_LEN", "0", "1"),
+    ("GRAD_ACCUM_STEPS", "-1", "0"),
+    ("CHECKPOINT_EVERY_SECONDS", "-1.5", "-1"),
+    ("TARGET_WORLD_SIZE", "-1", "0"),
+    ("SAMPLE_TOKENS", "0", "1"),
+    ("TEMPERATURE", "-0.1", "0"),
+    ("TOP_K", "-1", "0"),
+    ("TRAIN_LOG_EVERY", "-1", "0"),
+    ("VAL_LOSS_EVERY", "-1", "0"),
+    ("VAL_BATCH_SIZE", "0", "1"),
+    ("VAL_TOKENS_LIMIT", "-1", "0"),
+    ("EVAL_STRIDE", "-1", "0"),
+    ("VOCAB_SIZE", "1", "2"),
+    ("VOCAB_SIZE", "65537", "65536"),
+    ("NUM_LAYERS", "0", "1"),
+    ("MODEL_DIM", "0", "16"),
+    ("NUM_HEADS", "0", "4"),
+    ("NUM_KV_HEADS", "0", "1"),
+    ("MLP_MULT", "0", "0.01"),
+    ("TIED_EMBED_INIT_STD", "-0.1", "0"),
     ("ROPE_BASE", "0.5", "1"),
-    ("LOGIT_SOFTCAP", "0", "0.001"), ("EMBED_LR", "-1", "0"), ("HEAD_LR", "-1", "0"), ("TIED_EMBED_LR", "-1", "0"),
-    ("SCALAR_LR", "-1", "0"), ("MATRIX_LR", "-1", "0"), ("MUON_MOMENTUM", "-0.1", "0"), ("MUON_MOMENTUM", "1", "0.999"),
-    ("MUON_MOMENTUM_WARMUP_START", "-0.1", "0"), ("MUON_MOMENTUM_WARMUP_START", "1", "0.999"),
-    ("MUON_MOMENTUM_WARMUP_STEPS", "-1", "0"), ("MUON_BACKEND_STEPS", "0", "1"), ("BETA1", "-0.1", "0"),
-    ("BETA1", "1", "0.999"), ("BETA2", "-0.1", "0"), ("BETA2", "1", "0.999"), ("ADAM_EPS", "0", "1e-20"),
+    ("LOGIT_SOFTCAP", "0", "0.001"),
+    ("EMBED_LR", "-1", "0"),
+    ("HEAD_LR", "-1", "0"),
+    ("TIED_EMBED_LR", "-1", "0"),
+    ("SCALAR_LR", "-1", "0"),
+    ("MATRIX_LR", "-1", "0"),
+    ("MUON_MOMENTUM", "-0.1", "0"),
+    ("MUON_MOMENTUM", "1", "0.999"),
+    ("MUON_MOMENTUM_WARMUP_START", "-0.1", "0"),
+    ("MUON_MOMENTUM_WARMUP_START", "1", "0.999"),
+    ("MUON_MOMENTUM_WARMUP_STEPS", "-1", "0"),
+    ("MUON_BACKEND_STEPS", "0", "1"),
+    ("BETA1", "-0.1", "0"),
+    ("BETA1", "1", "0.999"),
+    ("BETA2", "-0.1", "0"),
+    ("BETA2", "1", "0.999"),
+    ("ADAM_EPS", "0", "1e-20"),
     ("GRAD_CLIP_NORM", "-1", "0"),
-    ("WEIGHT_BITS", "1", "2"), ("WEIGHT_BITS", "9", "8"), ("EMBED_BITS", "1", "2"), ("EMBED_BITS", "9", "8"),
-    ("CLIP_ATTN", "-1", "0"), ("CLIP_MLP", "-1", "0"), ("CLIP_EMBED", "-1", "0"), ("GPTQ_BATCHES", "-1", "0"),
+    ("WEIGHT_BITS", "1", "2"),
+    ("WEIGHT_BITS", "9", "8"),
+    ("EMBED_BITS", "1", "2"),
+    ("EMBED_BITS", "9", "8"),
+    ("CLIP_ATTN", "-1", "0"),
+    ("CLIP_MLP", "-1", "0"),
+    ("CLIP_EMBED", "-1", "0"),
+    ("GPTQ_BATCHES", "-1", "0"),
     ("SIZE_LIMIT", "0", "1"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("name, refused, taken", BOUNDS)
@@ -229,11 +314,17 @@ def test_a_share_of_an_average_wants_one():
     assert load(EMA_SHARE="0.5", EMA_DECAY="0.99").ema_share == 0.5
 
 
-@pytest.mark.parametrize("name, choices", [
-    ("DEVICE", "auto cuda mps cpu"), ("DTYPE", "auto bfloat16 float32"), ("COMPILE", "auto 0 1 autotune"),
-    ("ATTENTION", "auto fastest flash cudnn efficient math blocked"), ("MODE", "train check eval sample"),
-    ("CODEC", "zlib rans"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, choices",
+    [
+        ("DEVICE", "auto cuda mps cpu"),
+        ("DTYPE", "auto bfloat16 float32"),
+        ("COMPILE", "auto 0 1 autotune"),
+        ("ATTENTION", "auto fastest flash cudnn efficient math blocked"),
+        ("MODE", "train check eval sample"),
+        ("CODEC", "zlib rans"),
+    ],
+)
 def test_choices(name, choices):
     for choice in choices.split():
         assert getattr(load(**{name: choice}), name.lower()) == choice
@@ -357,20 +448,38 @@ def test_texts_leave_out_what_must_not_be_repeated():
     assert texts["TIE_EMBEDDINGS"] == "1" and load(TIE_EMBEDDINGS="0").texts()["TIE_EMBEDDINGS"] == "0"
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"LOOP_LAYERS": "3-5"}, {"WARMDOWN_FRAC": "0.1"}, {"TIE_EMBEDDINGS": "0"},
-    {"DATA_PATH": "/a b/#1"}, {"DATA_PATH": ""}, {"ADAM_EPS": "1e-19"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"LOOP_LAYERS": "3-5"},
+        {"WARMDOWN_FRAC": "0.1"},
+        {"TIE_EMBEDDINGS": "0"},
+        {"DATA_PATH": "/a b/#1"},
+        {"DATA_PATH": ""},
+        {"ADAM_EPS": "1e-19"},
+    ],
+)
 def test_config_env_of_a_run_gives_the_same_config(tmp_path, changes):
     config = load(**changes)
     again = load([write_folder(config, tmp_path)])
     assert dataclasses.replace(again, log_dir=config.log_dir) == config
 
 
-@pytest.mark.parametrize("path", [
-    """it's "b" """, """it's "b" #c""", """'a' "b" #c""", "a\nSEED=3", "a\rb", "a\u2028b", "a\x85b", "a\x1cb",
-    "a\udcffb",  # a byte of the environment that is not UTF-8
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "path",
+    [
+        """it's "b" """,
+        """it's "b" #c""",
+        """'a' "b" #c""",
+        "a\nSEED=3",
+        "a\rb",
+        "a\u2028b",
+        "a\x85b",
+        "a\x1cb",
+        "a\udcffb",  # a byte of the environment that is not UTF-8
+    ],
+)
 def test_value_that_is_hard_to_write_is_kept_or_refused(tmp_path, path):
     """Never is another configuration written in silence, or one that cannot be read again."""
     try:
@@ -446,8 +555,19 @@ def brute_force(sequences: int, T: int, world: int, device: str, wanted: int, mi
     return min(enough, default=max(fitting))  # too few sequences for 8 micro-batches: one sequence each
 
 
-CUTS = [(0, "auto"), (0, "0"), (1, "auto"), (2, "0"), (3, "auto"), (8, "0"), (0, "7"), (0, "8"), (0, "20"), (0, "21"),
-        (0, "1000000")]  # fmt: skip
+CUTS = [
+    (0, "auto"),
+    (0, "0"),
+    (1, "auto"),
+    (2, "0"),
+    (3, "auto"),
+    (8, "0"),
+    (0, "7"),
+    (0, "8"),
+    (0, "20"),
+    (0, "21"),
+    (0, "1000000"),
+]
 
 
 @pytest.mark.parametrize("T", [7, 2048, 5000, 20_000])  # on a CPU, auto holds many, 8, 3, not even 1
@@ -457,8 +577,9 @@ def test_accumulation_steps_against_brute_force(T):
         for world in (1, 2, 3, 4, 5, 8, 16):
             for wanted, micro in CUTS:
                 micro = str(int(micro) * T // 7) if micro.isdecimal() else micro
-                config = Config(train_seq_len=T, train_batch_tokens=T * sequences, grad_accum_steps=wanted,
-                                micro_batch_tokens=micro)  # fmt: skip
+                config = Config(
+                    train_seq_len=T, train_batch_tokens=T * sequences, grad_accum_steps=wanted, micro_batch_tokens=micro
+                )
                 config.check()
                 for device in ("cpu", "cuda", "mps"):
                     expected = brute_force(sequences, T, world, device, wanted, micro)
@@ -509,25 +630,43 @@ def test_advice_for_micro_steps_that_do_not_divide_works():
 # Almost knobs in the environment
 
 
-@pytest.mark.parametrize("name, nearest", [
-    ("ITERATION", "ITERATIONS"), ("SEEDS", "SEED"), ("MATRXI_LR", "MATRIX_LR"), ("iterations", "ITERATIONS"),
-    ("NUM_LAYER", "NUM_LAYERS"), ("MAX_WALLCLOCK_SECOND", "MAX_WALLCLOCK_SECONDS"),
-    ("TRAIN_SEQ_LENGTH", "TRAIN_SEQ_LEN"), ("MOXE", "MODE"), ("DTYPF", "DTYPE"), ("RESUNE", "RESUME"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, nearest",
+    [
+        ("ITERATION", "ITERATIONS"),
+        ("SEEDS", "SEED"),
+        ("MATRXI_LR", "MATRIX_LR"),
+        ("iterations", "ITERATIONS"),
+        ("NUM_LAYER", "NUM_LAYERS"),
+        ("MAX_WALLCLOCK_SECOND", "MAX_WALLCLOCK_SECONDS"),
+        ("TRAIN_SEQ_LENGTH", "TRAIN_SEQ_LEN"),
+        ("MOXE", "MODE"),
+        ("DTYPF", "DTYPE"),
+        ("RESUNE", "RESUME"),
+    ],
+)
 def test_typo_draws_a_warning(name, nearest):
     (warning,) = check.typo_warnings({name: "1", "HOME": "/root", "SEED": "2"}, KNOBS)
     assert warning.startswith("warning:") and f" {name} " in warning and f"did you mean {nearest}?" in warning
 
 
-@pytest.mark.parametrize("name, remedy", [("WARMDOWN_ITERS", "WARMDOWN_FRAC"), ("MUON_WD", "MUON_WEIGHT_DECAY"),
-                                          ("XSA_LAST_N", "XSA_LAYERS"), ("INT8_SCALE_FLOOR", "CLIP_MLP")])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, remedy",
+    [
+        ("WARMDOWN_ITERS", "WARMDOWN_FRAC"),
+        ("MUON_WD", "MUON_WEIGHT_DECAY"),
+        ("XSA_LAST_N", "XSA_LAYERS"),
+        ("INT8_SCALE_FLOOR", "CLIP_MLP"),
+    ],
+)
 def test_a_knob_of_other_trainers_draws_a_warning(name, remedy):
     (warning,) = check.typo_warnings({name: "1"}, KNOBS)
     assert f" {name} is no knob: set" in warning and remedy in warning
 
 
-@pytest.mark.parametrize("name, file", [("CONTEXTS", "frontier"), ("MUON_HEADS", "frontier"),
-                                        ("TTT_CHUNK", "score_first")])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, file", [("CONTEXTS", "frontier"), ("MUON_HEADS", "frontier"), ("TTT_CHUNK", "score_first")]
+)
 def test_a_knob_of_a_model_file_names_the_file(env_file, name, file):
     (warning,) = check.typo_warnings({name: "1"}, KNOBS)
     for message in (warning, error_of([env_file(f"{name}=1\n")])):

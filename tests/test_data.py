@@ -42,13 +42,25 @@ def test_shard_by_the_letter_of_the_format(tmp_path):
     assert open_shard(path).tolist() == [0x0201, 0, 65535] and open_shard(path).dtype == np.uint16
 
 
-@pytest.mark.parametrize("data, said", [
-    (b"", "0 bytes"), (raw_shard()[:1023], "1023 bytes"), (raw_shard(magic=20240521), "magic 20240521"),
-    (raw_shard(magic=-1), "magic -1"), (raw_shard(version=2), "version 2"), (raw_shard(version=0), "version 0"),
-    (raw_shard()[:-1], "1029 bytes"), (raw_shard()[:-2], "1028 bytes"), (raw_shard(count=2), "1030 bytes"),
-    (raw_shard(count=4), "4 tokens"), (raw_shard() + b"\0", "1031 bytes"), (raw_shard(tokens=()), "0 tokens"),
-    (raw_shard(count=-3), "-3 tokens"), (raw_shard(count=0), "0 tokens"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "data, said",
+    [
+        (b"", "0 bytes"),
+        (raw_shard()[:1023], "1023 bytes"),
+        (raw_shard(magic=20240521), "magic 20240521"),
+        (raw_shard(magic=-1), "magic -1"),
+        (raw_shard(version=2), "version 2"),
+        (raw_shard(version=0), "version 0"),
+        (raw_shard()[:-1], "1029 bytes"),
+        (raw_shard()[:-2], "1028 bytes"),
+        (raw_shard(count=2), "1030 bytes"),
+        (raw_shard(count=4), "4 tokens"),
+        (raw_shard() + b"\0", "1031 bytes"),
+        (raw_shard(tokens=()), "0 tokens"),
+        (raw_shard(count=-3), "-3 tokens"),
+        (raw_shard(count=0), "0 tokens"),
+    ],
+)
 def test_damaged_shard(tmp_path, data, said):
     write_split(tmp_path, [5, 5])
     path = tmp_path / "fineweb_train_000002.bin"
@@ -65,9 +77,16 @@ def test_damaged_shard(tmp_path, data, said):
 def test_side_files_are_not_data(tmp_path):
     expected = write_split(tmp_path, [4, 5], "val")
     write_split(tmp_path, [7], "train", seed=1)
-    for name in ("fineweb_val_000000_old.bin", "fineweb_val_000002.bin.bak", "fineweb_val_.bin", "manifest.json",
-                 "my_fineweb_val_000002.bin", "fineweb_valid_000002.bin", "fineweb_val_000002.BIN",
-                 "fineweb_val_2a.bin"):  # fmt: skip
+    for name in (
+        "fineweb_val_000000_old.bin",
+        "fineweb_val_000002.bin.bak",
+        "fineweb_val_.bin",
+        "manifest.json",
+        "my_fineweb_val_000002.bin",
+        "fineweb_valid_000002.bin",
+        "fineweb_val_000002.BIN",
+        "fineweb_val_2a.bin",
+    ):
         (tmp_path / name).write_bytes(raw_shard(tokens=(9, 9, 9)))
     stream = TokenStream(str(tmp_path), "val", 65536)
     assert len(stream) == 9 and stream.read(0, 9).tolist() == expected
@@ -293,8 +312,11 @@ def test_a_position_alone_resumes_the_shuffled_order(tmp_path):
         positions.append(first[0].position)
         steps.append(step_of(first))
     for at in (0, 3, 7, 8, 15, 19):
-        for resumed in (loaders_of(stream, 5, 8, 2, 1, loader="shuffle"), first,
-                        loaders_of(stream, 5, 8, 1, 4, loader="shuffle")):  # fmt: skip
+        for resumed in (
+            loaders_of(stream, 5, 8, 2, 1, loader="shuffle"),
+            first,
+            loaders_of(stream, 5, 8, 1, 4, loader="shuffle"),
+        ):
             for loader in resumed:
                 loader.seek(positions[at])
             assert [step_of(resumed) for _ in range(min(5, 20 - at))] == steps[at : at + 5]
@@ -302,8 +324,9 @@ def test_a_position_alone_resumes_the_shuffled_order(tmp_path):
 
 def test_the_shuffled_order_is_that_of_the_seed(tmp_path):
     stream = write_distinct(tmp_path, [400])
-    orders = [starts_of(loaders_of(stream, 5, 10, 1, 1, loader="shuffle", seed=seed), 5, 5)
-              for seed in (1, 1, 2, 2**63 - 1)]  # fmt: skip
+    orders = [
+        starts_of(loaders_of(stream, 5, 10, 1, 1, loader="shuffle", seed=seed), 5, 5) for seed in (1, 1, 2, 2**63 - 1)
+    ]
     assert orders[0] == orders[1] and orders[1] != orders[2] and orders[3] not in orders[:3]
 
 

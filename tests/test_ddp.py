@@ -58,8 +58,9 @@ def test_gradients_of_two_compiled_ranks_with_recurrence_equal_those_of_one_proc
     model = {"NUM_LAYERS": 2, "LOOP_LAYERS": "0-0", "LOOP_PASSES": 2, "X0_MIX": 0, "MODEL_DIM": 256}
     for ranks, knobs in ((1, {"COMPILE": 0, "GRAD_ACCUM_STEPS": 1}), (2, {"COMPILE": 1, "GRAD_ACCUM_STEPS": 2})):
         path = tmp_path / f"gradients{ranks}.pt"
-        done = launch(ranks=ranks, script=worker, **model, **knobs, GRADIENTS=path,
-                      SCRIPT_FOLDER=Path(train_gpt.__file__).parent)  # fmt: skip
+        done = launch(
+            ranks=ranks, script=worker, **model, **knobs, GRADIENTS=path, SCRIPT_FOLDER=Path(train_gpt.__file__).parent
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         found[ranks], places = torch.load(path, weights_only=True)
     assert places < len(found[1][0]), "gradients lie in buckets, and are not copied from there"

@@ -51,11 +51,15 @@ def make_manifest(train: int = 3, val: int = 2) -> dict:
     one, vocab = {"files_train": 1, "files_val": 1}, "tokenizers/fineweb_1024_bpe.vocab"
     return {
         "version": 1,
-        "datasets": [{"name": NAME, "tokenizer_name": "sp_bpe_1024", "vocab_size": 1024, "stats": stats},
-                     {"name": "fineweb10B_byte260", "tokenizer_name": "bytes", "stats": one}],
-        "tokenizers": [{"name": "sp_bpe_1024", "model_path": vocab.replace("vocab", "model"), "vocab_path": vocab},
-                       {"name": "bytes", "path": "tokenizers/fineweb_pure_byte_260.json", "vocab_size": 260}],
-    }  # fmt: skip
+        "datasets": [
+            {"name": NAME, "tokenizer_name": "sp_bpe_1024", "vocab_size": 1024, "stats": stats},
+            {"name": "fineweb10B_byte260", "tokenizer_name": "bytes", "stats": one},
+        ],
+        "tokenizers": [
+            {"name": "sp_bpe_1024", "model_path": vocab.replace("vocab", "model"), "vocab_path": vocab},
+            {"name": "bytes", "path": "tokenizers/fineweb_pure_byte_260.json", "vocab_size": 260},
+        ],
+    }
 
 
 def make_repo() -> dict[str, bytes]:
@@ -172,8 +176,12 @@ def run(script, hub, root, tmp_path, monkeypatch, capfd):
     for name in [name for name in os.environ if name.startswith(("HF_", "MATCHED_"))]:
         monkeypatch.delenv(name)
     template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-    for name, value in {"ENDPOINT": hub.url, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_DISABLE_XET": True,
-                        "HF_TOKEN_PATH": str(tmp_path / "none")}.items():  # fmt: skip
+    for name, value in {
+        "ENDPOINT": hub.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": template,
+        "HF_HUB_DISABLE_XET": True,
+        "HF_TOKEN_PATH": str(tmp_path / "none"),
+    }.items():
         monkeypatch.setattr(constants, name, value)  # read from the environment before this test began
     for module in (file_download, sys.modules[http_backoff.__module__]):
         monkeypatch.setattr(module, "time", SimpleNamespace(sleep=lambda seconds: None, time=time.time))
@@ -207,8 +215,15 @@ def launch(hub, root, tmp_path):
     inherited |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "*", "PYTHONUTF8": "1"}
 
     def start(**environ):
-        return subprocess.run([sys.executable, str(SCRIPT), "--out", str(root)], env=inherited | environ, timeout=60,
-                              capture_output=True, text=True, encoding="utf-8", check=False)  # fmt: skip
+        return subprocess.run(
+            [sys.executable, str(SCRIPT), "--out", str(root)],
+            env=inherited | environ,
+            timeout=60,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            check=False,
+        )
 
     return start
 
@@ -217,15 +232,21 @@ def expected_files(hub: Hub, train: int = 3) -> dict[str, bytes]:
     """Local path -> content after a download of sp1024."""
     files = {path.removeprefix("datasets/"): data for path, data in hub.files.items()}
     number = {name: int(name[-10:-4]) if "_train_" in name else -1 for name in files}
-    return {name: data for name, data in files.items()
-            if name.startswith(f"datasets/{NAME}/") and number[name] < train or "fineweb_1024_bpe" in name}  # fmt: skip
+    return {
+        name: data
+        for name, data in files.items()
+        if name.startswith(f"datasets/{NAME}/") and number[name] < train or "fineweb_1024_bpe" in name
+    }
 
 
 def snapshot(root: Path) -> dict[str, bytes]:
     """Local path -> content of everything below the data root but record, lock and what is not in place yet."""
     files = {path.relative_to(root).as_posix(): path for path in root.rglob("*") if path.is_file()}
-    return {name: path.read_bytes() for name, path in files.items()
-            if not name.startswith("downloads/fineweb") and path.suffix != ".part"}  # fmt: skip
+    return {
+        name: path.read_bytes()
+        for name, path in files.items()
+        if not name.startswith("downloads/fineweb") and path.suffix != ".part"
+    }
 
 
 def assert_done(done, root: Path, expected: dict[str, bytes], *said):
@@ -251,8 +272,15 @@ def test_a_fresh_download_is_what_the_hub_has_and_the_trainer_reads_it(hub, laun
     done = launch()
     knobs = f"DATA_PATH={root}/datasets/{NAME} TOKENIZER_PATH={root}/tokenizers/fineweb_1024_bpe.model VOCAB_SIZE=1024"
     said = "3 of 3 training shards, all 2 of validation (--train-shards 80 is more than there are)"
-    assert_done(done, root, expected_files(hub), said, f"{REPO} at commit {hub.commit}", "0 of 7 files are in place",
-                f"next: {knobs} python train_gpt.py")  # fmt: skip
+    assert_done(
+        done,
+        root,
+        expected_files(hub),
+        said,
+        f"{REPO} at commit {hub.commit}",
+        "0 of 7 files are in place",
+        f"next: {knobs} python train_gpt.py",
+    )
     assert done.stderr == ""
     for split in ("train", "val"):
         stream = TokenStream(str(root / "datasets" / NAME), split, 1024)
@@ -339,8 +367,13 @@ def flip(data: bytes) -> bytes:
     return data[:2000] + bytes([data[2000] ^ 1]) + data[2001:]
 
 
-DAMAGES = {"empty": lambda data: b"", "a flipped bit": flip, "cut": lambda data: data[:-2], "an error page":
-           lambda data: b"<html>404</html>", "too long": lambda data: data + b"\0\0"}  # fmt: skip
+DAMAGES = {
+    "empty": lambda data: b"",
+    "a flipped bit": flip,
+    "cut": lambda data: data[:-2],
+    "an error page": lambda data: b"<html>404</html>",
+    "too long": lambda data: data + b"\0\0",
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -399,8 +432,9 @@ def test_a_manifest_that_counts_more_shards_than_there_are(hub, run):
 
 def test_too_little_disk_is_said_before_anything_is_fetched(hub, run, root):
     needed = sum(map(len, expected_files(hub).values()))
-    assert_error(run(free=needed - 1), f"{needed:,} bytes are missing", f"{needed - 1:,} free", "--train-shards",
-                 "--out")  # fmt: skip
+    assert_error(
+        run(free=needed - 1), f"{needed:,} bytes are missing", f"{needed - 1:,} free", "--train-shards", "--out"
+    )
     assert not hub.fetched() and not snapshot(root)
     assert run(free=needed).returncode == 0
     assert run(free=0).returncode == 0, "nothing is missing"
@@ -477,9 +511,12 @@ REFUSALS = [  # what the hub does; options and environment of the command; what 
     (answers(200, b"<html>log in</html>", Content_Type="text/html"), [], {}, ["hub", "HF_ENDPOINT", "log-in page"]),
     (answers(200, b"[1, 2]"), [], {}, ["hub", "HF_ENDPOINT"]),
     (answers(200, ODD_COMMIT), [], {}, ["../../x", "HF_ENDPOINT"]),
-    (lfs("../../x"), [], {}, ["HF_ENDPOINT"]), (lfs("0" * 64, "1"), [], {}, ["HF_ENDPOINT"]),
-    (lfs("0" * 64, -1), [], {}, ["HF_ENDPOINT"]), (lfs(None), [], {}, ["HF_ENDPOINT"]),
-    (lists(lfs=None, blobId="x"), [], {}, ["HF_ENDPOINT"]), (lists(lfs=None, size=None), [], {}, ["HF_ENDPOINT"]),
+    (lfs("../../x"), [], {}, ["HF_ENDPOINT"]),
+    (lfs("0" * 64, "1"), [], {}, ["HF_ENDPOINT"]),
+    (lfs("0" * 64, -1), [], {}, ["HF_ENDPOINT"]),
+    (lfs(None), [], {}, ["HF_ENDPOINT"]),
+    (lists(lfs=None, blobId="x"), [], {}, ["HF_ENDPOINT"]),
+    (lists(lfs=None, size=None), [], {}, ["HF_ENDPOINT"]),
     (lists(rfilename=3), [], {}, ["HF_ENDPOINT"]),
     (has(make_shard(0, magic=20240521)), [], {}, [SHARD, "magic 20240521", PLACED]),
     (has(make_shard(0, version=2)), [], {}, [SHARD, "version 2", PLACED]),
@@ -502,7 +539,7 @@ REFUSALS = [  # what the hub does; options and environment of the command; what 
     (nothing, [], {PREFIX: "a/../.."}, [f"{PREFIX}='a/../..'"]),
     (nothing, [], {"NO_PROXY": "", "all_proxy": "socks5://localhost:1"}, ["all_proxy", "socks5"]),
     (nothing, [], {"NO_PROXY": "", "HTTPS_PROXY": "odd://localhost:1"}, ["HTTPS_PROXY", "odd"]),
-]  # fmt: skip
+]
 
 
 def short(value) -> str:
@@ -533,11 +570,23 @@ def test_without_the_library_or_with_variables_that_it_cannot_read(launch, tmp_p
 
 NAMES = st.one_of(
     st.sampled_from(["..", ".", "a", "a/b", "../a", "/a", "a\\b", "C:", "a\0", "", "tokenizers/t", NAME]),
-    st.text(max_size=4), st.none(), st.integers(), st.lists(st.text(max_size=2), max_size=2),
-)  # fmt: skip
-ENTRIES = st.fixed_dictionaries({"name": NAMES, "tokenizer_name": NAMES, "model_path": NAMES, "path": NAMES, "stats": (
-    st.fixed_dictionaries({"files_train": st.integers(-1, 2) | NAMES, "files_val": st.integers(-1, 2) | NAMES}) | NAMES
-)})  # fmt: skip
+    st.text(max_size=4),
+    st.none(),
+    st.integers(),
+    st.lists(st.text(max_size=2), max_size=2),
+)
+ENTRIES = st.fixed_dictionaries(
+    {
+        "name": NAMES,
+        "tokenizer_name": NAMES,
+        "model_path": NAMES,
+        "path": NAMES,
+        "stats": (
+            st.fixed_dictionaries({"files_train": st.integers(-1, 2) | NAMES, "files_val": st.integers(-1, 2) | NAMES})
+            | NAMES
+        ),
+    }
+)
 
 
 @settings(max_examples=300)

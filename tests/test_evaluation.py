@@ -60,8 +60,15 @@ def cases():
     corners = itertools.product((1, 2, 3, 4, 5, 8, 9), (4,), (0, 1, 3, 4), (8,), (1, 3), (1,), (0,))
     for _ in range(120):
         T, n = rng.choice([1, 2, 5, 8]), rng.randint(1, 60)
-        yield (n, T, rng.choice([0, 1, T // 2, T]), rng.choice([1, 2 * T, 7 * T, 1000]), rng.choice([1, 2, 3, 5]),
-               rng.choice([1, 2]), rng.choice([0, 0, 1, n // 2, n, n + 5]))  # fmt: skip
+        yield (
+            n,
+            T,
+            rng.choice([0, 1, T // 2, T]),
+            rng.choice([1, 2 * T, 7 * T, 1000]),
+            rng.choice([1, 2, 3, 5]),
+            rng.choice([1, 2]),
+            rng.choice([0, 0, 1, n // 2, n, n + 5]),
+        )
     yield from corners
 
 
@@ -69,8 +76,9 @@ def test_each_target_is_scored_exactly_once_with_its_full_context(make_config, r
     for case in cases():
         targets, T, stride, batch_tokens, world_size, accum, limit = case
         stream = counting_stream(tmp_path / str(targets), targets)
-        config = dataclasses.replace(make_config(), train_seq_len=T, eval_stride=stride, val_batch_size=batch_tokens,
-                                     val_tokens_limit=limit)  # fmt: skip
+        config = dataclasses.replace(
+            make_config(), train_seq_len=T, eval_stride=stride, val_batch_size=batch_tokens, val_tokens_limit=limit
+        )
         seen = []
         for fake in ranks_of(runtime, world_size):
             evaluator, windows = Evaluator(stream, POSITIONS, config, fake, accum), 0
@@ -99,8 +107,9 @@ def test_the_sums_over_ranks_are_those_of_all_targets(make_config, runtime, tmp_
     for case in cases():
         targets, T, stride, batch_tokens, world_size, accum, limit = case
         stream = counting_stream(tmp_path / str(targets), targets)
-        config = dataclasses.replace(make_config(), train_seq_len=T, eval_stride=stride, val_batch_size=batch_tokens,
-                                     val_tokens_limit=limit)  # fmt: skip
+        config = dataclasses.replace(
+            make_config(), train_seq_len=T, eval_stride=stride, val_batch_size=batch_tokens, val_tokens_limit=limit
+        )
         wanted, given = range(1, min(limit or targets, targets) + 1), []
         for fake in ranks_of(runtime, world_size):
             fake.sum = lambda values: given.append(values) or [1.0, len(wanted), 1, 0]  # noqa: B023
@@ -211,8 +220,10 @@ def test_a_loss_that_is_no_number_is_refused(evaluate, runtime, value):
 
 def test_the_label_says_partial_only_when_targets_are_left_out(evaluate, runtime, trained):
     everything = evaluate(runtime).of
-    labels = {limit: evaluate(runtime, VAL_TOKENS_LIMIT=limit).score(trained).label
-              for limit in (0, everything - 1, everything, everything + 7)}  # fmt: skip
+    labels = {
+        limit: evaluate(runtime, VAL_TOKENS_LIMIT=limit).score(trained).label
+        for limit in (0, everything - 1, everything, everything + 7)
+    }
     assert labels.pop(everything - 1) == f" partial:{everything - 1}/{everything}"
     assert set(labels.values()) == {""}
 

@@ -98,17 +98,33 @@ def test_finite_weights_too_large_for_fp16_never_become_non_finite(make_config, 
 
 
 def odd_state():
-    return {A: randn(256, 256), B: randn(256, 257), C: randn(70_000).bfloat16(),
-            D: randn(3, 200, 200), E: randn(5, 5).bfloat16(), "skip_weights": randn(2, 50_000)[:, :8],
-            "blocks.0.attn.q_gain": randn(8), "blocks.0.resid_mix": randn(2, 8), "counter": torch.arange(4),
-            "tok_emb.weight": randn(1000, 100).bfloat16()}  # fmt: skip
+    return {
+        A: randn(256, 256),
+        B: randn(256, 257),
+        C: randn(70_000).bfloat16(),
+        D: randn(3, 200, 200),
+        E: randn(5, 5).bfloat16(),
+        "skip_weights": randn(2, 50_000)[:, :8],
+        "blocks.0.attn.q_gain": randn(8),
+        "blocks.0.resid_mix": randn(2, 8),
+        "counter": torch.arange(4),
+        "tok_emb.weight": randn(1000, 100).bfloat16(),
+    }
 
 
 def test_the_object_has_the_keys_and_types_of_the_format(make_config):
     config, state = make_config(), odd_state()
     artifact = quantize(state, config)
-    assert set(artifact) == {"__quant_format__", "quantized", "scales", "dtypes", "passthrough", "qmeta",
-                             "passthrough_orig_dtypes", "config"}  # fmt: skip
+    assert set(artifact) == {
+        "__quant_format__",
+        "quantized",
+        "scales",
+        "dtypes",
+        "passthrough",
+        "qmeta",
+        "passthrough_orig_dtypes",
+        "config",
+    }
     assert artifact["__quant_format__"] == "int8_clean_per_row_v1"
     big = {B, C, D, "tok_emb.weight"}  # A has 65,536 elements exactly: kept
     assert set(artifact["quantized"]) == set(artifact["scales"]) == set(artifact["dtypes"]) == big
@@ -141,7 +157,8 @@ def test_every_tensor_comes_back_in_its_type_within_half_a_scale(make_config):
     artifact = unpack(packed(quantize(state, make_config())))
     restored = dequantize(artifact, make_config())
     assert {name: (t.dtype, t.shape) for name, t in restored.items()} == {
-        name: (t.dtype, t.shape) for name, t in state.items()}  # fmt: skip
+        name: (t.dtype, t.shape) for name, t in state.items()
+    }
     for name, tensor in state.items():
         error = (restored[name].double() - tensor.double()).abs()
         if name in artifact["scales"]:
@@ -191,10 +208,13 @@ def test_a_model_survives_the_round_trip(make_config, runtime, steps):
 def foreign_artifact():
     """As the public reference writes it: fields that would be empty are absent, and nothing of ours is there."""
     q = torch.tensor([[127, -127, 64], [0, 1, -1]], dtype=torch.int8)
-    return {"__quant_format__": "int8_clean_per_row_v1", "quantized": {"w": q, "v": q[0]},
-            "scales": {"w": torch.tensor([0.5, 0.25], dtype=torch.float16), "v": torch.tensor(2.0)},
-            "dtypes": {"w": "float32", "v": "bfloat16"},
-            "passthrough": {"blocks.0.attn_scale": torch.tensor([1.5, 2.5])}}  # fmt: skip
+    return {
+        "__quant_format__": "int8_clean_per_row_v1",
+        "quantized": {"w": q, "v": q[0]},
+        "scales": {"w": torch.tensor([0.5, 0.25], dtype=torch.float16), "v": torch.tensor(2.0)},
+        "dtypes": {"w": "float32", "v": "bfloat16"},
+        "passthrough": {"blocks.0.attn_scale": torch.tensor([1.5, 2.5])},
+    }
 
 
 @pytest.mark.parametrize("orig", [None, {}, {"blocks.0.attn_scale": "bfloat16"}])
@@ -222,11 +242,25 @@ def test_unpack_refuses_what_is_no_artifact_and_runs_no_code(tmp_path):
     trap = packed({**foreign_artifact(), "config": Evil(tmp_path / "trapped")})
     ours = packed(foreign_artifact() | {"config": {}})
     unnamed = {name: part for name, part in foreign_artifact().items() if name != "__quant_format__"}
-    for number, blob in enumerate([
-        b"", b"garbage", good[:-20], good[: len(good) // 2], zlib.compress(b"garbage"), trap, packed([1, 2]),
-        packed(torch.ones(3)), packed(foreign_artifact() | {"__quant_format__": "int4"}), packed(unnamed),
-        ours[:-1], ours[:-32], ours[:-1] + bytes([ours[-1] ^ 1]), ours + b"\0", good + b"\0",
-    ]):  # fmt: skip
+    for number, blob in enumerate(
+        [
+            b"",
+            b"garbage",
+            good[:-20],
+            good[: len(good) // 2],
+            zlib.compress(b"garbage"),
+            trap,
+            packed([1, 2]),
+            packed(torch.ones(3)),
+            packed(foreign_artifact() | {"__quant_format__": "int4"}),
+            packed(unnamed),
+            ours[:-1],
+            ours[:-32],
+            ours[:-1] + bytes([ours[-1] ^ 1]),
+            ours + b"\0",
+            good + b"\0",
+        ]
+    ):
         with pytest.raises(UserError, match=f"^file{number} (is|holds) [^\n]*$"):
             evaluate.unpack(blob, f"file{number}")
     evaluate.unpack(ours, "ours"), evaluate.unpack(good, "of the reference")
@@ -281,9 +315,15 @@ def test_the_logged_sizes_are_those_of_the_files(make_config, runtime):
     assert hashlib.sha256(blob[:-32]).digest() == blob[-32:], "the stream, then its checksum"
     assert float(ratio) == pytest.approx(sum(4 * t.numel() for t in state.values()) / int(payload), abs=0.005)
     assert re.search(rf"^size_verdict:OK limit:16000000 spare:{16_000_000 - len(blob) - 1234}$", log, re.MULTILINE)
-    assert sizes == {"bytes_model": len(raw), "bytes_artifact": len(blob), "bytes_code": 1234,
-                     "bytes_total": len(blob) + 1234, "bytes_limit": 16_000_000,
-                     "sha256_artifact": hashlib.sha256(blob).hexdigest(), "clip_multiplier": 1.0}  # fmt: skip
+    assert sizes == {
+        "bytes_model": len(raw),
+        "bytes_artifact": len(blob),
+        "bytes_code": 1234,
+        "bytes_total": len(blob) + 1234,
+        "bytes_limit": 16_000_000,
+        "sha256_artifact": hashlib.sha256(blob).hexdigest(),
+        "clip_multiplier": 1.0,
+    }
     saved = torch.load(path / "final_model.pt", weights_only=True)
     assert list(saved) == list(state) and all(torch.equal(saved[name], state[name]) for name in state)
 
@@ -332,8 +372,12 @@ def test_each_matrix_has_the_bits_and_the_clip_of_its_class(make_config, codec):
     state = large_state()
     artifact = quantize(state, config)
     assert artifact["__quant_format__"] == "int8_clean_per_row_v1", "which foreign readers know"
-    for name, (qmax, k) in {"blocks.0.attn.c_q": (31, 13.0), "blocks.0.mlp.fc": (31, 12.0), "tok_emb": (63, 15.0),
-                            "lm_head": (31, 15.0)}.items():  # fmt: skip
+    for name, (qmax, k) in {
+        "blocks.0.attn.c_q": (31, 13.0),
+        "blocks.0.mlp.fc": (31, 12.0),
+        "tok_emb": (63, 15.0),
+        "lm_head": (31, 15.0),
+    }.items():
         q, scale = quantize_rows(state[f"{name}.weight"], qmax, k)
         assert torch.equal(artifact["quantized"][f"{name}.weight"], q)
         assert torch.equal(artifact["scales"][f"{name}.weight"], scale)

@@ -13,9 +13,15 @@ FAULTS = Path(__file__).resolve().parent / "faults.py"
 
 def test_a_run_killed_in_three_phases_ends_like_an_undisturbed_one(corpus, tmp_path):
     environ = {name: text for name, text in os.environ.items() if name not in train_gpt.Config.knobs()}
-    environ |= {"DATA_PATH": str(corpus / "data"), "TOKENIZER_PATH": str(corpus / "tok.model"), "TMPDIR": str(tmp_path),
-                "VOCAB_SIZE": (corpus / "vocab_size").read_text(), "VAL_TOKENS_LIMIT": "4096", "NUM_LAYERS": "2",
-                "TRAIN_BATCH_TOKENS": "512"}  # fmt: skip
+    environ |= {
+        "DATA_PATH": str(corpus / "data"),
+        "TOKENIZER_PATH": str(corpus / "tok.model"),
+        "TMPDIR": str(tmp_path),
+        "VOCAB_SIZE": (corpus / "vocab_size").read_text(),
+        "VAL_TOKENS_LIMIT": "4096",
+        "NUM_LAYERS": "2",
+        "TRAIN_BATCH_TOKENS": "512",
+    }
     command = [sys.executable, str(FAULTS), "--rounds", "1", "--phases", "checkpoint", "export", "evaluation"]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

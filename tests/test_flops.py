@@ -10,8 +10,15 @@ from train_gpt import GPT, Config
 
 kernels = train_gpt.tool("kernels")
 
-SHAPE = {"vocab_size": 56, "num_layers": 3, "model_dim": 32, "num_heads": 4, "num_kv_heads": 2, "train_seq_len": 24,
-         "train_batch_tokens": 24}  # fmt: skip
+SHAPE = {
+    "vocab_size": 56,
+    "num_layers": 3,
+    "model_dim": 32,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "train_seq_len": 24,
+    "train_batch_tokens": 24,
+}
 
 
 def counted(model, config, rows=2) -> float:
@@ -23,11 +30,22 @@ def counted(model, config, rows=2) -> float:
     return counter.get_total_flops() / tokens.numel()
 
 
-@pytest.mark.parametrize("knobs", [
-    {}, {"tie_embeddings": False}, {"num_layers": 1}, {"num_kv_heads": 4}, {"num_kv_heads": 1}, {"mlp_mult": 2.6},
-    {"train_seq_len": 7}, {"parallel_from": 0, "xsa_layers": 3, "gated_skips": True, "rope_dims": 4, "ln_scale": True},
-    {"loop_layers": "1-2", "loop_passes": 3}, {"loop_layers": "0-0", "loop_passes": 2, "x0_mix": False},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {},
+        {"tie_embeddings": False},
+        {"num_layers": 1},
+        {"num_kv_heads": 4},
+        {"num_kv_heads": 1},
+        {"mlp_mult": 2.6},
+        {"train_seq_len": 7},
+        {"parallel_from": 0, "xsa_layers": 3, "gated_skips": True, "rope_dims": 4, "ln_scale": True},
+        {"loop_layers": "1-2", "loop_passes": 3},
+        {"loop_layers": "0-0", "loop_passes": 2, "x0_mix": False},
+    ],
+    ids=str,
+)
 def test_flops_per_token_are_those_that_torch_counts(knobs):
     config = Config(**SHAPE | knobs)
     model, totals = GPT(config, kernels.expanded_attention), set()

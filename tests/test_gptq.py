@@ -90,7 +90,8 @@ def test_inputs_that_are_never_used_become_zero():
 def test_a_hessian_of_few_samples_is_damped():
     w, scale, hessian = problem(samples=3)
     assert loss(w, compress.gptq_round(w, scale, hessian, 31), scale, hessian) < loss(
-        w, quantize_rows(w, 31, 12.85)[0], scale, hessian)  # fmt: skip
+        w, quantize_rows(w, 31, 12.85)[0], scale, hessian
+    )
 
 
 def test_what_has_no_factor_is_damped_ten_times_as_much():
@@ -138,7 +139,8 @@ def direct_hessians(model, batches, monkeypatch) -> dict:
         for tokens in batches:
             features = exact.features(tokens)
             inputs.setdefault("tok_emb.weight" if exact.lm_head is None else "lm_head.weight", []).append(
-                features.flatten(0, 1))  # fmt: skip
+                features.flatten(0, 1)
+            )
     return {name: torch.cat(parts).mT @ torch.cat(parts) for name, parts in inputs.items()}
 
 

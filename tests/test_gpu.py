@@ -18,17 +18,42 @@ CAPABLE = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not CAPABLE, reason="needs a CUDA device with bf16 and flash")]
 
 # Heads of 64, as in the reference: the width that every kernel supports.
-SHAPE = {"DEVICE": "cuda", "DTYPE": "bfloat16", "MODEL_DIM": 256, "NUM_HEADS": 4, "NUM_KV_HEADS": 2,
-         "TRAIN_SEQ_LEN": 256, "TRAIN_BATCH_TOKENS": 2048, "VAL_BATCH_SIZE": 2048}  # fmt: skip
+SHAPE = {
+    "DEVICE": "cuda",
+    "DTYPE": "bfloat16",
+    "MODEL_DIM": 256,
+    "NUM_HEADS": 4,
+    "NUM_KV_HEADS": 2,
+    "TRAIN_SEQ_LEN": 256,
+    "TRAIN_BATCH_TOKENS": 2048,
+    "VAL_BATCH_SIZE": 2048,
+}
 # A micro-batch of real size: from 4,096 rows on, inductor writes other kernels for a sum over the rows, which is what
 # the gradient of every vector is; it joins them with what comes before, and they add in another order.
-REAL = {"DEVICE": "cuda", "DTYPE": "bfloat16", "VOCAB_SIZE": 1024, "NUM_LAYERS": 4, "MODEL_DIM": 512, "NUM_HEADS": 8,
-        "NUM_KV_HEADS": 4, "TRAIN_SEQ_LEN": 2048, "TRAIN_BATCH_TOKENS": 16_384, "MICRO_BATCH_TOKENS": 16_384,
-        "GRAD_ACCUM_STEPS": 0}  # fmt: skip
+REAL = {
+    "DEVICE": "cuda",
+    "DTYPE": "bfloat16",
+    "VOCAB_SIZE": 1024,
+    "NUM_LAYERS": 4,
+    "MODEL_DIM": 512,
+    "NUM_HEADS": 8,
+    "NUM_KV_HEADS": 4,
+    "TRAIN_SEQ_LEN": 2048,
+    "TRAIN_BATCH_TOKENS": 16_384,
+    "MICRO_BATCH_TOKENS": 16_384,
+    "GRAD_ACCUM_STEPS": 0,
+}
 FRONTIER_MODEL = {
-    "MLP_SLOPE": 0.5, "MLP_MULT": 2.5, "ROPE_DIMS": 16, "LN_SCALE": 1, "XSA_LAYERS": 2, "ATTN_GATE": 1,
-    "GATED_SKIPS": 1, "SMEAR_GATE": 1, "LOOP_PASSES": 2,
-}  # fmt: skip
+    "MLP_SLOPE": 0.5,
+    "MLP_MULT": 2.5,
+    "ROPE_DIMS": 16,
+    "LN_SCALE": 1,
+    "XSA_LAYERS": 2,
+    "ATTN_GATE": 1,
+    "GATED_SKIPS": 1,
+    "SMEAR_GATE": 1,
+    "LOOP_PASSES": 2,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -115,10 +140,15 @@ def test_every_attention_backend_that_runs_agrees_with_our_own(on_device):
     assert {"flash", "math"} <= set(tried)
 
 
-@pytest.mark.parametrize("knobs", [
-    {}, FRONTIER_MODEL | {"LOOP_LAYERS": "1-2", "PARALLEL_FROM": 3},
-    FRONTIER_MODEL | {"LOOP_LAYERS": "0-1", "TIE_EMBEDDINGS": 0, "X0_MIX": 0},
-], ids=["default", "frontier", "frontier untied"])  # fmt: skip
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {},
+        FRONTIER_MODEL | {"LOOP_LAYERS": "1-2", "PARALLEL_FROM": 3},
+        FRONTIER_MODEL | {"LOOP_LAYERS": "0-1", "TIE_EMBEDDINGS": 0, "X0_MIX": 0},
+    ],
+    ids=["default", "frontier", "frontier untied"],
+)
 def test_compiled_equals_eager_at_a_real_size_with_and_without_recurrence(on_device, knobs):
     config, runtime = on_device(**REAL | knobs)
     attend, _ = kernels.choose_attention(config, runtime, compiled=True)
@@ -146,8 +176,13 @@ def test_every_master_is_fp32_and_a_compiled_model_learns(on_device):
     assert {p.device.type for p in trainer.model.parameters()} == {"cuda"}
     losses = [float(trainer.step(1.0, 0.9)) for _ in range(10)]
     assert losses[-1] < losses[0] - 0.5, "it learns"
-    moments = [value for optimizer in trainer.optimizers for state in optimizer.state.values()
-               for value in state.values() if isinstance(value, torch.Tensor)]  # fmt: skip
+    moments = [
+        value
+        for optimizer in trainer.optimizers
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    ]
     assert {value.dtype for value in moments} == {torch.float32}
 
 
@@ -168,8 +203,13 @@ def test_the_host_never_waits_for_the_device_in_a_step(on_device):
 
 
 def test_a_capped_compiled_run_ends_before_its_cap_and_its_artifact_scores_the_same_on_the_cpu(tiny, launch, runtime):
-    settings = SHAPE | {"COMPILE": 1, "MAX_WALLCLOCK_SECONDS": 5, "ITERATIONS": 1_000_000, "WARMUP_STEPS": 3,
-                        "VAL_LOSS_EVERY": 100_000}  # fmt: skip
+    settings = SHAPE | {
+        "COMPILE": 1,
+        "MAX_WALLCLOCK_SECONDS": 5,
+        "ITERATIONS": 1_000_000,
+        "WARMUP_STEPS": 3,
+        "VAL_LOSS_EVERY": 100_000,
+    }
     done = launch(**settings)
     assert done.returncode == 0, done.stderr
     losses, result, log = read_run(tiny())
@@ -190,8 +230,13 @@ def test_a_capped_compiled_run_ends_before_its_cap_and_its_artifact_scores_the_s
 
 
 def test_two_processes_on_one_device_equal_one(tiny, launch, tmp_path):
-    settings = SHAPE | {"DTYPE": "float32", "COMPILE": 0, "ITERATIONS": 10, "CUDA_VISIBLE_DEVICES": 0,
-                        "GRAD_CLIP_NORM": 0.5}  # fmt: skip
+    settings = SHAPE | {
+        "DTYPE": "float32",
+        "COMPILE": 0,
+        "ITERATIONS": 10,
+        "CUDA_VISIBLE_DEVICES": 0,
+        "GRAD_CLIP_NORM": 0.5,
+    }
     runs = []
     for ranks in (1, 2):
         folder = tmp_path / f"ranks{ranks}"
@@ -206,13 +251,41 @@ def test_two_processes_on_one_device_equal_one(tiny, launch, tmp_path):
 
 
 FRONTIER = {
-    "NUM_LAYERS": 3, "MODEL_DIM": 256, "NUM_HEADS": 4, "NUM_KV_HEADS": 2, "MLP_SLOPE": 0.5, "MLP_MULT": 2.5,
-    "ROPE_DIMS": 16, "LN_SCALE": 1, "XSA_LAYERS": 2, "ATTN_GATE": 1, "GATED_SKIPS": 1, "PARALLEL_FROM": 2,
-    "SMEAR_GATE": 1, "LOOP_LAYERS": "0-1", "LOOP_PASSES": 2, "LOOP_START": 0.5, "MUON_WEIGHT_DECAY": 0.1,
-    "MUON_ROW_NORM": 1, "EMBED_WEIGHT_DECAY": 0.1, "LR_FLOOR": 0.1, "SCALAR_WEIGHT_DECAY": 0.1, "EMA_DECAY": 0.9,
-    "LOADER": "shuffle", "GRAD_CLIP_NORM": 0.3, "CODEC": "rans", "WEIGHT_BITS": 6, "EMBED_BITS": 7, "CLIP_ATTN": 13,
-    "CLIP_MLP": 12, "CLIP_EMBED": 15, "GPTQ_BATCHES": 3, "ITERATIONS": 20, "WARMUP_STEPS": 3, "COMPILE": 1,
-}  # fmt: skip
+    "NUM_LAYERS": 3,
+    "MODEL_DIM": 256,
+    "NUM_HEADS": 4,
+    "NUM_KV_HEADS": 2,
+    "MLP_SLOPE": 0.5,
+    "MLP_MULT": 2.5,
+    "ROPE_DIMS": 16,
+    "LN_SCALE": 1,
+    "XSA_LAYERS": 2,
+    "ATTN_GATE": 1,
+    "GATED_SKIPS": 1,
+    "PARALLEL_FROM": 2,
+    "SMEAR_GATE": 1,
+    "LOOP_LAYERS": "0-1",
+    "LOOP_PASSES": 2,
+    "LOOP_START": 0.5,
+    "MUON_WEIGHT_DECAY": 0.1,
+    "MUON_ROW_NORM": 1,
+    "EMBED_WEIGHT_DECAY": 0.1,
+    "LR_FLOOR": 0.1,
+    "SCALAR_WEIGHT_DECAY": 0.1,
+    "EMA_DECAY": 0.9,
+    "LOADER": "shuffle",
+    "GRAD_CLIP_NORM": 0.3,
+    "CODEC": "rans",
+    "WEIGHT_BITS": 6,
+    "EMBED_BITS": 7,
+    "CLIP_ATTN": 13,
+    "CLIP_MLP": 12,
+    "CLIP_EMBED": 15,
+    "GPTQ_BATCHES": 3,
+    "ITERATIONS": 20,
+    "WARMUP_STEPS": 3,
+    "COMPILE": 1,
+}
 
 
 def test_the_frontier_trains_compiled_and_its_artifact_is_scored(launch, tiny):

@@ -21,13 +21,37 @@ kernels = train_gpt.tool("kernels")
 checkpoint = train_gpt.tool("checkpoint")
 
 EVERYTHING = {
-    "NUM_LAYERS": 3, "MLP_SLOPE": 0.5, "MLP_MULT": 1.7, "ROPE_DIMS": 4, "LN_SCALE": 1, "XSA_LAYERS": 2, "ATTN_GATE": 1,
-    "GATED_SKIPS": 1, "X0_MIX": 0, "PARALLEL_FROM": 2, "SMEAR_GATE": 1, "LOOP_LAYERS": "0-1",
-    "LOOP_PASSES": 2, "LOOP_START": 0.5, "MUON_WEIGHT_DECAY": 0.1, "MUON_ROW_NORM": 1, "EMBED_WEIGHT_DECAY": 0.1,
-    "LR_FLOOR": 0.1, "SCALAR_WEIGHT_DECAY": 0.1, "EMA_DECAY": 0.9, "EMA_SHARE": 0.7, "LOADER": "shuffle",
-    "GRAD_CLIP_NORM": 0.3, "CODEC": "rans", "WEIGHT_BITS": 6, "EMBED_BITS": 7, "CLIP_ATTN": 13, "CLIP_MLP": 12,
-    "CLIP_EMBED": 15, "GPTQ_BATCHES": 3,
-}  # fmt: skip
+    "NUM_LAYERS": 3,
+    "MLP_SLOPE": 0.5,
+    "MLP_MULT": 1.7,
+    "ROPE_DIMS": 4,
+    "LN_SCALE": 1,
+    "XSA_LAYERS": 2,
+    "ATTN_GATE": 1,
+    "GATED_SKIPS": 1,
+    "X0_MIX": 0,
+    "PARALLEL_FROM": 2,
+    "SMEAR_GATE": 1,
+    "LOOP_LAYERS": "0-1",
+    "LOOP_PASSES": 2,
+    "LOOP_START": 0.5,
+    "MUON_WEIGHT_DECAY": 0.1,
+    "MUON_ROW_NORM": 1,
+    "EMBED_WEIGHT_DECAY": 0.1,
+    "LR_FLOOR": 0.1,
+    "SCALAR_WEIGHT_DECAY": 0.1,
+    "EMA_DECAY": 0.9,
+    "EMA_SHARE": 0.7,
+    "LOADER": "shuffle",
+    "GRAD_CLIP_NORM": 0.3,
+    "CODEC": "rans",
+    "WEIGHT_BITS": 6,
+    "EMBED_BITS": 7,
+    "CLIP_ATTN": 13,
+    "CLIP_MLP": 12,
+    "CLIP_EMBED": 15,
+    "GPTQ_BATCHES": 3,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -41,9 +65,12 @@ def all_kernels():
 def read_run(path: Path):
     metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     result = path / "result.json"
-    return SimpleNamespace(path=path, log=(path / "train.log").read_text(),
-                           losses=[m["train_loss"] for m in metrics if "train_loss" in m],
-                           result=json.loads(result.read_text()) if result.is_file() else None)  # fmt: skip
+    return SimpleNamespace(
+        path=path,
+        log=(path / "train.log").read_text(),
+        losses=[m["train_loss"] for m in metrics if "train_loss" in m],
+        result=json.loads(result.read_text()) if result.is_file() else None,
+    )
 
 
 @pytest.fixture
@@ -162,8 +189,17 @@ def test_both_graphs_are_compiled_before_the_clock_starts(go, graphs, monkeypatc
         before.append(len(graphs))
 
     monkeypatch.setattr(Trainer, "warm_up", watched_warm_up)
-    go(**EVERYTHING | {"NUM_LAYERS": 2, "LOOP_LAYERS": "1-1", "LOOP_PASSES": 2, "ITERATIONS": 4, "WARMUP_STEPS": 1,
-                       "VAL_LOSS_EVERY": 1})  # fmt: skip
+    go(
+        **EVERYTHING
+        | {
+            "NUM_LAYERS": 2,
+            "LOOP_LAYERS": "1-1",
+            "LOOP_PASSES": 2,
+            "ITERATIONS": 4,
+            "WARMUP_STEPS": 1,
+            "VAL_LOSS_EVERY": 1,
+        }
+    )
     assert before[0] >= 4, "of a training step and of a validation, without and with the recurrence"
     assert len(graphs) == before[0], "something was compiled during the run"
 
@@ -213,11 +249,22 @@ def test_the_average_leaves_the_training_alone(go):
     assert averaged.result["pre_quant_val_loss"] != plain.result["pre_quant_val_loss"]
 
 
-@pytest.mark.parametrize("name, value", [
-    ("EMA_DECAY", -0.1), ("EMA_DECAY", 1.1), ("EMA_DECAY", "x"), ("EMA_SHARE", -0.1), ("EMA_SHARE", 1.1),
-    ("MUON_WEIGHT_DECAY", -1), ("MUON_WEIGHT_DECAY", "x"), ("EMBED_WEIGHT_DECAY", -1), ("SCALAR_WEIGHT_DECAY", -1),
-    ("MUON_ROW_NORM", 2), ("MUON_ROW_NORM", "x"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("EMA_DECAY", -0.1),
+        ("EMA_DECAY", 1.1),
+        ("EMA_DECAY", "x"),
+        ("EMA_SHARE", -0.1),
+        ("EMA_SHARE", 1.1),
+        ("MUON_WEIGHT_DECAY", -1),
+        ("MUON_WEIGHT_DECAY", "x"),
+        ("EMBED_WEIGHT_DECAY", -1),
+        ("SCALAR_WEIGHT_DECAY", -1),
+        ("MUON_ROW_NORM", 2),
+        ("MUON_ROW_NORM", "x"),
+    ],
+)
 def test_bad_values_are_user_errors_that_name_the_knob(make_config, name, value):
     with pytest.raises(train_gpt.UserError, match=name):
         make_config(**{name: value})
@@ -228,8 +275,9 @@ def test_bad_values_are_user_errors_that_name_the_knob(make_config, name, value)
 
 def score_again(corpus, folder, artifact, capsys, **knobs) -> list[str]:
     """Loss and bits per byte that MODE=eval prints."""
-    values = models.machine_settings(corpus, MODE="eval", ARTIFACT=artifact, LOG_DIR=folder, VAL_TOKENS_LIMIT=200,
-                                     **knobs)  # fmt: skip
+    values = models.machine_settings(
+        corpus, MODE="eval", ARTIFACT=artifact, LOG_DIR=folder, VAL_TOKENS_LIMIT=200, **knobs
+    )
     capsys.readouterr()
     assert models.call_main(values) == 0
     (found,) = re.findall(r"^final_\w+_exact val_loss:(\S+) val_bpb:(\S+)", capsys.readouterr().out, re.MULTILINE)
@@ -282,8 +330,10 @@ def test_a_run_of_everything_goes_on_as_if_it_had_not_been_stopped(go, monkeypat
 
 def test_two_ranks_train_everything_as_one_process(go, launch, corpus, tmp_path):
     """The reduction over ranks waits for the gradient of every parameter, before and after the recurrence begins."""
-    values = models.tiny_settings(corpus, **EVERYTHING | {"LOG_DIR": tmp_path / "logs", "ITERATIONS": 6,
-                                                          "WARMUP_STEPS": 1, "VAL_TOKENS_LIMIT": 200})  # fmt: skip
+    values = models.tiny_settings(
+        corpus,
+        **EVERYTHING | {"LOG_DIR": tmp_path / "logs", "ITERATIONS": 6, "WARMUP_STEPS": 1, "VAL_TOKENS_LIMIT": 200},
+    )
     done = launch(ranks=2, **values | {"RUN_ID": "two"})
     assert done.returncode == 0, done.stderr
     two, one = read_run(tmp_path / "logs" / "two"), go(RUN_ID="one", **EVERYTHING | {"ITERATIONS": 6})

@@ -18,27 +18,78 @@ from train_gpt import GPT, Config, UserError, parameter_groups, rope_tables
 
 kernels = train_gpt.tool("kernels")
 
-SMALL = {"VOCAB_SIZE": 40, "NUM_LAYERS": 4, "MODEL_DIM": 32, "NUM_HEADS": 4, "NUM_KV_HEADS": 2, "TRAIN_SEQ_LEN": 16,
-         "TRAIN_BATCH_TOKENS": 16, "START_TOKEN": 3}  # fmt: skip
+SMALL = {
+    "VOCAB_SIZE": 40,
+    "NUM_LAYERS": 4,
+    "MODEL_DIM": 32,
+    "NUM_HEADS": 4,
+    "NUM_KV_HEADS": 2,
+    "TRAIN_SEQ_LEN": 16,
+    "TRAIN_BATCH_TOKENS": 16,
+    "START_TOKEN": 3,
+}
 EVERYTHING = {
-    "MLP_SLOPE": 0.5, "MLP_MULT": 1.7, "ROPE_DIMS": 4, "LN_SCALE": 1, "XSA_LAYERS": 2, "ATTN_GATE": 1, "GATED_SKIPS": 1,
-    "PARALLEL_FROM": 3, "SMEAR_GATE": 1, "LOOP_LAYERS": "1-2", "LOOP_PASSES": 3,
-}  # fmt: skip
-EVERYTHING_ELSE = EVERYTHING | {"NUM_LAYERS": 5, "MODEL_DIM": 8, "NUM_HEADS": 2, "NUM_KV_HEADS": 1, "ROPE_DIMS": 2,
-                                "X0_MIX": 0, "XSA_LAYERS": 9, "PARALLEL_FROM": 0, "LOOP_LAYERS": "2-4",
-                                "LOOP_PASSES": 2, "TIE_EMBEDDINGS": 0, "LOGIT_SOFTCAP": 4}  # fmt: skip
+    "MLP_SLOPE": 0.5,
+    "MLP_MULT": 1.7,
+    "ROPE_DIMS": 4,
+    "LN_SCALE": 1,
+    "XSA_LAYERS": 2,
+    "ATTN_GATE": 1,
+    "GATED_SKIPS": 1,
+    "PARALLEL_FROM": 3,
+    "SMEAR_GATE": 1,
+    "LOOP_LAYERS": "1-2",
+    "LOOP_PASSES": 3,
+}
+EVERYTHING_ELSE = EVERYTHING | {
+    "NUM_LAYERS": 5,
+    "MODEL_DIM": 8,
+    "NUM_HEADS": 2,
+    "NUM_KV_HEADS": 1,
+    "ROPE_DIMS": 2,
+    "X0_MIX": 0,
+    "XSA_LAYERS": 9,
+    "PARALLEL_FROM": 0,
+    "LOOP_LAYERS": "2-4",
+    "LOOP_PASSES": 2,
+    "TIE_EMBEDDINGS": 0,
+    "LOGIT_SOFTCAP": 4,
+}
 CASES = [
-    {}, {"MLP_SLOPE": 0.5}, {"MLP_SLOPE": 0.1, "MLP_MULT": 0.6}, {"MLP_MULT": 2.7}, {"MLP_MULT": 3},
-    {"ROPE_DIMS": 2}, {"ROPE_DIMS": 6, "ROPE_BASE": 50}, {"ROPE_DIMS": 8}, {"LN_SCALE": 1},
-    {"XSA_LAYERS": 1}, {"XSA_LAYERS": 3, "NUM_KV_HEADS": 1}, {"XSA_LAYERS": 4, "NUM_KV_HEADS": 4}, {"XSA_LAYERS": 99},
-    {"ATTN_GATE": 1}, {"ATTN_GATE": 1, "XSA_LAYERS": 9}, {"ATTN_GATE": 1, "MODEL_DIM": 8},
-    {"GATED_SKIPS": 1}, {"GATED_SKIPS": 1, "NUM_LAYERS": 5}, {"X0_MIX": 0}, {"GATED_SKIPS": 1, "NUM_LAYERS": 1},
-    {"PARALLEL_FROM": 0}, {"PARALLEL_FROM": 2}, {"PARALLEL_FROM": 3, "LN_SCALE": 1},
-    {"SMEAR_GATE": 1}, {"SMEAR_GATE": 1, "START_TOKEN": 0}, {"SMEAR_GATE": 1, "MODEL_DIM": 8},
-    {"LOOP_LAYERS": "1-2"}, {"LOOP_LAYERS": "0-3", "LOOP_PASSES": 2}, {"LOOP_LAYERS": "3-3", "LOOP_PASSES": 4},
-    {"LOOP_LAYERS": "0-0", "GATED_SKIPS": 1}, {"LOOP_LAYERS": "1-2", "NUM_LAYERS": 3, "LOOP_PASSES": 2},
-    EVERYTHING, EVERYTHING_ELSE,
-]  # fmt: skip
+    {},
+    {"MLP_SLOPE": 0.5},
+    {"MLP_SLOPE": 0.1, "MLP_MULT": 0.6},
+    {"MLP_MULT": 2.7},
+    {"MLP_MULT": 3},
+    {"ROPE_DIMS": 2},
+    {"ROPE_DIMS": 6, "ROPE_BASE": 50},
+    {"ROPE_DIMS": 8},
+    {"LN_SCALE": 1},
+    {"XSA_LAYERS": 1},
+    {"XSA_LAYERS": 3, "NUM_KV_HEADS": 1},
+    {"XSA_LAYERS": 4, "NUM_KV_HEADS": 4},
+    {"XSA_LAYERS": 99},
+    {"ATTN_GATE": 1},
+    {"ATTN_GATE": 1, "XSA_LAYERS": 9},
+    {"ATTN_GATE": 1, "MODEL_DIM": 8},
+    {"GATED_SKIPS": 1},
+    {"GATED_SKIPS": 1, "NUM_LAYERS": 5},
+    {"X0_MIX": 0},
+    {"GATED_SKIPS": 1, "NUM_LAYERS": 1},
+    {"PARALLEL_FROM": 0},
+    {"PARALLEL_FROM": 2},
+    {"PARALLEL_FROM": 3, "LN_SCALE": 1},
+    {"SMEAR_GATE": 1},
+    {"SMEAR_GATE": 1, "START_TOKEN": 0},
+    {"SMEAR_GATE": 1, "MODEL_DIM": 8},
+    {"LOOP_LAYERS": "1-2"},
+    {"LOOP_LAYERS": "0-3", "LOOP_PASSES": 2},
+    {"LOOP_LAYERS": "3-3", "LOOP_PASSES": 4},
+    {"LOOP_LAYERS": "0-0", "GATED_SKIPS": 1},
+    {"LOOP_LAYERS": "1-2", "NUM_LAYERS": 3, "LOOP_PASSES": 2},
+    EVERYTHING,
+    EVERYTHING_ELSE,
+]
 LOOPED = [case for case in CASES if "LOOP_LAYERS" in case]
 # A short sequence has several blocks.
 ATTENTIONS = [functools.partial(kernels.blocked_attention, block=4), kernels.expanded_attention]
@@ -228,12 +279,17 @@ def knob_sets(draw):
     head_dim = draw(st.sampled_from([2, 4, 6, 8]))
     layers = draw(st.integers(1, 5))
     knobs = {
-        "NUM_LAYERS": layers, "MODEL_DIM": heads * head_dim, "NUM_HEADS": heads,
+        "NUM_LAYERS": layers,
+        "MODEL_DIM": heads * head_dim,
+        "NUM_HEADS": heads,
         "NUM_KV_HEADS": draw(st.sampled_from([n for n in (1, 2, 4) if heads % n == 0])),
-        "MLP_SLOPE": draw(st.sampled_from([0, 0.3, 0.5, 1])), "MLP_MULT": draw(st.sampled_from([1, 2, 2.6, 3.1])),
-        "ROPE_DIMS": draw(st.sampled_from(range(0, head_dim + 1, 2))), "XSA_LAYERS": draw(st.integers(0, layers + 1)),
-        "PARALLEL_FROM": draw(st.integers(-1, layers - 1)), "START_TOKEN": draw(st.integers(0, 4)),
-    }  # fmt: skip
+        "MLP_SLOPE": draw(st.sampled_from([0, 0.3, 0.5, 1])),
+        "MLP_MULT": draw(st.sampled_from([1, 2, 2.6, 3.1])),
+        "ROPE_DIMS": draw(st.sampled_from(range(0, head_dim + 1, 2))),
+        "XSA_LAYERS": draw(st.integers(0, layers + 1)),
+        "PARALLEL_FROM": draw(st.integers(-1, layers - 1)),
+        "START_TOKEN": draw(st.integers(0, 4)),
+    }
     for switch in ("LN_SCALE", "ATTN_GATE", "GATED_SKIPS", "X0_MIX", "SMEAR_GATE", "TIE_EMBEDDINGS"):
         knobs[switch] = draw(st.integers(0, 1))
     if head_dim == 2 and knobs["XSA_LAYERS"]:  # one dimension less of two leaves little but rounding errors
@@ -312,10 +368,24 @@ def test_bf16_is_close_to_float32_and_new_parameters_and_gradients_stay_fp32(kno
 
 
 @pytest.mark.parametrize("attend", ATTENTIONS, ids=["blocked", "expanded"])
-@pytest.mark.parametrize("knobs", [
-    {"MLP_SLOPE": 0.5}, {"ROPE_DIMS": 4}, {"LN_SCALE": 1}, {"XSA_LAYERS": 9}, {"ATTN_GATE": 1}, {"GATED_SKIPS": 1},
-    {"X0_MIX": 0}, {"PARALLEL_FROM": 1}, {"SMEAR_GATE": 1}, {"LOOP_LAYERS": "1-2"}, EVERYTHING, EVERYTHING_ELSE,
-], ids=label)  # fmt: skip
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"MLP_SLOPE": 0.5},
+        {"ROPE_DIMS": 4},
+        {"LN_SCALE": 1},
+        {"XSA_LAYERS": 9},
+        {"ATTN_GATE": 1},
+        {"GATED_SKIPS": 1},
+        {"X0_MIX": 0},
+        {"PARALLEL_FROM": 1},
+        {"SMEAR_GATE": 1},
+        {"LOOP_LAYERS": "1-2"},
+        EVERYTHING,
+        EVERYTHING_ELSE,
+    ],
+    ids=label,
+)
 def test_a_changed_token_moves_no_earlier_logit(knobs, attend):
     config, length = config_of(**knobs), 10
     model = scatter(GPT(config, attend))
@@ -411,10 +481,13 @@ def test_the_compiled_model_of_everything_follows_the_switch_of_the_recurrence()
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="needs a C++ compiler")
-@pytest.mark.parametrize("knobs", [
-    EVERYTHING | {"NUM_LAYERS": 1, "LOOP_LAYERS": "", "PARALLEL_FROM": 0},
-    {"NUM_LAYERS": 2, "LOOP_LAYERS": "0-0", "LOOP_PASSES": 2, "GATED_SKIPS": 1, "X0_MIX": 0, "TIE_EMBEDDINGS": 0},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        EVERYTHING | {"NUM_LAYERS": 1, "LOOP_LAYERS": "", "PARALLEL_FROM": 0},
+        {"NUM_LAYERS": 2, "LOOP_LAYERS": "0-0", "LOOP_PASSES": 2, "GATED_SKIPS": 1, "X0_MIX": 0, "TIE_EMBEDDINGS": 0},
+    ],
+)
 def test_inductor_gives_the_losses_and_gradients_of_combinations(knobs):
     """In few layers, since each of its kernels takes a C++ compiler a third of a second."""
     config = config_of(**knobs)
@@ -469,7 +542,8 @@ def test_the_initial_values_have_their_golden_hash():
             digest.update(p.detach().numpy().astype("<f4").tobytes())
     assert digest.hexdigest() == GOLDEN, (
         "names, shapes or initial values of the default model have changed: a run of an old configuration no longer "
-        "repeats, and checkpoints and artifacts may not load. If that is meant, say so in the log and put this hash in")
+        "repeats, and checkpoints and artifacts may not load. If that is meant, say so in the log and put this hash in"
+    )
 
 
 def first_release(w, tokens, config):
@@ -515,13 +589,25 @@ def test_the_default_forward_and_backward_are_bit_for_bit_those_of_the_first_rel
 
 
 def test_the_parameters_of_the_frontier_recipe_are_counted_exactly():
-    shape = {"NUM_LAYERS": 11, "MODEL_DIM": 512, "NUM_HEADS": 8, "NUM_KV_HEADS": 4, "MLP_MULT": 4, "VOCAB_SIZE": 8192,
-             "TRAIN_SEQ_LEN": 2048, "TRAIN_BATCH_TOKENS": 786_432}  # fmt: skip
+    shape = {
+        "NUM_LAYERS": 11,
+        "MODEL_DIM": 512,
+        "NUM_HEADS": 8,
+        "NUM_KV_HEADS": 4,
+        "MLP_MULT": 4,
+        "VOCAB_SIZE": 8192,
+        "TRAIN_SEQ_LEN": 2048,
+        "TRAIN_BATCH_TOKENS": 786_432,
+    }
     counts = {}
     for name, knobs in {
-        "plain": {}, "recipe": {"LOOP_LAYERS": "3-5", "LOOP_PASSES": 3, "GATED_SKIPS": 1}, "gate": {"ATTN_GATE": 1},
-        "smear": {"SMEAR_GATE": 1}, "no mix": {"X0_MIX": 0}, "odd width": {"MLP_MULT": 3.3},
-    }.items():  # fmt: skip
+        "plain": {},
+        "recipe": {"LOOP_LAYERS": "3-5", "LOOP_PASSES": 3, "GATED_SKIPS": 1},
+        "gate": {"ATTN_GATE": 1},
+        "smear": {"SMEAR_GATE": 1},
+        "no mix": {"X0_MIX": 0},
+        "odd width": {"MLP_MULT": 3.3},
+    }.items():
         with torch.device("meta"):
             counts[name] = sum(p.numel() for p in GPT(config_of(**shape | knobs)).parameters())
     assert counts["recipe"] == 35_944_536
@@ -531,16 +617,30 @@ def test_the_parameters_of_the_frontier_recipe_are_counted_exactly():
     assert counts["plain"] - counts["odd width"] == 11 * 2 * 512 * (2048 - 1690)
 
 
-@pytest.mark.parametrize("knobs, shapes", [
-    ({"ATTN_GATE": 1}, {f"blocks.{i}.attn.gate": (4, 12) for i in range(4)}),
-    ({"ATTN_GATE": 1, "MODEL_DIM": 8}, {f"blocks.{i}.attn.gate": (4, 8) for i in range(4)}),
-    ({"GATED_SKIPS": 1}, {"skip_gates": (2, 32), "skip_weights": (2, 32)}),
-    ({"SMEAR_GATE": 1}, {"smear": (13,)}), ({"SMEAR_GATE": 1, "MODEL_DIM": 8}, {"smear": (9,)}),
-    ({"LOOP_LAYERS": "1-3", "LOOP_PASSES": 3}, {"skip_weights": (5, 32)}),  # of ten layers in order
-    ({"LOOP_LAYERS": "0-0", "LOOP_PASSES": 2, "GATED_SKIPS": 1}, {"skip_weights": (2, 32), "skip_gates": (2, 32)}),
-    (EVERYTHING, {"smear": (13,), "skip_gates": (4, 32), "skip_weights": (4, 32), "blocks.3.attn.gate": (4, 12),
-                  "blocks.0.mlp.fc.weight": (54, 32), "blocks.0.resid_mix": (2, 32)}),
-], ids=label)  # fmt: skip
+@pytest.mark.parametrize(
+    "knobs, shapes",
+    [
+        ({"ATTN_GATE": 1}, {f"blocks.{i}.attn.gate": (4, 12) for i in range(4)}),
+        ({"ATTN_GATE": 1, "MODEL_DIM": 8}, {f"blocks.{i}.attn.gate": (4, 8) for i in range(4)}),
+        ({"GATED_SKIPS": 1}, {"skip_gates": (2, 32), "skip_weights": (2, 32)}),
+        ({"SMEAR_GATE": 1}, {"smear": (13,)}),
+        ({"SMEAR_GATE": 1, "MODEL_DIM": 8}, {"smear": (9,)}),
+        ({"LOOP_LAYERS": "1-3", "LOOP_PASSES": 3}, {"skip_weights": (5, 32)}),  # of ten layers in order
+        ({"LOOP_LAYERS": "0-0", "LOOP_PASSES": 2, "GATED_SKIPS": 1}, {"skip_weights": (2, 32), "skip_gates": (2, 32)}),
+        (
+            EVERYTHING,
+            {
+                "smear": (13,),
+                "skip_gates": (4, 32),
+                "skip_weights": (4, 32),
+                "blocks.3.attn.gate": (4, 12),
+                "blocks.0.mlp.fc.weight": (54, 32),
+                "blocks.0.resid_mix": (2, 32),
+            },
+        ),
+    ],
+    ids=label,
+)
 def test_new_parameters_have_their_shapes_initial_values_and_group(knobs, shapes):
     config = config_of(**knobs)
     model, plain = GPT(config), GPT(config_of(**{k: v for k, v in knobs.items() if k in ("MODEL_DIM", "MLP_MULT")}))
@@ -593,15 +693,52 @@ def test_a_single_layer_cannot_recur():
 # Bad values
 
 
-@pytest.mark.parametrize("text", [
-    "ROPE_DIMS=7", "ROPE_DIMS=-2", "ROPE_DIMS=10", "ROPE_DIMS=x", "MLP_MULT=0", "MLP_MULT=-1", "MLP_MULT=nan",
-    "MLP_MULT=x", "MLP_MULT=0.001", "MLP_SLOPE=x", "MLP_SLOPE=inf", "LN_SCALE=2", "LN_SCALE=x", "XSA_LAYERS=-1",
-    "XSA_LAYERS=1.5", "ATTN_GATE=yes", "GATED_SKIPS=2", "X0_MIX=-1", "PARALLEL_FROM=-2", "PARALLEL_FROM=x",
-    "SMEAR_GATE=2", "START_TOKEN=-1", "START_TOKEN=x", "LOOP_LAYERS=3-2", "LOOP_LAYERS=x", "LOOP_LAYERS=2",
-    "LOOP_LAYERS=1-", "LOOP_LAYERS=-1-2", "LOOP_LAYERS=1-4", "LOOP_LAYERS=4-5", "LOOP_LAYERS=1-2-3",
-    "LOOP_LAYERS=1,2", "LOOP_LAYERS=a-b", "LOOP_LAYERS=1.0-2", "LOOP_LAYERS=\u0661-\u0662", "LOOP_PASSES=0",
-    "LOOP_PASSES=-1", "LOOP_PASSES=x", "LOOP_START=-0.1", "LOOP_START=1.1", "LOOP_START=x",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ROPE_DIMS=7",
+        "ROPE_DIMS=-2",
+        "ROPE_DIMS=10",
+        "ROPE_DIMS=x",
+        "MLP_MULT=0",
+        "MLP_MULT=-1",
+        "MLP_MULT=nan",
+        "MLP_MULT=x",
+        "MLP_MULT=0.001",
+        "MLP_SLOPE=x",
+        "MLP_SLOPE=inf",
+        "LN_SCALE=2",
+        "LN_SCALE=x",
+        "XSA_LAYERS=-1",
+        "XSA_LAYERS=1.5",
+        "ATTN_GATE=yes",
+        "GATED_SKIPS=2",
+        "X0_MIX=-1",
+        "PARALLEL_FROM=-2",
+        "PARALLEL_FROM=x",
+        "SMEAR_GATE=2",
+        "START_TOKEN=-1",
+        "START_TOKEN=x",
+        "LOOP_LAYERS=3-2",
+        "LOOP_LAYERS=x",
+        "LOOP_LAYERS=2",
+        "LOOP_LAYERS=1-",
+        "LOOP_LAYERS=-1-2",
+        "LOOP_LAYERS=1-4",
+        "LOOP_LAYERS=4-5",
+        "LOOP_LAYERS=1-2-3",
+        "LOOP_LAYERS=1,2",
+        "LOOP_LAYERS=a-b",
+        "LOOP_LAYERS=1.0-2",
+        "LOOP_LAYERS=\u0661-\u0662",
+        "LOOP_PASSES=0",
+        "LOOP_PASSES=-1",
+        "LOOP_PASSES=x",
+        "LOOP_START=-0.1",
+        "LOOP_START=1.1",
+        "LOOP_START=x",
+    ],
+)
 def test_a_bad_value_is_a_user_error_that_names_the_knob(text):
     name, value = text.split("=")
     context = {"LOOP_LAYERS": "1-2"} if name in ("LOOP_PASSES", "LOOP_START") else {}
@@ -609,11 +746,26 @@ def test_a_bad_value_is_a_user_error_that_names_the_knob(text):
         GPT(config_of(**context | {name: value}))
 
 
-@pytest.mark.parametrize("text", [
-    "ROPE_DIMS=0", "ROPE_DIMS=2", "ROPE_DIMS=8", "MLP_MULT=0.5", "MLP_MULT=1", "MLP_SLOPE=1", "XSA_LAYERS=1000",
-    "PARALLEL_FROM=3", "START_TOKEN=0", "LOOP_LAYERS=0-0", "LOOP_LAYERS=0-3", "LOOP_LAYERS=3-3", "LOOP_START=0",
-    "LOOP_START=1", "LOOP_PASSES=2",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ROPE_DIMS=0",
+        "ROPE_DIMS=2",
+        "ROPE_DIMS=8",
+        "MLP_MULT=0.5",
+        "MLP_MULT=1",
+        "MLP_SLOPE=1",
+        "XSA_LAYERS=1000",
+        "PARALLEL_FROM=3",
+        "START_TOKEN=0",
+        "LOOP_LAYERS=0-0",
+        "LOOP_LAYERS=0-3",
+        "LOOP_LAYERS=3-3",
+        "LOOP_START=0",
+        "LOOP_START=1",
+        "LOOP_PASSES=2",
+    ],
+)
 def test_a_value_at_the_edge_is_taken(text):
     name, value = text.split("=")
     config = config_of(**{name: value})

@@ -109,12 +109,15 @@ def slow_logits(w, tokens_T, config):
 
 
 @pytest.mark.parametrize("attend", SHORT_ATTENTIONS)
-@pytest.mark.parametrize("shape", [
-    {"NUM_LAYERS": 1, "NUM_KV_HEADS": 4, "MLP_MULT": 3},
-    {"NUM_LAYERS": 2, "TIE_EMBEDDINGS": 0, "LOGIT_SOFTCAP": 4},
-    {"NUM_LAYERS": 5, "NUM_KV_HEADS": 1, "MLP_MULT": 1, "ROPE_BASE": 50},
-    {"NUM_LAYERS": 4, "MODEL_DIM": 24, "LOGIT_SOFTCAP": 3},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"NUM_LAYERS": 1, "NUM_KV_HEADS": 4, "MLP_MULT": 3},
+        {"NUM_LAYERS": 2, "TIE_EMBEDDINGS": 0, "LOGIT_SOFTCAP": 4},
+        {"NUM_LAYERS": 5, "NUM_KV_HEADS": 1, "MLP_MULT": 1, "ROPE_BASE": 50},
+        {"NUM_LAYERS": 4, "MODEL_DIM": 24, "LOGIT_SOFTCAP": 3},
+    ],
+)
 def test_losses_logits_and_gradients_equal_the_slow_reference(make_config, attend, shape):
     config = make_config(**shape)
     model = scatter(GPT(config, attend))
@@ -143,10 +146,21 @@ def test_default_model_has_the_reference_names_shapes_and_count(tied):
     D, F, KV = 512, 1024, 256
     expected = {"tok_emb.weight": (1024, D), "skip_weights": (4, D)} | ({} if tied else {"lm_head.weight": (1024, D)})
     for i in range(9):
-        expected |= {f"blocks.{i}.{name}": shape for name, shape in {
-            "attn_scale": (D,), "mlp_scale": (D,), "resid_mix": (2, D), "attn.c_q.weight": (D, D),
-            "attn.c_k.weight": (KV, D), "attn.c_v.weight": (KV, D), "attn.proj.weight": (D, D), "attn.q_gain": (8,),
-            "mlp.fc.weight": (F, D), "mlp.proj.weight": (D, F)}.items()}  # fmt: skip
+        expected |= {
+            f"blocks.{i}.{name}": shape
+            for name, shape in {
+                "attn_scale": (D,),
+                "mlp_scale": (D,),
+                "resid_mix": (2, D),
+                "attn.c_q.weight": (D, D),
+                "attn.c_k.weight": (KV, D),
+                "attn.c_v.weight": (KV, D),
+                "attn.proj.weight": (D, D),
+                "attn.q_gain": (8,),
+                "mlp.fc.weight": (F, D),
+                "mlp.proj.weight": (D, F),
+            }.items()
+        }
     assert {name: tuple(p.shape) for name, p in model.named_parameters()} == expected
     assert {name: tuple(t.shape) for name, t in model.state_dict().items()} == expected  # no buffer is saved
     assert sum(p.numel() for p in model.parameters()) == 17_059_912 + (0 if tied else 1024 * D)
@@ -341,9 +355,17 @@ def test_logits_stay_within_the_softcap(make_config):
     assert 6.99 < logits.abs().max() <= 7
 
 
-@pytest.mark.parametrize("name, works", [
-    ("auto", True), ("flash", True), ("math", True), ("blocked", True), ("cudnn", False), ("efficient", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, works",
+    [
+        ("auto", True),
+        ("flash", True),
+        ("math", True),
+        ("blocked", True),
+        ("cudnn", False),
+        ("efficient", False),
+    ],
+)
 def test_each_attention_backend_on_the_cpu_works_or_is_a_user_error(make_config, runtime, name, works):
     config = make_config(ATTENTION=name)
     if not works:
@@ -387,7 +409,8 @@ def test_a_backend_that_fails_is_passed_over_and_the_log_says_why(make_config, r
     attend, note = kernels.choose_attention(make_config(ATTENTION="math"), runtime, compiled=False)
     assert attend is kernels.expanded_attention
     assert note == (
-        "attention:math by expanded_attention; math broken failed: RuntimeError('no backward kernel\\nfor this')")
+        "attention:math by expanded_attention; math broken failed: RuntimeError('no backward kernel\\nfor this')"
+    )
     assert tried == [((8, 4, 32, 8), (8, 2, 32, 8), (8, 2, 32, 8), torch.float32)], "proved on a real micro-batch"
 
 
@@ -442,8 +465,12 @@ def gpu(make_config, monkeypatch):
 
         config, names = make_config(ATTENTION=asked), train_gpt.Config.knobs()["ATTENTION"].metadata["allowed"][2]
         theirs = [others.get(name, math.inf) if others else 0.0 for name in names]
-        runtime = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, world_size=2 if others else 1,
-                                  sum=lambda ours: [a + b for a, b in zip(ours, theirs, strict=True)])  # fmt: skip
+        runtime = SimpleNamespace(
+            device=torch.device("cuda"),
+            dtype=torch.bfloat16,
+            world_size=2 if others else 1,
+            sum=lambda ours: [a + b for a, b in zip(ours, theirs, strict=True)],
+        )
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(kernels, "prove_attention", prove)
         attend, note = kernels.choose_attention(config, runtime, False, lambda attend, *_: seconds[name_of(attend)])
@@ -456,15 +483,26 @@ def gpu(make_config, monkeypatch):
 TIMES = "; forward and backward of a sequence in a layer, ms: "
 
 
-@pytest.mark.parametrize("seconds, expected", [
-    ({"flash3": 0.003, "cudnn": 0.0011, "flash": 0.002, "efficient": 0.00444},
-     f"attention:cudnn by grouped_attention{TIMES}cudnn 1.1, flash 2, flash3 3, efficient 4.44"),
-    ({"flash3": 0.001, "cudnn": 0.0011, "flash": 0.002, "efficient": 0.004},
-     f"attention:flash3 by flash3_attention{TIMES}flash3 1, cudnn 1.1, flash 2, efficient 4"),
-    ({"cudnn": 0.0011, "flash": 0.001, "efficient": 0.004},
-     f"attention:flash by grouped_attention{TIMES}flash 1, cudnn 1.1, efficient 4; flash3 flash3_attention failed: "
-     "RuntimeError('no kernel')"),
-], ids=["cudnn", "flash3", "flash"])  # fmt: skip
+@pytest.mark.parametrize(
+    "seconds, expected",
+    [
+        (
+            {"flash3": 0.003, "cudnn": 0.0011, "flash": 0.002, "efficient": 0.00444},
+            f"attention:cudnn by grouped_attention{TIMES}cudnn 1.1, flash 2, flash3 3, efficient 4.44",
+        ),
+        (
+            {"flash3": 0.001, "cudnn": 0.0011, "flash": 0.002, "efficient": 0.004},
+            f"attention:flash3 by flash3_attention{TIMES}flash3 1, cudnn 1.1, flash 2, efficient 4",
+        ),
+        (
+            {"cudnn": 0.0011, "flash": 0.001, "efficient": 0.004},
+            f"attention:flash by grouped_attention{TIMES}flash 1, cudnn 1.1, efficient 4; "
+            "flash3 flash3_attention failed: "
+            "RuntimeError('no kernel')",
+        ),
+    ],
+    ids=["cudnn", "flash3", "flash"],
+)
 def test_the_fastest_attention_of_those_that_are_proved_is_taken_and_all_times_are_told(gpu, seconds, expected):
     _, note, tried = gpu("fastest", seconds)
     assert note == expected, "without a warning: what failed cannot be faster than cuDNN was here"
@@ -482,12 +520,18 @@ def test_ranks_choose_the_attention_that_all_of_them_have_and_that_is_the_fastes
     assert note == f"attention:flash by grouped_attention{TIMES}flash 3, efficient 4, cudnn 5.5"
 
 
-@pytest.mark.parametrize("asked, seconds, capability, warned", [
-    ("auto", ["flash", "efficient"], (9, 0), True), ("fastest", ["flash", "efficient"], (9, 0), True),
-    ("auto", ["cudnn", "flash"], (9, 0), False), ("auto", ["flash3", "flash"], (9, 0), False),
-    ("flash", ["flash", "cudnn"], (9, 0), False), ("auto", ["flash"], (8, 0), False),
-    ("auto", ["flash"], (10, 0), False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "asked, seconds, capability, warned",
+    [
+        ("auto", ["flash", "efficient"], (9, 0), True),
+        ("fastest", ["flash", "efficient"], (9, 0), True),
+        ("auto", ["cudnn", "flash"], (9, 0), False),
+        ("auto", ["flash3", "flash"], (9, 0), False),
+        ("flash", ["flash", "cudnn"], (9, 0), False),
+        ("auto", ["flash"], (8, 0), False),
+        ("auto", ["flash"], (10, 0), False),
+    ],
+)
 def test_a_hopper_gpu_without_its_own_attention_is_warned_of(gpu, asked, seconds, capability, warned):
     note = gpu(asked, dict.fromkeys(seconds, 1.0), capability)[1]
     assert ("\nwarning: attention by flash, since neither FlashAttention 3 nor cuDNN works" in note) == warned

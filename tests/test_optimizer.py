@@ -45,9 +45,19 @@ def test_a_parameter_that_no_group_covers_raises(make_config, shape, in_block):
 
 @pytest.mark.parametrize("tied", [1, 0])
 def test_each_group_gets_its_own_rate_and_the_common_settings(make_config, runtime, tied):
-    config = make_config(TIE_EMBEDDINGS=tied, TIED_EMBED_LR=0.01, EMBED_LR=0.02, HEAD_LR=0.03, SCALAR_LR=0.04,
-                         MATRIX_LR=0.05, BETA1=0.8, BETA2=0.9, ADAM_EPS=1e-6, MUON_MOMENTUM=0.7,
-                         MUON_BACKEND_STEPS=3)  # fmt: skip
+    config = make_config(
+        TIE_EMBEDDINGS=tied,
+        TIED_EMBED_LR=0.01,
+        EMBED_LR=0.02,
+        HEAD_LR=0.03,
+        SCALAR_LR=0.04,
+        MATRIX_LR=0.05,
+        BETA1=0.8,
+        BETA2=0.9,
+        ADAM_EPS=1e-6,
+        MUON_MOMENTUM=0.7,
+        MUON_BACKEND_STEPS=3,
+    )
     model = GPT(config)
     adam, muon = model.optimizers(config, runtime)
     rates = {p: group["lr"] for optimizer in (adam, muon) for group in optimizer.param_groups for p in group["params"]}
@@ -202,21 +212,43 @@ def test_row_norm_makes_rows_of_any_size_count_the_same(runtime):
 @pytest.mark.parametrize("tied", [1, 0])
 @pytest.mark.parametrize("embed_decay, scalar_decay", [(0, 0), (0.3, 0), (0, 0.3), (0.2, 0.4)])
 def test_decay_of_embedding_head_and_vectors_is_that_of_adamw(make_config, runtime, tied, embed_decay, scalar_decay):
-    config = make_config(TIE_EMBEDDINGS=tied, EMBED_WEIGHT_DECAY=embed_decay, SCALAR_WEIGHT_DECAY=scalar_decay,
-                         TIED_EMBED_LR=0.02, EMBED_LR=0.1, HEAD_LR=0.03, SCALAR_LR=0.04, BETA1=0.8, BETA2=0.9,
-                         ADAM_EPS=1e-3, MUON_WEIGHT_DECAY=0.9, GATED_SKIPS=1, ATTN_GATE=1, SMEAR_GATE=1)  # fmt: skip
+    config = make_config(
+        TIE_EMBEDDINGS=tied,
+        EMBED_WEIGHT_DECAY=embed_decay,
+        SCALAR_WEIGHT_DECAY=scalar_decay,
+        TIED_EMBED_LR=0.02,
+        EMBED_LR=0.1,
+        HEAD_LR=0.03,
+        SCALAR_LR=0.04,
+        BETA1=0.8,
+        BETA2=0.9,
+        ADAM_EPS=1e-3,
+        MUON_WEIGHT_DECAY=0.9,
+        GATED_SKIPS=1,
+        ATTN_GATE=1,
+        SMEAR_GATE=1,
+    )
     model = GPT(config)
     with torch.no_grad():
         for i, p in enumerate(model.parameters()):
             p.add_(randn(*p.shape, seed=i))
     wide = copy.deepcopy(model).double()
     adam = model.optimizers(config, runtime)[0]
-    settings = {"embed": (0.02 if tied else 0.1, embed_decay), "head": (0.03, embed_decay),
-                "scalar": (0.04, scalar_decay)}  # fmt: skip
+    settings = {
+        "embed": (0.02 if tied else 0.1, embed_decay),
+        "head": (0.03, embed_decay),
+        "scalar": (0.04, scalar_decay),
+    }
     groups = parameter_groups(wide)
-    reference = torch.optim.AdamW([{"params": groups[name], "lr": lr, "weight_decay": decay}
-                                   for name, (lr, decay) in settings.items() if groups[name]],
-                                  betas=(0.8, 0.9), eps=1e-3)  # fmt: skip
+    reference = torch.optim.AdamW(
+        [
+            {"params": groups[name], "lr": lr, "weight_decay": decay}
+            for name, (lr, decay) in settings.items()
+            if groups[name]
+        ],
+        betas=(0.8, 0.9),
+        eps=1e-3,
+    )
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in (adam, reference)]
     for t, scale in enumerate((1.0, 0.5, 0.0, 0.7)):
         for i, (p, q) in enumerate(zip(model.parameters(), wide.parameters(), strict=True)):

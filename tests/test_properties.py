@@ -73,10 +73,9 @@ SHARDS = st.one_of(
     st.binary(max_size=40),
     st.binary(min_size=1020, max_size=1040),
     mutations(SHARD),
-    st.builds(shard, st.lists(st.integers(0, 65535), max_size=20), st.just(20240520), st.just(1),
-              st.integers(-3, 25)),
+    st.builds(shard, st.lists(st.integers(0, 65535), max_size=20), st.just(20240520), st.just(1), st.integers(-3, 25)),
     st.builds(shard, st.lists(st.integers(0, 65535), max_size=20)),
-)  # fmt: skip
+)
 
 
 @CHECKED
@@ -107,9 +106,12 @@ def test_the_oracle_of_shards_accepts_and_refuses(tmp_path):
 # What belongs to one call and is left out of texts().
 HIDDEN = ("run_id", "mode", "artifact", "resume", "resume_force")
 NUMBERS = st.one_of(
-    st.integers(-3, 5000).map(str), st.integers().map(str), st.floats().map(str), st.floats(0, 1).map(str),
+    st.integers(-3, 5000).map(str),
+    st.integers().map(str),
+    st.floats().map(str),
+    st.floats(0, 1).map(str),
     st.sampled_from(["1" + 400 * "0", 5000 * "9", "0" * 50, "00", "1_0", "+1", "-0", "1e5", " 7 ", "\u0663", "0x1"]),
-)  # fmt: skip
+)
 LETTERS = st.text(st.characters() | st.sampled_from(" #'\"=$\\\n\t"), max_size=12)
 
 
@@ -127,8 +129,9 @@ def environments(draw):
             fitting.append(st.sampled_from("01"))
         elif kind is not str:
             fitting += [st.integers(int(low or 0), 2**16).map(str), NUMBERS]
-        texts[name] = draw(st.one_of(*fitting, LETTERS) if kind is str or draw(st.integers(0, 5)) == 0
-                           else st.one_of(*fitting))  # fmt: skip
+        texts[name] = draw(
+            st.one_of(*fitting, LETTERS) if kind is str or draw(st.integers(0, 5)) == 0 else st.one_of(*fitting)
+        )
     return texts
 
 
@@ -182,11 +185,13 @@ NAMES = st.sampled_from([*sorted(KNOBS), "SEEDS", "seed", "X"])
 BLANKS = st.sampled_from(["", " ", "\t "])
 LINES = st.one_of(
     st.builds("{}={}".format, NAMES, NUMBERS | LETTERS),
-    st.builds("{1}{0}{2}={3}\"{4}\"{5}# {4}".format, NAMES, BLANKS, BLANKS, BLANKS, LETTERS, st.just(" ")),
+    st.builds('{1}{0}{2}={3}"{4}"{5}# {4}'.format, NAMES, BLANKS, BLANKS, BLANKS, LETTERS, st.just(" ")),
     st.builds("{}='{}'".format, st.sampled_from(["DATA_PATH", "SAMPLE_PROMPT", "LOG_DIR"]), LETTERS),
     st.builds("SEED={}{}".format, st.integers(0, 99), st.sampled_from(["", " # one", "# two", " #", "\r"])),
-    st.just("# comment"), BLANKS, LETTERS,
-)  # fmt: skip
+    st.just("# comment"),
+    BLANKS,
+    LETTERS,
+)
 
 
 @settings(CHECKED, max_examples=400)
@@ -234,8 +239,16 @@ def test_quoted_values_are_taken_to_the_letter(tmp_path_factory, values):
 
 
 def tiny_config(**changes) -> Config:
-    small = {"vocab_size": 6, "num_layers": 1, "model_dim": 4, "num_heads": 2, "num_kv_heads": 1, "mlp_mult": 1,
-             "train_seq_len": 8, "train_batch_tokens": 8}  # fmt: skip
+    small = {
+        "vocab_size": 6,
+        "num_layers": 1,
+        "model_dim": 4,
+        "num_heads": 2,
+        "num_kv_heads": 1,
+        "mlp_mult": 1,
+        "train_seq_len": 8,
+        "train_batch_tokens": 8,
+    }
     return Config(**small | changes)
 
 
@@ -310,12 +323,25 @@ def test_an_artifact_that_was_tampered_with(artifact, data):
 
 def strange_values():
     """What a pickle of tensors may hold, in places where it does not belong."""
-    tensors = st.sampled_from([
-        torch.ones(()), torch.ones(0), torch.ones(4), torch.ones(2, 4), torch.ones(6, 4), torch.ones(4, 4, 1),
-        torch.ones(1).expand(10**9), torch.ones(4, dtype=torch.int8), torch.ones(4, 4, dtype=torch.complex64),
-        torch.full((4,), float("nan")), torch.full((4, 4), 1e38), torch.ones(4, 4).to_sparse(),
-        torch.ones(4, 4).to("meta"), torch.ones(4, 4, dtype=torch.bool), torch.ones(4, 4).half(),
-    ])  # fmt: skip
+    tensors = st.sampled_from(
+        [
+            torch.ones(()),
+            torch.ones(0),
+            torch.ones(4),
+            torch.ones(2, 4),
+            torch.ones(6, 4),
+            torch.ones(4, 4, 1),
+            torch.ones(1).expand(10**9),
+            torch.ones(4, dtype=torch.int8),
+            torch.ones(4, 4, dtype=torch.complex64),
+            torch.full((4,), float("nan")),
+            torch.full((4, 4), 1e38),
+            torch.ones(4, 4).to_sparse(),
+            torch.ones(4, 4).to("meta"),
+            torch.ones(4, 4, dtype=torch.bool),
+            torch.ones(4, 4).half(),
+        ]
+    )
     plain = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.binary(max_size=5))
     return st.one_of(tensors, plain, st.lists(plain, max_size=2), st.dictionaries(st.text(max_size=3), plain))
 
@@ -354,10 +380,18 @@ def saved():
     """(bytes, configuration, facts): of no training, but with everything in its place."""
     config, facts = tiny_config(), {"train_gpt.py": "0123", "training tokens": "99"}
     model = train_gpt.GPT(config)
-    state = {"format": checkpoint.CHECKPOINT_FORMAT, "knobs": config.texts() | facts, "model": model.state_dict(),
-             "optimizer": {name: {"momentum_buffer": p.detach()} for name, p in model.named_parameters()},
-             "rng": [{"cpu": torch.get_rng_state()[:64]}], "position": 0, "steps": 3, "train_seconds": 1.5,
-             "finished": False, "resumed_at": []}  # fmt: skip
+    state = {
+        "format": checkpoint.CHECKPOINT_FORMAT,
+        "knobs": config.texts() | facts,
+        "model": model.state_dict(),
+        "optimizer": {name: {"momentum_buffer": p.detach()} for name, p in model.named_parameters()},
+        "rng": [{"cpu": torch.get_rng_state()[:64]}],
+        "position": 0,
+        "steps": 3,
+        "train_seconds": 1.5,
+        "finished": False,
+        "resumed_at": [],
+    }
     blob = models.seal_checkpoint(state)
     assert checkpoint.read_checkpoint(blob, "file", config, facts)[1] == []
     return blob, config, facts

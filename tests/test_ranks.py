@@ -16,8 +16,16 @@ import train_gpt
 
 checkpoint = train_gpt.tool("checkpoint")
 # 12 sequences a step; 7 validation windows, which neither 2 nor 3 ranks share evenly, the last of them ragged.
-COMMON = {"ITERATIONS": 10, "TRAIN_LOG_EVERY": 1, "TRAIN_BATCH_TOKENS": 384, "WARMUP_STEPS": 1, "VAL_LOSS_EVERY": 5,
-          "VAL_TOKENS_LIMIT": 6 * 32 + 5, "VAL_BATCH_SIZE": 64, "NUM_LAYERS": 3}  # fmt: skip
+COMMON = {
+    "ITERATIONS": 10,
+    "TRAIN_LOG_EVERY": 1,
+    "TRAIN_BATCH_TOKENS": 384,
+    "WARMUP_STEPS": 1,
+    "VAL_LOSS_EVERY": 5,
+    "VAL_TOKENS_LIMIT": 6 * 32 + 5,
+    "VAL_BATCH_SIZE": 64,
+    "NUM_LAYERS": 3,
+}
 
 
 def read_run(settings):
@@ -44,17 +52,21 @@ def alone(tiny, monkeypatch, tmp_path):
         getattr(torch.backends.cuda, f"enable_{switch}_sdp")(True)
 
 
-@pytest.mark.parametrize("ranks, settings", [
-    (2, {"GRAD_CLIP_NORM": 0.5, "GRAD_ACCUM_STEPS": 3}),
-    (3, {"EVAL_STRIDE": 20}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "ranks, settings",
+    [
+        (2, {"GRAD_CLIP_NORM": 0.5, "GRAD_ACCUM_STEPS": 3}),
+        (3, {"EVAL_STRIDE": 20}),
+    ],
+)
 def test_ranks_train_and_score_as_one_process(tiny, launch, alone, ranks, settings):
     done = launch(ranks=ranks, **COMMON, **settings)
     assert done.returncode == 0, done.stderr
     metrics, result, path = read_run(tiny())
     expected_metrics, expected, _ = alone(**COMMON | settings | {"GRAD_ACCUM_STEPS": 0})
-    losses, expected_losses = ([m["train_loss"] for m in lines if "train_loss" in m]
-                               for lines in (metrics, expected_metrics))  # fmt: skip
+    losses, expected_losses = (
+        [m["train_loss"] for m in lines if "train_loss" in m] for lines in (metrics, expected_metrics)
+    )
     assert len(losses) == 10 and losses[-1] < losses[0] - 0.5
     assert losses == pytest.approx(expected_losses, abs=1e-4)
     for name in ("val_loss", "val_bpb", "pre_quant_val_loss", "pre_quant_val_bpb"):
@@ -119,8 +131,14 @@ for run in json.loads(os.environ.get("RUNS", "[{{}}]")):  # several with the sam
     code = train_gpt.main([])
 leave(code)
 """
-STEPS = {"ITERATIONS": 10, "VAL_LOSS_EVERY": 5, "VAL_TOKENS_LIMIT": 100, "TRAIN_BATCH_TOKENS": 384, "NUM_LAYERS": 3,
-         "MUON_MOMENTUM_WARMUP_STEPS": 8}  # fmt: skip
+STEPS = {
+    "ITERATIONS": 10,
+    "VAL_LOSS_EVERY": 5,
+    "VAL_TOKENS_LIMIT": 100,
+    "TRAIN_BATCH_TOKENS": 384,
+    "NUM_LAYERS": 3,
+    "MUON_MOMENTUM_WARMUP_STEPS": 8,
+}
 SCORES = ("val_loss", "val_bpb", "pre_quant_val_loss", "pre_quant_val_bpb")
 needs_usr1 = pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="no such signal here")
 
@@ -162,8 +180,11 @@ def test_any_number_of_ranks_goes_on_from_any_other(tiny, disturb, alone, monkey
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
     monkeypatch.setattr(train_gpt.Trainer, "step", signalled)
     kept, write = [], checkpoint.write_checkpoint
-    monkeypatch.setattr(checkpoint, "write_checkpoint", lambda state, folder: [
-        write(state, folder), kept.append((folder.path / "checkpoint.pt").read_bytes())])  # fmt: skip
+    monkeypatch.setattr(
+        checkpoint,
+        "write_checkpoint",
+        lambda state, folder: [write(state, folder), kept.append((folder.path / "checkpoint.pt").read_bytes())],
+    )
     one_losses, one_result = alone(**STEPS)[:2]
     monkeypatch.undo()
     one_losses = [m["train_loss"] for m in one_losses if "train_loss" in m]
@@ -171,8 +192,11 @@ def test_any_number_of_ranks_goes_on_from_any_other(tiny, disturb, alone, monkey
     saved_by_one = Path(settings["LOG_DIR"]) / "one.pt"
     saved_by_one.parent.mkdir()
     saved_by_one.write_bytes(kept[0])
-    runs = [{"RUN_ID": "two"}, {"RUN_ID": "two_two", "RESUME": str(saved_by_one.parent / "two" / "checkpoint5.pt")},
-            {"RUN_ID": "one_two", "RESUME": str(saved_by_one)}]  # fmt: skip
+    runs = [
+        {"RUN_ID": "two"},
+        {"RUN_ID": "two_two", "RESUME": str(saved_by_one.parent / "two" / "checkpoint5.pt")},
+        {"RUN_ID": "one_two", "RESUME": str(saved_by_one)},
+    ]
     done = disturb([0, 1, 5, signal.SIGUSR1, False], RUNS=json.dumps(runs))
     assert done.returncode == 0, done.stderr
     saved_by_two = Path(runs[1]["RESUME"])
@@ -180,7 +204,8 @@ def test_any_number_of_ranks_goes_on_from_any_other(tiny, disturb, alone, monkey
     assert len(load(saved_by_two)["rng"]) == 2 and len(load(saved_by_one)["rng"]) == 1
     losses, result = losses_of(settings, "two")
     assert losses == pytest.approx(one_losses, abs=1e-4) and result["val_bpb"] == pytest.approx(
-        one_result["val_bpb"], abs=1e-4)  # fmt: skip
+        one_result["val_bpb"], abs=1e-4
+    )
     again, again_result = losses_of(settings, "two_two")
     assert again == losses[5:], "bit for bit"
     assert {name: again_result[name] for name in SCORES} == {name: result[name] for name in SCORES}

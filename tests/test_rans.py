@@ -145,11 +145,22 @@ def test_a_damaged_stream_is_refused_or_is_another_stream_of_the_coder():
 
 def tiny_artifact(**changes) -> tuple[dict, dict]:
     """(state dict, rANS container) of the smallest model."""
-    small = {"vocab_size": 6, "num_layers": 1, "model_dim": 4, "num_heads": 2, "num_kv_heads": 1, "mlp_mult": 1,
-             "train_seq_len": 8, "train_batch_tokens": 8, "codec": "rans"}  # fmt: skip
+    small = {
+        "vocab_size": 6,
+        "num_layers": 1,
+        "model_dim": 4,
+        "num_heads": 2,
+        "num_kv_heads": 1,
+        "mlp_mult": 1,
+        "train_seq_len": 8,
+        "train_batch_tokens": 8,
+        "codec": "rans",
+    }
     config = Config(**small | changes)
-    state = {name: torch.randn(t.shape, generator=torch.Generator().manual_seed(i)).half().float()
-             for i, (name, t) in enumerate(train_gpt.GPT(config).state_dict().items())}  # fmt: skip
+    state = {
+        name: torch.randn(t.shape, generator=torch.Generator().manual_seed(i)).half().float()
+        for i, (name, t) in enumerate(train_gpt.GPT(config).state_dict().items())
+    }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_gpt, "INT8_MIN_NUMEL", 10)
         plain = train_gpt.quantize(state, config)
@@ -199,6 +210,7 @@ def put(part, value):
 
 def inside(part, value, index=0):
     """Change one value of a dictionary of the container: the shape of a matrix, its scales, a kept tensor."""
+
     def change(artifact):
         name = list(artifact[part])[index]
         artifact[part][name] = value(artifact[part][name]) if callable(value) else value
@@ -236,7 +248,9 @@ def claims(*shape, dtype):
 
 TAMPERED = {
     "a part is gone": lambda artifact: artifact.pop("stream"),
-    "no shapes": put("quantized", None), "no shape": put("quantized", {}), "a word as shapes": put("quantized", "abc"),
+    "no shapes": put("quantized", None),
+    "no shape": put("quantized", {}),
+    "a word as shapes": put("quantized", "abc"),
     "a matrix is gone": lambda artifact: artifact["quantized"].popitem(),
     "a matrix too many": lambda artifact: add(artifact, "more", [1, 1]),
     "a matrix of nothing": lambda artifact: add(artifact, "more", [0, 4]),
@@ -245,25 +259,43 @@ TAMPERED = {
     "terabytes in int32": shape(torch.tensor([2**30], dtype=torch.int32)),
     "terabytes in tensors": shape([torch.tensor(2**30, dtype=torch.int32)]),
     "another class": renamed("tok_emb.weight", "blocks.0.attn.tok_emb.weight"),
-    "another name": renamed("tok_emb.weight", "tok_em.weight"), "name of nothing": renamed("tok_emb.weight", None),
-    "unknown type": inside("dtypes", "quantum"), "function as type": inside("dtypes", "load"),
-    "complex": inside("dtypes", "complex64"), "no type": lambda artifact: artifact["dtypes"].popitem(),
+    "another name": renamed("tok_emb.weight", "tok_em.weight"),
+    "name of nothing": renamed("tok_emb.weight", None),
+    "unknown type": inside("dtypes", "quantum"),
+    "function as type": inside("dtypes", "load"),
+    "complex": inside("dtypes", "complex64"),
+    "no type": lambda artifact: artifact["dtypes"].popitem(),
     "unknown kept type": inside("passthrough_orig_dtypes", "quantum"),
-    "a row more": shape(lambda s: [s[0] + 1, s[1]]), "a row less": shape(lambda s: [s[0] - 1, s[1]]),
-    "a column more": shape(lambda s: [s[0], s[1] + 1]), "a column less": shape(lambda s: [s[0], s[1] - 1]),
-    "negative shape": shape(lambda s: [-s[0], -s[1]]), "no list as shape": shape(7), "fractions": shape([1.5, 4]),
-    "turned": shape(lambda s: s[::-1]), "free": shape(lambda s: [-1, s[1]]),
-    "terabytes": shape([10**6, 10**6]), "beyond the limit": shape([2**14, 2**14 + 1]),
-    "beyond int64": shape([2**40, 2**40]), "beyond all numbers": shape([2**70, 2**70]),
+    "a row more": shape(lambda s: [s[0] + 1, s[1]]),
+    "a row less": shape(lambda s: [s[0] - 1, s[1]]),
+    "a column more": shape(lambda s: [s[0], s[1] + 1]),
+    "a column less": shape(lambda s: [s[0], s[1] - 1]),
+    "negative shape": shape(lambda s: [-s[0], -s[1]]),
+    "no list as shape": shape(7),
+    "fractions": shape([1.5, 4]),
+    "turned": shape(lambda s: s[::-1]),
+    "free": shape(lambda s: [-1, s[1]]),
+    "terabytes": shape([10**6, 10**6]),
+    "beyond the limit": shape([2**14, 2**14 + 1]),
+    "beyond int64": shape([2**40, 2**40]),
+    "beyond all numbers": shape([2**70, 2**70]),
     "terabytes and their negative": lambda artifact: [shape([2**40])(artifact), shape([-(2**40)], 1)(artifact)],
-    "a frequency more": table(0, 3, 1), "a frequency less": table(1, 0, -1), "negative": table(2, 9, -20_000),
+    "a frequency more": table(0, 3, 1),
+    "a frequency less": table(1, 0, -1),
+    "negative": table(2, 9, -20_000),
     "a table too many": put("tables", lambda tables: torch.cat([tables, tables[:1]])),
     "a table less": put("tables", lambda tables: tables[:2].clone()),
     "shorter tables": put("tables", lambda tables: tables[:, :255].clone()),
     "tables of fractions": put("tables", lambda tables: tables.float() + 0.3),
-    "tables whose sum wraps": put("tables", torch.cat([  # regression: four times 2**62 is 0 in int64
-        torch.tensor([2**62] * 4 + [0] * 251 + [2**14])[None], torch.zeros(2, 256, dtype=torch.int64)
-        + 2**14 * (torch.arange(256) == 0)])),
+    "tables whose sum wraps": put(
+        "tables",
+        torch.cat(
+            [  # regression: four times 2**62 is 0 in int64
+                torch.tensor([2**62] * 4 + [0] * 251 + [2**14])[None],
+                torch.zeros(2, 256, dtype=torch.int64) + 2**14 * (torch.arange(256) == 0),
+            ]
+        ),
+    ),
     "tables by stride 0": put("tables", claims(10**7, 256, dtype=torch.int16)),
     "all tables alike": put("tables", torch.full((3, 256), 64, dtype=torch.int16)),
     "a byte less": put("stream", lambda stream: stream[:-1].clone()),
@@ -281,7 +313,7 @@ TAMPERED = {
     "kept on no device": inside("passthrough", lambda kept: kept.to("meta")),
     "a sparse stream": put("stream", lambda stream: stream.to_sparse()),
     "of another format": put("__quant_format__", "int8_clean_per_row_v1"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", TAMPERED)
@@ -312,8 +344,15 @@ def test_a_stream_tampered_with_is_refused_or_decodes_to_what_it_says():
 def test_claims_are_checked_before_anything_is_allocated(monkeypatch):
     artifact = tiny_artifact()[1]
     monkeypatch.setattr(compress, "rans_decode", lambda *args: pytest.fail("too late"))
-    for change in ("terabytes", "beyond the limit", "beyond int64", "tables by stride 0", "thousands of matrices",
-                   "terabytes in int32", "terabytes in tensors"):  # fmt: skip
+    for change in (
+        "terabytes",
+        "beyond the limit",
+        "beyond int64",
+        "tables by stride 0",
+        "thousands of matrices",
+        "terabytes in int32",
+        "terabytes in tensors",
+    ):
         changed = copy_of(artifact)
         TAMPERED[change](changed)
         with pytest.raises(UserError):

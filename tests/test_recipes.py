@@ -32,7 +32,8 @@ def test_the_size_law_projects_the_published_artifact_of_the_reference():
 
 
 def test_the_frontier_without_its_two_gates_has_the_published_number_of_parameters():
-    config = Config.load([str(ROOT / "records" / "recipes" / "frontier_sp8192.env")],
-                         {"ATTN_GATE": "0", "SMEAR_GATE": "0"})  # fmt: skip
+    config = Config.load(
+        [str(ROOT / "records" / "recipes" / "frontier_sp8192.env")], {"ATTN_GATE": "0", "SMEAR_GATE": "0"}
+    )
     with torch.device("meta"):
         assert sum(p.numel() for p in GPT(config).parameters()) == 35_944_536

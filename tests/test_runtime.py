@@ -87,13 +87,21 @@ def test_one_process(runtime):
 MEETING_PLACE = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 
 
-@pytest.mark.parametrize("environ", [
-    {"RANK": "1"}, {"RANK": "x"}, {"WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "2"},
-    {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"},
-    {"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "29500"},
-    {"RANK": "2", "WORLD_SIZE": "2"} | MEETING_PLACE, {"RANK": "0", "WORLD_SIZE": "-1"} | MEETING_PLACE,
-    {"RANK": "0", "WORLD_SIZE": "0"} | MEETING_PLACE, {"RANK": "\u00b2", "WORLD_SIZE": "4"} | MEETING_PLACE,
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"RANK": "1"},
+        {"RANK": "x"},
+        {"WORLD_SIZE": "2"},
+        {"RANK": "0", "WORLD_SIZE": "2"},
+        {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"},
+        {"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "29500"},
+        {"RANK": "2", "WORLD_SIZE": "2"} | MEETING_PLACE,
+        {"RANK": "0", "WORLD_SIZE": "-1"} | MEETING_PLACE,
+        {"RANK": "0", "WORLD_SIZE": "0"} | MEETING_PLACE,
+        {"RANK": "\u00b2", "WORLD_SIZE": "4"} | MEETING_PLACE,
+    ],
+)
 def test_ranks_without_a_launcher(make_config, environ):
     """As the shells of some clusters leave them behind. Regression: without MASTER_PORT it was a traceback."""
     with pytest.raises(UserError, match="RANK=.* WORLD_SIZE=.*torchrun.*MASTER_PORT.*unset") as caught:
@@ -169,9 +177,13 @@ def test_folder_gets_everything_that_was_said(folder, make_config, capsys):
     assert not [path for path in folder.path.iterdir() if path.name.endswith(".tmp")]
 
 
-@pytest.mark.parametrize("names, said", [
-    (("train.log", "result.json", "checkpoint.pt"), "is finished"), (("checkpoint.pt",), "is no run folder"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "names, said",
+    [
+        (("train.log", "result.json", "checkpoint.pt"), "is finished"),
+        (("checkpoint.pt",), "is no run folder"),
+    ],
+)
 def test_existing_folder_that_cannot_go_on_is_left_alone(folder, make_config, names, said):
     config = make_config()
     path = Path(config.log_dir) / "run"
@@ -358,10 +370,15 @@ def test_compile_where_it_works(make_config, monkeypatch, setting):
     assert chosen is True and ("minutes" in reason) == (setting == "autotune"), "a long compilation is said"
 
 
-@pytest.mark.parametrize("error, shown", [
-    (RuntimeError("\n  no C++ compiler\nsecond line"), "no C++ compiler"), (FileNotFoundError(2, "g++"), "g++"),
-    (AssertionError(), ""), (NotImplementedError("\n"), ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "error, shown",
+    [
+        (RuntimeError("\n  no C++ compiler\nsecond line"), "no C++ compiler"),
+        (FileNotFoundError(2, "g++"), "g++"),
+        (AssertionError(), ""),
+        (NotImplementedError("\n"), ""),
+    ],
+)
 def test_compile_where_it_fails(make_config, monkeypatch, error, shown):
     monkeypatch.setattr(torch, "compile", broken_compile(error))
     chosen, reason = kernels.choose_compile(make_config(COMPILE="auto"), fake_runtime())
@@ -371,10 +388,14 @@ def test_compile_where_it_fails(make_config, monkeypatch, error, shown):
             kernels.choose_compile(make_config(COMPILE=asked), fake_runtime())
 
 
-@pytest.mark.parametrize("setting, expected", [
-    ("1", None), ("auto", None),
-    ("autotune", {"max_autotune_gemm": True, "coordinate_descent_tuning": True, "epilogue_fusion": True}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "setting, expected",
+    [
+        ("1", None),
+        ("auto", None),
+        ("autotune", {"max_autotune_gemm": True, "coordinate_descent_tuning": True, "epilogue_fusion": True}),
+    ],
+)
 def test_what_the_compiler_is_told(make_config, runtime, monkeypatch, setting, expected):
     told, function = [], lambda x: x * 2
     monkeypatch.setattr(torch, "compile", lambda given, **options: told.append(options) or given)
@@ -406,8 +427,11 @@ def test_script_is_under_1500_lines():
 
 @pytest.mark.parametrize("path", [SCRIPT, *TOOLS], ids=lambda path: path.name)
 def test_no_function_over_80_lines(path):
-    functions = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-                 if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]  # fmt: skip
+    functions = [
+        node
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
     long = {node.name: node.end_lineno - node.lineno + 1 for node in functions}
     assert len(long) > (50 if path == SCRIPT else 1)
     assert {name: lines for name, lines in long.items() if lines > 80} == {}

@@ -23,8 +23,15 @@ import train_gpt
 from train_gpt import GPT, MLP, Config, Linear, Row, UserError
 
 MODEL_FILE = Path(__file__).resolve().parent / "alternative" / "tiny_model.py"
-STEPS = {"ITERATIONS": 12, "TRAIN_LOG_EVERY": 1, "VAL_LOSS_EVERY": 5, "DROPOUT": 0.2, "HIDDEN": 40, "SEED": 5,
-         "SCALAR_LR": 0.05}  # fmt: skip
+STEPS = {
+    "ITERATIONS": 12,
+    "TRAIN_LOG_EVERY": 1,
+    "VAL_LOSS_EVERY": 5,
+    "DROPOUT": 0.2,
+    "HIDDEN": 40,
+    "SEED": 5,
+    "SCALAR_LR": 0.05,
+}
 EVERY_STEP = {"CHECKPOINT_EVERY_SECONDS": 1e-9}
 SAME = ("val_loss", "val_bpb", "pre_quant_val_loss", "pre_quant_val_bpb", "sha256_artifact", "steps", "scored_bytes")
 
@@ -57,16 +64,22 @@ def run(environ: dict[str, str], cwd: Path, script=MODEL_FILE, code=0, **more) -
     path = cwd / environ["LOG_DIR"] / environ["RUN_ID"]
     result, metrics = path / "result.json", path / "metrics.jsonl"
     lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
-    return SimpleNamespace(path=path, out=out, err=err, metrics=lines,
-                           losses={m["step"]: m["train_loss"] for m in lines if "train_loss" in m},
-                           result=json.loads(result.read_text()) if result.is_file() else None)  # fmt: skip
+    return SimpleNamespace(
+        path=path,
+        out=out,
+        err=err,
+        metrics=lines,
+        losses={m["step"]: m["train_loss"] for m in lines if "train_loss" in m},
+        result=json.loads(result.read_text()) if result.is_file() else None,
+    )
 
 
 def killed(environ: dict[str, str], cwd: Path, script: Path, at: int):
     """The same process as `run` starts, but killed in that step."""
     driver = cwd / "killed.py"
-    driver.write_text(KILLED.format(folder=str(SCRIPT.parent if script == MODEL_FILE else script.parent),
-                                    script=str(script), at=at))  # fmt: skip
+    driver.write_text(
+        KILLED.format(folder=str(SCRIPT.parent if script == MODEL_FILE else script.parent), script=str(script), at=at)
+    )
     assert process(environ, cwd, script=driver).returncode == -signal.SIGKILL
 
 
@@ -119,22 +132,34 @@ def test_it_trains_by_its_own_schedule_and_learns(whole):
 def test_all_its_sources_are_in_the_folder_in_the_result_and_in_the_code_bytes(whole):
     sources = {"train_gpt.py": SCRIPT.read_bytes(), "tiny_model.py": MODEL_FILE.read_bytes()}
     assert {name: (whole.path / name).read_bytes() for name in sources} == sources
-    expected = {name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-                for name, data in sources.items()}  # fmt: skip
+    expected = {
+        name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} for name, data in sources.items()
+    }
     assert whole.result["sources"] == expected
     code = sum(map(len, sources.values()))
     assert whole.result["bytes_code"] == code and f"\nCode size: {code} bytes\n" in whole.out
     assert whole.result["bytes_total"] == code + (whole.path / "final_model.int8.ptz").stat().st_size
-    names = {"train.log", "metrics.jsonl", "config.env", "final_model.pt", "final_model.int8.ptz", "result.json",
-             "checkpoint.pt"}  # fmt: skip
+    names = {
+        "train.log",
+        "metrics.jsonl",
+        "config.env",
+        "final_model.pt",
+        "final_model.int8.ptz",
+        "result.json",
+        "checkpoint.pt",
+    }
     assert {path.name for path in whole.path.iterdir()} == names | sources.keys()
 
 
 def test_its_folder_runs_by_itself(whole, tmp_path):
     """Without tools, which it says; with other results it would be no record of the run."""
     folder = shutil.copytree(whole.path, tmp_path / "kept")
-    again = run({"RUN_ID": "again", "LOG_DIR": str(tmp_path / "logs"), "DEVICE": "cpu"}, tmp_path,
-                script=folder / "tiny_model.py", args=[folder / "config.env"])  # fmt: skip
+    again = run(
+        {"RUN_ID": "again", "LOG_DIR": str(tmp_path / "logs"), "DEVICE": "cpu"},
+        tmp_path,
+        script=folder / "tiny_model.py",
+        args=[folder / "config.env"],
+    )
     assert same(again, whole, moved=True)
     assert "warning: tools/checkpoint.py is not beside the script" in again.out
     assert again.result["sources"] == whole.result["sources"]
@@ -192,8 +217,11 @@ def test_it_is_scored_to_the_same_digits_by_either_file(whole, corpus, tmp_path)
         done = process(environ, tmp_path, script=script)
         assert done.returncode == 0, done.stderr.decode()
         assert exact_line(done.stdout.decode()) == expected
-        assert re.search(rf"^source:\S+tiny_model.py sha256:{whole.result['sources']['tiny_model.py']['sha256']}$",
-                         done.stdout.decode(), re.MULTILINE)  # fmt: skip
+        assert re.search(
+            rf"^source:\S+tiny_model.py sha256:{whole.result['sources']['tiny_model.py']['sha256']}$",
+            done.stdout.decode(),
+            re.MULTILINE,
+        )
         assert b"assumed" not in done.stdout
     assert tree(tmp_path) == before
 
@@ -201,8 +229,13 @@ def test_it_is_scored_to_the_same_digits_by_either_file(whole, corpus, tmp_path)
 def test_it_samples_the_same_by_either_file(whole, corpus, tmp_path):
     texts = set()
     for script in (SCRIPT, MODEL_FILE):
-        environ = models.machine_settings(corpus, MODE="sample", ARTIFACT=whole.path / "final_model.int8.ptz",
-                                          SAMPLE_PROMPT="the king", SAMPLE_TOKENS=20)  # fmt: skip
+        environ = models.machine_settings(
+            corpus,
+            MODE="sample",
+            ARTIFACT=whole.path / "final_model.int8.ptz",
+            SAMPLE_PROMPT="the king",
+            SAMPLE_TOKENS=20,
+        )
         done = process(environ, tmp_path, script=script)
         assert done.returncode == 0, done.stderr.decode()
         texts.add(done.stdout)
@@ -217,13 +250,21 @@ def named(whole, tmp_path, **source) -> bytes:
     return models.seal(models.torch_bytes(artifact | {"source": artifact["source"] | source}))
 
 
-@pytest.mark.parametrize("source, said", [
-    ({"file": "../tiny_model.py"}, "outside the repository"), ({"file": "/etc/passwd.py"}, "outside the repository"),
-    ({"file": "a/../../b.py"}, "outside the repository"), ({"file": "nowhere.py"}, "nowhere.py, which is neither"),
-    ({"config_class": "OtherConfig"}, "has no class OtherConfig"), ({"config_class": "math"}, "artifact.ptz"),
-    ({"file": "broken.py"}, "cannot be loaded: ZeroDivisionError"), ({"config_class": None}, "artifact.ptz"),
-    ({"file": ""}, "artifact.ptz"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "source, said",
+    [
+        ({"file": "../tiny_model.py"}, "outside the repository"),
+        ({"file": "/etc/passwd.py"}, "outside the repository"),
+        ({"file": "a/../../b.py"}, "outside the repository"),
+        ({"file": "nowhere.py"}, "nowhere.py, which is neither"),
+        ({"config_class": "OtherConfig"}, "has no class OtherConfig"),
+        ({"config_class": "math"}, "artifact.ptz"),
+        ({"file": "broken.py"}, "cannot be loaded: ZeroDivisionError"),
+        ({"config_class": None}, "artifact.ptz"),
+        ({"file": ""}, "artifact.ptz"),
+    ],
+    ids=str,
+)
 def test_an_artifact_that_names_no_model_is_refused(whole, tmp_path, source, said):
     evaluate = train_gpt.tool("evaluate")
     (tmp_path / "broken.py").write_text("1 / 0\n")
@@ -325,8 +366,11 @@ def test_check_and_help_know_it(corpus, tmp_path):
 
 def test_its_knobs_have_the_errors_of_all_knobs(corpus, tmp_path):
     (tmp_path / "x.env").write_text("DROPUOT=0.1\n")
-    for environ, args, said in (({"DROPOUT": "1"}, [], "DROPOUT=1.0 is too large"), ({"HIDDEN": "x"}, [], "HIDDEN='x'"),
-                                ({}, ["x.env"], "DROPUOT is no knob: did you mean DROPOUT?")):  # fmt: skip
+    for environ, args, said in (
+        ({"DROPOUT": "1"}, [], "DROPOUT=1.0 is too large"),
+        ({"HIDDEN": "x"}, [], "HIDDEN='x'"),
+        ({}, ["x.env"], "DROPUOT is no knob: did you mean DROPOUT?"),
+    ):
         done = process(environ, tmp_path, script=MODEL_FILE, args=args)
         assert done.returncode == 2 and done.stderr.count(b"\n") == 1 and said in done.stderr.decode()
 
@@ -350,12 +394,16 @@ def test_the_script_runs_a_model_file_as_the_file_runs_itself(flat, corpus, tmp_
     assert same(itself, run(environ, tmp_path, script=copy / "tiny_model.py", args=[copy / "config.env"]))
 
 
-@pytest.mark.parametrize("text, file, said", [
-    ("x = 1\n", "x.py", "MODEL_FILE=x.py defines no subclass of train_gpt.Config"),
-    ("from train_gpt import Config\n", "x.py", "MODEL_FILE=x.py defines no subclass of train_gpt.Config"),
-    ("1 / 0\n", "x.py", "x.py, of MODEL_FILE, cannot be loaded: ZeroDivisionError"),
-    ("", "y.py", "MODEL_FILE=y.py: it is neither there nor"),
-], ids=["no class", "an imported class", "an error", "no file"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, file, said",
+    [
+        ("x = 1\n", "x.py", "MODEL_FILE=x.py defines no subclass of train_gpt.Config"),
+        ("from train_gpt import Config\n", "x.py", "MODEL_FILE=x.py defines no subclass of train_gpt.Config"),
+        ("1 / 0\n", "x.py", "x.py, of MODEL_FILE, cannot be loaded: ZeroDivisionError"),
+        ("", "y.py", "MODEL_FILE=y.py: it is neither there nor"),
+    ],
+    ids=["no class", "an imported class", "an error", "no file"],
+)
 def test_a_model_file_that_is_none_is_one_line(tmp_path, text, file, said):
     (tmp_path / "x.py").write_text(text)
     done = process({"MODEL_FILE": file}, tmp_path, script=SCRIPT)
@@ -400,8 +448,9 @@ class Gated(Ungated):
 
 def config_of(model, config: Config):
     """The same configuration of another model."""
-    cls = dataclasses.dataclass(frozen=True)(type("OtherConfig", (Config,), {"model_class": classmethod(
-        lambda cls: model)}))  # fmt: skip
+    cls = dataclasses.dataclass(frozen=True)(
+        type("OtherConfig", (Config,), {"model_class": classmethod(lambda cls: model)})
+    )
     return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Config)})
 
 
@@ -414,8 +463,11 @@ def test_a_parameter_without_a_row_raises_its_name(make_config, runtime):
     model = GPT(config)
     model.blocks[1].mlp = GatedMLP(config)
     said = said.replace("Ungated", "GPT").replace("0", "1")
-    for use in (lambda: model.optimizers(config, runtime), lambda: train_gpt.quantize(model.state_dict(), config),
-                lambda: train_gpt.tool("check").projected_bytes(config, model)):  # fmt: skip
+    for use in (
+        lambda: model.optimizers(config, runtime),
+        lambda: train_gpt.quantize(model.state_dict(), config),
+        lambda: train_gpt.tool("check").projected_bytes(config, model),
+    ):
         with pytest.raises(UserError, match=said):
             use()
 

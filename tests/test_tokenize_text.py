@@ -143,8 +143,9 @@ PACKED = [f"{form}{packing}" for form in ("txt", "jsonl") for packing in ("", ".
 LEFT_OUT = {"folder": {"hidden": 2, "no text by the name": 1}, "several files": {"given twice": 1}}
 
 
-@pytest.mark.parametrize("form", ["folder", "glob", "several files", "parquet", "field and format", *PACKED,
-                                  "-txt", "-jsonl"])  # fmt: skip
+@pytest.mark.parametrize(
+    "form", ["folder", "glob", "several files", "parquet", "field and format", *PACKED, "-txt", "-jsonl"]
+)
 def test_every_form_gives_the_documents(tmp_path, form, monkeypatch):
     monkeypatch.setattr(texts, "BLOCK_BYTES", 37)  # so that records, separators and characters lie across blocks
     arguments = write_form(tmp_path / "in", form, monkeypatch)
@@ -172,14 +173,23 @@ FAULTS = {  # file: its content, None where it is absent; what the message says 
     "second.txt.xz": (lzma.compress(b"a") + b"no xz at all", ["second.txt.xz", "damaged"]),
     "no.parquet": (b"PAR1 no more", ["no.parquet", "cannot be read"]),
 }
-FAULTS |= {f"{name}.jsonl": (b"\n".join([*LINES[:300], line, *LINES[301:]]), [f"{name}.jsonl: line 301", *words])
-           for name, (line, *words) in {
-    "no_utf8": (b'{"text": "\xff"}', "0xff"), "no_json": (b'{"text": "a"', "no JSON"),
-    "field": (b'{"content": "a"}', "'text'", "content (str)", "--field"), "number": (b'{"text": 7}', "int"),
-    "list": (b'["text"]', "list"), "half": (b'{"text": "\\ud800"}', "surrogate"), "deep": (b"[" * 100_000, "JSON"),
-}.items()}  # fmt: skip
-FAULTS |= {f"{fault}.jsonl.{packing}": (NOISE, [f"{fault}.jsonl.{packing}: line ", "get the file again"])
-           for fault in ("cut", "flipped") for packing in ("gz", "xz", "zst")}  # fmt: skip
+FAULTS |= {
+    f"{name}.jsonl": (b"\n".join([*LINES[:300], line, *LINES[301:]]), [f"{name}.jsonl: line 301", *words])
+    for name, (line, *words) in {
+        "no_utf8": (b'{"text": "\xff"}', "0xff"),
+        "no_json": (b'{"text": "a"', "no JSON"),
+        "field": (b'{"content": "a"}', "'text'", "content (str)", "--field"),
+        "number": (b'{"text": 7}', "int"),
+        "list": (b'["text"]', "list"),
+        "half": (b'{"text": "\\ud800"}', "surrogate"),
+        "deep": (b"[" * 100_000, "JSON"),
+    }.items()
+}
+FAULTS |= {
+    f"{fault}.jsonl.{packing}": (NOISE, [f"{fault}.jsonl.{packing}: line ", "get the file again"])
+    for fault in ("cut", "flipped")
+    for packing in ("gz", "xz", "zst")
+}
 
 
 @pytest.mark.parametrize("tokenizer", [BYTES, LEARNED])
@@ -214,9 +224,20 @@ MISTAKES = {
     "--tokenizer bytes --case-marks": "train:spN",
     "--tokenizer bytes --separator x": "--format txt",
 }
-MISTAKES |= {f"--tokenizer bytes {wrong}": "error: " for wrong in (
-    "--val-docs 1 --val-share 0.5", "--val-share 0", "--val-share nan", "--val-docs 0", "--shard-tokens 0",
-    "--threads -1", "--separator=", "--val-docs one", "--document-bytes 3")}  # fmt: skip
+MISTAKES |= {
+    f"--tokenizer bytes {wrong}": "error: "
+    for wrong in (
+        "--val-docs 1 --val-share 0.5",
+        "--val-share 0",
+        "--val-share nan",
+        "--val-docs 0",
+        "--shard-tokens 0",
+        "--threads -1",
+        "--separator=",
+        "--val-docs one",
+        "--document-bytes 3",
+    )
+}
 
 
 @pytest.mark.parametrize("options", MISTAKES)
@@ -297,8 +318,15 @@ FOREIGN = {  # how models of other origin differ from those made here
     "without byte fallback": PLAIN | {"byte_fallback": False, "character_coverage": 0.99},
 }
 OWN = "own", "case marks"
-EXACT = {*OWN, "unigram", "across spaces", "with symbols", "with marks as letters", "without <s>",
-         "without <s> and </s>"}  # fmt: skip
+EXACT = {
+    *OWN,
+    "unigram",
+    "across spaces",
+    "with symbols",
+    "with marks as letters",
+    "without <s>",
+    "without <s> and </s>",
+}
 KINDS = [*OWN, "bytes", GPT2]
 
 
@@ -314,15 +342,22 @@ def tokenizers(tmp_path_factory):
     rule = folder / "rule.tsv"
     rule.write_text("6E\t6B\n6B\t73\n")  # n to k, k to s
     raws = [text.encode() for text in with_capitals(documents)]
-    made = {"own": vocab.train_sentencepiece([text.encode() for text in documents], 320, "test"),
-            "case marks": vocab.train_sentencepiece(raws, 330, "test", vocab.MARKS_OPTIONS)}  # fmt: skip
+    made = {
+        "own": vocab.train_sentencepiece([text.encode() for text in documents], 320, "test"),
+        "case marks": vocab.train_sentencepiece(raws, 330, "test", vocab.MARKS_OPTIONS),
+    }
     for name, options in FOREIGN.items():
         model = io.BytesIO()
         options = {key: str(rule) if key.endswith("tsv") else value for key, value in options.items()}
         spm.SentencePieceTrainer.train(
-            sentence_iterator=iter(documents), model_writer=model, vocab_size=320, hard_vocab_limit=False,
-            num_threads=1, minloglevel=2, **{"model_type": "bpe", "byte_fallback": True} | options,
-        )  # fmt: skip
+            sentence_iterator=iter(documents),
+            model_writer=model,
+            vocab_size=320,
+            hard_vocab_limit=False,
+            num_threads=1,
+            minloglevel=2,
+            **{"model_type": "bpe", "byte_fallback": True} | options,
+        )
         made[name] = model.getvalue()
     for i, (name, model) in enumerate(made.items()):
         made[name], path = vocab.SentencePiece(model), folder / f"{i}.model"
@@ -334,10 +369,47 @@ def tokenizers(tmp_path_factory):
 
 # Characters of every script and plane; and what tokenizers treat in a way of their own.
 CHARACTERS = st.characters(exclude_categories=["Cs"])
-SPECIAL = [" ", "  ", " " * 20, "\n", "\r\n", "\t", "\0", "\x1b", MARK, f"{MARK} ", EMOJI, "\U0001f469\u200d\U0001f4bb",
-           "\u0301", "\u202e", "\ufeff", "\ufffd", "\u2585", "<s>", "</s>", "<unk>", "<pad>", "<0x20>", "<|endoftext|>",
-           "\ufb01", "\u00a0", "\u3000", "the king", "the", "\u6d77", "\u1100\u1161", "\u05d0", "\u0627", " The",
-           "KING", "McDonald", " iPhone", "A", " B", *case_marks.MARKS]  # fmt: skip
+SPECIAL = [
+    " ",
+    "  ",
+    " " * 20,
+    "\n",
+    "\r\n",
+    "\t",
+    "\0",
+    "\x1b",
+    MARK,
+    f"{MARK} ",
+    EMOJI,
+    "\U0001f469\u200d\U0001f4bb",
+    "\u0301",
+    "\u202e",
+    "\ufeff",
+    "\ufffd",
+    "\u2585",
+    "<s>",
+    "</s>",
+    "<unk>",
+    "<pad>",
+    "<0x20>",
+    "<|endoftext|>",
+    "\ufb01",
+    "\u00a0",
+    "\u3000",
+    "the king",
+    "the",
+    "\u6d77",
+    "\u1100\u1161",
+    "\u05d0",
+    "\u0627",
+    " The",
+    "KING",
+    "McDonald",
+    " iPhone",
+    "A",
+    " B",
+    *case_marks.MARKS,
+]
 TEXTS = st.lists(st.one_of(st.text(CHARACTERS, max_size=12), st.sampled_from(SPECIAL)), max_size=12).map("".join)
 checked = functools.partial(settings, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -480,16 +552,25 @@ def test_a_vocabulary_beyond_uint16_is_refused(tmp_path, monkeypatch, capsys):
 def test_a_model_that_the_trainer_cannot_use_is_refused(tmp_path, lack, capsys):
     path, model = tmp_path / "a.model", io.BytesIO(b"no model")
     if lack == "single space":
-        spm.SentencePieceTrainer.train(sentence_iterator=iter(["\u4e2d\u6587" * 9]), model_writer=model, vocab_size=300,
-                                       model_type="bpe", hard_vocab_limit=False, minloglevel=2, **PLAIN)  # fmt: skip
+        spm.SentencePieceTrainer.train(
+            sentence_iterator=iter(["\u4e2d\u6587" * 9]),
+            model_writer=model,
+            vocab_size=300,
+            model_type="bpe",
+            hard_vocab_limit=False,
+            minloglevel=2,
+            **PLAIN,
+        )
     path.write_bytes(model.getvalue())
     assert run(tmp_path / "out", write_jsonl(tmp_path / "a.jsonl", ["a", "b"]), "--tokenizer", path) == 2
     assert_one_line(capsys, str(path), lack)
 
 
 def test_a_tokenizer_learns_from_short_texts_and_from_such_without_spaces():
-    short, unspaced = (spm.SentencePieceProcessor(model_proto=vocab.train_sentencepiece([text.encode()] * 9, size, ""))
-                       for text, size in (("a b", 262), ("\u4e2d\u6587\u5b57", 265)))  # fmt: skip
+    short, unspaced = (
+        spm.SentencePieceProcessor(model_proto=vocab.train_sentencepiece([text.encode()] * 9, size, ""))
+        for text, size in (("a b", 262), ("\u4e2d\u6587\u5b57", 265))
+    )
     assert short.encode("a b") and unspaced.id_to_piece(unspaced.piece_to_id(MARK)) == MARK
 
 
@@ -587,8 +668,9 @@ def source(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["train:sp300", "train:sp330 --case-marks", "bytes", GPT2, *OWN, *FOREIGN])
-def test_the_manifest_is_true_and_the_trainer_accepts_what_is_made(tmp_path, source, tokenizers, name, capsys, tiny,
-                                                                   monkeypatch, small_batches):  # fmt: skip
+def test_the_manifest_is_true_and_the_trainer_accepts_what_is_made(
+    tmp_path, source, tokenizers, name, capsys, tiny, monkeypatch, small_batches
+):
     """With any tokenizer. Exact, or LOSSY with the number; and the score of one step is over the bytes that the
     manifest states."""
     spec = name.split() if name.startswith("train:") else [getattr(tokenizers[name], "path", name)]
@@ -596,8 +678,13 @@ def test_the_manifest_is_true_and_the_trainer_accepts_what_is_made(tmp_path, sou
     manifest, folder, out = manifest_of(tmp_path / "out"), only_folder(tmp_path / "out"), capsys.readouterr().out
     documents, about = [json.loads(line)["text"] for line in source.open(encoding="utf-8")], manifest["tokenizer"]
     assert str(tmp_path) not in json.dumps(manifest | {"command": ""})
-    assert manifest["corpus"]["files"] == [{"file": "text.jsonl", "bytes": source.stat().st_size,
-                                            "sha256": hashlib.sha256(source.read_bytes()).hexdigest()}]  # fmt: skip
+    assert manifest["corpus"]["files"] == [
+        {
+            "file": "text.jsonl",
+            "bytes": source.stat().st_size,
+            "sha256": hashlib.sha256(source.read_bytes()).hexdigest(),
+        }
+    ]
     for split, members in {"val": documents[:20], "train": documents[20:]}.items():
         entry = check_split(folder, manifest, split, members, about["start"], 4000)
         difference = entry["token_bytes"] - entry["bytes"]

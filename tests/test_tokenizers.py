@@ -67,8 +67,9 @@ def tables(corpus, marked_model):
     return made
 
 
-kinds = pytest.mark.parametrize("kind", ["sentencepiece", "case marks", "bytes",
-                                         pytest.param("gpt2", marks=needs_gpt2)])  # fmt: skip
+kinds = pytest.mark.parametrize(
+    "kind", ["sentencepiece", "case marks", "bytes", pytest.param("gpt2", marks=needs_gpt2)]
+)
 letters = st.one_of(
     st.characters(exclude_categories=["Cs"]),
     st.sampled_from("  \n\t\u2581\u200b\u0000\u007f\U0001f600\U0001f468\u200d\u0301\u6d77\u0628\u0928\u1e9e<|>"),
@@ -127,19 +128,31 @@ def test_whatever_tokens_there_are_they_weigh_what_they_spell(tables, data):
     assert decoded == spelled or b"\xef\xbf\xbd" in decoded
 
 
-@pytest.mark.parametrize("change", [
-    {"user_defined_symbols": list("\ue001\ue002\ue003")}, {"byte_fallback": False}, {"add_dummy_prefix": True},
-    {"remove_extra_whitespaces": True}, {"normalization_rule_name": "nmt_nfkc"},
-    {"user_defined_symbols": [], "required_chars": "".join(case_marks.MARKS)},
-], ids=lambda change: ", ".join(change))  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"user_defined_symbols": list("\ue001\ue002\ue003")},
+        {"byte_fallback": False},
+        {"add_dummy_prefix": True},
+        {"remove_extra_whitespaces": True},
+        {"normalization_rule_name": "nmt_nfkc"},
+        {"user_defined_symbols": [], "required_chars": "".join(case_marks.MARKS)},
+    ],
+    ids=lambda change: ", ".join(change),
+)
 def test_a_model_that_lacks_a_sign_of_case_marks_has_none(tmp_path, change):
     """Three marks, marks that are no symbols, a model that changes text: U+E001 is a letter like others there."""
     import sentencepiece as spm
 
     spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(make_documents(100, seed=1)), model_prefix=str(tmp_path / "tok"), vocab_size=330,
-        hard_vocab_limit=False, num_threads=1, minloglevel=2, **(vocab.MARKS_OPTIONS | change),
-    )  # fmt: skip
+        sentence_iterator=iter(make_documents(100, seed=1)),
+        model_prefix=str(tmp_path / "tok"),
+        vocab_size=330,
+        hard_vocab_limit=False,
+        num_threads=1,
+        minloglevel=2,
+        **(vocab.MARKS_OPTIONS | change),
+    )
     model = (tmp_path / "tok.model").read_bytes()
     table = TokenBytes(str(tmp_path / "tok.model"), spm.SentencePieceProcessor(model_proto=model).vocab_size())
     assert table.weight[table.model.piece_to_id("\ue001")] == 3 and not vocab.SentencePiece(model).case_marks
@@ -305,9 +318,13 @@ class Fixed:
         return np.full(count, self.token, np.uint16)
 
 
-@pytest.mark.parametrize("size, published, verdict", [
-    (1000, 10, "(canonical FineWeb, not proved"), (1000, 11, "(not canonical FineWeb, not proved"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "size, published, verdict",
+    [
+        (1000, 10, "(canonical FineWeb, not proved"),
+        (1000, 11, "(not canonical FineWeb, not proved"),
+    ],
+)
 def test_canonical_fineweb_is_told_by_its_bytes(tables, monkeypatch, size, published, verdict):
     """With 1,024 pieces by the exact bytes of the published targets, otherwise by 151.08 MB in all."""
     table = tables["bytes"]

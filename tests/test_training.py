@@ -154,8 +154,13 @@ def test_a_step_sets_the_scheduled_rates_and_momentum(make_config, build):
 def test_the_loop_passes_the_schedule_of_each_step(tiny, go, monkeypatch):
     given = []
     monkeypatch.setattr(Trainer, "step", lambda self, *args: given.append(args) or torch.tensor(1.0))
-    settings = tiny(ITERATIONS=10, WARMDOWN_FRAC=0.5, MUON_MOMENTUM=0.9, MUON_MOMENTUM_WARMUP_START=0.5,
-                    MUON_MOMENTUM_WARMUP_STEPS=4)  # fmt: skip
+    settings = tiny(
+        ITERATIONS=10,
+        WARMDOWN_FRAC=0.5,
+        MUON_MOMENTUM=0.9,
+        MUON_MOMENTUM_WARMUP_START=0.5,
+        MUON_MOMENTUM_WARMUP_STEPS=4,
+    )
     assert go(settings)[0] == 0
     assert [scale for scale, _ in given] == pytest.approx([1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
     assert [momentum for _, momentum in given] == pytest.approx([0.5, 0.6, 0.7, 0.8, *[0.9] * 6])
@@ -196,12 +201,19 @@ def test_the_speed_is_that_of_the_last_steps(make_config, build, runtime, monkey
     assert trainer.speed() == "tok/s:683" + share.format(achieved / (1e8 * ranks))
 
 
-@pytest.mark.parametrize("name, dtype, tflops", [
-    ("NVIDIA H100 80GB HBM3", torch.bfloat16, 989), ("NVIDIA H100 PCIe", torch.bfloat16, 756),
-    ("NVIDIA L4", torch.bfloat16, 121), ("NVIDIA L40S", torch.bfloat16, 362),
-    ("NVIDIA GeForce RTX 4090", torch.bfloat16, 165), ("NVIDIA A100-SXM4-80GB", torch.bfloat16, 312),
-    ("NVIDIA H100 80GB HBM3", torch.float32, None), ("Tesla T4", torch.bfloat16, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, dtype, tflops",
+    [
+        ("NVIDIA H100 80GB HBM3", torch.bfloat16, 989),
+        ("NVIDIA H100 PCIe", torch.bfloat16, 756),
+        ("NVIDIA L4", torch.bfloat16, 121),
+        ("NVIDIA L40S", torch.bfloat16, 362),
+        ("NVIDIA GeForce RTX 4090", torch.bfloat16, 165),
+        ("NVIDIA A100-SXM4-80GB", torch.bfloat16, 312),
+        ("NVIDIA H100 80GB HBM3", torch.float32, None),
+        ("Tesla T4", torch.bfloat16, None),
+    ],
+)
 def test_the_peak_of_a_gpu_is_told_by_its_name(name, dtype, tflops):
     fake = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, device_name=lambda: name)
     assert kernels.peak_flops(fake) == (tflops and 1e12 * tflops)
@@ -238,19 +250,30 @@ def clock(monkeypatch):
 def read_run(settings, run_id="run"):
     path = Path(settings["LOG_DIR"]) / run_id
     metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    return SimpleNamespace(path=path, log=(path / "train.log").read_text(), metrics=metrics,
-                           result=json.loads((path / "result.json").read_text()))  # fmt: skip
+    return SimpleNamespace(
+        path=path,
+        log=(path / "train.log").read_text(),
+        metrics=metrics,
+        result=json.loads((path / "result.json").read_text()),
+    )
 
 
 def test_a_capped_run_ends_before_its_cap_and_validation_does_not_count(tiny, go, clock):
-    settings = tiny(MAX_WALLCLOCK_SECONDS=10, ITERATIONS=1000, VAL_LOSS_EVERY=2, VAL_TOKENS_LIMIT=100, WARMUP_STEPS=2,
-                    WARMDOWN_FRAC=0.5)  # fmt: skip
+    settings = tiny(
+        MAX_WALLCLOCK_SECONDS=10,
+        ITERATIONS=1000,
+        VAL_LOSS_EVERY=2,
+        VAL_TOKENS_LIMIT=100,
+        WARMUP_STEPS=2,
+        WARMDOWN_FRAC=0.5,
+    )
     assert go(settings)[0] == 0
     run = read_run(settings)
     (line,) = re.findall("^stopping_early: .*", run.log, re.MULTILINE)
     assert line == "stopping_early: wallclock_cap train_time:9000ms step:9/1000"  # a tenth step would end at the limit
-    validations = re.findall(r"^step:(\d+)/1000 val_loss:\S+ val_bpb:\S+ train_time:(\d+)ms step_avg:(\S+)ms (\S+)$",
-                             run.log, re.MULTILINE)  # fmt: skip
+    validations = re.findall(
+        r"^step:(\d+)/1000 val_loss:\S+ val_bpb:\S+ train_time:(\d+)ms step_avg:(\S+)ms (\S+)$", run.log, re.MULTILINE
+    )
     assert [(int(step), int(ms)) for step, ms, _, _ in validations] == [(s, 1000 * s) for s in (0, 2, 4, 6, 8, 9)]
     assert [mean for _, _, mean, _ in validations] == ["0.00", *["1000.00"] * 5]
     assert {label.split("/")[0] for *_, label in validations} == {"partial:100"}
@@ -355,7 +378,11 @@ EXPECTED_LINES = [
     r"train_loader:shards pattern=\S+/data/fineweb_train_\*\.bin tokens:\d+",
     r"val_loader:shards pattern=\S+/data/fineweb_val_\*\.bin tokens:\d+",
     r"attention:blocked by blocked_attention",
-    r"model_params:\d+", r"seed:7", r"world_size:1 grad_accum_steps:1", r"warmup_step:1/2", r"warmup_step:2/2",
+    r"model_params:\d+",
+    r"seed:7",
+    r"world_size:1 grad_accum_steps:1",
+    r"warmup_step:1/2",
+    r"warmup_step:2/2",
     r"start_to_first_step:\d+ms compile:\d+ms",
     rf"step:0/14 val_loss:{LOSS} val_bpb:{BPB} {TIME}",
     *[rf"step:{i}/14 train_loss:{LOSS} {TIME} {SPEED}" for i in (1, 2, 3, 4, 5)],
@@ -364,12 +391,14 @@ EXPECTED_LINES = [
     rf"step:10/14 val_loss:{LOSS} val_bpb:{BPB} {TIME}",
     rf"step:12/14 train_loss:{LOSS} {TIME} {SPEED}",
     rf"step:14/14 val_loss:{LOSS} val_bpb:{BPB} {TIME}",
-    r"Serialized model: \d+ bytes", r"Code size: \d+ bytes", r"Total submission size: \d+ bytes",
+    r"Serialized model: \d+ bytes",
+    r"Code size: \d+ bytes",
+    r"Total submission size: \d+ bytes",
     r"Serialized model int8\+zlib: \d+ bytes \(payload:\d+ raw_torch:\d+ payload_ratio:\d+\.\d\dx\)",
     r"Total submission size int8\+zlib: \d+ bytes",
     rf"final_int8_zlib_roundtrip val_loss:{LOSS} val_bpb:{BPB} eval_time:\d+ms",
     r"final_int8_zlib_roundtrip_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}( .*)?",
-]  # fmt: skip
+]
 
 
 def test_the_log_holds_the_lines_of_the_format_in_order(finished):
@@ -394,8 +423,16 @@ def test_train_log_every_0_logs_no_training_lines_but_keeps_the_metrics(tiny, go
 
 def test_the_run_folder_is_complete(finished):
     files = {path.name for path in finished.path.iterdir()}
-    assert files == {"train.log", "metrics.jsonl", "config.env", "train_gpt.py", "final_model.pt",
-                     "final_model.int8.ptz", "result.json", "checkpoint.pt"}  # fmt: skip
+    assert files == {
+        "train.log",
+        "metrics.jsonl",
+        "config.env",
+        "train_gpt.py",
+        "final_model.pt",
+        "final_model.int8.ptz",
+        "result.json",
+        "checkpoint.pt",
+    }
     assert (finished.path / "train_gpt.py").read_bytes() == (ROOT / "train_gpt.py").read_bytes()
 
 
@@ -417,19 +454,33 @@ def test_metrics_have_one_line_per_step_and_one_per_validation(finished):
 
 def test_the_result_is_complete_and_agrees_with_log_metrics_and_files(finished):
     result, log, last = finished.result, finished.log, finished.metrics[-1]
-    digest = {name: hashlib.sha256((finished.path / name).read_bytes()).hexdigest()
-              for name in ("train_gpt.py", "final_model.int8.ptz")}  # fmt: skip
+    digest = {
+        name: hashlib.sha256((finished.path / name).read_bytes()).hexdigest()
+        for name in ("train_gpt.py", "final_model.int8.ptz")
+    }
     sizes = {path.name: path.stat().st_size for path in finished.path.iterdir()}
     expected = {
-        "run_id": "run", "seed": 7, "steps": 14, "train_tokens": 14 * 256, "world_size": 1, "grad_accum_steps": 1,
-        "partial": False, "eval_stride": 0, "dtype": "torch.float32", "torch": torch.__version__,
-        "pre_quant_val_loss": last["val_loss"], "pre_quant_val_bpb": last["val_bpb"],
-        "sha256_code": digest["train_gpt.py"], "sha256_artifact": digest["final_model.int8.ptz"],
-        "bytes_code": sizes["train_gpt.py"], "bytes_model": sizes["final_model.pt"], "bytes_limit": 16_000_000,
+        "run_id": "run",
+        "seed": 7,
+        "steps": 14,
+        "train_tokens": 14 * 256,
+        "world_size": 1,
+        "grad_accum_steps": 1,
+        "partial": False,
+        "eval_stride": 0,
+        "dtype": "torch.float32",
+        "torch": torch.__version__,
+        "pre_quant_val_loss": last["val_loss"],
+        "pre_quant_val_bpb": last["val_bpb"],
+        "sha256_code": digest["train_gpt.py"],
+        "sha256_artifact": digest["final_model.int8.ptz"],
+        "bytes_code": sizes["train_gpt.py"],
+        "bytes_model": sizes["final_model.pt"],
+        "bytes_limit": 16_000_000,
         "bytes_artifact": sizes["final_model.int8.ptz"],
         "bytes_total": sizes["train_gpt.py"] + sizes["final_model.int8.ptz"],
         "scored_bytes": sum(len(text.encode()) for text in make_documents(30, seed=2)),
-    }  # fmt: skip
+    }
     assert {name: result[name] for name in expected} == expected
     assert result["sources"] == {"train_gpt.py": {"sha256": digest["train_gpt.py"], "bytes": sizes["train_gpt.py"]}}
     assert all(result[name] for name in ("device", "python", "platform", "note"))
@@ -453,8 +504,10 @@ def test_the_score_of_record_is_that_of_the_file(finished, make_config, runtime)
     config = train_gpt.Config.load([], finished.settings)
     artifact = train_gpt.unpack((finished.path / "final_model.int8.ptz").read_bytes())
     scores = []
-    for state in (train_gpt.dequantize(artifact, config),
-                  torch.load(finished.path / "final_model.pt", weights_only=True)):  # fmt: skip
+    for state in (
+        train_gpt.dequantize(artifact, config),
+        torch.load(finished.path / "final_model.pt", weights_only=True),
+    ):
         model, *_ = train_gpt.build_model(config, runtime)
         model.load_state_dict(state)
         assert sum(p.numel() for p in model.parameters()) == finished.result["model_params"]

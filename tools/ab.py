@@ -53,8 +53,9 @@ def measure(folder: Path, run_id: str, resident_mib: float) -> Measured:
     step = steady_step_ms(run)
     device = run.log.last(r"^peak memory allocated: ?(\d+) MiB", float)
     tokens = run.tokens_per_step
-    return Measured(step, 1000 * tokens / step if step and tokens else None, device or resident_mib, run.val_bpb,
-                    run.bytes_total)  # fmt: skip
+    return Measured(
+        step, 1000 * tokens / step if step and tokens else None, device or resident_mib, run.val_bpb, run.bytes_total
+    )
 
 
 def run_once(target: runner.Target, folder: Path, run_id: str, seed: int) -> Measured:
@@ -67,8 +68,10 @@ def run_once(target: runner.Target, folder: Path, run_id: str, seed: int) -> Mea
     process = runner.start(target, {"SEED": str(seed), "RUN_ID": run_id}, folder)
     code, resident = runner.wait(process)
     if code:
-        raise UserError(f"{run_id} ended with exit code {code}: {runner.last_words(folder, run_id)}\n"
-                        f"its output is {folder / run_id}.out; the same command goes on from here")  # fmt: skip
+        raise UserError(
+            f"{run_id} ended with exit code {code}: {runner.last_words(folder, run_id)}\n"
+            f"its output is {folder / run_id}.out; the same command goes on from here"
+        )
     found = measure(folder, run_id, resident)
     kept.write_text(json.dumps(asdict(found)), encoding="utf-8")
     return found
@@ -97,8 +100,10 @@ def open_folder(folder: Path, targets: list[runner.Target], seed: int):
     pinned = folder / "ab.json"
     folder.mkdir(parents=True, exist_ok=True)
     if pinned.is_file() and read_json(pinned) != told:
-        raise UserError(f"{folder} holds pairs of other files or seeds ({', '.join(read_json(pinned))}): choose "
-                        "another --work, or remove it")  # fmt: skip
+        raise UserError(
+            f"{folder} holds pairs of other files or seeds ({', '.join(read_json(pinned))}): choose "
+            "another --work, or remove it"
+        )
     pinned.write_text(json.dumps(told), encoding="utf-8")
 
 
@@ -141,8 +146,10 @@ def compare(arguments: argparse.Namespace) -> dict:
     for number, a, b in run_pairs(targets, folder, arguments.pairs, arguments.warm_up, arguments.seed):
         kept.append((a, b))
         print(describe_pair(number, a, b), flush=True)
-    return {key: ratio(*[[getattr(pair[side], key) for pair in kept] for side in (0, 1)])
-            for key in Measured.__dataclass_fields__}  # fmt: skip
+    return {
+        key: ratio(*[[getattr(pair[side], key) for pair in kept] for side in (0, 1)])
+        for key in Measured.__dataclass_fields__
+    }
 
 
 def at_least(least: int):

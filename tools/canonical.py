@@ -59,8 +59,10 @@ def read_pieces(path: str) -> list[tuple[str, float, int]]:
         model = fields(Path(path).read_bytes())
         pieces = [fields(piece) for piece in model[1]]
         kind = fields(model[2][0]).get(3, [UNIGRAM])[0]
-        found = [(piece[1][0].decode(), *struct.unpack("<f", piece.get(2, [bytes(4)])[0]), piece.get(3, [NORMAL])[0])
-                 for piece in pieces]  # fmt: skip
+        found = [
+            (piece[1][0].decode(), *struct.unpack("<f", piece.get(2, [bytes(4)])[0]), piece.get(3, [NORMAL])[0])
+            for piece in pieces
+        ]
     except (LookupError, ValueError, AttributeError, TypeError, struct.error) as error:
         raise UserError(f"{wanted} is not one ({error!r:.60}): set CANONICAL=0, or another tokenizer") from error
     name = {1: "unigram", 3: "word", 4: "char"}.get(kind, kind)
@@ -161,8 +163,10 @@ class Mask:
     would never write that token there. Its table is on the device, rank 0's everywhere."""
 
     def __init__(self, model, config, runtime):
-        require(type(model).forward is train_gpt.Model.forward,
-                f"CANONICAL=1 does not reach the forward that {type(model).__name__} has of its own: set CANONICAL=0")
+        require(
+            type(model).forward is train_gpt.Model.forward,
+            f"CANONICAL=1 does not reach the forward that {type(model).__name__} has of its own: set CANONICAL=0",
+        )
         table = allowed_pairs(config.tokenizer_path, config.vocab_size) if runtime.is_master else None
         self.bits = torch.from_numpy(runtime.share(table)).to(runtime.device)
         self.shifts = torch.arange(8, dtype=torch.uint8, device=runtime.device)
@@ -185,7 +189,10 @@ def check_text(config, stream) -> str:
             at = int(odd[0])
             example = f"the first after token {start + at}, {texts[before[at]]!r} and {texts[target[at]]!r}"
         excluded += len(odd)
-    require(not excluded, f"CANONICAL=1: {excluded} of {len(stream) - 1} pairs of tokens in {stream.pattern} are "
-            f"none that {config.tokenizer_path} writes, {example}: make the shards with it, or set CANONICAL=0")
+    require(
+        not excluded,
+        f"CANONICAL=1: {excluded} of {len(stream) - 1} pairs of tokens in {stream.pattern} are "
+        f"none that {config.tokenizer_path} writes, {example}: make the shards with it, or set CANONICAL=0",
+    )
     share = 1 - int(np.unpackbits(table).sum()) / config.vocab_size**2
     return f"canonical: {share:.2%} of all pairs of tokens are excluded, none of the {len(stream) - 1} in the text"

@@ -37,8 +37,10 @@ SAMPLED = 2**16  # tokens read at either end of a training shard
 # Knobs of other trainers in this line, which would be ignored in silence.
 ELSEWHERE = {
     "WARMDOWN_ITERS": "set WARMDOWN_FRAC to this over the steps that the run will take",
-    "MUON_WD": "set MUON_WEIGHT_DECAY", "ADAM_WD": "set EMBED_WEIGHT_DECAY and SCALAR_WEIGHT_DECAY",
-    "XSA_LAST_N": "set XSA_LAYERS", "INT8_SCALE_FLOOR": "set CLIP_ATTN, CLIP_MLP and CLIP_EMBED",
+    "MUON_WD": "set MUON_WEIGHT_DECAY",
+    "ADAM_WD": "set EMBED_WEIGHT_DECAY and SCALAR_WEIGHT_DECAY",
+    "XSA_LAST_N": "set XSA_LAYERS",
+    "INT8_SCALE_FLOOR": "set CLIP_ATTN, CLIP_MLP and CLIP_EMBED",
 }
 CPU_TOKENS = 4096  # of the micro-step that a CPU is measured with
 UNPRINTED = r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"  # characters that a line of a file cannot hold
@@ -50,33 +52,47 @@ def check_combinations(config):
     for name, field in config.knobs().items():
         odd = "[\ud800-\udfff]" if name == "SAMPLE_PROMPT" else f"{UNPRINTED}|\".*'|'.*\""
         value = getattr(config, field.name)
-        require(not re.search(odd, str(value)),
-                f"{name}={value!r} holds control characters or both kinds of quotes: use another name")
+        require(
+            not re.search(odd, str(value)),
+            f"{name}={value!r} holds control characters or both kinds of quotes: use another name",
+        )
     require(round(config.mlp_mult * D), f"MLP_MULT={config.mlp_mult} of MODEL_DIM={D} is nothing: raise it")
-    require(config.rope_dims % 2 == 0 and config.rope_dims <= D // H,
-            f"ROPE_DIMS={config.rope_dims}: expected an even number up to the width of a head, {D // H}")
+    require(
+        config.rope_dims % 2 == 0 and config.rope_dims <= D // H,
+        f"ROPE_DIMS={config.rope_dims}: expected an even number up to the width of a head, {D // H}",
+    )
     config.loop_range()
     file, runs = config.model_file, inspect.getfile(type(config))
     require(not file or Path(file).name == Path(runs).name, f"MODEL_FILE={file}, and {runs} was started: choose one")
     require(config.start_token < config.vocab_size, f"START_TOKEN={config.start_token} is outside VOCAB_SIZE")
     require(config.eval_stride <= T, f"EVAL_STRIDE={config.eval_stride} is over TRAIN_SEQ_LEN={T}: lower it")
     micro, free = config.micro_batch_tokens, ("auto", "0")
-    require(re.fullmatch("auto|0|[1-9][0-9]{,14}", micro) and (micro in free or int(micro) >= T),
-            f"MICRO_BATCH_TOKENS={micro}: expected auto, 0 (unlimited) or at least one TRAIN_SEQ_LEN={T}")
-    require(not config.grad_accum_steps or micro in free,
-            "GRAD_ACCUM_STEPS and MICRO_BATCH_TOKENS are both given: unset one, both cut the step")
-    require(not config.fit_size or min(config.clip_attn, config.clip_mlp, config.clip_embed) > 0,
-            "FIT_SIZE=1 scales clips, and CLIP_ATTN, CLIP_MLP or CLIP_EMBED is 0: set each, to about 13")
-    require(config.ema_share == 1 or config.ema_decay, f"EMA_SHARE={config.ema_share} is of an average, and "
-            "EMA_DECAY=0 makes none: set EMA_DECAY, to about 0.99")
+    require(
+        re.fullmatch("auto|0|[1-9][0-9]{,14}", micro) and (micro in free or int(micro) >= T),
+        f"MICRO_BATCH_TOKENS={micro}: expected auto, 0 (unlimited) or at least one TRAIN_SEQ_LEN={T}",
+    )
+    require(
+        not config.grad_accum_steps or micro in free,
+        "GRAD_ACCUM_STEPS and MICRO_BATCH_TOKENS are both given: unset one, both cut the step",
+    )
+    require(
+        not config.fit_size or min(config.clip_attn, config.clip_mlp, config.clip_embed) > 0,
+        "FIT_SIZE=1 scales clips, and CLIP_ATTN, CLIP_MLP or CLIP_EMBED is 0: set each, to about 13",
+    )
+    require(
+        config.ema_share == 1 or config.ema_decay,
+        f"EMA_SHARE={config.ema_share} is of an average, and EMA_DECAY=0 makes none: set EMA_DECAY, to about 0.99",
+    )
 
 
 def knobs_of_model_files() -> dict[str, str]:
     """{knob: the file under records/models/ that adds it}, read from their texts: no code of theirs runs."""
     root = Path(train_gpt.__file__).resolve().parent
-    return {name.upper(): path.relative_to(root).as_posix()
-            for path in sorted((root / "records" / "models").glob("*.py"))
-            for name in re.findall(r"^    (\w+): \w+ = knob\(", path.read_text(encoding="utf-8"), re.MULTILINE)}
+    return {
+        name.upper(): path.relative_to(root).as_posix()
+        for path in sorted((root / "records" / "models").glob("*.py"))
+        for name in re.findall(r"^    (\w+): \w+ = knob\(", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
 
 
 def nearest(name: str, knobs) -> str:
@@ -112,8 +128,10 @@ def meeting(environ, rank: int, world_size: int):
     try:
         yield roll_call
     except (RuntimeError, OSError) as error:
-        raise train_gpt.UserError(f"the ranks cannot meet at MASTER_ADDR:MASTER_PORT={place} ({error!s:.150}): choose "
-                                  "a free port, or set GLOO_SOCKET_IFNAME to the host's network interface") from error
+        raise train_gpt.UserError(
+            f"the ranks cannot meet at MASTER_ADDR:MASTER_PORT={place} ({error!s:.150}): choose "
+            "a free port, or set GLOO_SOCKET_IFNAME to the host's network interface"
+        ) from error
     finally:
         alarm.cancel()
 
@@ -133,11 +151,19 @@ def schedule(config) -> str:
 
 def versions(config, runtime) -> dict:
     nccl = {name: text for name, text in os.environ.items() if name.startswith("NCCL_")}
-    return {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
-            "numpy": np.__version__, "platform": platform.platform(), "device": runtime.device_name(),
-            "device_type": runtime.device.type, "dtype": str(runtime.dtype).removeprefix("torch."),
-            "ranks": int(runtime.sum([1.0])[0]), "target_ranks": config.target_world_size or runtime.world_size,
-            "nccl_environment": nccl}
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+        "device": runtime.device_name(),
+        "device_type": runtime.device.type,
+        "dtype": str(runtime.dtype).removeprefix("torch."),
+        "ranks": int(runtime.sum([1.0])[0]),
+        "target_ranks": config.target_world_size or runtime.world_size,
+        "nccl_environment": nccl,
+    }
 
 
 def host_name(config, runtime) -> dict:
@@ -147,8 +173,10 @@ def host_name(config, runtime) -> dict:
         try:
             socket.gethostbyname(name)
         except OSError as error:
-            raise OSError(f"the name of this host, {name}, does not resolve ({error}): set GLOO_SOCKET_IFNAME to the "
-                          "network interface on which the ranks are to meet") from error
+            raise OSError(
+                f"the name of this host, {name}, does not resolve ({error}): set GLOO_SOCKET_IFNAME to the "
+                "network interface on which the ranks are to meet"
+            ) from error
     return {}
 
 
@@ -158,8 +186,11 @@ def training_data(config) -> dict:
     for end, shard in zip(stream.ends.tolist(), stream.shards, strict=True):
         for start in {end - len(shard), max(end - len(shard), end - SAMPLED)}:
             sampled += len(stream.read(start, min(SAMPLED, end - start)))
-    return {"train_shards": len(stream.shards), "train_tokens": len(stream),
-            "train_tokens_checked": f"{min(sampled, len(stream))} of {len(stream)}, at both ends of each shard"}
+    return {
+        "train_shards": len(stream.shards),
+        "train_tokens": len(stream),
+        "train_tokens_checked": f"{min(sampled, len(stream))} of {len(stream)}, at both ends of each shard",
+    }
 
 
 def validation_data(config, folder) -> dict:
@@ -251,34 +282,52 @@ def model_and_step(config, runtime, problems: list[str], log) -> dict:
     estimate = copies * sum(p.nbytes for p in model.parameters()) + activation_bytes(model, tokens[:1]) * (micro // T)
     memory = device_memory(runtime.device) if here else None
     facts = {
-        "model_params": params, "kernels": kernels.replace("\n", "; "), "seconds_per_token": per_token,
+        "model_params": params,
+        "kernels": kernels.replace("\n", "; "),
+        "seconds_per_token": per_token,
         "micro_step": f"{rows} sequences of {T} tokens, {'eager' if chosen is model else 'compiled'}: runs",
-        "tokens_per_step": config.train_batch_tokens, "grad_accum_steps": accum_steps, "micro_batch_tokens": micro,
-        "memory_estimate_mib": estimate >> 20, "memory_mib": memory and memory >> 20, "schedule": schedule(config),
-        "bytes_artifact_projected": projected, "bytes_code": code, "bytes_total_projected": projected + code,
+        "tokens_per_step": config.train_batch_tokens,
+        "grad_accum_steps": accum_steps,
+        "micro_batch_tokens": micro,
+        "memory_estimate_mib": estimate >> 20,
+        "memory_mib": memory and memory >> 20,
+        "schedule": schedule(config),
+        "bytes_artifact_projected": projected,
+        "bytes_code": code,
+        "bytes_total_projected": projected + code,
         "bytes_limit": config.size_limit,
     }
     if projected + code > config.size_limit and not config.fit_size:
-        problems.append(f"{params} parameters take about {projected} bytes as {train_gpt.artifact_names(config)[1]}, "
-                        f"{projected + code} with the code, over {config.size_limit}: lower MODEL_DIM, NUM_LAYERS, "
-                        "MLP_MULT or VOCAB_SIZE, or set CODEC=rans and fewer WEIGHT_BITS")
+        problems.append(
+            f"{params} parameters take about {projected} bytes as {train_gpt.artifact_names(config)[1]}, "
+            f"{projected + code} with the code, over {config.size_limit}: lower MODEL_DIM, NUM_LAYERS, "
+            "MLP_MULT or VOCAB_SIZE, or set CODEC=rans and fewer WEIGHT_BITS"
+        )
     if memory and estimate > memory:
-        problems.append(f"a micro-step of {micro} tokens needs about {estimate >> 20} MiB, the device has "
-                        f"{memory >> 20}: set a lower MICRO_BATCH_TOKENS")
+        problems.append(
+            f"a micro-step of {micro} tokens needs about {estimate >> 20} MiB, the device has "
+            f"{memory >> 20}: set a lower MICRO_BATCH_TOKENS"
+        )
     if kind == runtime.device.type and runtime.world_size == ranks:
         step, clock = per_token * config.train_batch_tokens / ranks, config.max_wallclock_seconds or math.inf
         count = int(min(config.iterations, clock / step))
-        facts |= {"seconds_per_step": step, "ms_per_step": round(1000 * step, 1), "steps_in_budget": count,
-                  "tokens_in_budget": count * config.train_batch_tokens, "step_time_rests_on":
-                  "micro-steps that ran here, forward and backward: without optimizers and reductions"}
+        facts |= {
+            "seconds_per_step": step,
+            "ms_per_step": round(1000 * step, 1),
+            "steps_in_budget": count,
+            "tokens_in_budget": count * config.train_batch_tokens,
+            "step_time_rests_on": "micro-steps that ran here, forward and backward: without optimizers and reductions",
+        }
     elif steptime := train_gpt.tool("steptime", "the time of a step elsewhere is not predicted", log):
         facts |= steptime.predict(config, model, ranks)
     else:
         facts |= {"seconds_per_step": None, "steps_in_budget": f"unknown: no {ranks} ranks of {kind} to measure on"}
     step = facts["seconds_per_step"] or 0.0
     if step > (config.max_wallclock_seconds or math.inf):
-        problems.append(f"one step takes about {step:.0f} s, the clock is {config.max_wallclock_seconds:.0f} s: lower "
-                        "TRAIN_BATCH_TOKENS or raise MAX_WALLCLOCK_SECONDS")
+        problems.append(
+            f"one step takes about {step:.0f} s, the clock is {config.max_wallclock_seconds:.0f} s: lower "
+            "TRAIN_BATCH_TOKENS or raise MAX_WALLCLOCK_SECONDS"
+        )
     return facts
 
 
@@ -311,8 +360,10 @@ def typo_warnings(environ, knobs) -> list[str]:
     for srun, which starts as many single runs where torchrun should start ranks."""
     warnings, tasks, others = [], environ.get("SLURM_NTASKS", "1"), knobs_of_model_files()
     if tasks.isdecimal() and int(tasks) > 1 and "WORLD_SIZE" not in environ:
-        warnings.append(f"warning: SLURM_NTASKS={tasks} and WORLD_SIZE is not set: srun started {tasks} single runs: "
-                        "start torchrun once per node")
+        warnings.append(
+            f"warning: SLURM_NTASKS={tasks} and WORLD_SIZE is not set: srun started {tasks} single runs: "
+            "start torchrun once per node"
+        )
     for name in sorted(name for name in environ.keys() - knobs.keys() if name.isprintable()):
         # A wrong letter of n leaves 1 - 1/n of a name.
         close = difflib.get_close_matches(name.upper(), knobs, 1, min(0.85, 1 - 1 / max(len(name), 4)))
@@ -329,9 +380,13 @@ def main(config, folder, argv: list[str]) -> int:
     for warning in typo_warnings(os.environ, config.knobs()):
         folder.log(warning)
     facts = versions(config, runtime)
-    parts = (lambda: host_name(config, runtime), lambda: training_data(config), lambda: validation_data(config, folder),
-             lambda: model_and_step(config, runtime, problems, folder.log),
-             lambda: disk(config, facts.get("model_params", 0)))
+    parts = (
+        lambda: host_name(config, runtime),
+        lambda: training_data(config),
+        lambda: validation_data(config, folder),
+        lambda: model_and_step(config, runtime, problems, folder.log),
+        lambda: disk(config, facts.get("model_params", 0)),
+    )
     for part in parts:
         try:
             facts |= part()

@@ -64,8 +64,10 @@ def read_checkpoint(file: Path | bytes, source, config, facts: dict[str, str]) -
 
     Of a path the tensors stay in the file, mapped, until they are copied to where they belong."""
     knobs = config.knobs()
-    require(matches_checksum(file),
-            f"{source} is damaged: it does not match its checksum: resume from another, or remove it to start again")
+    require(
+        matches_checksum(file),
+        f"{source} is damaged: it does not match its checksum: resume from another, or remove it to start again",
+    )
     read = train_gpt.tool("evaluate")
     with read.reading(source):
         state, differences = read.load_tensors(file, source), []
@@ -77,8 +79,11 @@ def read_checkpoint(file: Path | bytes, source, config, facts: dict[str, str]) -
             longer = name in LENGTH_KNOBS and (float(new) or math.inf) >= (float(old) or math.inf)
             if old != new and not longer and not (name in knobs and knobs[name].metadata["free"]):
                 differences.append(f"{name} was {old}, is {new}")
-        require(config.resume_force or not differences, f"{source} is of another run: {'; '.join(differences)}: change "
-                "that back, set RESUME_FORCE=1 to go on all the same, or choose another RUN_ID for a new run")
+        require(
+            config.resume_force or not differences,
+            f"{source} is of another run: {'; '.join(differences)}: change "
+            "that back, set RESUME_FORCE=1 to go on all the same, or choose another RUN_ID for a new run",
+        )
         return state, differences
 
 
@@ -196,7 +201,8 @@ class Checkpoints(train_gpt.Hooks):
         self.facts = {name: hashlib.sha256(data).hexdigest()[:16] for name, data in sources.items()}
         self.facts["training data"] = f"{len(stream)} tokens {hashlib.sha256(text).hexdigest()[:16]}"
         self.found, self.differences = (
-            read_checkpoint(file, self.source, config, self.facts) if self.source else (None, []))
+            read_checkpoint(file, self.source, config, self.facts) if self.source else (None, [])
+        )
 
     def wants_checkpoint(self, trainer) -> bool:
         """Rank 0 every CHECKPOINT_EVERY_SECONDS, but not shortly before the end, which has its own; any rank when a
@@ -237,14 +243,24 @@ class Checkpoints(train_gpt.Hooks):
         if not trainer.runtime.is_master:
             return None
         model, average = to_host(trainer.model.state_dict(), copy), to_host(trainer.average, copy)
-        require(math.isfinite(sum(float(tensor.sum()) for tensor in model.values())), f"step {trainer.steps}: "
-                       "weights are not finite: the last good checkpoint stays: lower the learning rates")
-        return {"format": CHECKPOINT_FORMAT, "knobs": self.config.texts() | self.facts, "model": model,
-                "average": average,
-                "optimizer": {name: values for rank in ranks for name, values in rank["optimizer"].items()},
-                "rng": [rank["rng"] for rank in ranks], "position": trainer.loader.position, "steps": trainer.steps,
-                "train_seconds": trainer.watch.elapsed("training"), "finished": trainer.finished,
-                "resumed_at": self.resumed_at, "recent": list(trainer.recent)}
+        require(
+            math.isfinite(sum(float(tensor.sum()) for tensor in model.values())),
+            f"step {trainer.steps}: weights are not finite: the last good checkpoint stays: lower the learning rates",
+        )
+        return {
+            "format": CHECKPOINT_FORMAT,
+            "knobs": self.config.texts() | self.facts,
+            "model": model,
+            "average": average,
+            "optimizer": {name: values for rank in ranks for name, values in rank["optimizer"].items()},
+            "rng": [rank["rng"] for rank in ranks],
+            "position": trainer.loader.position,
+            "steps": trainer.steps,
+            "train_seconds": trainer.watch.elapsed("training"),
+            "finished": trainer.finished,
+            "resumed_at": self.resumed_at,
+            "recent": list(trainer.recent),
+        }
 
     def before_warm_up(self, trainer):
         """Fit the micro-batch to the memory, and go on from the checkpoint that was found, if any."""
@@ -253,8 +269,10 @@ class Checkpoints(train_gpt.Hooks):
         if self.found:
             with train_gpt.tool("evaluate").reading(self.source):
                 self.put_back(trainer, self.found)
-            self.folder.log(f"resumed: step:{trainer.steps} from {self.source} train_time:{1000 * self.saved_at:.0f}ms"
-                            f"{' finished' if trainer.finished else ''}{'; '.join(['', *self.differences])}")
+            self.folder.log(
+                f"resumed: step:{trainer.steps} from {self.source} train_time:{1000 * self.saved_at:.0f}ms"
+                f"{' finished' if trainer.finished else ''}{'; '.join(['', *self.differences])}"
+            )
             self.found = None  # its memory is needed
 
     def put_back(self, trainer, state: dict):
@@ -264,8 +282,10 @@ class Checkpoints(train_gpt.Hooks):
         trainer.model.load_state_dict(state["model"])
         # A run that had no average, and goes on with one by force, begins it with the weights as they are.
         values = state["average"]
-        require(type(values) is list and all(isinstance(value, torch.Tensor) for value in values),
-                       "its average is no list of tensors")
+        require(
+            type(values) is list and all(isinstance(value, torch.Tensor) for value in values),
+            "its average is no list of tensors",
+        )
         values = values or [p.detach() for p in trainer.model.parameters()]
         for tensor, value in zip(trainer.average, values, strict=bool(trainer.average)):
             require(tensor.shape == value.shape, "its average is of another model")
@@ -293,13 +313,19 @@ class Checkpoints(train_gpt.Hooks):
         keys = {train_gpt.Muon: {"momentum_buffer"}, torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}}
         values, ours = state["optimizer"].get(name, {}), type(optimizer) in keys
         complete = values.keys() == keys.get(type(optimizer), values.keys())
-        shapes = all(value.shape == (() if key == "step" else p.shape) if isinstance(value, torch.Tensor) else not ours
-                     for key, value in values.items())
+        shapes = all(
+            value.shape == (() if key == "step" else p.shape) if isinstance(value, torch.Tensor) else not ours
+            for key, value in values.items()
+        )
         unused = not values and not (state["steps"] and p.requires_grad and ours)
         require(unused or values and complete and shapes, f"wrong or no state of {name}")
         if values:
-            optimizer.state[p] = {key: value.to(p.device, torch.float32 if key == "step" else p.dtype)
-                                  if isinstance(value, torch.Tensor) else value for key, value in values.items()}
+            optimizer.state[p] = {
+                key: value.to(p.device, torch.float32 if key == "step" else p.dtype)
+                if isinstance(value, torch.Tensor)
+                else value
+                for key, value in values.items()
+            }
 
 
 def to_host(tree, copy: bool):
@@ -338,10 +364,15 @@ def fit_memory(trainer):
         if not trainer.runtime.sum([lacking])[0]:
             return
         torch._dynamo.reset()  # each size is one more graph, and there may only be so many
-        require(auto and tokens > T, f"out of memory with micro-steps of {tokens} tokens: use "
-                       "MICRO_BATCH_TOKENS=auto without GRAD_ACCUM_STEPS, or a smaller model")
+        require(
+            auto and tokens > T,
+            f"out of memory with micro-steps of {tokens} tokens: use "
+            "MICRO_BATCH_TOKENS=auto without GRAD_ACCUM_STEPS, or a smaller model",
+        )
         trainer.config = replace(trainer.config, micro_batch_tokens=str(max(T, tokens // 2)))
         ranks, device_type = trainer.runtime.world_size, trainer.runtime.device.type
         loader.accum_steps = trainer.config.accumulation_steps(ranks, device_type)
-        trainer.folder.log(f"micro_batch: {tokens} tokens per rank do not fit the memory: trying "
-                           f"{loader.share // loader.accum_steps}, grad_accum_steps:{loader.accum_steps}")
+        trainer.folder.log(
+            f"micro_batch: {tokens} tokens per rank do not fit the memory: trying "
+            f"{loader.share // loader.accum_steps}, grad_accum_steps:{loader.accum_steps}"
+        )

@@ -54,8 +54,10 @@ def calibration_seconds(trainer) -> float:
         trainer.runtime.synchronize()
         seconds = 1.5 * trainer.calibration * (trainer.watch.elapsed("compile") - began)
     config = trainer.config
-    require(seconds < (config.max_wallclock_seconds or math.inf), f"GPTQ_BATCHES={config.gptq_batches} takes "
-            f"{seconds:.0f} s, the whole clock: use fewer")
+    require(
+        seconds < (config.max_wallclock_seconds or math.inf),
+        f"GPTQ_BATCHES={config.gptq_batches} takes {seconds:.0f} s, the whole clock: use fewer",
+    )
     return seconds
 
 
@@ -145,8 +147,12 @@ def rans_pack(artifact: dict, config: Config) -> dict:
         counts[kind] += np.bincount(symbols, minlength=256)
     tables = np.stack([rans_frequencies(row) for row in counts])
     stream = torch.from_numpy(rans_encode(groups, tables[kinds]).view(np.uint8))
-    return artifact | {"__quant_format__": RANS_FORMAT, "quantized": {name: [*q.shape] for name, q in tensors.items()},
-                       "stream": stream, "tables": torch.from_numpy(tables.astype(np.int16))}
+    return artifact | {
+        "__quant_format__": RANS_FORMAT,
+        "quantized": {name: [*q.shape] for name, q in tensors.items()},
+        "stream": stream,
+        "tables": torch.from_numpy(tables.astype(np.int16)),
+    }
 
 
 def rans_unpack(artifact: dict, config: Config) -> dict:
@@ -154,8 +160,10 @@ def rans_unpack(artifact: dict, config: Config) -> dict:
     shapes, words = artifact["quantized"], artifact["stream"].numpy().view("<u2")
     tables = artifact["tables"].numpy()[rans_tables(shapes, config)]
     groups = rans_decode(words, [math.prod(shape) for shape in shapes.values()], tables)
-    values = {name: torch.from_numpy(q.view(np.int8)).view(shape)
-              for (name, shape), q in zip(shapes.items(), groups, strict=True)}
+    values = {
+        name: torch.from_numpy(q.view(np.int8)).view(shape)
+        for (name, shape), q in zip(shapes.items(), groups, strict=True)
+    }
     return artifact | {"__quant_format__": INT8_FORMAT, "quantized": values}
 
 

@@ -126,17 +126,32 @@ def fused_attention(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor) -> Tensor:
 
 @torch.library.custom_op("train_gpt_cpu::cross_entropy", mutates_args=())
 def cross_entropy(
-    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, softcap: float, gradient: bool,
-    bits_VW: Tensor | None = None, before_N: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    softcap: float,
+    gradient: bool,
+    bits_VW: Tensor | None = None,
+    before_N: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Losses [N] in nats of the softcapped logits x W^T; their derivative by the logits before the cap, [N, V] like x,
     if it is asked for. With bits [V, V / 8] only those tokens get a probability whose bit is 1 in the row of the token
     before: a target without has a loss of infinity, and a derivative that is to be multiplied by 0."""
     z = x_ND @ weight_VD.mT
     losses = z.new_empty(len(z), dtype=torch.float32)
     bits, before = (x if x is None else x.contiguous() for x in (bits_VW, before_N))
-    call("softcapped_cross_entropy", z.dtype, z, targets_N.contiguous(), losses, *map(ctypes.c_int64, z.shape),
-         ctypes.c_float(softcap), ctypes.c_int(gradient), bits, before)  # fmt: skip
+    call(
+        "softcapped_cross_entropy",
+        z.dtype,
+        z,
+        targets_N.contiguous(),
+        losses,
+        *map(ctypes.c_int64, z.shape),
+        ctypes.c_float(softcap),
+        ctypes.c_int(gradient),
+        bits,
+        before,
+    )
     return losses, z if gradient else z.new_empty(0, 0)
 
 

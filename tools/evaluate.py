@@ -28,8 +28,12 @@ from train_gpt import INT8_FORMAT, RANS_FORMAT, TENSOR_CLASSES, UserError, requi
 
 UNPACKED_LIMIT = 2**30  # bytes that an artifact may unpack to: far more than any within SIZE_LIMIT needs
 SHAPE_KNOBS = ("VOCAB_SIZE", "NUM_LAYERS", "MODEL_DIM", "NUM_HEADS", "NUM_KV_HEADS", "MLP_MULT", "TIE_EMBEDDINGS")
-SWITCHES = {"X0_MIX": "blocks.0.resid_mix", "ATTN_GATE": "blocks.0.attn.gate", "GATED_SKIPS": "skip_gates",
-            "SMEAR_GATE": "smear"}  # whose tensors are there or not  # fmt: skip
+SWITCHES = {
+    "X0_MIX": "blocks.0.resid_mix",
+    "ATTN_GATE": "blocks.0.attn.gate",
+    "GATED_SKIPS": "skip_gates",
+    "SMEAR_GATE": "smear",
+}  # whose tensors are there or not
 
 
 @contextlib.contextmanager
@@ -40,8 +44,9 @@ def reading(source):
     except Exception as error:  # zlib, zip, pickle and torch each raise their own
         if isinstance(error, UserError) and str(source) in str(error):
             raise
-        raise UserError(f"{source} is damaged or of another format ({error!r:.120}): "
-                        "use another file, or make it again") from error  # fmt: skip
+        raise UserError(
+            f"{source} is damaged or of another format ({error!r:.120}): use another file, or make it again"
+        ) from error
 
 
 def load_tensors(file: Path | bytes, source) -> dict:
@@ -52,8 +57,9 @@ def load_tensors(file: Path | bytes, source) -> dict:
         size = file.stat().st_size if mapped else len(file)
         entries = zipfile.ZipFile(file if mapped else io.BytesIO(file)).infolist()
         require(sum(entry.file_size for entry in entries) <= size, f"{source} unpacks to more than it holds")
-        value = torch.load(file if mapped else io.BytesIO(file), map_location="cpu", weights_only=True,
-                           mmap=True if mapped else None)
+        value = torch.load(
+            file if mapped else io.BytesIO(file), map_location="cpu", weights_only=True, mmap=True if mapped else None
+        )
         require(isinstance(value, dict), f"{source} holds a {type(value).__name__}, no dictionary")
         return value
 
@@ -65,11 +71,15 @@ def unpack(blob: bytes, source) -> dict:
         packed = inflater.decompress(blob, UNPACKED_LIMIT)
         require(inflater.eof, f"{source} is cut short, or unpacks to over {UNPACKED_LIMIT} bytes: get it again")
         artifact, checksum = load_tensors(packed, source), inflater.unused_data
-        require(artifact.get("__quant_format__") in (INT8_FORMAT, RANS_FORMAT),
-                f"{source} is no artifact of format {INT8_FORMAT} or {RANS_FORMAT}")
-        require(checksum == hashlib.sha256(blob[: len(blob) - len(checksum)]).digest()
-                or ("config" not in artifact and not checksum),  # a foreign file has none
-                f"{source} is damaged: it does not match its checksum: get it again")
+        require(
+            artifact.get("__quant_format__") in (INT8_FORMAT, RANS_FORMAT),
+            f"{source} is no artifact of format {INT8_FORMAT} or {RANS_FORMAT}",
+        )
+        require(
+            checksum == hashlib.sha256(blob[: len(blob) - len(checksum)]).digest()
+            or ("config" not in artifact and not checksum),  # a foreign file has none
+            f"{source} is damaged: it does not match its checksum: get it again",
+        )
         return artifact
 
 
@@ -78,16 +88,26 @@ def dequantize(artifact: dict, config) -> dict[str, torch.Tensor]:
     if artifact["__quant_format__"] == RANS_FORMAT:
         shapes, tables, stream = (artifact[part] for part in ("quantized", "tables", "stream"))
         sizes = [math.prod(map(int, shape)) for shape in shapes.values()]
-        require(tables.is_contiguous() and stream.is_contiguous() and tables.dtype == torch.int16
-                and tables.shape == (len(TENSOR_CLASSES), 256) and (tables >= 0).all()
-                and (tables.sum(1) == 2**14).all(), "its tables and its stream do not fit")
-        require(len(sizes) <= 2**14 and min(sizes, default=1) > 0 and 4 * sum(sizes) <= UNPACKED_LIMIT,
-                "its shapes are too large")
+        require(
+            tables.is_contiguous()
+            and stream.is_contiguous()
+            and tables.dtype == torch.int16
+            and tables.shape == (len(TENSOR_CLASSES), 256)
+            and (tables >= 0).all()
+            and (tables.sum(1) == 2**14).all(),
+            "its tables and its stream do not fit",
+        )
+        require(
+            len(sizes) <= 2**14 and min(sizes, default=1) > 0 and 4 * sum(sizes) <= UNPACKED_LIMIT,
+            "its shapes are too large",
+        )
         artifact = train_gpt.tool("compress").rans_unpack(artifact, config)
     tensors = [tensor for part in ("quantized", "scales", "passthrough") for tensor in artifact[part].values()]
-    require(all(tensor.is_contiguous() for tensor in tensors)
-            and sum(tensor.nbytes for tensor in tensors) <= UNPACKED_LIMIT,
-            "its tensors are larger than its data")  # by stride 0, or by many of one storage
+    require(
+        all(tensor.is_contiguous() for tensor in tensors)
+        and sum(tensor.nbytes for tensor in tensors) <= UNPACKED_LIMIT,
+        "its tensors are larger than its data",
+    )  # by stride 0, or by many of one storage
     return train_gpt.dequantize(artifact, config)
 
 
@@ -117,11 +137,15 @@ def config_class_of(file: str) -> type:
     here = Path(train_gpt.__file__).resolve().parent
     places = (Path(file), here / file, here / Path(file).name)  # the last: in a run folder
     path = next((path.resolve() for path in places if path.is_file()), None)
-    require(path, f"MODEL_FILE={file}: it is neither there nor {places[1]}: expected one such as "
-            "records/models/frontier.py")  # fmt: skip
+    require(
+        path, f"MODEL_FILE={file}: it is neither there nor {places[1]}: expected one such as records/models/frontier.py"
+    )
     module = load_model_file(path, "of MODEL_FILE")
-    found = [value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__
-             and issubclass(value, train_gpt.Config)]  # fmt: skip
+    found = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and value.__module__ == module.__name__ and issubclass(value, train_gpt.Config)
+    ]
     require(found, f"MODEL_FILE={file} defines no subclass of train_gpt.Config: expected one with its model and knobs")
     return found[-1]
 
@@ -168,8 +192,11 @@ def read_model(blob: bytes, source, config_class=None) -> tuple[dict[str, torch.
         require(not unknown, f"its tensors or this script contradict its config: {', '.join(unknown)}")
         state = load_tensors(blob, source) if is_state_dict else dequantize(artifact, config_class)
         own = config_class.model_class() is train_gpt.GPT  # in which nothing but fractions has a place
-        odd = [name for name, t in state.items()
-               if not (t.is_contiguous() and (t.isfinite().all() if t.is_floating_point() else not own))]
+        odd = [
+            name
+            for name, t in state.items()
+            if not (t.is_contiguous() and (t.isfinite().all() if t.is_floating_point() else not own))
+        ]
         require(not odd, f"{', '.join(odd[:3])}: not finite numbers, or larger than the data")
         if own:
             shape = shape_of(state)
@@ -197,8 +224,10 @@ def open_model(config, folder, argv: list[str]):
     require(not odd, f"{config.artifact} and the knobs disagree on {', '.join(odd[:3])}: unset what sets the shape")
     model, compiled_model, note = train_gpt.build_model(config, runtime)
     model.load_state_dict(state)
-    folder.log(f"{note}\nartifact:{config.artifact} bytes:{len(blob)} "
-               f"sha256:{hashlib.sha256(blob).hexdigest()}\n{' '.join(f'{name}={told[name]}' for name in told)}")
+    folder.log(
+        f"{note}\nartifact:{config.artifact} bytes:{len(blob)} "
+        f"sha256:{hashlib.sha256(blob).hexdigest()}\n{' '.join(f'{name}={told[name]}' for name in told)}"
+    )
     for name, path in train_gpt.source_paths(config).items():
         if name != "train_gpt.py":
             folder.log(f"source:{path} sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}")

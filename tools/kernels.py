@@ -20,8 +20,19 @@ from train_gpt import GPT, Linear, Model, UserError, at_least_fp32, grouped_atte
 cpu_kernels = tool("cpu_kernels", "attention, loss and Muon are torch's", log=str)
 
 # What a GPU's bf16 products reach at most, dense, in TFLOP/s, by a part of its name (NVIDIA's data sheets).
-PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "B200": 2250, "A100": 312, "L40S": 362,
-               "L4": 121, "RTX 5090": 209, "RTX 4090": 165, "RTX 3090": 71}  # fmt: skip
+PEAK_TFLOPS = {
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "B200": 2250,
+    "A100": 312,
+    "L40S": 362,
+    "L4": 121,
+    "RTX 5090": 209,
+    "RTX 4090": 165,
+    "RTX 3090": 71,
+}
 
 
 # What torch.compile is told beyond its defaults, by COMPILE. Only a product that is a Triton template can take the
@@ -201,8 +212,11 @@ def choose_attention(config, runtime, compiled: bool, seconds_of=time_attention)
     d = config.model_dim // config.num_heads
     fused = bool(kind == "cpu" and cpu_kernels and cpu_kernels.takes_attention(T, d, runtime.dtype))
     order = f"fused {order}" if fused else order
-    require(fused or asked != "fused", "ATTENTION=fused wants a CPU, float32 or AVX-512 that multiplies bfloat16, "
-            f"TRAIN_SEQ_LEN={T} in whole 64 up to 2,048 and heads of even width, not {d}: use ATTENTION=auto")
+    require(
+        fused or asked != "fused",
+        "ATTENTION=fused wants a CPU, float32 or AVX-512 that multiplies bfloat16, "
+        f"TRAIN_SEQ_LEN={T} in whole 64 up to 2,048 and heads of even width, not {d}: use ATTENTION=auto",
+    )
     timed, times = asked == "fastest", ""
     for name in order.split() if timed or asked == "auto" else [asked]:
         if found and (not timed or name == "math"):  # which is never the fastest, and keeps all scores
@@ -213,14 +227,19 @@ def choose_attention(config, runtime, compiled: bool, seconds_of=time_attention)
             found[name] = attend, seconds
     if timed:
         found, times = fastest_first(found, config, runtime)
-    require(found, f"ATTENTION={asked} does not run on {runtime.device}: use ATTENTION=auto, or a smaller MODEL_DIM or "
-            f"TRAIN_SEQ_LEN{failed}")
+    require(
+        found,
+        f"ATTENTION={asked} does not run on {runtime.device}: use ATTENTION=auto, or a smaller MODEL_DIM or "
+        f"TRAIN_SEQ_LEN{failed}",
+    )
     name, (attend, _) = next(iter(found.items()))
     pin_attention(name)
     note = f"attention:{name} by {attend.__name__}{times}{failed}"
     if major == 9 and asked in ("auto", "fastest") and not {"flash3", "cudnn"} & found.keys():
-        note += (f"\nwarning: attention by {name}, since neither FlashAttention 3 nor cuDNN works: public runs lost 10 "
-                 "to 20 ms a step on H100s by that: install flash_attn_interface, or a torch with cuDNN 9")
+        note += (
+            f"\nwarning: attention by {name}, since neither FlashAttention 3 nor cuDNN works: public runs lost 10 "
+            "to 20 ms a step on H100s by that: install flash_attn_interface, or a torch with cuDNN 9"
+        )
     return attend, note
 
 
@@ -274,8 +293,10 @@ def choose(config, runtime):
     try:
         torch.ones(8, device=device).sum().item()
     except RuntimeError as error:  # a card that this build of torch has no kernels for
-        raise UserError(f"DEVICE={device}: torch {torch.__version__} cannot use {name} ({error!s:.120}): "
-                        "install a torch that is built for it, or use DEVICE=cpu") from error
+        raise UserError(
+            f"DEVICE={device}: torch {torch.__version__} cannot use {name} ({error!s:.120}): "
+            "install a torch that is built for it, or use DEVICE=cpu"
+        ) from error
     if device.type == "cpu":
         keep_memory()
     compiled, compile_note = choose_compile(config, runtime)

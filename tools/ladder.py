@@ -15,8 +15,23 @@ from statistics import fmean, median
 ROOT = Path(__file__).resolve().parents[1]
 COLOURS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"]  # Okabe and Ito 2008
 # Of result.json, what logs/ keeps.
-KEPT = ("seed", "steps", "model_params", "train_tokens", "val_loss", "val_bpb", "pre_quant_val_loss", "partial",
-        "scored_tokens", "step_avg_ms", "device", "dtype", "torch", "note", "sha256_code")  # fmt: skip
+KEPT = (
+    "seed",
+    "steps",
+    "model_params",
+    "train_tokens",
+    "val_loss",
+    "val_bpb",
+    "pre_quant_val_loss",
+    "partial",
+    "scored_tokens",
+    "step_avg_ms",
+    "device",
+    "dtype",
+    "torch",
+    "note",
+    "sha256_code",
+)
 
 
 def choose(argv: list[str], rungs, *others: str) -> list[str]:

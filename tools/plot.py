@@ -27,11 +27,22 @@ except ModuleNotFoundError as missing:
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", "-.", ":")
-STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
-         "svg.hashsalt": "train_gpt", "svg.fonttype": "none", "figure.constrained_layout.use": True}  # fmt: skip
+STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "svg.hashsalt": "train_gpt",
+    "svg.fonttype": "none",
+    "figure.constrained_layout.use": True,
+}
 AXES = {"steps": "steps", "tokens": "training tokens (millions)", "seconds": "training time (s)"}
-ROWS = {"train_loss": "train_loss (nats per token)", "val_bpb": "val_bpb (bits per byte)",
-        "lr_scale": "learning rate (share of the full)"}  # fmt: skip
+ROWS = {
+    "train_loss": "train_loss (nats per token)",
+    "val_bpb": "val_bpb (bits per byte)",
+    "lr_scale": "learning rate (share of the full)",
+}
 SMOOTH = 0.02  # of a run: the running mean of its noisy train_loss
 
 
@@ -72,9 +83,15 @@ def draw_group(axes: np.ndarray, label: str, runs: list[Run], colour: str, dash:
     name = label + (f" (mean ± std, n = {len(runs)})" if len(runs) > 1 else "")
     for row, key in enumerate(ROWS):
         for column, by in enumerate(AXES):
-            series = [(c[key]["steps"] / c[key]["steps"][-1], c[key][by],
-                       smooth(c[key]["value"]) if key == "train_loss" else c[key]["value"])
-                      for c in found if key in c and np.isfinite(c[key][by]).all() and c[key]["steps"][-1]]  # fmt: skip
+            series = [
+                (
+                    c[key]["steps"] / c[key]["steps"][-1],
+                    c[key][by],
+                    smooth(c[key]["value"]) if key == "train_loss" else c[key]["value"],
+                )
+                for c in found
+                if key in c and np.isfinite(c[key][by]).all() and c[key]["steps"][-1]
+            ]
             if not series:
                 continue
             x, mean, deviation = mean_and_spread(series)
@@ -99,8 +116,13 @@ def draw_runs(groups: dict[str, list[Run]]):
         axes[row, 0].set_ylabel(text)
     for column, text in enumerate(AXES.values()):
         axes[-1, column].set_xlabel(text)
-    losses = [curve["value"] for runs in groups.values() for run in runs for k, curve in curves(run).items()
-              if k == "train_loss"]  # fmt: skip
+    losses = [
+        curve["value"]
+        for runs in groups.values()
+        for run in runs
+        for k, curve in curves(run).items()
+        if k == "train_loss"
+    ]
     if losses:  # the first steps would squeeze the rest
         tops = [np.quantile(loss, 0.97) for loss in losses]
         axes[0, 0].set_ylim(min(loss.min() for loss in losses) - 0.05, max(tops) + 0.05)

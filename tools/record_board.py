@@ -46,8 +46,11 @@ def beaten(record: Record, found: list[Record]) -> str:
 
 
 def table(found: list[Record]) -> list[str]:
-    lines = ["| rank | val_bpb | n | record | author | steps | ms a step | bytes | hardware | beats the older by 0.005 "
-             "nats |", "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        "| rank | val_bpb | n | record | author | steps | ms a step | bytes | hardware | beats the older by 0.005 "
+        "nats |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
     for rank, record in enumerate(found, 1):
         scores = [run.val_bpb for run in record.runs if run.val_bpb]
         spread = f" ± {statistics.stdev(scores):.4f}" if len(scores) > 1 else ""
@@ -55,10 +58,18 @@ def table(found: list[Record]) -> list[str]:
         times = [run.step_ms for run in record.runs if run.step_ms]
         sizes = [run.bytes_total for run in record.runs if run.bytes_total]
         name = record.folder.name
-        cells = [rank, f"{bpb(record):.4f}{spread}", len(scores), f"[{name}]({record.folder.parent.name}/{name})",
-                 record.plain.get("author", ""), round(statistics.fmean(steps)) if steps else "",
-                 f"{statistics.fmean(times):.1f}" if times else "", f"{max(sizes):,}" if sizes else "",
-                 record.plain.get("hardware", ""), beaten(record, found)]  # fmt: skip
+        cells = [
+            rank,
+            f"{bpb(record):.4f}{spread}",
+            len(scores),
+            f"[{name}]({record.folder.parent.name}/{name})",
+            record.plain.get("author", ""),
+            round(statistics.fmean(steps)) if steps else "",
+            f"{statistics.fmean(times):.1f}" if times else "",
+            f"{max(sizes):,}" if sizes else "",
+            record.plain.get("hardware", ""),
+            beaten(record, found),
+        ]
         lines.append("| " + " | ".join(str(cell).replace("|", "/").replace("\n", " ") for cell in cells) + " |")
     return lines
 
@@ -96,8 +107,11 @@ def main(arguments: argparse.Namespace) -> int:
     fresh = pattern.sub(lambda _: board(tracks), text)
     pictures = {arguments.records / "board" / f"{track}.svg": found for track, found in tracks.items()}
     stale = [page.name] if fresh != text else []
-    stale += [path.name for path, found in pictures.items()
-              if not path.is_file() or drawn(found) not in path.read_text(encoding="utf-8")]  # fmt: skip
+    stale += [
+        path.name
+        for path, found in pictures.items()
+        if not path.is_file() or drawn(found) not in path.read_text(encoding="utf-8")
+    ]
     left = [path for path in (arguments.records / "board").glob("*.svg") if path not in pictures]
     if arguments.check:
         for name in [*stale, *(path.name for path in left)]:
@@ -114,6 +128,8 @@ def main(arguments: argparse.Namespace) -> int:
             for path, found in pictures.items():
                 if path.name in stale:
                     plot.save(plot.draw_track(found), path, drawn(found))
-    print(f"board of {sum(map(len, tracks.values()))} records in {len(tracks)} tracks: "
-          + (f"wrote {', '.join(stale)}" if stale else "it was up to date"))  # fmt: skip
+    print(
+        f"board of {sum(map(len, tracks.values()))} records in {len(tracks)} tracks: "
+        + (f"wrote {', '.join(stale)}" if stale else "it was up to date")
+    )
     return 0

@@ -50,8 +50,12 @@ def check_schema(record: Record) -> Iterator[Finding | Skip]:
         for where, problem in schema_errors(record.plain, record.ours):
             yield Finding("schema", f"submission.json: {where}", problem, "records/README.md lists the fields")
         if record.ours and record.plain.get("track") not in (None, record.folder.parent.name):
-            yield Finding("schema", "submission.json: track", f"is {record.plain['track']!r}, the folder is in "
-                          f"{record.folder.parent.name}", "put the folder where it says, or write it anew")
+            yield Finding(
+                "schema",
+                "submission.json: track",
+                f"is {record.plain['track']!r}, the folder is in {record.folder.parent.name}",
+                "put the folder where it says, or write it anew",
+            )
 
 
 def check_readme(record: Record) -> Iterator[Finding | Skip]:
@@ -61,8 +65,9 @@ def check_readme(record: Record) -> Iterator[Finding | Skip]:
     if not record.ours or TABLE not in text or record.contradicted:
         yield Skip("no generated table of results, or a log and its result.json contradict each other")
     elif results_table(list(record.scored().values())) not in text:
-        yield Finding("readme", "README.md", "its table of results is not that of the runs",
-                      "generate it again: `record.py new`")  # fmt: skip
+        yield Finding(
+            "readme", "README.md", "its table of results is not that of the runs", "generate it again: `record.py new`"
+        )
 
 
 def check_claims(record: Record) -> Iterator[Finding | Skip]:
@@ -79,13 +84,20 @@ def check_claims(record: Record) -> Iterator[Finding | Skip]:
     pairs = [(key, record.plain.get(key), value) for key, value in fresh.items() if key not in JUDGED_ELSEWHERE]
     for seed, row in fresh["seed_results"].items():
         stated = (record.plain.get("seed_results") or {}).get(seed) or {}
-        pairs += [(f"seed_results.{seed}.{key}", stated.get(key), value) for key, value in row.items()
-                  if key not in JUDGED_ELSEWHERE]
+        pairs += [
+            (f"seed_results.{seed}.{key}", stated.get(key), value)
+            for key, value in row.items()
+            if key not in JUDGED_ELSEWHERE
+        ]
     for key, stated, value in pairs:
         same = math.isclose(stated, value, rel_tol=1e-6) if isinstance(stated, float | int) else stated in (value, None)
         if not same:
-            yield Finding("claims", f"submission.json: {key}", f"says {stated}, the runs say {value}",
-                          "copy no number by hand: `record.py new` computes all of them")
+            yield Finding(
+                "claims",
+                f"submission.json: {key}",
+                f"says {stated}, the runs say {value}",
+                "copy no number by hand: `record.py new` computes all of them",
+            )
 
 
 def check_leak(record: Record) -> Iterator[Finding | Skip]:
@@ -101,19 +113,35 @@ def check_leak(record: Record) -> Iterator[Finding | Skip]:
     else:
         count, documents, share = record_data.leaked(folder, record_data.start_token(folder))
         if share > LEAK_SHARE:
-            yield Finding("leak", "DATA_PATH", f"{count} of {documents} validation documents ({share:.2%} of the "
-                          "tokens) are also in the training shards", "split the text again, and train again")
+            yield Finding(
+                "leak",
+                "DATA_PATH",
+                f"{count} of {documents} validation documents ({share:.2%} of the "
+                "tokens) are also in the training shards",
+                "split the text again, and train again",
+            )
 
 
 CHECKS = {
-    "files": check_files, "schema": check_schema, "seeds": record_scores.check_seeds,
-    "score": record_scores.check_score, "claims": check_claims, "script": record_code.check_script,
-    "code": record_code.check_code, "artifact": record_code.check_artifact,
-    "size": record_code.check_size, "config": record_code.check_config, "clock": record_scores.check_clock,
-    "validation": record_scores.check_validation, "bytes": record_scores.check_bytes,
-    "tokenizer": record_code.check_tokenizer, "leak": check_leak, "compile": record_code.check_compile,
-    "readme": check_readme, "significance": record_scores.check_significance,
-}  # fmt: skip
+    "files": check_files,
+    "schema": check_schema,
+    "seeds": record_scores.check_seeds,
+    "score": record_scores.check_score,
+    "claims": check_claims,
+    "script": record_code.check_script,
+    "code": record_code.check_code,
+    "artifact": record_code.check_artifact,
+    "size": record_code.check_size,
+    "config": record_code.check_config,
+    "clock": record_scores.check_clock,
+    "validation": record_scores.check_validation,
+    "bytes": record_scores.check_bytes,
+    "tokenizer": record_code.check_tokenizer,
+    "leak": check_leak,
+    "compile": record_code.check_compile,
+    "readme": check_readme,
+    "significance": record_scores.check_significance,
+}
 # What no file of a record can show: `record.py rescore` runs the artifact for these.
 NEEDS_RESCORE = ("causality", "normalisation", "each target once", "evaluation without training data")
 
@@ -169,24 +197,40 @@ def against_base(root: Path, base: str) -> tuple[list[Path], list[Finding]]:
     """(record folders that a pull request touches, what is wrong with the set of its files).
 
     A change without any record is an ordinary one, and free; a record brings one new folder, and the board."""
-    changed = [line.split("\t") for line in git(root, "diff", "--name-status", "--no-renames", f"{base}...HEAD")
-               .splitlines()]  # fmt: skip
+    changed = [
+        line.split("\t") for line in git(root, "diff", "--name-status", "--no-renames", f"{base}...HEAD").splitlines()
+    ]
     parts = {name: Path(name).parts for _, name in changed}
     folders = sorted({Path(*p[:3]) for p in parts.values() if len(p) > 3 and p[0] == "records" and "track_" in p[1]})
     if not folders:
         return [], []
     findings = []
     if len(folders) > 1:
-        findings.append(Finding("scope", ", ".join(map(str, folders)), "more than one record folder",
-                                "one pull request for each record"))
+        findings.append(
+            Finding(
+                "scope", ", ".join(map(str, folders)), "more than one record folder", "one pull request for each record"
+            )
+        )
     outside = [name for name, p in parts.items() if Path(*p[:3]) not in folders and not name.startswith(BOARD_FILES)]
     if outside:
-        findings.append(Finding("scope", ", ".join(outside[:5]), f"{len(outside)} files outside the record folder",
-                                "leave them out, or propose them in a pull request of their own"))
+        findings.append(
+            Finding(
+                "scope",
+                ", ".join(outside[:5]),
+                f"{len(outside)} files outside the record folder",
+                "leave them out, or propose them in a pull request of their own",
+            )
+        )
     old = [name for status, name in changed if status != "A" and Path(*parts[name][:3]) in folders]
     if old:
-        findings.append(Finding("scope", ", ".join(old[:5]), "changes a record that is there already",
-                                "make a new folder; a dispute goes through an issue"))
+        findings.append(
+            Finding(
+                "scope",
+                ", ".join(old[:5]),
+                "changes a record that is there already",
+                "make a new folder; a dispute goes through an issue",
+            )
+        )
     return [root / folder for folder in folders if (root / folder).is_dir()], findings
 
 
@@ -224,8 +268,14 @@ def main(arguments: argparse.Namespace) -> int:
     folders += all_records(arguments.root / "records") if arguments.all else []
     reports = [examine(folder) for folder in folders]
     if scope:
-        reports.append({"folder": f"changes since {arguments.base}", "findings": [asdict(f) for f in scope],
-                        "passed": [], "not_checked": {}})  # fmt: skip
+        reports.append(
+            {
+                "folder": f"changes since {arguments.base}",
+                "findings": [asdict(f) for f in scope],
+                "passed": [],
+                "not_checked": {},
+            }
+        )
     if arguments.json:
         print(json.dumps(reports, indent=1))
     else:

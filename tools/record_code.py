@@ -11,9 +11,22 @@ from record_folder import Finding, Record, Skip, sha256
 from record_read import sources_of
 
 # Knobs that may differ between the seeds of a record: they do not shape what is trained or scored.
-MAY_DIFFER = {"SEED", "LOG_DIR", "DATA_PATH", "TOKENIZER_PATH", "CHECKPOINT_EVERY_SECONDS", "TRAIN_LOG_EVERY",
-              "VAL_LOSS_EVERY", "VAL_AT_START", "MICRO_BATCH_TOKENS", "SAMPLE_PROMPT", "SAMPLE_TOKENS", "TEMPERATURE",
-              "TOP_K", "TARGET_WORLD_SIZE"}  # fmt: skip
+MAY_DIFFER = {
+    "SEED",
+    "LOG_DIR",
+    "DATA_PATH",
+    "TOKENIZER_PATH",
+    "CHECKPOINT_EVERY_SECONDS",
+    "TRAIN_LOG_EVERY",
+    "VAL_LOSS_EVERY",
+    "VAL_AT_START",
+    "MICRO_BATCH_TOKENS",
+    "SAMPLE_PROMPT",
+    "SAMPLE_TOKENS",
+    "TEMPERATURE",
+    "TOP_K",
+    "TARGET_WORLD_SIZE",
+}
 
 
 def plain_size(path: Path) -> set[int]:
@@ -32,22 +45,34 @@ def check_script(record: Record) -> Iterator[Finding | Skip]:
             if stated["sha256"] and path.is_file():
                 judged = True
                 if sha256(path) != stated["sha256"]:
-                    yield Finding("script", name, f"is not the file that ran ({run.name} has sha256 "
-                                  f"{stated['sha256'][:12]}...)", "ship the copy in the run folder, or run again")
+                    yield Finding(
+                        "script",
+                        name,
+                        f"is not the file that ran ({run.name} has sha256 {stated['sha256'][:12]}...)",
+                        "ship the copy in the run folder, or run again",
+                    )
         path = record.folder / "train_gpt.py"
         if run.log and path.is_file() and not run.result:
             text = path.read_text(encoding="utf-8", errors="replace").split()
             if run.log.source is not None:
                 judged = True
                 if run.log.source.split() != text:
-                    yield Finding("script", "train_gpt.py", f"differs from the source in {run.name}",
-                                  "ship the script that made the log")
+                    yield Finding(
+                        "script",
+                        "train_gpt.py",
+                        f"differs from the source in {run.name}",
+                        "ship the script that made the log",
+                    )
             elif run.log.code_bytes:
                 judged = True
                 together = sum(p.stat().st_size for p in record.folder.glob("*.py"))
                 if not run.log.code_bytes & (plain_size(path) | {together}):
-                    yield Finding("script", "train_gpt.py", f"has {len(path.read_bytes())} bytes, {run.name} logged "
-                                  f"{sorted(run.log.code_bytes)}", "ship the script that made the log")
+                    yield Finding(
+                        "script",
+                        "train_gpt.py",
+                        f"has {len(path.read_bytes())} bytes, {run.name} logged {sorted(run.log.code_bytes)}",
+                        "ship the script that made the log",
+                    )
     if not judged:
         yield Skip("no log or result tells the hash, the text or the size of its code")
 
@@ -63,10 +88,15 @@ def check_code(record: Record) -> Iterator[Finding | Skip]:
         if len(stated) > 1:
             yield Finding("code", "result_seed*.json", f"bytes_code differs between seeds: {sorted(stated)}", remedy)
         paths = [record.folder / name for name in record.sources]
-        shipped = all(path.is_file() and sha256(path) == source["sha256"]
-                      for path, source in zip(paths, record.sources.values(), strict=True))  # fmt: skip
-        counted = (sum(path.stat().st_size for path in paths) if shipped
-                   else sum(source["bytes"] for source in record.sources.values()))
+        shipped = all(
+            path.is_file() and sha256(path) == source["sha256"]
+            for path, source in zip(paths, record.sources.values(), strict=True)
+        )
+        counted = (
+            sum(path.stat().st_size for path in paths)
+            if shipped
+            else sum(source["bytes"] for source in record.sources.values())
+        )
         logged = set().union(*(run.log.code_bytes for run in record.runs if run.log))
         wrong = (stated | logged) - {counted}
         if len(stated) == 1 and wrong:
@@ -79,8 +109,12 @@ def check_code(record: Record) -> Iterator[Finding | Skip]:
     if not claim or claim.bytes_code is None or not allowed:
         yield Skip("no claimed bytes of code" if allowed else "no script")
     elif int(claim.bytes_code) not in allowed:
-        yield Finding("code", "submission.json: bytes_code", f"claims {claim.bytes_code}, the code has "
-                      f"{', '.join(map(str, sorted(allowed)[:3]))}", remedy)
+        yield Finding(
+            "code",
+            "submission.json: bytes_code",
+            f"claims {claim.bytes_code}, the code has {', '.join(map(str, sorted(allowed)[:3]))}",
+            remedy,
+        )
 
 
 def check_artifact(record: Record) -> Iterator[Finding | Skip]:
@@ -103,12 +137,20 @@ def check_size(record: Record) -> Iterator[Finding | Skip]:
         if run.result:
             code, artifact = run.result.get("bytes_code"), run.result.get("bytes_artifact")
             if None not in (code, artifact, total) and code + artifact != run.result["bytes_total"]:
-                yield Finding("size", run.result_path.name, f"bytes_total is {run.result['bytes_total']}, code and "
-                              f"artifact are {code + artifact}", remedy)
+                yield Finding(
+                    "size",
+                    run.result_path.name,
+                    f"bytes_total is {run.result['bytes_total']}, code and artifact are {code + artifact}",
+                    remedy,
+                )
                 continue
             if "bytes_total" in run.contradictions:
-                yield Finding("size", record.log_of(run), f"logs {run.log.total_bytes} bytes, {run.result_path.name} "
-                              f"says {run.result['bytes_total']}", remedy)
+                yield Finding(
+                    "size",
+                    record.log_of(run),
+                    f"logs {run.log.total_bytes} bytes, {run.result_path.name} says {run.result['bytes_total']}",
+                    remedy,
+                )
                 continue
         if total:
             totals[run.name] = total
@@ -118,12 +160,16 @@ def check_size(record: Record) -> Iterator[Finding | Skip]:
         yield Skip("no log, result or claim states a size")
         return
     if limit and largest > limit:
-        yield Finding("size", max(totals, key=totals.get, default="submission.json"), f"{largest} bytes of code and "
-                      f"artifact exceed {limit} (decimal: {limit // 10**6} MB are not MiB)",
-                      "make it smaller: fewer bits, FIT_SIZE=1, or a smaller model")
+        yield Finding(
+            "size",
+            max(totals, key=totals.get, default="submission.json"),
+            f"{largest} bytes of code and artifact exceed {limit} (decimal: {limit // 10**6} MB are not MiB)",
+            "make it smaller: fewer bits, FIT_SIZE=1, or a smaller model",
+        )
     if stated is not None and totals and not known_total(record, stated, totals):
-        yield Finding("size", "submission.json: bytes_total", f"claims {stated}, the largest of the seeds is {largest}",
-                      remedy)
+        yield Finding(
+            "size", "submission.json: bytes_total", f"claims {stated}, the largest of the seeds is {largest}", remedy
+        )
 
 
 def known_total(record: Record, stated: int, totals: dict[str, int]) -> bool:
@@ -132,8 +178,11 @@ def known_total(record: Record, stated: int, totals: dict[str, int]) -> bool:
     if record.ours:
         return stated == max(values)
     artifacts = [run.log.artifact_bytes for run in record.runs if run.log and run.log.artifact_bytes]
-    known = set(values) | set(artifacts) | {int(fields["bytes_total"]) for fields in record.claim.seeds.values()
-                                            if "bytes_total" in fields}
+    known = (
+        set(values)
+        | set(artifacts)
+        | {int(fields["bytes_total"]) for fields in record.claim.seeds.values() if "bytes_total" in fields}
+    )
     return stated in known or any(abs(stated - statistics.fmean(v)) <= 1 for v in (values, artifacts) if v)
 
 
@@ -143,13 +192,20 @@ def check_config(record: Record) -> Iterator[Finding | Skip]:
         return
     for run in record.runs:
         logged = run.log.knobs if run.log else {}
-        odd = [name for name in sorted(record.config.keys() & logged.keys() - MAY_DIFFER)
-               if record.config[name] != logged[name]]
+        odd = [
+            name
+            for name in sorted(record.config.keys() & logged.keys() - MAY_DIFFER)
+            if record.config[name] != logged[name]
+        ]
         odd += sorted((record.config.keys() ^ logged.keys()) - MAY_DIFFER) if logged else []
         if odd:
             told = ", ".join(f"{n}={record.config.get(n, 'unset')} (log: {logged.get(n, 'unset')})" for n in odd[:3])
-            yield Finding("config", "config.env", f"is not the configuration of {record.log_of(run)}: {told}",
-                          "take config.env of the run folder; all seeds must run the same")
+            yield Finding(
+                "config",
+                "config.env",
+                f"is not the configuration of {record.log_of(run)}: {told}",
+                "take config.env of the run folder; all seeds must run the same",
+            )
 
 
 def check_compile(record: Record) -> Iterator[Finding | Skip]:
@@ -166,8 +222,12 @@ def check_compile(record: Record) -> Iterator[Finding | Skip]:
             same = any(text.split(".")[:2] == [str(n) for n in sys.version_info[:2]] for text in ran)
             command = [newer, "-c", "import sys; compile(open(sys.argv[1], 'rb').read(), sys.argv[1], 'exec')", path]
             if same or (newer and subprocess.run(command, capture_output=True, check=False).returncode):
-                yield Finding("compile", f"{path.name}:{getattr(error, 'lineno', 0)}", f"is no Python: {error.args[0]}",
-                              "ship the script that ran")
+                yield Finding(
+                    "compile",
+                    f"{path.name}:{getattr(error, 'lineno', 0)}",
+                    f"is no Python: {error.args[0]}",
+                    "ship the script that ran",
+                )
             elif not newer:
                 yield Skip(f"{path.name} does not compile on Python {sys.version.split()[0]}, and no newer one is here")
     if not paths:
@@ -182,5 +242,9 @@ def check_tokenizer(record: Record) -> Iterator[Finding | Skip]:
         yield Skip("no result tells the hash of its tokenizer")
     elif len(hashes) > 1 or (stated and hashes != {stated}):
         known = f", the data was made with {stated[:12]}..." if stated else ""
-        yield Finding("tokenizer", "sha256_tokenizer", f"runs used {sorted(h[:12] for h in hashes)}{known}",
-                      "train and score with the tokenizer that made the shards")
+        yield Finding(
+            "tokenizer",
+            "sha256_tokenizer",
+            f"runs used {sorted(h[:12] for h in hashes)}{known}",
+            "train and score with the tokenizer that made the shards",
+        )

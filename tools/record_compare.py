@@ -148,14 +148,23 @@ def compare(a: list[Run], b: list[Run]) -> dict:
         if all(values):
             costs[key] = {"a": statistics.median(values[0]), "b": statistics.median(values[1]), "unit": unit}
     nats = asdict(welch(nats_a, nats_b, 0.0)) if nats_a and nats_b else None
-    return {"record": asdict(record_test(a, b)), "nats": nats,
-            "bpb": asdict(welch(scores(a, "val_bpb"), scores(b, "val_bpb"), 0.0)), "costs": costs,
-            "compute": compute_multiplier(a, b), "compute_reverse": compute_multiplier(b, a)}  # fmt: skip
+    return {
+        "record": asdict(record_test(a, b)),
+        "nats": nats,
+        "bpb": asdict(welch(scores(a, "val_bpb"), scores(b, "val_bpb"), 0.0)),
+        "costs": costs,
+        "compute": compute_multiplier(a, b),
+        "compute_reverse": compute_multiplier(b, a),
+    }
 
 
 def describe(test: dict, unit: str) -> str:
-    spread = [f"{test[f'mean_{x}']:.5f}" + (f" ± {test[f'std_{x}']:.5f}" if test[f"std_{x}"] is not None else "")
-              + f" (n = {test[f'n_{x}']})" for x in "ab"]
+    spread = [
+        f"{test[f'mean_{x}']:.5f}"
+        + (f" ± {test[f'std_{x}']:.5f}" if test[f"std_{x}"] is not None else "")
+        + f" (n = {test[f'n_{x}']})"
+        for x in "ab"
+    ]
     text = f"A {spread[0]}, B {spread[1]}: B is lower by {test['difference']:+.5f} {unit}"
     if test["low"] is not None:
         text += f", 95% interval {test['low']:+.5f} to {test['high']:+.5f}, p = {test['p']:.3g}"
@@ -169,11 +178,15 @@ def verdict(test: dict) -> str:
         return f"B beats A by the rule for records: p = {test['p']:.3g} < {P_VALUE} for a gain over 0.005 nats"
     text = f"B does not beat A by the rule for records: p = {test['p']:.3g} for a gain over 0.005 nats"
     if test["seeds_needed"] is None:
-        return text + ("; the gain seen is under 0.005 nats: more seeds of the same would not help"
-                       if test["difference"] <= test["margin"] else f"; over {MOST_SEEDS} seeds would be needed")
+        return text + (
+            "; the gain seen is under 0.005 nats: more seeds of the same would not help"
+            if test["difference"] <= test["margin"]
+            else f"; over {MOST_SEEDS} seeds would be needed"
+        )
     more = [max(0, test["seeds_needed"] - test[f"n_{x}"]) for x in "ab"]
-    return text + (f"; with {more[0]} more seeds of A and {more[1]} of B such a gain and spread would settle it "
-                   f"four times in five")
+    return text + (
+        f"; with {more[0]} more seeds of A and {more[1]} of B such a gain and spread would settle it four times in five"
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser):
@@ -199,8 +212,10 @@ def main(arguments: argparse.Namespace) -> int:
             print("compute: not known, as metrics.jsonl is not there")
             break
         if all(map(math.isfinite, share.values())):
-            print(f"compute: {one} reaches the final loss of {other} in {share['steps']:.2f} of its steps, "
-                  f"{share['tokens']:.2f} of its tokens, {share['seconds']:.2f} of its time")
+            print(
+                f"compute: {one} reaches the final loss of {other} in {share['steps']:.2f} of its steps, "
+                f"{share['tokens']:.2f} of its tokens, {share['seconds']:.2f} of its time"
+            )
         else:
             print(f"compute: {one} does not reach the final loss of {other}")
     return 0

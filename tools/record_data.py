@@ -12,8 +12,12 @@ from record_read import read_manifest
 # Targets of FineWeb's validation text (its first 50,000 documents) by tokenizer, and the bytes of that text. The set of
 # the challenge's launch day was larger; its bytes are those that the score of the naive baseline was divided by.
 FINEWEB_BYTES, LAUNCH_BYTES = 151_080_363, 155_769_746
-FINEWEB_TARGETS = {62_021_632: "1,024 pieces", 45_514_752: "4,096 pieces", 40_540_160: "8,192 pieces",
-                   47_851_520: "8,192 pieces with case marks"}
+FINEWEB_TARGETS = {
+    62_021_632: "1,024 pieces",
+    45_514_752: "4,096 pieces",
+    40_540_160: "8,192 pieces",
+    47_851_520: "8,192 pieces with case marks",
+}
 LAUNCH_TARGETS = 63_779_840
 # Scripts drop the ragged end in their own ways: up to a sequence or a batch per rank.
 RAGGED = 1.5e-3
@@ -69,7 +73,8 @@ def _hash_into(tokens: np.ndarray, borders: np.ndarray, hashes: list, lengths: l
     sizes = np.diff(borders, append=len(tokens))
     position = (np.arange(len(tokens)) - np.repeat(borders, sizes)).astype(np.uint64)
     mixed = (tokens + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) ^ (position + np.uint64(1)) * np.uint64(
-        0xC2B2AE3D27D4EB4F)  # odd constants of splitmix64 and xxhash
+        0xC2B2AE3D27D4EB4F
+    )  # odd constants of splitmix64 and xxhash
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64's finaliser
         mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
     hashes.append(np.add.reduceat(mixed ^ (mixed >> np.uint64(31)), borders))

@@ -29,9 +29,19 @@ def results_table(runs: list[Run]) -> str:
     head = ["seed", "val_bpb", "val_loss", "before export", "steps", "ms a step", "training s", "evaluation s", "bytes"]
     rows, runs = [], sorted(runs, key=lambda run: run.seed or 0)
     for run in runs:
-        rows.append([run.seed, f"{run.val_bpb:.5f}", f"{run.val_loss:.5f}", f"{run.result['pre_quant_val_bpb']:.5f}",
-                     run.steps, f"{run.step_ms:.2f}", f"{run.train_seconds:.1f}", f"{run.eval_seconds:.1f}",
-                     f"{run.bytes_total:,}"])  # fmt: skip
+        rows.append(
+            [
+                run.seed,
+                f"{run.val_bpb:.5f}",
+                f"{run.val_loss:.5f}",
+                f"{run.result['pre_quant_val_bpb']:.5f}",
+                run.steps,
+                f"{run.step_ms:.2f}",
+                f"{run.train_seconds:.1f}",
+                f"{run.eval_seconds:.1f}",
+                f"{run.bytes_total:,}",
+            ]
+        )
     columns = [("val_bpb", ".5f"), ("val_loss", ".5f")]
     means = [spread([getattr(run, key) for run in runs], form) for key, form in columns]
     means.append(spread([run.result["pre_quant_val_bpb"] for run in runs], ".5f"))
@@ -73,27 +83,44 @@ def hardware(run: Run) -> str:
 def computed(runs: list[Run]) -> dict:
     """The fields of submission.json that follow from the runs."""
     losses, scores = ([getattr(run, key) for run in runs] for key in ("val_loss", "val_bpb"))
-    results = {str(run.seed): {
-        "val_loss": run.val_loss, "val_bpb": run.val_bpb, "artifact_bytes": run.result["bytes_artifact"],
-        "steps": run.steps, "step_avg_ms": run.step_ms, "train_time_s": run.train_seconds,
-        "eval_time_s": run.eval_seconds,
-    } for run in runs}  # fmt: skip
+    results = {
+        str(run.seed): {
+            "val_loss": run.val_loss,
+            "val_bpb": run.val_bpb,
+            "artifact_bytes": run.result["bytes_artifact"],
+            "steps": run.steps,
+            "step_avg_ms": run.step_ms,
+            "train_time_s": run.train_seconds,
+            "eval_time_s": run.eval_seconds,
+        }
+        for run in runs
+    }
     return {
-        "val_loss": statistics.fmean(losses), "val_bpb": statistics.fmean(scores),
+        "val_loss": statistics.fmean(losses),
+        "val_bpb": statistics.fmean(scores),
         "val_bpb_std": statistics.stdev(scores) if len(runs) > 1 else None,
-        "bytes_total": max(run.bytes_total for run in runs), "bytes_code": runs[0].result["bytes_code"],
-        "seeds": [run.seed for run in runs], "seed_results": results, "hardware": hardware(runs[0]),
+        "bytes_total": max(run.bytes_total for run in runs),
+        "bytes_code": runs[0].result["bytes_code"],
+        "seeds": [run.seed for run in runs],
+        "seed_results": results,
+        "hardware": hardware(runs[0]),
         "pytorch_version": runs[0].result["torch"],
         "pre_quant_val_bpb": statistics.fmean(run.result["pre_quant_val_bpb"] for run in runs),
         "step_stop": round(statistics.fmean(run.steps for run in runs)),
         "wallclock_seconds": max(run.train_seconds for run in runs),
         "eval_time_seconds": max(run.eval_seconds for run in runs),
-    }  # fmt: skip
+    }
 
 
 def submission(runs: list[Run], arguments: argparse.Namespace, date: str, blurb: str) -> dict:
-    about = {"author": arguments.author, "github_id": arguments.github_id, "name": arguments.name or arguments.slug,
-             "date": date, "track": arguments.track, "blurb": blurb}  # fmt: skip
+    about = {
+        "author": arguments.author,
+        "github_id": arguments.github_id,
+        "name": arguments.name or arguments.slug,
+        "date": date,
+        "track": arguments.track,
+        "blurb": blurb,
+    }
     return about | computed(runs) | {"base": arguments.base and arguments.base.name}
 
 
@@ -111,11 +138,14 @@ def script_changes(folder: Path, names: list[str], base: Path) -> tuple[str, lis
     """(one line, the unified difference) of the sources against those of another folder."""
     difference = []
     for name in names:
-        texts = [path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-                 for path in (base / name, folder / name)]
+        texts = [
+            path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+            for path in (base / name, folder / name)
+        ]
         difference += difflib.unified_diff(*texts, f"base/{name}", f"here/{name}", n=1, lineterm="")
-    added, removed = (sum(line.startswith(sign) and not line.startswith(sign * 3) for line in difference)
-                      for sign in "+-")
+    added, removed = (
+        sum(line.startswith(sign) and not line.startswith(sign * 3) for line in difference) for sign in "+-"
+    )
     return f"{added} lines added, {removed} removed" if difference else "the same", difference
 
 
@@ -134,9 +164,22 @@ def readme(runs: list[Run], about: dict, folder: Path, base: Path | None) -> str
     where = f"the record [{base.name}](../{base.name})" if base else "this repository's script and its defaults"
     line, difference = script_changes(folder, names, base or ROOT)
     versions = runs[0].result
-    text = [f"# {about['name']}", "", about["blurb"], "", "## Results", "", results_table(runs), "",
-            f"{about['hardware']}; torch {versions['torch']}, Python {versions['python']}, {versions['platform']}.", "",
-            "## What changed", "", f"Against {where}. Code: {line}.", ""]  # fmt: skip
+    text = [
+        f"# {about['name']}",
+        "",
+        about["blurb"],
+        "",
+        "## Results",
+        "",
+        results_table(runs),
+        "",
+        f"{about['hardware']}; torch {versions['torch']}, Python {versions['python']}, {versions['platform']}.",
+        "",
+        "## What changed",
+        "",
+        f"Against {where}. Code: {line}.",
+        "",
+    ]
     if changes:
         text += [f"| knob | {'base' if base else 'before'} | here |", "|---|---|---|"]
         text += [f"| `{name}` | {there} | {here} |" for name, there, here in changes] + [""]
@@ -146,8 +189,17 @@ def readme(runs: list[Run], about: dict, folder: Path, base: Path | None) -> str
         text += ["<details><summary>Difference of the code</summary>", "", "```diff", *shown, "```", "</details>", ""]
     seeds = " ".join(str(run.seed) for run in runs)
     loop = f"for seed in {seeds}; do SEED=$seed {command(runs[0], folder)}; done"
-    text += ["## Run it again", "", "```", loop, "```", "", f"Data: `{config.get('DATA_PATH')}`; the tokens of "
-             f"its validation text have sha256 `{versions.get('sha256_val_tokens', 'unknown')}`.", ""]  # fmt: skip
+    text += [
+        "## Run it again",
+        "",
+        "```",
+        loop,
+        "```",
+        "",
+        f"Data: `{config.get('DATA_PATH')}`; the tokens of "
+        f"its validation text have sha256 `{versions.get('sha256_val_tokens', 'unknown')}`.",
+        "",
+    ]
     return "\n".join(text)
 
 
@@ -165,8 +217,11 @@ def build(folders: list[Path], runs: list[Run], target: Path, arguments: argpars
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(first / name, target / name)
     for seed, folder in origin.items():
-        for name, new in (("train.log", f"train_seed{seed}.log"), ("metrics.jsonl", f"metrics_seed{seed}.jsonl"),
-                          ("result.json", f"result_seed{seed}.json")):  # fmt: skip
+        for name, new in (
+            ("train.log", f"train_seed{seed}.log"),
+            ("metrics.jsonl", f"metrics_seed{seed}.jsonl"),
+            ("result.json", f"result_seed{seed}.json"),
+        ):
             shutil.copyfile(folder / name, target / new)
     if arguments.artifact:
         best = origin[min(runs, key=lambda run: run.val_bpb).seed]
@@ -205,8 +260,10 @@ def main(arguments: argparse.Namespace) -> int:
         if not getattr(arguments, name).strip():
             raise UserError(f"--{name.replace('_', '-')} is empty: a record names who made it")
     if not re.fullmatch(r"track_\w+", arguments.track) or not re.fullmatch(r"[\w-]+", arguments.slug):
-        raise UserError(f"--track {arguments.track} --slug {arguments.slug}: expected a name like track_10min_16mb, "
-                        "and letters, digits, - and _")
+        raise UserError(
+            f"--track {arguments.track} --slug {arguments.slug}: expected a name like track_10min_16mb, "
+            "and letters, digits, - and _"
+        )
     date = arguments.date or datetime.datetime.now(datetime.UTC).date().isoformat()
     try:
         date = datetime.date.fromisoformat(date).isoformat()

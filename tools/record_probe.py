@@ -162,10 +162,19 @@ def rescore(train_gpt, config, model, compiled_model, stream, token_bytes, runti
     evaluator = evaluator_of(train_gpt, config, stream, token_bytes, runtime)
     recorder = Recorder(compiled_model, evaluator, stream, keep=False)
     score = final_score(model, evaluator, recorder)
-    return {"val_loss": score.loss, "val_bpb": score.bpb, "tokens": score.tokens, "bytes": score.bytes,
-            "seconds": score.seconds, "of": len(stream) - 1, "once": int((recorder.counts == 1).sum()),
-            "twice": int((recorder.counts > 1).sum()), "wrong": recorder.wrong, "learned": recorder.learned,
-            "summed_loss": recorder.nats / max(score.tokens, 1)}  # fmt: skip
+    return {
+        "val_loss": score.loss,
+        "val_bpb": score.bpb,
+        "tokens": score.tokens,
+        "bytes": score.bytes,
+        "seconds": score.seconds,
+        "of": len(stream) - 1,
+        "once": int((recorder.counts == 1).sum()),
+        "twice": int((recorder.counts > 1).sum()),
+        "wrong": recorder.wrong,
+        "learned": recorder.learned,
+        "summed_loss": recorder.nats / max(score.tokens, 1),
+    }
 
 
 def flips_in_windows(model, config, stream, runtime, places: int, rng) -> list[float]:
@@ -249,8 +258,7 @@ def main(record: Path, data: str, tokenizer: str, artifact: Path, places: int) -
     train_gpt, config, model, compiled_model, folder, note = open_record(record, data, tokenizer, artifact)
     stream, token_bytes, _ = train_gpt.open_text(config, folder)
     runtime, rng = folder.runtime, np.random.default_rng(0)
-    found = {"device": runtime.device_name(), "torch": torch.__version__, "dtype": str(runtime.dtype),
-             "note": note}  # fmt: skip
+    found = {"device": runtime.device_name(), "torch": torch.__version__, "dtype": str(runtime.dtype), "note": note}
     found["score"] = rescore(train_gpt, config, model, compiled_model, stream, token_bytes, runtime)
     model.load_state_dict(train_gpt.dequantize(train_gpt.unpack(artifact.read_bytes()), config))
     model.eval()
@@ -260,8 +268,9 @@ def main(record: Path, data: str, tokenizer: str, artifact: Path, places: int) -
         found["moved"] = flips_in_windows(model, config, stream, runtime, places, rng)
         found["sums"] = sums_of_probabilities(model, config, stream, runtime, places)
     model.fused_loss = kernel
-    found["moved_in_evaluation"] = flips_in_evaluation(train_gpt, config, model, stream, token_bytes, runtime,
-                                                       min(4, places), rng, found["score"]["learned"])  # fmt: skip
+    found["moved_in_evaluation"] = flips_in_evaluation(
+        train_gpt, config, model, stream, token_bytes, runtime, min(4, places), rng, found["score"]["learned"]
+    )
     return found | {"opened": OPENED, "refused": REFUSED}
 
 

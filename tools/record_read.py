@@ -85,8 +85,11 @@ class Log:
 
     @cached_property
     def tokens(self) -> int | None:
-        return (self.last(r"^val_loader:.*\btokens: ?(\d+)") or self.last(r"target_tokens: ?(\d+)")
-                or self.last(r"^val_tokens: ?(\d+)"))
+        return (
+            self.last(r"^val_loader:.*\btokens: ?(\d+)")
+            or self.last(r"target_tokens: ?(\d+)")
+            or self.last(r"^val_tokens: ?(\d+)")
+        )
 
     @cached_property
     def train_ms(self) -> float | None:
@@ -109,8 +112,11 @@ class Log:
 
     @cached_property
     def steps(self) -> int | None:
-        return (self.last(r"^stopping_early:.*step: ?(\d+)") or self.last(r"^step: ?(\d+)/")
-                or self.last(r"^(\d+)/\d+ (?:train|val)_loss"))
+        return (
+            self.last(r"^stopping_early:.*step: ?(\d+)")
+            or self.last(r"^step: ?(\d+)/")
+            or self.last(r"^(\d+)/\d+ (?:train|val)_loss")
+        )
 
     @cached_property
     def code_bytes(self) -> set[int]:
@@ -307,18 +313,40 @@ def read_json(path: Path) -> dict:
 # or null, which is the same as not there. Other fields may follow.
 COUNT, NUMBER, TEXT, FLAG, ANY = "a whole number", "a number", "a text", "true or false", "anything"
 RESULT = {
-    "seed": COUNT, "steps": COUNT, "val_loss": NUMBER, "val_bpb": NUMBER, "pre_quant_val_loss": NUMBER,
-    "pre_quant_val_bpb": NUMBER, "partial": FLAG, "scored_tokens": COUNT, "scored_bytes": COUNT, "eval_seconds": NUMBER,
-    "train_tokens": NUMBER, "seconds": {"training": NUMBER}, "world_size": COUNT, "device": TEXT, "dtype": TEXT,
-    "torch": TEXT, "python": TEXT, "platform": TEXT, "sha256_code": TEXT,
-    "sources": {"*": {"sha256": TEXT, "bytes": COUNT}}, "sha256_val_tokens": TEXT, "sha256_tokenizer": TEXT,
-    "sha256_artifact": TEXT, "bytes_artifact": COUNT, "bytes_code": COUNT, "bytes_total": COUNT,
-}  # fmt: skip
+    "seed": COUNT,
+    "steps": COUNT,
+    "val_loss": NUMBER,
+    "val_bpb": NUMBER,
+    "pre_quant_val_loss": NUMBER,
+    "pre_quant_val_bpb": NUMBER,
+    "partial": FLAG,
+    "scored_tokens": COUNT,
+    "scored_bytes": COUNT,
+    "eval_seconds": NUMBER,
+    "train_tokens": NUMBER,
+    "seconds": {"training": NUMBER},
+    "world_size": COUNT,
+    "device": TEXT,
+    "dtype": TEXT,
+    "torch": TEXT,
+    "python": TEXT,
+    "platform": TEXT,
+    "sha256_code": TEXT,
+    "sources": {"*": {"sha256": TEXT, "bytes": COUNT}},
+    "sha256_val_tokens": TEXT,
+    "sha256_tokenizer": TEXT,
+    "sha256_artifact": TEXT,
+    "bytes_artifact": COUNT,
+    "bytes_code": COUNT,
+    "bytes_total": COUNT,
+}
 MAY_LACK = {"sources", "partial", "sha256_tokenizer", "sha256_val_tokens", "pre_quant_val_loss"}
 MAY_BE_ZERO = {"seed", "eval_seconds", "start", "bos_id", "duplicates_of_validation"}
-MANIFEST = {"tokenizer": {"kind": TEXT, "sha256": TEXT, "start": COUNT, "options": {"bos_id": COUNT}},
-            "splits": {"val": {"tokens": COUNT, "bytes": COUNT, "token_bytes": COUNT}},
-            "dropped": {"duplicates_of_validation": COUNT}}  # fmt: skip
+MANIFEST = {
+    "tokenizer": {"kind": TEXT, "sha256": TEXT, "start": COUNT, "options": {"bos_id": COUNT}},
+    "splits": {"val": {"tokens": COUNT, "bytes": COUNT, "token_bytes": COUNT}},
+    "dropped": {"duplicates_of_validation": COUNT},
+}
 
 
 def without_nulls(value):
@@ -381,8 +409,9 @@ def read_run(folder: Path) -> Run:
     if not log.is_file():
         raise UserError(f"{folder} has no train.log: expected logs/<run_id>, a run folder of train_gpt.py")
     result = folder / "result.json"
-    return Run(folder.name, parse_log(log), read_result(result) if result.is_file() else None, result,
-               folder / "metrics.jsonl")
+    return Run(
+        folder.name, parse_log(log), read_result(result) if result.is_file() else None, result, folder / "metrics.jsonl"
+    )
 
 
 def record_runs(folder: Path) -> list[Run]:
@@ -392,8 +421,15 @@ def record_runs(folder: Path) -> list[Run]:
     for path in results:
         seed = path.stem.removeprefix("result_seed")
         log = folder / f"train_seed{seed}.log"
-        runs.append(Run(f"seed {seed}", parse_log(log) if log.is_file() else None, read_result(path, True), path,
-                        folder / f"metrics_seed{seed}.jsonl"))
+        runs.append(
+            Run(
+                f"seed {seed}",
+                parse_log(log) if log.is_file() else None,
+                read_result(path, True),
+                path,
+                folder / f"metrics_seed{seed}.jsonl",
+            )
+        )
     for path in sorted(folder.rglob("*")) if not results else []:
         if path.suffix in LOG_SUFFIXES and path.is_file() and "requirements" not in path.name:
             log = parse_log(path)

@@ -47,12 +47,22 @@ def validation_only(data: Path, folder: Path) -> Path:
 def probe(record: Record, artifact: Path, data: Path, tokenizer: str, timeout: float | None) -> dict:
     with tempfile.TemporaryDirectory() as temporary:
         only = validation_only(data, Path(temporary))
-        command = [*without_network(), sys.executable, str(Path(__file__).with_name("record_probe.py")),
-                   str(record.folder.resolve()), str(only), tokenizer, str(artifact.resolve()), str(PLACES)]
+        command = [
+            *without_network(),
+            sys.executable,
+            str(Path(__file__).with_name("record_probe.py")),
+            str(record.folder.resolve()),
+            str(only),
+            tokenizer,
+            str(artifact.resolve()),
+            str(PLACES),
+        ]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=timeout, cwd=temporary)
     if done.returncode or not done.stdout.strip():
-        raise UserError(f"the record's script ended with exit code {done.returncode}, see above: it needs "
-                        "train_gpt.py, every other source, config.env and the artifact of one run")  # fmt: skip
+        raise UserError(
+            f"the record's script ended with exit code {done.returncode}, see above: it needs "
+            "train_gpt.py, every other source, config.env and the artifact of one run"
+        )
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -72,28 +82,53 @@ def judge(record: Record, artifact: Path, found: dict) -> tuple[list[Finding], d
         skipped["score"] = "no result.json in the folder is of this artifact"
     else:
         same = run.result["world_size"] == 1 and all(
-            run.result.get(name) == found[name] for name in ("device", "torch", "dtype", "note"))  # fmt: skip
+            run.result.get(name) == found[name] for name in ("device", "torch", "dtype", "note")
+        )
         slack = SAME if same else ELSEWHERE
-        told = (f"{score['val_bpb']:.8f} BPB, {run.name} says {run.val_bpb:.8f}; tolerance {slack:g} on "
-                f"{'the same' if same else 'other'} hardware or kernels")  # fmt: skip
+        told = (
+            f"{score['val_bpb']:.8f} BPB, {run.name} says {run.val_bpb:.8f}; tolerance {slack:g} on "
+            f"{'the same' if same else 'other'} hardware or kernels"
+        )
         answer("score", abs(score["val_bpb"] - run.val_bpb) <= slack, told, "ship the artifact and script of one run")
     future = "a prediction may depend on the tokens before it alone"
     moved = max([*found["moved"], *found["moved_in_evaluation"]])
-    answer("causality", moved <= MOVED, f"replacing later tokens moves a loss by {moved:.3g} nats at most, over "
-           f"{len(found['moved'])} places in windows and {len(found['moved_in_evaluation'])} in the evaluation"
-           + (", which learns" if score["learned"] else ""), future)  # fmt: skip
+    answer(
+        "causality",
+        moved <= MOVED,
+        f"replacing later tokens moves a loss by {moved:.3g} nats at most, over "
+        f"{len(found['moved'])} places in windows and {len(found['moved_in_evaluation'])} in the evaluation"
+        + (", which learns" if score["learned"] else ""),
+        future,
+    )
     odd = max(found["sums"], key=lambda total: abs(total - 1))
-    answer("normalisation", abs(odd - 1) <= SUM, f"probabilities sum to {odd:.6f} where they are furthest from 1, of "
-           f"{len(found['sums'])} places", "a score must be the logarithm of a distribution over the vocabulary")
+    answer(
+        "normalisation",
+        abs(odd - 1) <= SUM,
+        f"probabilities sum to {odd:.6f} where they are furthest from 1, of {len(found['sums'])} places",
+        "a score must be the logarithm of a distribution over the vocabulary",
+    )
     exact = score["once"] == score["of"] == score["tokens"] and not score["twice"] and not score["wrong"]
     summed = abs(score["summed_loss"] - score["val_loss"]) <= 1e-5
-    answer("each target once", exact and summed, f"{score['once']} of {score['of']} targets were scored once, "
-           f"{score['twice']} more often, {score['wrong']} with another token; their mean loss is "
-           f"{score['summed_loss']:.6f}, the score {score['val_loss']:.6f}", "score every target of the text once")
-    answer("evaluation without training data", not found["opened"], f"opened {found['opened'][:3]}" if found["opened"]
-           else "opened no training shard", "an evaluation reads the artifact and the validation text")
-    answer("evaluation without a network", not found["refused"], f"tried {found['refused'][:3]}" if found["refused"]
-           else "tried no connection", "an evaluation reads the artifact and the validation text")
+    answer(
+        "each target once",
+        exact and summed,
+        f"{score['once']} of {score['of']} targets were scored once, "
+        f"{score['twice']} more often, {score['wrong']} with another token; their mean loss is "
+        f"{score['summed_loss']:.6f}, the score {score['val_loss']:.6f}",
+        "score every target of the text once",
+    )
+    answer(
+        "evaluation without training data",
+        not found["opened"],
+        f"opened {found['opened'][:3]}" if found["opened"] else "opened no training shard",
+        "an evaluation reads the artifact and the validation text",
+    )
+    answer(
+        "evaluation without a network",
+        not found["refused"],
+        f"tried {found['refused'][:3]}" if found["refused"] else "tried no connection",
+        "an evaluation reads the artifact and the validation text",
+    )
     return findings, passed, skipped
 
 
@@ -115,8 +150,10 @@ def main(arguments: argparse.Namespace) -> int:
         record = Record(record.folder, [read_run(record.folder)])
     missing = [name for name in ("train_gpt.py", "config.env") if not (record.folder / name).is_file()]
     if missing:
-        raise UserError(f"{record.folder} has no {', '.join(missing)}: only records and runs of train_gpt.py can be "
-                        "scored again; those of other scripts are read by `record.py check`")  # fmt: skip
+        raise UserError(
+            f"{record.folder} has no {', '.join(missing)}: only records and runs of train_gpt.py can be "
+            "scored again; those of other scripts are read by `record.py check`"
+        )
     artifacts = [arguments.artifact] if arguments.artifact else sorted(record.folder.glob("final_model.*.ptz"))
     if not artifacts or not artifacts[0].is_file():
         raise UserError(f"{record.folder} has no final_model.*.ptz: give --artifact FILE, or pack with --artifact")
@@ -128,8 +165,12 @@ def main(arguments: argparse.Namespace) -> int:
     except subprocess.TimeoutExpired as error:
         raise UserError(f"no answer within {error.timeout:.0f} s: give a longer --timeout") from error
     findings, passed, skipped = judge(record, artifacts[0], found)
-    report = {"folder": str(record.folder), "findings": [asdict(f) for f in findings], "passed": list(passed),
-              "not_checked": skipped}  # fmt: skip
+    report = {
+        "folder": str(record.folder),
+        "findings": [asdict(f) for f in findings],
+        "passed": list(passed),
+        "not_checked": skipped,
+    }
     if arguments.json:
         print(json.dumps(report | {"numbers": passed, "measured": found}, indent=1))
     else:

@@ -61,23 +61,45 @@ class PublicSubmission(BaseModel):
     """The core fields, under every name seen in public folders."""
 
     model_config = ConfigDict(extra="allow")
-    author: str | list[str] = Field(min_length=1, validation_alias=names(
-        "author", "authors", "submitter", "author_name", "team"))
-    github_id: str = Field(min_length=1, coerce_numbers_to_str=True, validation_alias=names(
-        "github_id", "github", "github_username", "github_user", "github_handle", "submitter"))
-    name: str = Field(min_length=1, validation_alias=names(
-        "name", "title", "run_name", "submission_name", "record_name", "blurb", "notes", "description"))
+    author: str | list[str] = Field(
+        min_length=1, validation_alias=names("author", "authors", "submitter", "author_name", "team")
+    )
+    github_id: str = Field(
+        min_length=1,
+        coerce_numbers_to_str=True,
+        validation_alias=names("github_id", "github", "github_username", "github_user", "github_handle", "submitter"),
+    )
+    name: str = Field(
+        min_length=1,
+        validation_alias=names(
+            "name", "title", "run_name", "submission_name", "record_name", "blurb", "notes", "description"
+        ),
+    )
     date: str = Field(pattern=DATE, validation_alias=names("date", "timestamp", "submission_date", "created_at"))
-    val_bpb: float = Field(gt=0, allow_inf_nan=False, validation_alias=names(
-        "val_bpb", "val_bpb_mean", "mean_val_bpb", "bpb", "final_val_bpb", "val_bpb_exact", "bpb_mean", "score"))
+    val_bpb: float = Field(
+        gt=0,
+        allow_inf_nan=False,
+        validation_alias=names(
+            "val_bpb", "val_bpb_mean", "mean_val_bpb", "bpb", "final_val_bpb", "val_bpb_exact", "bpb_mean", "score"
+        ),
+    )
 
 
 ALIASES = {  # of numbers that are compared where they are stated
     "val_bpb": PublicSubmission.model_fields["val_bpb"].validation_alias.choices,
     "val_loss": ("val_loss", "val_loss_mean", "mean_val_loss", "final_val_loss"),
     "val_bpb_std": ("val_bpb_std", "std_val_bpb", "val_bpb_stdev", "val_bpb_std_dev", "bpb_std"),
-    "bytes_total": ("bytes_total", "total_bytes", "bytes_total_max", "max_bytes_total", "artifact_bytes",
-                    "artifact_size_bytes", "total_submission_bytes", "artifact_bytes_max", "artifact_bytes_mean"),
+    "bytes_total": (
+        "bytes_total",
+        "total_bytes",
+        "bytes_total_max",
+        "max_bytes_total",
+        "artifact_bytes",
+        "artifact_size_bytes",
+        "total_submission_bytes",
+        "artifact_bytes_max",
+        "artifact_bytes_mean",
+    ),
     "bytes_code": ("bytes_code", "code_bytes", "code_size_bytes", "code_size"),
 }
 SEED_TABLES = ("seed_results", "per_seed", "results", "per_seed_results", "runs", "seeds_results")
@@ -106,16 +128,21 @@ def number(value, from_text: bool = False) -> Decimal | None:
 
 def stated(row: dict, from_text: bool) -> dict[str, Decimal]:
     """{field: number} of what a row states, under the first of its names that holds a number."""
-    found = {name: next((n for alias in choices if (n := number(row.get(alias), from_text)) is not None), None)
-             for name, choices in ALIASES.items()}  # fmt: skip
+    found = {
+        name: next((n for alias in choices if (n := number(row.get(alias), from_text)) is not None), None)
+        for name, choices in ALIASES.items()
+    }
     return {name: value for name, value in found.items() if value is not None}
 
 
 def seed_claims(raw: dict, from_text: bool) -> dict[int, dict[str, Decimal]]:
     """{seed: {field: number}} of tables by seed (1337, "seed_42"), lists of rows, or bare scores."""
     table = next((raw[name] for name in SEED_TABLES if isinstance(raw.get(name), dict | list)), {})
-    rows = table.items() if isinstance(table, dict) else [
-        (row["seed"], row) for row in table if isinstance(row, dict) and "seed" in row]
+    rows = (
+        table.items()
+        if isinstance(table, dict)
+        else [(row["seed"], row) for row in table if isinstance(row, dict) and "seed" in row]
+    )
     claims = {}
     for key, row in rows:
         match = re.fullmatch(r"(?:seed[_ -]?)?(\d+)", str(key))
@@ -146,8 +173,13 @@ def schema_errors(plain: dict, ours: bool) -> list[tuple[str, str]]:
     try:
         (Submission if ours else PublicSubmission).model_validate(plain)
     except ValidationError as error:
-        return [(".".join(map(str, e["loc"])), f"{e['msg']}, found {e['input']!r:.60}" if e["type"] != "missing"
-                 else "missing") for e in error.errors()]
+        return [
+            (
+                ".".join(map(str, e["loc"])),
+                f"{e['msg']}, found {e['input']!r:.60}" if e["type"] != "missing" else "missing",
+            )
+            for e in error.errors()
+        ]
     try:
         datetime.date.fromisoformat(str(plain.get("date") or plain.get("timestamp") or "2000-01-01")[:10])
     except ValueError as error:

@@ -20,8 +20,12 @@ def check_seeds(record: Record) -> Iterator[Finding | Skip]:
     for run in record.runs:
         logged, named = run.log.seeds if run.log else set(), re.search(r"seed[_-]?(\d+)", run.name.replace(" ", ""))
         if run.result and run.log and run.result.get("seed") not in logged:
-            yield Finding("seeds", record.log_of(run), f"is the log of seed {sorted(logged)}, beside the result of "
-                          f"seed {run.result.get('seed')}", "put the log of that seed in its place")
+            yield Finding(
+                "seeds",
+                record.log_of(run),
+                f"is the log of seed {sorted(logged)}, beside the result of seed {run.result.get('seed')}",
+                "put the log of that seed in its place",
+            )
         elif named and logged and int(named[1]) not in logged | {run.seed}:
             yield Finding("seeds", run.name, f"its log says seed {sorted(logged)}", "put the right log in its place")
     if not claim or not (claim.seeds or claim.listed):
@@ -36,8 +40,13 @@ def check_seeds(record: Record) -> Iterator[Finding | Skip]:
     forms = {run.name.replace(str(run.seed), "*") for run in record.runs if run.seed in claimed}
     named = {run.seed for run in record.runs if record.ours or run.name.replace(str(run.seed), "*") in forms}
     if named & claimed and named - claimed - {None}:
-        yield Finding("seeds", "submission.json", f"leaves out seeds {sorted(named - claimed - {None})}, which are in "
-                      "the folder: a mean over chosen seeds proves nothing", remedy)
+        yield Finding(
+            "seeds",
+            "submission.json",
+            f"leaves out seeds {sorted(named - claimed - {None})}, which are in "
+            "the folder: a mean over chosen seeds proves nothing",
+            remedy,
+        )
     seeds = [run.seed for run in record.runs if run.seed is not None]
     for seed in sorted({seed for seed in seeds if seeds.count(seed) > 1 and record.ours}):
         yield Finding("seeds", f"seed {seed}", "is there twice", remedy)
@@ -50,9 +59,13 @@ def check_score(record: Record) -> Iterator[Finding | Skip]:
         for key in run.contradictions:
             if key != "bytes_total":
                 final = run.log.final
-                yield Finding("score", f"{run.result_path.name}: {key}", f"is {run.result.get(key)}, but line "
-                              f"{final.line} of {record.log_of(run)} says {getattr(final, key.removeprefix('val_'))}",
-                              remedy)
+                yield Finding(
+                    "score",
+                    f"{run.result_path.name}: {key}",
+                    f"is {run.result.get(key)}, but line "
+                    f"{final.line} of {record.log_of(run)} says {getattr(final, key.removeprefix('val_'))}",
+                    remedy,
+                )
     if record.contradicted:
         yield Skip("claims: a log and its result.json contradict each other")
         return
@@ -73,9 +86,11 @@ def known_loss(record: Record) -> bool:
     """Public folders state the loss of any validation, before or after the export, or its mean over the seeds."""
     claim, logs = record.claim, [run.log for run in record.runs if run.log]
     every = [float(text) for log in logs for text in re.findall(r"val_loss[:=] ?(\d+\.\d+)", log.body)]
-    groups = [[run.val_loss for run in record.runs if run.val_loss],
-              [run.val_loss for run in record.scored().values() if run.seed in (claim.seeds or claim.listed)],
-              [float(fields["val_loss"]) for fields in claim.seeds.values() if "val_loss" in fields]]  # fmt: skip
+    groups = [
+        [run.val_loss for run in record.runs if run.val_loss],
+        [run.val_loss for run in record.scored().values() if run.seed in (claim.seeds or claim.listed)],
+        [float(fields["val_loss"]) for fields in claim.seeds.values() if "val_loss" in fields],
+    ]
     for label in {score.label for log in logs for score in log.scores}:
         groups.append([float(score.loss) for log in logs for score in log.scores if score.label == label])
     means = [statistics.fmean(group) for group in groups if group]
@@ -115,14 +130,19 @@ def check_mean(record: Record, remedy: str) -> Iterator[Finding | Skip]:
     if record.ours and claim.val_loss is not None:
         mean_loss = statistics.fmean(run.val_loss for run in chosen)
         if not agree(mean_loss, claim.val_loss, coarsest) and abs(mean_loss - float(claim.val_loss)) > slack:
-            yield Finding("score", "submission.json: val_loss", f"claims {claim.val_loss}, the mean is {mean_loss:.8f}",
-                          remedy)
+            yield Finding(
+                "score", "submission.json: val_loss", f"claims {claim.val_loss}, the mean is {mean_loss:.8f}", remedy
+            )
     if claim.val_bpb_std is not None and len(scores) > 1:
         spreads = [statistics.stdev(scores), statistics.pstdev(scores)][: 1 if record.ours else 2]
         slack += min(digits(claim.val_bpb_std), coarsest)
         if all(abs(spread - float(claim.val_bpb_std)) > slack for spread in spreads):
-            yield Finding("score", "submission.json: val_bpb_std", f"claims {claim.val_bpb_std}, the sample standard "
-                          f"deviation is {spreads[0]:.8f}", remedy)
+            yield Finding(
+                "score",
+                "submission.json: val_bpb_std",
+                f"claims {claim.val_bpb_std}, the sample standard deviation is {spreads[0]:.8f}",
+                remedy,
+            )
 
 
 def check_clock(record: Record) -> Iterator[Finding | Skip]:
@@ -134,11 +154,19 @@ def check_clock(record: Record) -> Iterator[Finding | Skip]:
     for run in record.runs:
         slack = 0.0 if record.ours else 2 * (run.step_ms or 0) / 1000
         if run.train_seconds and run.train_seconds > cap + slack:
-            yield Finding("clock", run.name, f"trained for {run.train_seconds:.3f} s, the cap is {cap} s",
-                          f"run again with MAX_WALLCLOCK_SECONDS={cap}")
+            yield Finding(
+                "clock",
+                run.name,
+                f"trained for {run.train_seconds:.3f} s, the cap is {cap} s",
+                f"run again with MAX_WALLCLOCK_SECONDS={cap}",
+            )
         if run.eval_seconds and run.eval_seconds > cap:
-            yield Finding("clock", run.name, f"was scored in {run.eval_seconds:.3f} s, the cap is {cap} s",
-                          "score in larger batches, or with a larger EVAL_STRIDE")
+            yield Finding(
+                "clock",
+                run.name,
+                f"was scored in {run.eval_seconds:.3f} s, the cap is {cap} s",
+                "score in larger batches, or with a larger EVAL_STRIDE",
+            )
 
 
 def check_validation(record: Record) -> Iterator[Finding | Skip]:
@@ -159,8 +187,12 @@ def check_validation(record: Record) -> Iterator[Finding | Skip]:
             judged = True
         elif tokens and fineweb_by(run, KNOWN_TOKENIZERS):
             judged = True
-            yield Finding("validation", run.name, f"scored {tokens} targets, which is no known FineWeb validation text "
-                          "with this tokenizer", remedy)
+            yield Finding(
+                "validation",
+                run.name,
+                f"scored {tokens} targets, which is no known FineWeb validation text with this tokenizer",
+                remedy,
+            )
     if not judged:
         yield Skip("no number of targets, or a text that is not known and has no data_manifest.json")
 
@@ -195,8 +227,12 @@ def check_bytes(record: Record) -> Iterator[Finding | Skip]:
         judged = True
         for found in (implied, (run.result or {}).get("scored_bytes")):
             if found and not math.isclose(found, expected, rel_tol=slack):
-                yield Finding("bytes", run.name, f"its score divides by {found:.0f} bytes, the text has {expected} "
-                              f"({found / expected - 1:+.2%})", remedy)
+                yield Finding(
+                    "bytes",
+                    run.name,
+                    f"its score divides by {found:.0f} bytes, the text has {expected} ({found / expected - 1:+.2%})",
+                    remedy,
+                )
                 break
     if not judged:
         yield Skip("no number of targets, or a text whose bytes are not known")
@@ -211,12 +247,20 @@ def check_significance(record: Record) -> Iterator[Finding | Skip]:
         return
     folder = record.folder.parent / str(base)
     if not folder.is_dir():
-        yield Finding("significance", "submission.json: base", f"there is no record {base} in this track",
-                      "name the folder of the record that it beats, or null")
+        yield Finding(
+            "significance",
+            "submission.json: base",
+            f"there is no record {base} in this track",
+            "name the folder of the record that it beats, or null",
+        )
         return
     verdict = record_test(record_runs(folder), record.runs)
     if verdict.problem:
         yield Finding("significance", "submission.json: base", verdict.problem, "see records/README.md, Statistics")
     elif verdict.p >= P_VALUE:
-        yield Finding("significance", "submission.json: base", f"does not beat {base} by 0.005 nats: difference "
-                      f"{verdict.difference:+.5f} nats, p = {verdict.p:.3g}", "run more seeds, or claim no record")
+        yield Finding(
+            "significance",
+            "submission.json: base",
+            f"does not beat {base} by 0.005 nats: difference {verdict.difference:+.5f} nats, p = {verdict.p:.3g}",
+            "run more seeds, or claim no record",
+        )

@@ -60,8 +60,9 @@ def start(target: Target, knobs: dict[str, str], folder: Path) -> subprocess.Pop
         if "DATA_PATH" not in environ and not (where / "data").exists():
             (where / "data").symlink_to(ROOT / "data")
     with open(folder / f"{knobs['RUN_ID']}.out", "wb") as output:
-        return subprocess.Popen(command, env=environ, cwd=where, stdout=output, stderr=subprocess.STDOUT,
-                                stdin=subprocess.DEVNULL)  # fmt: skip
+        return subprocess.Popen(
+            command, env=environ, cwd=where, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+        )
 
 
 def wait(process: subprocess.Popen) -> tuple[int, float]:
@@ -89,8 +90,13 @@ def stop(process: subprocess.Popen, patience: float = 10.0):
 def read_finished(folder: Path, run_id: str) -> Run:
     """What a run left: its output as the log, its result.json and metrics.jsonl if it makes them."""
     result = folder / run_id / "result.json"
-    return Run(run_id, parse_log(folder / f"{run_id}.out"), read_result(result) if result.is_file() else None, result,
-               folder / run_id / "metrics.jsonl")  # fmt: skip
+    return Run(
+        run_id,
+        parse_log(folder / f"{run_id}.out"),
+        read_result(result) if result.is_file() else None,
+        result,
+        folder / run_id / "metrics.jsonl",
+    )
 
 
 def last_words(folder: Path, run_id: str) -> str:

@@ -69,23 +69,31 @@ FORMS = (
 )
 
 
-def features(tokens: float, product_flops: float, attention_flops: float, attention: str, vocabulary: int,
-             layer_width: int) -> dict[str, float]:  # fmt: skip
+def features(
+    tokens: float, product_flops: float, attention_flops: float, attention: str, vocabulary: int, layer_width: int
+) -> dict[str, float]:
     """What a step's time may depend on, for one GPU: TFLOPs, billions of logits and of activations. `tokens` are those
     of the GPU, the FLOPs those of a token; layer_width is the width times the layers that run."""
     fa2 = attention not in ("flash3", "cudnn")
     work = tokens * attention_flops / 1e12
-    return {"constant": 1.0, "products": tokens * product_flops / 1e12, "attention": work, "flash": work * fa2,
-            "flash3": work * (not fa2), "logits": tokens * vocabulary / 1e9,
-            "activations": tokens * layer_width / 1e9}  # fmt: skip
+    return {
+        "constant": 1.0,
+        "products": tokens * product_flops / 1e12,
+        "attention": work,
+        "flash": work * fa2,
+        "flash3": work * (not fa2),
+        "logits": tokens * vocabulary / 1e9,
+        "activations": tokens * layer_width / 1e9,
+    }
 
 
 def run_features(run: Run) -> dict[str, float]:
     """Those of a public run, from its shape."""
     weights = run.layers * 2 * WIDTH * (WIDTH + KV_WIDTH + run.mlp * WIDTH) + run.vocabulary * WIDTH
     layer_width = run.layers * WIDTH
-    return features(run.tokens / GPUS, 6 * weights, 7 * run.sequence * layer_width, run.attention, run.vocabulary,
-                    layer_width)  # fmt: skip
+    return features(
+        run.tokens / GPUS, 6 * weights, 7 * run.sequence * layer_width, run.attention, run.vocabulary, layer_width
+    )
 
 
 def non_negative_fit(columns: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -137,8 +145,14 @@ def model_features(config, model, gpus: int, looping: bool, attention: str) -> d
         attention_flops = (kernels.flops_per_token(model, config.train_seq_len) - products) * 7 / 12
     finally:
         model.looping = before
-    return features(config.train_batch_tokens / gpus, products, attention_flops, attention, config.vocab_size,
-                    attention_flops / (7 * config.train_seq_len))  # fmt: skip
+    return features(
+        config.train_batch_tokens / gpus,
+        products,
+        attention_flops,
+        attention,
+        config.vocab_size,
+        attention_flops / (7 * config.train_seq_len),
+    )
 
 
 def beyond_the_table(config, model, gpus: int) -> list[str]:
@@ -164,11 +178,15 @@ def beyond_the_table(config, model, gpus: int) -> list[str]:
         if not min(known) <= n <= max(known)
     ]
     kv_width = config.model_dim // config.num_heads * config.num_kv_heads
-    plain = {f"MODEL_DIM={config.model_dim} (known: {WIDTH})": config.model_dim != WIDTH,
-             f"keys and values {kv_width} wide (known: {KV_WIDTH})": kv_width != KV_WIDTH,
-             f"{gpus} GPUs (known: {GPUS})": gpus != GPUS, f"ATTENTION={config.attention}": not same,
-             f"COMPILE={config.compile}": config.compile == "0", f"DTYPE={config.dtype}": config.dtype == "float32",
-             "a model of another architecture": not layers}  # fmt: skip
+    plain = {
+        f"MODEL_DIM={config.model_dim} (known: {WIDTH})": config.model_dim != WIDTH,
+        f"keys and values {kv_width} wide (known: {KV_WIDTH})": kv_width != KV_WIDTH,
+        f"{gpus} GPUs (known: {GPUS})": gpus != GPUS,
+        f"ATTENTION={config.attention}": not same,
+        f"COMPILE={config.compile}": config.compile == "0",
+        f"DTYPE={config.dtype}": config.dtype == "float32",
+        "a model of another architecture": not layers,
+    }
     return found + [text for text, holds in plain.items() if holds]
 
 
@@ -185,8 +203,9 @@ def predict(config, model, gpus: int) -> dict:
     """Facts for MODE=check: milliseconds a step over the run, steps and tokens in the budget, and what they rest on."""
     fit, times, means = best_fit(), {}, {}
     for kernel in ("flash3", "flash"):
-        times[kernel] = [fit.ms(model_features(config, model, gpus, loops, kernel)) / 1e3
-                         for loops in (False, model.has_loops)]  # fmt: skip
+        times[kernel] = [
+            fit.ms(model_features(config, model, gpus, loops, kernel)) / 1e3 for loops in (False, model.has_loops)
+        ]
         steps, seconds = steps_in_budget(config, *times[kernel])
         means[kernel] = round(1e3 * seconds / steps, 1)
     attention = "flash3" if config.attention in ("auto", "fastest", "flash3", "cudnn") else "flash"

@@ -51,12 +51,26 @@ try:
 except ModuleNotFoundError as missing:
     raise SystemExit(f"error: {missing}: pip install optuna (it is in requirements-dev.txt)") from None
 
-KEYS = {"name": str, "trials": int, "config": str, "script": str, "objective": str, "storage": str, "sampler": str,
-        "seed": int, "fixed": dict, "space": dict, "pruner": dict}  # fmt: skip
+KEYS = {
+    "name": str,
+    "trials": int,
+    "config": str,
+    "script": str,
+    "objective": str,
+    "storage": str,
+    "sampler": str,
+    "seed": int,
+    "fixed": dict,
+    "space": dict,
+    "pruner": dict,
+}
 SAID = {str: "a text", int: "a whole number", dict: "a table"}
 OWN = {"RUN_ID", "LOG_DIR"}  # knobs that a trial gets from here
-PRUNER = {"startup_trials": lambda n: type(n) is int and n >= 0, "after": lambda x: is_number(x) and 0 <= x <= 1,
-          "off": lambda x: isinstance(x, bool)}  # fmt: skip
+PRUNER = {
+    "startup_trials": lambda n: type(n) is int and n >= 0,
+    "after": lambda x: is_number(x) and 0 <= x <= 1,
+    "off": lambda x: isinstance(x, bool),
+}
 STAGES = 20  # of a run, at each of which the pruner is asked
 POLL_SECONDS = 0.5
 
@@ -92,8 +106,10 @@ def fault(space: dict) -> str:
             return f"fixed.{name} = {value!r}: expected a text, a number, true or false"
     for name, value in space.get("pruner", {}).items():
         if not PRUNER.get(name, lambda _: False)(value):
-            return (f"pruner.{name} = {value!r}: expected startup_trials (a whole number), after (a share of a run, "
-                    "0 to 1) or off (true or false)")  # fmt: skip
+            return (
+                f"pruner.{name} = {value!r}: expected startup_trials (a whole number), after (a share of a run, "
+                "0 to 1) or off (true or false)"
+            )
     for knob, form in searched.items():
         try:
             distribution(form)
@@ -137,16 +153,26 @@ def open_study(space: dict) -> optuna.Study:
         if not isinstance(sampler, optuna.samplers.BaseSampler):
             raise TypeError("no sampler")
     except (AttributeError, TypeError, ImportError) as error:
-        raise UserError(f"sampler = {name!r} {options}: {error}: expected one of optuna.samplers that needs no more, "
-                        "like TPESampler, RandomSampler or BruteForceSampler (a grid)") from error
+        raise UserError(
+            f"sampler = {name!r} {options}: {error}: expected one of optuna.samplers that needs no more, "
+            "like TPESampler, RandomSampler or BruteForceSampler (a grid)"
+        ) from error
     options = space["pruner"]
-    pruner = optuna.pruners.NopPruner() if options.get("off") else optuna.pruners.MedianPruner(
-        options.get("startup_trials", 5), round(STAGES * options.get("after", 0.2)))  # fmt: skip
+    pruner = (
+        optuna.pruners.NopPruner()
+        if options.get("off")
+        else optuna.pruners.MedianPruner(options.get("startup_trials", 5), round(STAGES * options.get("after", 0.2)))
+    )
     where = space.get("storage", f"sqlite:///logs/{space['name']}/study.db")
     for patience in range(10):  # two workers that begin at once may both try to make the tables
         try:
-            return optuna.create_study(storage=open_storage(where), sampler=sampler, pruner=pruner,
-                                       study_name=space["name"], load_if_exists=True)  # fmt: skip
+            return optuna.create_study(
+                storage=open_storage(where),
+                sampler=sampler,
+                pruner=pruner,
+                study_name=space["name"],
+                load_if_exists=True,
+            )
         except Exception as error:
             if patience == 9 or isinstance(error, ImportError | TypeError | IsADirectoryError):
                 raise UserError(f"storage = {where!r} cannot be opened: {error!r:.200}") from error
@@ -161,8 +187,10 @@ def check_same_space(study: optuna.Study, space: dict):
                 new = distribution(space["space"][knob]) if knob in space["space"] else old
                 optuna.distributions.check_distribution_compatibility(old, new)
             except ValueError as error:
-                raise UserError(f"{knob} = {space['space'][knob]}: the study {space['name']!r} has trials with {old}: "
-                                "give the new search another name") from error
+                raise UserError(
+                    f"{knob} = {space['space'][knob]}: the study {space['name']!r} has trials with {old}: "
+                    "give the new search another name"
+                ) from error
 
 
 @contextlib.contextmanager
@@ -309,21 +337,33 @@ def table(study: optuna.Study, objective: str) -> str:
     """Markdown, the best first; then what was pruned, then what failed."""
     trials = study.get_trials(deepcopy=False)
     order = {TrialState.COMPLETE: 0, TrialState.PRUNED: 1, TrialState.FAIL: 2}
-    ranked = sorted((trial for trial in trials if trial.state in order),
-                    key=lambda t: (order[t.state], t.value if t.value is not None else 0.0, t.number))  # fmt: skip
+    ranked = sorted(
+        (trial for trial in trials if trial.state in order),
+        key=lambda t: (order[t.state], t.value if t.value is not None else 0.0, t.number),
+    )
     lines = [f"| rank | {objective} | trial | knobs | ms a step | steps | bytes | seconds |", "|" + "---|" * 8]
     for rank, trial in enumerate(ranked, 1):
         about, last = trial.user_attrs, max(trial.intermediate_values, default=0)
-        score = {TrialState.COMPLETE: f"{trial.value:.5f}" if trial.value is not None else "",
-                 TrialState.PRUNED: f"pruned at {last / STAGES:.0%}",
-                 TrialState.FAIL: f"failed: {about.get('error', 'its worker died')}"}[trial.state]  # fmt: skip
-        knobs = " ".join(f"{name}={value:.5g}" if isinstance(value, float) else f"{name}={value}"
-                         for name, value in trial.params.items())  # fmt: skip
+        score = {
+            TrialState.COMPLETE: f"{trial.value:.5f}" if trial.value is not None else "",
+            TrialState.PRUNED: f"pruned at {last / STAGES:.0%}",
+            TrialState.FAIL: f"failed: {about.get('error', 'its worker died')}",
+        }[trial.state]
+        knobs = " ".join(
+            f"{name}={value:.5g}" if isinstance(value, float) else f"{name}={value}"
+            for name, value in trial.params.items()
+        )
         seconds = about.get("seconds")
-        cells = [rank if trial.state == TrialState.COMPLETE else "", score, trial.number, f"`{knobs}`",
-                 f"{about['step_ms']:.1f}" if about.get("step_ms") else "", about.get("steps") or "",
-                 f"{about['bytes_total']:,}" if about.get("bytes_total") else "",
-                 f"{seconds:.1f}" if seconds else ""]  # fmt: skip
+        cells = [
+            rank if trial.state == TrialState.COMPLETE else "",
+            score,
+            trial.number,
+            f"`{knobs}`",
+            f"{about['step_ms']:.1f}" if about.get("step_ms") else "",
+            about.get("steps") or "",
+            f"{about['bytes_total']:,}" if about.get("bytes_total") else "",
+            f"{seconds:.1f}" if seconds else "",
+        ]
         lines.append("| " + " | ".join(str(cell).replace("|", "/") for cell in cells) + " |")
     return "\n".join(lines)
 

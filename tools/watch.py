@@ -34,8 +34,15 @@ class Curves:
         self.module = importlib.import_module(name)
         if name == "trackio":
             last = self.module.SQLiteStorage.get_last_step(project, run_id)
-            self.run = self.module.init(project=project, name=run_id, config=config, resume="allow", embed=False,
-                                        auto_log_cpu=False, auto_log_gpu=False)  # fmt: skip
+            self.run = self.module.init(
+                project=project,
+                name=run_id,
+                config=config,
+                resume="allow",
+                embed=False,
+                auto_log_cpu=False,
+                auto_log_gpu=False,
+            )
         else:
             self.run = self.module.init(project=project, name=run_id, id=run_id, config=config, resume="allow")
             last = self.run.step - 1 if self.run.step else None

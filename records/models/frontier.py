@@ -48,8 +48,11 @@ class FrontierConfig(ScoreFirstConfig):
         super().check()
         kv_heads, heads = self.num_kv_heads, self.muon_heads
         require(self.xsa_layers or not self.xsa_gate, "XSA_GATE=1 gates the last XSA_LAYERS=0 blocks: set XSA_LAYERS")
-        require(not heads or kv_heads % heads == 0, f"MUON_HEADS={heads} does not divide NUM_KV_HEADS={kv_heads}: "
-                f"use 0 or one of {train_gpt.divisors(kv_heads)}")  # fmt: skip
+        require(
+            not heads or kv_heads % heads == 0,
+            f"MUON_HEADS={heads} does not divide NUM_KV_HEADS={kv_heads}: "
+            f"use 0 or one of {train_gpt.divisors(kv_heads)}",
+        )
         require(self.canonical or not self.canonical_train, "CANONICAL_TRAIN=1 needs the mask: set CANONICAL=1")
         self.context_starts()
 
@@ -62,14 +65,23 @@ class FrontierConfig(ScoreFirstConfig):
         require(all(matches), f"CONTEXTS={text}: expected LENGTH@SHARE,... {example}")
         starts = [(float(match[2]), int(match[1])) for match in matches]
         shares = [share for share, _ in starts]
-        require(shares == sorted({0.0, *shares}) and shares[-1] < 1,
-                f"CONTEXTS={text}: the shares must rise from 0 to less than 1, {example}")  # fmt: skip
-        require(all(length in lengths for _, length in starts),
-                f"CONTEXTS={text}: each length must divide TRAIN_SEQ_LEN={T}: use some of {lengths}")  # fmt: skip
-        require(starts[-1][1] == T, f"CONTEXTS={text} ends with a length of {starts[-1][1]}: end with TRAIN_SEQ_LEN={T}"
-                ", by which the model is scored")  # fmt: skip
-        require(len(starts) <= MOST_CONTEXTS, f"CONTEXTS={text} has {len(starts)} lengths, each of which is compiled: "
-                f"use at most {MOST_CONTEXTS}")  # fmt: skip
+        require(
+            shares == sorted({0.0, *shares}) and shares[-1] < 1,
+            f"CONTEXTS={text}: the shares must rise from 0 to less than 1, {example}",
+        )
+        require(
+            all(length in lengths for _, length in starts),
+            f"CONTEXTS={text}: each length must divide TRAIN_SEQ_LEN={T}: use some of {lengths}",
+        )
+        require(
+            starts[-1][1] == T,
+            f"CONTEXTS={text} ends with a length of {starts[-1][1]}: end with TRAIN_SEQ_LEN={T}"
+            ", by which the model is scored",
+        )
+        require(
+            len(starts) <= MOST_CONTEXTS,
+            f"CONTEXTS={text} has {len(starts)} lengths, each of which is compiled: use at most {MOST_CONTEXTS}",
+        )
         return starts
 
 
@@ -128,8 +140,10 @@ def longest_prefixes(token_bytes: train_gpt.TokenBytes, vocab_size: int) -> Tens
     """[V]: of each token the one with the longest text that its own text begins with and goes on after; NO_PREFIX
     where there is none. Of two with the same text it is the one that is no byte."""
     ids = range(token_bytes.size)
-    texts = [None if token_bytes.pieces[i] is None else b" " * (i in token_bytes.leading) + token_bytes.pieces[i]
-             for i in ids]  # fmt: skip
+    texts = [
+        None if token_bytes.pieces[i] is None else b" " * (i in token_bytes.leading) + token_bytes.pieces[i]
+        for i in ids
+    ]
     bytes_first = sorted((i for i in ids if texts[i]), key=lambda i: i not in token_bytes.byte_ids)
     token_of, table = {texts[i]: i for i in bytes_first}, torch.full((vocab_size,), NO_PREFIX)
     for i in filter(texts.__getitem__, ids):
@@ -222,8 +236,15 @@ class FrontierMuon(train_gpt.Muon):
     """Muon whose parameter groups say in `rows` how many rows of a matrix are orthogonalised as one; 0: all."""
 
     def __init__(self, groups: list[dict], config: FrontierConfig, runtime):
-        super().__init__(groups, config.matrix_lr, config.muon_momentum, config.muon_backend_steps, runtime,
-                         config.muon_row_norm, config.muon_weight_decay)  # fmt: skip
+        super().__init__(
+            groups,
+            config.matrix_lr,
+            config.muon_momentum,
+            config.muon_backend_steps,
+            runtime,
+            config.muon_row_norm,
+            config.muon_weight_decay,
+        )
         self.polar_express = config.polar_express
 
     def polynomials(self, steps: int) -> list[tuple[float, float, float]]:

@@ -188,8 +188,10 @@ class ScoreFirst:
             evaluator.windows, evaluator.batch = kept
         limit = config.eval_wallclock_seconds
         if limit and score.seconds > limit:
-            log(f"eval_clock_verdict:{score.seconds - limit:.3f}s OVER EVAL_WALLCLOCK_SECONDS={limit}, "
-                "NOT A VALID SUBMISSION")  # fmt: skip
+            log(
+                f"eval_clock_verdict:{score.seconds - limit:.3f}s OVER EVAL_WALLCLOCK_SECONDS={limit}, "
+                "NOT A VALID SUBMISSION"
+            )
         return score
 
 

@@ -73,8 +73,14 @@ def main() -> None:
     for kind in KINDS:
         folder, model, split = make_data(kind, args)
         steps = round(args.megabytes * 1e6 * split["tokens"] / split["bytes"] / args.batch)
-        knobs = {"DATA_PATH": folder, "TOKENIZER_PATH": model, "VOCAB_SIZE": args.pieces, "ITERATIONS": steps,
-                 "TRAIN_BATCH_TOKENS": args.batch, "MAX_WALLCLOCK_SECONDS": 0}  # fmt: skip
+        knobs = {
+            "DATA_PATH": folder,
+            "TOKENIZER_PATH": model,
+            "VOCAB_SIZE": args.pieces,
+            "ITERATIONS": steps,
+            "TRAIN_BATCH_TOKENS": args.batch,
+            "MAX_WALLCLOCK_SECONDS": 0,
+        }
         results = [train(kind, seed, knobs, args) for seed in args.seeds]
         scores[kind] = [result["val_bpb"] for result in results]
         print(f"{kind}: {steps} steps, {results[0]['scored_bytes']:,} bytes scored, bpb {scores[kind]}", flush=True)

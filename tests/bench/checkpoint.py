@@ -51,16 +51,20 @@ def main():
 
         for save in (True, False):
             window(save)
-        rows = [(window(True), window(False)) if pair % 2 else (window(False), window(True))[::-1]
-                for pair in range(pairs)]  # fmt: skip
+        rows = [
+            (window(True), window(False)) if pair % 2 else (window(False), window(True))[::-1] for pair in range(pairs)
+        ]
         size = (run_folder.path / "checkpoint.pt").stat().st_size
     costs = [with_checkpoint - without for with_checkpoint, without in rows]
     plain = [without for _, without in rows]
     version = train_gpt.torch.__version__
     print(f"{params} parameters, checkpoint of {size} bytes, {runtime.device_name()}, torch {version}")
     print(f"{pairs} pairs of windows of {steps} steps: median (least to most)")
-    for name, values in (("without, s", plain), ("a checkpoint costs, s", costs),
-                         (f"share of {INTERVAL:.0f} s, %", [100 * cost / INTERVAL for cost in costs])):  # fmt: skip
+    for name, values in (
+        ("without, s", plain),
+        ("a checkpoint costs, s", costs),
+        (f"share of {INTERVAL:.0f} s, %", [100 * cost / INTERVAL for cost in costs]),
+    ):
         print(f"{name:24} {statistics.median(values):8.3f} ({min(values):.3f} to {max(values):.3f})")
 
 

@@ -33,8 +33,10 @@ def gaussian_state(weights: int) -> dict[str, torch.Tensor]:
     """A fifth of attention, three of MLP, one of embedding, 512 wide; a vector that is kept."""
     generator = torch.Generator().manual_seed(0)
     shares = {"blocks.0.attn.c_q.weight": 1, "blocks.0.mlp.fc.weight": 3, "tok_emb.weight": 1}
-    state = {name: 0.02 * torch.randn(share * weights // 5 // 512, 512, generator=generator)
-             for name, share in shares.items()}  # fmt: skip
+    state = {
+        name: 0.02 * torch.randn(share * weights // 5 // 512, 512, generator=generator)
+        for name, share in shares.items()
+    }
     return state | {"blocks.0.attn_scale": torch.ones(512)}
 
 
@@ -67,11 +69,13 @@ def main():
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     entropy = -(counts * np.log2(np.where(counts > 0, shares, 1))).sum() / 8
     coders = {
-        "rANS": (lambda: compress.rans_encode(groups, tables).tobytes(),
-                 lambda data: np.concatenate(compress.rans_decode(np.frombuffer(data, "<u2"), lengths_of, tables))),
+        "rANS": (
+            lambda: compress.rans_encode(groups, tables).tobytes(),
+            lambda data: np.concatenate(compress.rans_decode(np.frombuffer(data, "<u2"), lengths_of, tables)),
+        ),
         "zlib -9": (lambda: zlib.compress(raw, 9), zlib.decompress),
         "lzma": (lambda: lzma.compress(raw), lzma.decompress),
-    }  # fmt: skip
+    }
     taken = {name: ([], []) for name in coders}
     lengths = {}
     for _ in range(int(os.environ.get("PAIRS", "3"))):
@@ -85,8 +89,10 @@ def main():
     print(f"{len(raw)} weights, entropy {entropy:.0f} bytes = {8 * entropy / len(raw):.4f} bits per weight")
     print(f"{'coder':8} {'bytes':>10} {'over entropy':>12} {'encode s':>9} {'decode s':>9}")
     for name, (encode, decode) in taken.items():
-        print(f"{name:8} {lengths[name]:10} {lengths[name] / entropy - 1:12.3%} {statistics.median(encode):9.3f} "
-              f"{statistics.median(decode):9.3f}")
+        print(
+            f"{name:8} {lengths[name]:10} {lengths[name] / entropy - 1:12.3%} {statistics.median(encode):9.3f} "
+            f"{statistics.median(decode):9.3f}"
+        )
     size = len(zlib.compress(train_gpt.torch_bytes(container), level=9)) + 32
     model = SimpleNamespace(state_dict=lambda: state, row=config.model_class().row)
     projected = train_gpt.tool("check").projected_bytes(config, model)

@@ -145,11 +145,14 @@ class PlainTrainer:
             orthogonalise = torch.compile(newton_schulz)
         matrices = [p for p in self.raw_model.blocks.parameters() if p.ndim == 2 and p.size(0) > 2]
         vectors = [p for p in self.raw_model.blocks.parameters() if p.ndim < 2 or p.size(0) <= 2]
-        groups = [{"params": [self.raw_model.tok_emb.weight], "lr": config.tied_embed_lr},
-                  {"params": [*vectors, self.raw_model.skip_weights], "lr": config.scalar_lr}]  # fmt: skip
+        groups = [
+            {"params": [self.raw_model.tok_emb.weight], "lr": config.tied_embed_lr},
+            {"params": [*vectors, self.raw_model.skip_weights], "lr": config.scalar_lr},
+        ]
         adam = torch.optim.Adam(groups, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)
-        muon = PlainMuon(matrices, config.matrix_lr, config.muon_momentum, config.muon_backend_steps, dtype,
-                         orthogonalise)  # fmt: skip
+        muon = PlainMuon(
+            matrices, config.matrix_lr, config.muon_momentum, config.muon_backend_steps, dtype, orthogonalise
+        )
         self.optimizers = [adam, muon]
 
     def loss(self, tokens, targets):

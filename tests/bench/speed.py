@@ -40,15 +40,38 @@ kernels = train_gpt.tool("kernels")
 
 REFERENCE_TOKENS = 65_536 if torch.cuda.is_available() else 8192
 SHAPES = {
-    "bench": {"NUM_LAYERS": 4, "MODEL_DIM": 256, "NUM_HEADS": 4, "NUM_KV_HEADS": 2, "TRAIN_SEQ_LEN": 256,
-              "TRAIN_BATCH_TOKENS": 8192, "GRAD_ACCUM_STEPS": 1},
-    "demo": {"NUM_LAYERS": 4, "MODEL_DIM": 256, "NUM_HEADS": 4, "NUM_KV_HEADS": 2, "TRAIN_SEQ_LEN": 256,
-             "TRAIN_BATCH_TOKENS": 4096, "VOCAB_SIZE": 2048, "GRAD_ACCUM_STEPS": 1},
+    "bench": {
+        "NUM_LAYERS": 4,
+        "MODEL_DIM": 256,
+        "NUM_HEADS": 4,
+        "NUM_KV_HEADS": 2,
+        "TRAIN_SEQ_LEN": 256,
+        "TRAIN_BATCH_TOKENS": 8192,
+        "GRAD_ACCUM_STEPS": 1,
+    },
+    "demo": {
+        "NUM_LAYERS": 4,
+        "MODEL_DIM": 256,
+        "NUM_HEADS": 4,
+        "NUM_KV_HEADS": 2,
+        "TRAIN_SEQ_LEN": 256,
+        "TRAIN_BATCH_TOKENS": 4096,
+        "VOCAB_SIZE": 2048,
+        "GRAD_ACCUM_STEPS": 1,
+    },
     "reference": {"TRAIN_SEQ_LEN": 1024, "TRAIN_BATCH_TOKENS": REFERENCE_TOKENS, "GRAD_ACCUM_STEPS": 1},
-}  # fmt: skip
+}
 # Small shapes, eager, of which one knob at a time grows twofold and fourfold; heads stay 64 wide.
-SMALL = {"NUM_LAYERS": 2, "MODEL_DIM": 128, "NUM_HEADS": 2, "NUM_KV_HEADS": 1, "TRAIN_SEQ_LEN": 128, "VOCAB_SIZE": 512,
-         "TRAIN_BATCH_TOKENS": 2048, "COMPILE": "0"}  # fmt: skip
+SMALL = {
+    "NUM_LAYERS": 2,
+    "MODEL_DIM": 128,
+    "NUM_HEADS": 2,
+    "NUM_KV_HEADS": 1,
+    "TRAIN_SEQ_LEN": 128,
+    "VOCAB_SIZE": 512,
+    "TRAIN_BATCH_TOKENS": 2048,
+    "COMPILE": "0",
+}
 GROWING = ("TRAIN_SEQ_LEN", "MODEL_DIM", "NUM_LAYERS", "VOCAB_SIZE", "TRAIN_BATCH_TOKENS")
 STEPS_ALONE = 15  # of a process, after those that compile
 PHASES = ("data", "forward", "backward", "clipping", "muon", "adamw", "collectives")
@@ -58,8 +81,9 @@ class RandomTokens(train_gpt.TrainLoader):
     """The trainer's loader over a stream in memory."""
 
     def __init__(self, config, runtime):
-        super().__init__(random_stream(config, 10**6), config, runtime,
-                         config.accumulation_steps(1, runtime.device.type))  # fmt: skip
+        super().__init__(
+            random_stream(config, 10**6), config, runtime, config.accumulation_steps(1, runtime.device.type)
+        )
 
 
 def random_stream(config, count: int) -> train_gpt.TokenStream:
@@ -124,10 +148,23 @@ def product_call(runtime):
 
 def is_default_model(config) -> bool:
     """Whether the plain port, which knows shapes but no other architecture, is the same model."""
-    shape = {"TRAIN_SEQ_LEN", "VOCAB_SIZE", "NUM_LAYERS", "MODEL_DIM", "NUM_HEADS", "NUM_KV_HEADS", "MLP_MULT",
-             "LOGIT_SOFTCAP", "ROPE_BASE", "START_TOKEN", "LOOP_PASSES"}  # fmt: skip
-    return all(name in shape or not field.metadata["arch"] or getattr(config, field.name) == field.default
-               for name, field in config.knobs().items())  # fmt: skip
+    shape = {
+        "TRAIN_SEQ_LEN",
+        "VOCAB_SIZE",
+        "NUM_LAYERS",
+        "MODEL_DIM",
+        "NUM_HEADS",
+        "NUM_KV_HEADS",
+        "MLP_MULT",
+        "LOGIT_SOFTCAP",
+        "ROPE_BASE",
+        "START_TOKEN",
+        "LOOP_PASSES",
+    }
+    return all(
+        name in shape or not field.metadata["arch"] or getattr(config, field.name) == field.default
+        for name, field in config.knobs().items()
+    )
 
 
 def contenders(config, runtime) -> dict:
@@ -250,10 +287,18 @@ def child(config, contender: str, spawned: float):
         import resource  # late: Windows has none
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    print(json.dumps({
-        "imports": imported - spawned, "model and optimizers": built - imported, "compilation": times[0] - times[2],
-        "start to first step": built + times[0] - spawned, "step": statistics.median(steps),
-        "peak memory": peak / 2**20}))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "imports": imported - spawned,
+                "model and optimizers": built - imported,
+                "compilation": times[0] - times[2],
+                "start to first step": built + times[0] - spawned,
+                "step": statistics.median(steps),
+                "peak memory": peak / 2**20,
+            }
+        )
+    )
 
 
 def bench_start(config, shape: str, rounds: int, table: Table):
@@ -399,15 +444,23 @@ def main():
     if options.pairs < 1:
         parser.error(f"--pairs {options.pairs}: expected at least 1")
     runtime, table = train_gpt.Runtime(config, {}), Table()
-    facts = {"shape": options.shape, "device": runtime.device_name(), "dtype": str(runtime.dtype), "torch":
-             torch.__version__, "tokens_per_step": config.train_batch_tokens, "pairs": options.pairs}  # fmt: skip
+    facts = {
+        "shape": options.shape,
+        "device": runtime.device_name(),
+        "dtype": str(runtime.dtype),
+        "torch": torch.__version__,
+        "tokens_per_step": config.train_batch_tokens,
+        "pairs": options.pairs,
+    }
     print(*(f"{name}: {value}" for name, value in facts.items()), "median (least to most)", sep="\n")
-    benches = {"step": lambda: bench_step(config, runtime, options.pairs, table),
-               "split": lambda: bench_split(config, runtime, options.pairs, table),
-               "start": lambda: bench_start(config, options.shape, options.pairs, table),
-               "evaluation": lambda: bench_evaluation(config, runtime, options.pairs, table),
-               "export": lambda: bench_export(config, options.pairs, table),
-               "growth": lambda: bench_growth(runtime, options.pairs, table)}  # fmt: skip
+    benches = {
+        "step": lambda: bench_step(config, runtime, options.pairs, table),
+        "split": lambda: bench_split(config, runtime, options.pairs, table),
+        "start": lambda: bench_start(config, options.shape, options.pairs, table),
+        "evaluation": lambda: bench_evaluation(config, runtime, options.pairs, table),
+        "export": lambda: bench_export(config, options.pairs, table),
+        "growth": lambda: bench_growth(runtime, options.pairs, table),
+    }
     for part in wanted:
         benches[part]()
     found = json.dumps(facts | {"figures": table.figures})

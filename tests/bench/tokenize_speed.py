@@ -78,9 +78,11 @@ def main() -> None:
             theirs, spent = size / (time.perf_counter() - started), time.process_time() - spent
             seconds, ours, peak = run(root / f"two_{pair}", *command, "--tokenizer", args.model, "--threads", 2)
             ratios.append(size / seconds / theirs)
-            print(f"pair {pair}: sentencepiece {theirs:.2f} MB/s, command {size / seconds:.2f} MB/s, ratio "
-                  f"{ratios[-1]:.2f}, peak {peak / 2**20:.0f} MiB; processor seconds {spent:.1f} and {ours:.1f}",
-                  flush=True)  # fmt: skip
+            print(
+                f"pair {pair}: sentencepiece {theirs:.2f} MB/s, command {size / seconds:.2f} MB/s, ratio "
+                f"{ratios[-1]:.2f}, peak {peak / 2**20:.0f} MiB; processor seconds {spent:.1f} and {ours:.1f}",
+                flush=True,
+            )
         print(f"ratio: median {sorted(ratios)[len(ratios) // 2]:.2f}, least {min(ratios):.2f}, n = {len(ratios)}")
         run(root / "one", *command, "--tokenizer", args.model, "--threads", 1)
         print(f"the same shards with one thread: {hashes(root / 'one') == hashes(root / 'two_0')}")

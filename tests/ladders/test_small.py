@@ -15,14 +15,32 @@ import train_gpt
 
 small = seam.load("small")
 RUNGS = sorted(Path(small.__file__).parent.glob("*.env"))
-TINY = {"NUM_LAYERS": 2, "MODEL_DIM": 16, "FF_DIM": 24, "TRAIN_SEQ_LEN": 16, "TRAIN_BATCH_TOKENS": 64,
-        "VAL_BATCH_SIZE": 128, "ITERATIONS": 5, "LR_WARMUP_STEPS": 0}  # fmt: skip
+TINY = {
+    "NUM_LAYERS": 2,
+    "MODEL_DIM": 16,
+    "FF_DIM": 24,
+    "TRAIN_SEQ_LEN": 16,
+    "TRAIN_BATCH_TOKENS": 64,
+    "VAL_BATCH_SIZE": 128,
+    "ITERATIONS": 5,
+    "LR_WARMUP_STEPS": 0,
+}
 COUNTS = {
-    "01_sgd": 1_863_025, "02_adam": 1_863_025, "03_cosine": 1_863_025, "04_rope": 1_658_800, "05_no_dropout": 1_658_800,
-    "06_ema": 1_658_800, "07_swiglu": 2_102_272, "08_layers8": 2_142_800, "09_ff512": 2_042_360,
-    "10_layers18": 15_669_248, "11_warmup": 2_102_272, "12_rate3e-4": 2_102_272, "13_layers23": 97_198_592,
+    "01_sgd": 1_863_025,
+    "02_adam": 1_863_025,
+    "03_cosine": 1_863_025,
+    "04_rope": 1_658_800,
+    "05_no_dropout": 1_658_800,
+    "06_ema": 1_658_800,
+    "07_swiglu": 2_102_272,
+    "08_layers8": 2_142_800,
+    "09_ff512": 2_042_360,
+    "10_layers18": 15_669_248,
+    "11_warmup": 2_102_272,
+    "12_rate3e-4": 2_102_272,
+    "13_layers23": 97_198_592,
     "14_learned": 2_102_272 + 35 * 200,
-}  # fmt: skip
+}
 
 
 def config(rung="01_sgd", **overrides):
@@ -149,11 +167,19 @@ def test_a_rung_is_validated_at_thirds_of_its_steps_and_kept(ladder, monkeypatch
 
 def test_the_table_names_the_steps_of_the_runs(ladder):
     def run(*losses, steps=(300, 600, 900)):
-        return {"val": dict(zip(map(str, steps), losses, strict=True)), "pre_quant_val_loss": losses[-1],
-                "model_params": 1000, "step_avg_ms": 7}  # fmt: skip
+        return {
+            "val": dict(zip(map(str, steps), losses, strict=True)),
+            "pre_quant_val_loss": losses[-1],
+            "model_params": 1000,
+            "step_avg_ms": 7,
+        }
 
-    found = {"01_sgd": [run(4, 3, 2.75), run(4, 3, 2.25)], "02_adam": [run(4, 3, 2), run(5, steps=(50,))],
-             "04_rope": [run(4, 3, 1)], "10_layers18": [run(0.5, steps=(50,))]}  # fmt: skip
+    found = {
+        "01_sgd": [run(4, 3, 2.75), run(4, 3, 2.25)],
+        "02_adam": [run(4, 3, 2), run(5, steps=(50,))],
+        "04_rope": [run(4, 3, 1)],
+        "10_layers18": [run(0.5, steps=(50,))],
+    }
     lines = ladder.table(found).splitlines()
     assert "| ours: steps 300, 600, 900 |" in lines[0]
     assert "| 4.000, 3.000, 2.500 | 0.500 |" in lines[2] and "| 4.000, 3.000, 2.000 | one seed |" in lines[3]

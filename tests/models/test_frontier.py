@@ -35,9 +35,22 @@ def load(name: str, path: Path):
 frontier, probe = load("frontier", MODEL_FILE), load("record_probe", ROOT / "tools" / "record_probe.py")
 FrontierConfig, FrontierGPT = frontier.FrontierConfig, frontier.FrontierGPT
 
-ALL = {"XSA_LAYERS": 2, "XSA_GATE": 1, "MUON_HEADS": 1, "POLAR_EXPRESS": 1, "PREFIX_LOSS": 0.5, "CANONICAL": 1,
-       "CANONICAL_TRAIN": 1, "CONTEXTS": "8@0,16@0.3,32@0.6", "EMA_DECAY": 0.9, "TTT_CHUNK": 64, "TTT_LR": 0.05,
-       "TTT_BATCH_TOKENS": 64, "FOLD_SCALES": 1, "FUSE_QKV": 1}  # fmt: skip
+ALL = {
+    "XSA_LAYERS": 2,
+    "XSA_GATE": 1,
+    "MUON_HEADS": 1,
+    "POLAR_EXPRESS": 1,
+    "PREFIX_LOSS": 0.5,
+    "CANONICAL": 1,
+    "CANONICAL_TRAIN": 1,
+    "CONTEXTS": "8@0,16@0.3,32@0.6",
+    "EMA_DECAY": 0.9,
+    "TTT_CHUNK": 64,
+    "TTT_LR": 0.05,
+    "TTT_BATCH_TOKENS": 64,
+    "FOLD_SCALES": 1,
+    "FUSE_QKV": 1,
+}
 
 
 @pytest.fixture
@@ -168,9 +181,18 @@ LEAN = [{"FOLD_SCALES": 1}, {"FUSE_QKV": 1}, {"FOLD_SCALES": 1, "FUSE_QKV": 1}]
 ARCHITECTURES = [
     {},
     {"XSA_LAYERS": 1, "XSA_GATE": 1, "X0_MIX": 0, "MLP_MULT": 1.7, "NUM_KV_HEADS": 1},
-    {"NUM_LAYERS": 4, "XSA_LAYERS": 3, "ATTN_GATE": 1, "PARALLEL_FROM": 2, "LN_SCALE": 1, "LOOP_LAYERS": "1-2",
-     "ROPE_DIMS": 4, "MLP_SLOPE": 0.5, "NUM_KV_HEADS": 4},
-]  # fmt: skip
+    {
+        "NUM_LAYERS": 4,
+        "XSA_LAYERS": 3,
+        "ATTN_GATE": 1,
+        "PARALLEL_FROM": 2,
+        "LN_SCALE": 1,
+        "LOOP_LAYERS": "1-2",
+        "ROPE_DIMS": 4,
+        "MLP_SLOPE": 0.5,
+        "NUM_KV_HEADS": 4,
+    },
+]
 ids = {"ids": lambda knobs: " ".join(f"{name}={value}" for name, value in knobs.items()) or "default"}
 
 
@@ -262,8 +284,11 @@ def test_a_checkpoint_and_an_artifact_do_not_ask_whether_they_are_folded_and_fus
     """A run goes on with both; its artifact is scored to the digit as it tells, and equal to rounding without."""
     common = {"CODEC": "rans", "GPTQ_BATCHES": 1, "WEIGHT_BITS": 6, "VAL_TOKENS_LIMIT": 200, "WARMDOWN_FRAC": 0}
     losses, scores, checkpoint = [], [], tmp_path / "logs" / "begun" / "checkpoint.pt"
-    for name, knobs in (("begun", {"ITERATIONS": 3}), ("plain", {"RESUME": checkpoint}),
-                        ("lean", {"RESUME": checkpoint} | LEAN[2])):  # fmt: skip
+    for name, knobs in (
+        ("begun", {"ITERATIONS": 3}),
+        ("plain", {"RESUME": checkpoint}),
+        ("lean", {"RESUME": checkpoint} | LEAN[2]),
+    ):
         values = tiny(**{"ITERATIONS": 6} | common | knobs, RUN_ID=name)
         code, out, err = start(FrontierConfig, values, capfd)
         assert code == 0, err
@@ -304,8 +329,15 @@ def paper_quintics(steps):
 @pytest.mark.parametrize("row_norm", [0, 1])
 @pytest.mark.parametrize("heads, polar", [(0, 1), (1, 0), (1, 1), (2, 0), (2, 1)])
 def test_a_step_of_muon_equals_the_formulas_piece_by_piece(config_of, runtime, heads, row_norm, polar):
-    knobs = {"MUON_HEADS": heads, "MUON_ROW_NORM": row_norm, "POLAR_EXPRESS": polar, "MUON_BACKEND_STEPS": 4,
-             "MUON_MOMENTUM": 0.9, "MATRIX_LR": 0.1, "MUON_WEIGHT_DECAY": 0.3}  # fmt: skip
+    knobs = {
+        "MUON_HEADS": heads,
+        "MUON_ROW_NORM": row_norm,
+        "POLAR_EXPRESS": polar,
+        "MUON_BACKEND_STEPS": 4,
+        "MUON_MOMENTUM": 0.9,
+        "MATRIX_LR": 0.1,
+        "MUON_WEIGHT_DECAY": 0.3,
+    }
     config = config_of(**knobs)
     model = double(config)
     runtime.dtype = torch.float64
@@ -323,8 +355,11 @@ def test_a_step_of_muon_equals_the_formulas_piece_by_piece(config_of, runtime, h
         for u in (p.grad * 1.9).split(heads * 8 if cut else len(p)):
             u = u / u.norm(dim=1, keepdim=True) if row_norm else u
             u = u / u.norm()
-            u = by_singular_values(u / 1.01, paper_quintics(4)) if polar else by_singular_values(
-                u, [(3.4445, -4.7750, 2.0315)] * 4)  # fmt: skip
+            u = (
+                by_singular_values(u / 1.01, paper_quintics(4))
+                if polar
+                else by_singular_values(u, [(3.4445, -4.7750, 2.0315)] * 4)
+            )
             pieces.append(u * max(1, u.size(0) / u.size(1)) ** 0.5)
         expected[name] = p.detach() * (1 - 0.1 * 0.3) - 0.1 * torch.cat(pieces)
     muon.step()
@@ -424,11 +459,14 @@ def test_in_training_a_sequence_is_cut_into_contexts_and_in_evaluation_it_is_who
         torch.testing.assert_close(model.eval()(tokens), whole(tokens), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("loops, expected", [
-    ({}, (0.0, 0.3, 0.6)),
-    ({"LOOP_LAYERS": "0-1", "LOOP_START": 0.4}, (0.0, 0.3, 0.4, 0.6)),
-    ({"LOOP_LAYERS": "0-1", "LOOP_START": 0.7}, (0.0, 0.3, 0.6, 0.7)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "loops, expected",
+    [
+        ({}, (0.0, 0.3, 0.6)),
+        ({"LOOP_LAYERS": "0-1", "LOOP_START": 0.4}, (0.0, 0.3, 0.4, 0.6)),
+        ({"LOOP_LAYERS": "0-1", "LOOP_START": 0.7}, (0.0, 0.3, 0.6, 0.7)),
+    ],
+)
 def test_graphs_change_where_contexts_do_and_where_recurrence_begins(config_of, loops, expected):
     config = config_of(CONTEXTS="8@0,16@0.3,32@0.6", **loops)
     model = FrontierGPT(config)
@@ -445,8 +483,9 @@ def test_all_graphs_are_compiled_in_the_warm_up_and_none_after_it(config_of, run
     model, graphs = FrontierGPT(config), []
     model.mask = train_gpt.tool("canonical").Mask(model, config, runtime)
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend=lambda graph, _: graphs.append(1) or graph.forward, fullgraph=True,
-                             dynamic=False)  # fmt: skip
+    compiled = torch.compile(
+        model, backend=lambda graph, _: graphs.append(1) or graph.forward, fullgraph=True, dynamic=False
+    )
     tokens = random_tokens(config)
 
     def train_and_score(progress):
@@ -478,8 +517,11 @@ def test_the_mask_in_training_leaves_a_distribution_over_what_is_allowed(config_
     table = slow_prefixes(token_bytes, config.vocab_size)
     # Targets that the mask excludes, and others whose prefixes it does.
     odd = [(a, b) for a, b in itertools.product(range(config.vocab_size), repeat=2) if not bits[a, b]][:16]
-    odd += [(a, b) for a, b in itertools.product(range(config.vocab_size), repeat=2)
-            if bits[a, b] and table[b] >= 0 and not bits[a, table[b]]][:16]  # fmt: skip
+    odd += [
+        (a, b)
+        for a, b in itertools.product(range(config.vocab_size), repeat=2)
+        if bits[a, b] and table[b] >= 0 and not bits[a, table[b]]
+    ][:16]
     tokens[0], targets[0] = torch.tensor(odd).T
     plain = model(tokens)
     model.mask = train_gpt.tool("canonical").Mask(model, config, runtime)
@@ -507,11 +549,21 @@ def test_the_mask_in_training_leaves_a_distribution_over_what_is_allowed(config_
 
 @pytest.mark.parametrize("learns", [False, True], ids=["fixed", "learns"])
 @pytest.mark.parametrize("stride", [0, 8], ids=["chunks", "windows"])
-@pytest.mark.parametrize("mask", [{}, {"CANONICAL": 1}, {"CANONICAL": 1, "CANONICAL_TRAIN": 1}],
-                         ids=["no mask", "mask", "mask in training"])  # fmt: skip
+@pytest.mark.parametrize(
+    "mask", [{}, {"CANONICAL": 1}, {"CANONICAL": 1, "CANONICAL_TRAIN": 1}], ids=["no mask", "mask", "mask in training"]
+)
 def test_a_score_keeps_the_rules(config_of, runtime, token_bytes, mask, stride, learns):
-    knobs = {"XSA_LAYERS": 2, "XSA_GATE": 1, "PREFIX_LOSS": 0.5, "CONTEXTS": "8@0,32@0.6", "VAL_TOKENS_LIMIT": 700,
-             "TTT_CHUNK": 128 * learns, "TTT_LR": 0.05, "TTT_BATCH_TOKENS": 64, "EVAL_STRIDE": stride}  # fmt: skip
+    knobs = {
+        "XSA_LAYERS": 2,
+        "XSA_GATE": 1,
+        "PREFIX_LOSS": 0.5,
+        "CONTEXTS": "8@0,32@0.6",
+        "VAL_TOKENS_LIMIT": 700,
+        "TTT_CHUNK": 128 * learns,
+        "TTT_LR": 0.05,
+        "TTT_BATCH_TOKENS": 64,
+        "EVAL_STRIDE": stride,
+    }
     config = config_of(**knobs | mask)
     model = scatter(FrontierGPT(config)).eval()
     model.advance(0.0)  # as training leaves it: contexts cut short, which a score is not to see
@@ -583,22 +635,28 @@ def test_two_ranks_train_and_score_as_one(tiny, launch, tmp_path):
 # Mistakes
 
 
-@pytest.mark.parametrize("knobs, message", [
-    ({"XSA_GATE": 1}, "XSA_GATE=1 gates the last XSA_LAYERS=0 blocks: set XSA_LAYERS"),
-    ({"MUON_HEADS": 3}, "MUON_HEADS=3 does not divide NUM_KV_HEADS=2: use 0 or one of [1, 2]"),
-    ({"CANONICAL_TRAIN": 1}, "CANONICAL_TRAIN=1 needs the mask: set CANONICAL=1"),
-    ({"PREFIX_LOSS": -1}, "PREFIX_LOSS=-1.0 is too small"),
-    ({"CONTEXTS": "16"}, "CONTEXTS=16: expected LENGTH@SHARE,... such as 16@0,32@0.5"),
-    ({"CONTEXTS": "16@0,32@half"}, "expected LENGTH@SHARE"),
-    ({"CONTEXTS": "16@0.1,32@0.5"}, "the shares must rise from 0 to less than 1"),
-    ({"CONTEXTS": "16@0,32@0"}, "the shares must rise"),
-    ({"CONTEXTS": "16@0,32@1"}, "the shares must rise"),
-    ({"CONTEXTS": "12@0,32@0.5"}, "each length must divide TRAIN_SEQ_LEN=32: use some of [1, 2, 4, 8, 16, 32]"),
-    ({"CONTEXTS": "64@0,32@0.5"}, "each length must divide TRAIN_SEQ_LEN=32"),
-    ({"CONTEXTS": "0@0,32@0.5"}, "each length must divide TRAIN_SEQ_LEN=32"),
-    ({"CONTEXTS": "8@0,16@0.5"}, "ends with a length of 16: end with TRAIN_SEQ_LEN=32"),
-    ({"CONTEXTS": "1@0,2@0.1,4@0.2,8@0.3,16@0.4,32@0.5"}, "has 6 lengths, each of which is compiled: use at most 5"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "knobs, message",
+    [
+        ({"XSA_GATE": 1}, "XSA_GATE=1 gates the last XSA_LAYERS=0 blocks: set XSA_LAYERS"),
+        ({"MUON_HEADS": 3}, "MUON_HEADS=3 does not divide NUM_KV_HEADS=2: use 0 or one of [1, 2]"),
+        ({"CANONICAL_TRAIN": 1}, "CANONICAL_TRAIN=1 needs the mask: set CANONICAL=1"),
+        ({"PREFIX_LOSS": -1}, "PREFIX_LOSS=-1.0 is too small"),
+        ({"CONTEXTS": "16"}, "CONTEXTS=16: expected LENGTH@SHARE,... such as 16@0,32@0.5"),
+        ({"CONTEXTS": "16@0,32@half"}, "expected LENGTH@SHARE"),
+        ({"CONTEXTS": "16@0.1,32@0.5"}, "the shares must rise from 0 to less than 1"),
+        ({"CONTEXTS": "16@0,32@0"}, "the shares must rise"),
+        ({"CONTEXTS": "16@0,32@1"}, "the shares must rise"),
+        ({"CONTEXTS": "12@0,32@0.5"}, "each length must divide TRAIN_SEQ_LEN=32: use some of [1, 2, 4, 8, 16, 32]"),
+        ({"CONTEXTS": "64@0,32@0.5"}, "each length must divide TRAIN_SEQ_LEN=32"),
+        ({"CONTEXTS": "0@0,32@0.5"}, "each length must divide TRAIN_SEQ_LEN=32"),
+        ({"CONTEXTS": "8@0,16@0.5"}, "ends with a length of 16: end with TRAIN_SEQ_LEN=32"),
+        (
+            {"CONTEXTS": "1@0,2@0.1,4@0.2,8@0.3,16@0.4,32@0.5"},
+            "has 6 lengths, each of which is compiled: use at most 5",
+        ),
+    ],
+)
 def test_mistakes_are_told_with_what_to_do(config_of, knobs, message):
     with pytest.raises(UserError, match=re.escape(message)):
         config_of(**knobs)

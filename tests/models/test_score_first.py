@@ -130,13 +130,22 @@ def oracle(config, model, tokens: np.ndarray) -> float:
                         p.sub_(lr * momentum)
 
 
-@pytest.mark.parametrize("knobs", [
-    {}, {"EVAL_STRIDE": 8}, {"EVAL_STRIDE": 20, "VAL_BATCH_SIZE": 96, "TTT_BATCH_TOKENS": 96},
-    {"TTT_BATCH_TOKENS": 32_768, "TTT_CLIP": 0, "TTT_MOMENTUM": 0, "TTT_EPOCHS": 1},
-    {"VAL_TOKENS_LIMIT": 128}, {"VAL_TOKENS_LIMIT": 20}, {"VAL_TOKENS_LIMIT": 130, "EVAL_STRIDE": 20, "TTT_CHUNK": 64},
-    {"TTT_CHUNK": 32, "EVAL_STRIDE": 32}, {"MICRO_BATCH_TOKENS": 64, "TTT_BATCH_TOKENS": 128, "CANONICAL": 1},
-    {"LOOP_LAYERS": "0-1", "SMEAR_GATE": 1, "TTT_CHUNK": 96},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {},
+        {"EVAL_STRIDE": 8},
+        {"EVAL_STRIDE": 20, "VAL_BATCH_SIZE": 96, "TTT_BATCH_TOKENS": 96},
+        {"TTT_BATCH_TOKENS": 32_768, "TTT_CLIP": 0, "TTT_MOMENTUM": 0, "TTT_EPOCHS": 1},
+        {"VAL_TOKENS_LIMIT": 128},
+        {"VAL_TOKENS_LIMIT": 20},
+        {"VAL_TOKENS_LIMIT": 130, "EVAL_STRIDE": 20, "TTT_CHUNK": 64},
+        {"TTT_CHUNK": 32, "EVAL_STRIDE": 32},
+        {"MICRO_BATCH_TOKENS": 64, "TTT_BATCH_TOKENS": 128, "CANONICAL": 1},
+        {"LOOP_LAYERS": "0-1", "SMEAR_GATE": 1, "TTT_CHUNK": 96},
+    ],
+    ids=str,
+)
 def test_the_score_is_that_of_an_oracle_in_float64(make, knobs):
     config, model, evaluator, stream = make(dtype=torch.float64, **knobs)
     expected = oracle(config, copy.deepcopy(model), stream.read(0, len(stream)))
@@ -188,16 +197,31 @@ def test_each_target_is_scored_once_and_before_it_is_learned(make, knobs):
         score(model, evaluator)
 
 
-@pytest.mark.parametrize("config_class, knobs", [
-    (ScoreFirstConfig, {}), (ScoreFirstConfig, {"EVAL_STRIDE": 8, "CANONICAL": 1}), (BothConfig, {"EVAL_STRIDE": 16}),
-], ids=["plain", "stride and mask", "another model"])  # fmt: skip
+@pytest.mark.parametrize(
+    "config_class, knobs",
+    [
+        (ScoreFirstConfig, {}),
+        (ScoreFirstConfig, {"EVAL_STRIDE": 8, "CANONICAL": 1}),
+        (BothConfig, {"EVAL_STRIDE": 16}),
+    ],
+    ids=["plain", "stride and mask", "another model"],
+)
 @pytest.mark.parametrize("walk, honest", [(score_first.Walk, True), (Peeking, False)], ids=["honest", "peeking"])
 def test_no_score_knows_tokens_to_come_unless_it_peeks(make, monkeypatch, config_class, knobs, walk, honest):
     """The flip test of `record.py rescore`, through the whole evaluation."""
     config, model, evaluator, stream = make(config_class, **knobs)
     monkeypatch.setattr(score_first, "Walk", walk)
-    moved = probe.flips_in_evaluation(train_gpt, config, model, stream, evaluator.token_bytes, evaluator.runtime,
-                                      places=4, rng=np.random.default_rng(0), learns=True)  # fmt: skip
+    moved = probe.flips_in_evaluation(
+        train_gpt,
+        config,
+        model,
+        stream,
+        evaluator.token_bytes,
+        evaluator.runtime,
+        places=4,
+        rng=np.random.default_rng(0),
+        learns=True,
+    )
     assert len(moved) == 4 and (max(moved) == 0.0 if honest else max(moved) > 1e-3)
 
 
@@ -233,14 +257,20 @@ def test_no_random_number_is_drawn(make):
 # Knobs, clock and log
 
 
-@pytest.mark.parametrize("knobs, said", [
-    ({"TTT_CHUNK": 100}, "TTT_CHUNK=100 is not whole TRAIN_SEQ_LEN=32: use 128"),
-    ({"TTT_CHUNK": 16, "EVAL_STRIDE": 20}, "TTT_CHUNK=16 is not whole TRAIN_SEQ_LEN=32: use 32"),
-    ({"TTT_BATCH_TOKENS": 33}, "TTT_BATCH_TOKENS=33 is not whole TRAIN_SEQ_LEN=32: use 64"),
-    ({"TTT_CHUNK": -1}, "TTT_CHUNK=-1 is too small"), ({"TTT_EPOCHS": 0}, "TTT_EPOCHS=0 is too small"),
-    ({"TTT_MOMENTUM": 1}, "TTT_MOMENTUM=1.0 is too large"), ({"TTT_LR": -0.1}, "TTT_LR=-0.1 is too small"),
-    ({"TTT_LR": "fast"}, "TTT_LR='fast' is not a finite number"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "knobs, said",
+    [
+        ({"TTT_CHUNK": 100}, "TTT_CHUNK=100 is not whole TRAIN_SEQ_LEN=32: use 128"),
+        ({"TTT_CHUNK": 16, "EVAL_STRIDE": 20}, "TTT_CHUNK=16 is not whole TRAIN_SEQ_LEN=32: use 32"),
+        ({"TTT_BATCH_TOKENS": 33}, "TTT_BATCH_TOKENS=33 is not whole TRAIN_SEQ_LEN=32: use 64"),
+        ({"TTT_CHUNK": -1}, "TTT_CHUNK=-1 is too small"),
+        ({"TTT_EPOCHS": 0}, "TTT_EPOCHS=0 is too small"),
+        ({"TTT_MOMENTUM": 1}, "TTT_MOMENTUM=1.0 is too large"),
+        ({"TTT_LR": -0.1}, "TTT_LR=-0.1 is too small"),
+        ({"TTT_LR": "fast"}, "TTT_LR='fast' is not a finite number"),
+    ],
+    ids=str,
+)
 def test_knobs_that_cannot_be_are_refused(tiny, knobs, said):
     with pytest.raises(UserError, match=re.escape(said)):
         ScoreFirstConfig.load([], tiny(**LEARNS | knobs))
@@ -268,8 +298,14 @@ def test_its_clock_is_that_of_the_evaluation(make):
         lines.clear()
         score(model, evaluator, lines.append)
         assert lines[0] == "score_first: chunks:6 steps:20 cost:6.45 of a plain evaluation"
-        assert (re.fullmatch(rf"eval_clock_verdict:\d+\.\d\d\ds OVER EVAL_WALLCLOCK_SECONDS={seconds}, NOT A VALID "
-                             "SUBMISSION", lines[-1]) is not None) is over and len(lines) == 1 + over  # fmt: skip
+        assert (
+            re.fullmatch(
+                rf"eval_clock_verdict:\d+\.\d\d\ds OVER EVAL_WALLCLOCK_SECONDS={seconds}, NOT A VALID "
+                "SUBMISSION",
+                lines[-1],
+            )
+            is not None
+        ) is over and len(lines) == 1 + over
 
 
 # Runs
@@ -299,7 +335,8 @@ def test_an_artifact_tells_its_knobs_and_is_scored_to_the_same_digits_elsewhere(
     told = models.open_artifact(path / "final_model.int8.ptz")
     assert told["source"] == {"file": "records/models/score_first.py", "config_class": "ScoreFirstConfig"}
     assert {name: told["config"][name.lower()] for name in LEARNS if name.startswith("TTT")} == {
-        name: value for name, value in LEARNS.items() if name.startswith("TTT")}  # fmt: skip
+        name: value for name, value in LEARNS.items() if name.startswith("TTT")
+    }
     assert (path / "score_first.py").read_bytes() == SCRIPT.read_bytes()
     environ = models.machine_settings(corpus, MODE="eval", ARTIFACT=path / "final_model.int8.ptz")
     found = {script: run(environ, tmp_path, script=script) for script in (SCRIPT, models.SCRIPT)}

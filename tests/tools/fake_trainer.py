@@ -14,8 +14,9 @@ class RunFolder:  # by this name the tools know a script that takes a FILE.env a
 
 
 knobs = dict(line.split("=", 1) for path in sys.argv[1:] for line in Path(path).read_text().split()) | dict(os.environ)
-level, steps, ms = (float(knobs.get(name, default)) for name, default in
-                    (("LEVEL", 2.0), ("STEPS", 40), ("STEP_MS", 1)))  # fmt: skip
+level, steps, ms = (
+    float(knobs.get(name, default)) for name, default in (("LEVEL", 2.0), ("STEPS", 40), ("STEP_MS", 1))
+)
 folder = Path(knobs["LOG_DIR"]) / knobs["RUN_ID"]
 folder.mkdir(parents=True)
 (folder / "config.env").write_text(f'ITERATIONS="{steps:.0f}"\nMAX_WALLCLOCK_SECONDS="0"\nLEVEL="{level}"\n')
@@ -30,6 +31,12 @@ for step in range(1, int(steps) + 1):
     print(f"step:{step}/{steps:.0f} train_loss:{loss:.4f} train_time:{step * ms:.0f}ms step_avg:{ms:.2f}ms", flush=True)
 print("Total submission size int8+zlib: 123456 bytes")
 print(f"final_int8_zlib_roundtrip_exact val_loss:{level:.8f} val_bpb:{level / 2:.8f}")
-result = {"val_loss": level, "val_bpb": level / 2, "steps": int(steps), "bytes_total": 123456,
-          "train_tokens": 1000 * steps, "seconds": {"training": steps * ms / 1000}}  # fmt: skip
+result = {
+    "val_loss": level,
+    "val_bpb": level / 2,
+    "steps": int(steps),
+    "bytes_total": 123456,
+    "train_tokens": 1000 * steps,
+    "seconds": {"training": steps * ms / 1000},
+}
 (folder / "result.json").write_text(json.dumps(result))

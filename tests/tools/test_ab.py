@@ -31,8 +31,16 @@ def order_of(folder):
 def test_pairs_alternate_and_the_warm_up_does_not_count(two, tmp_path, capsys):
     assert ab.main([*two, "--pairs", "3", "--work", "w", "--json"]) == 0
     out = capsys.readouterr().out.splitlines()
-    assert order_of(tmp_path / "w") == ["warm_up1_b", "warm_up1_a", "pair1_a", "pair1_b", "pair2_b", "pair2_a",
-                                        "pair3_a", "pair3_b"]  # fmt: skip
+    assert order_of(tmp_path / "w") == [
+        "warm_up1_b",
+        "warm_up1_a",
+        "pair1_a",
+        "pair1_b",
+        "pair2_b",
+        "pair2_a",
+        "pair3_a",
+        "pair3_b",
+    ]
     found = json.loads(out[-1])
     assert found["step_ms"]["ratio"] == pytest.approx(1.5) and found["step_ms"]["pairs"] == pytest.approx([1.5] * 3)
     assert found["tokens_per_second"]["ratio"] == pytest.approx(1 / 1.5)
@@ -96,7 +104,8 @@ def test_a_public_script_gets_its_knobs_as_environment_and_a_folder_of_its_own(t
         "assert not sys.argv[1:]\n"
         "pathlib.Path('final_model.pt').write_text('x')\n"
         "print('step:1/1 train_loss:1.0 train_time:' + os.environ['MS'] + 'ms step_avg:1ms')\n"
-        "print('final_int8_zlib_roundtrip_exact val_loss:2.0 val_bpb:1.00000000')\n")
+        "print('final_int8_zlib_roundtrip_exact val_loss:2.0 val_bpb:1.00000000')\n"
+    )
     for name, ms in (("a", 10), ("b", 20)):
         (tmp_path / f"{name}.env").write_text(f"MS={ms}\n")
     assert ab.main([f"{script},a.env", f"{script},b.env", "--pairs", "1", "--work", "w", "--warm-up", "0"]) == 0

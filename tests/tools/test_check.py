@@ -60,8 +60,10 @@ def test_check_of_good_data(checked, corpus, monkeypatch):
     assert facts["model_params"] == params
     assert [facts["bytes_code"], facts["bytes_artifact_projected"]] == sizes
     assert facts["bytes_total_projected"] == sum(sizes) and facts["bytes_limit"] == 16_000_000
-    shards = {split: [np.fromfile(path, "<u2", offset=1024) for path in sorted((corpus / "data").glob(f"*_{split}_*"))]
-              for split in ("train", "val")}  # fmt: skip
+    shards = {
+        split: [np.fromfile(path, "<u2", offset=1024) for path in sorted((corpus / "data").glob(f"*_{split}_*"))]
+        for split in ("train", "val")
+    }
     assert facts["train_shards"] == len(shards["train"]) and facts["val_shards"] == 1
     assert facts["train_tokens"] == sum(map(len, shards["train"])) and facts["val_tokens"] == len(shards["val"][0])
     assert facts["val_bytes"] == json_bytes(corpus) and facts["bytes_proved"] is False
@@ -111,13 +113,19 @@ def manifest(data: Path):
     (data / "manifest.json").write_text('{"splits": {"val": {"bytes": 5}}}')
 
 
-@pytest.mark.parametrize("damage, said", [
-    (half_a_shard, "make or fetch it again"), (manifest, "manifest.json states 5"),
-    (token_at("fineweb_train_000000.bin", 0), "token 60000"), (token_at("fineweb_train_000001.bin", -1), "token 60000"),
-    (token_at("fineweb_val_000000.bin", 1000), "token 60000"),
-    (lambda data: (data / "fineweb_val_000000.bin").unlink(), "holds no fineweb_val_"),
-    (lambda data: (data / "fineweb_train_000000.bin").rename(data / "fineweb_train_000005.bin"), "is missing"),
-], ids=["half", "manifest", "first", "last", "validation", "none", "gap"])  # fmt: skip
+@pytest.mark.parametrize(
+    "damage, said",
+    [
+        (half_a_shard, "make or fetch it again"),
+        (manifest, "manifest.json states 5"),
+        (token_at("fineweb_train_000000.bin", 0), "token 60000"),
+        (token_at("fineweb_train_000001.bin", -1), "token 60000"),
+        (token_at("fineweb_val_000000.bin", 1000), "token 60000"),
+        (lambda data: (data / "fineweb_val_000000.bin").unlink(), "holds no fineweb_val_"),
+        (lambda data: (data / "fineweb_train_000000.bin").rename(data / "fineweb_train_000005.bin"), "is missing"),
+    ],
+    ids=["half", "manifest", "first", "last", "validation", "none", "gap"],
+)
 def test_check_of_bad_data(checked, corpus, tmp_path, damage, said):
     data = shutil.copytree(corpus / "data", tmp_path / "data")
     damage(data)
@@ -192,8 +200,9 @@ def test_check_of_several_problems(checked, tmp_path):
 
 def test_check_here_of_a_run_on_eight_gpus(checked, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    code, facts, problems, _ = checked(TARGET_WORLD_SIZE=8, DEVICE="cuda", TRAIN_BATCH_TOKENS=1024, NUM_LAYERS=1,
-                                       MAX_WALLCLOCK_SECONDS=600)  # fmt: skip
+    code, facts, problems, _ = checked(
+        TARGET_WORLD_SIZE=8, DEVICE="cuda", TRAIN_BATCH_TOKENS=1024, NUM_LAYERS=1, MAX_WALLCLOCK_SECONDS=600
+    )
     assert code == 0 and not problems
     assert facts["target_ranks"] == 8 and facts["ranks"] == 1 and facts["device_type"] == "cpu"
     assert facts["grad_accum_steps"] == 1 and facts["micro_batch_tokens"] == 128
@@ -259,8 +268,9 @@ SCHEDULES = [{}, {"WARMDOWN_FRAC": 0}, {"WARMDOWN_FRAC": 1}, {"WARMDOWN_FRAC": 0
 @pytest.mark.parametrize("clock", [0, 600, 7200])
 def test_the_schedule_in_words_is_that_of_the_run(knobs, clock):
     """Every number in the words is where the learning rate turns."""
-    config = Config.load([], {name: str(v) for name, v in (
-        knobs | {"MAX_WALLCLOCK_SECONDS": clock, "ITERATIONS": 2000}).items()})  # fmt: skip
+    config = Config.load(
+        [], {name: str(v) for name, v in (knobs | {"MAX_WALLCLOCK_SECONDS": clock, "ITERATIONS": 2000}).items()}
+    )
     words = check.schedule(config)
     rate = train_gpt.lr_scale
     pattern = r"full until ((?:step )?)(\d+)(?: s|), then linear to 0 at (?:step )?(\d+)(?: s|)"
@@ -309,10 +319,12 @@ def test_every_slip_of_a_knob_draws_a_warning(name):
 def neighbours_of_all(name: str) -> set[str]:
     """Every name that is one edit away."""
     letters, places = "ABCDEFGHIJKLMNOPQRSTUVWXYZ_0123456789", range(len(name))
-    return ({name[:i] + name[i + 1 :] for i in places}
-            | {name[:i] + name[i + 1 : i + 2] + name[i] + name[i + 2 :] for i in places}
-            | {name[:i] + letter + name[i + 1 :] for i in places for letter in letters}
-            | {name[:i] + letter + name[i:] for i in range(len(name) + 1) for letter in letters})  # fmt: skip
+    return (
+        {name[:i] + name[i + 1 :] for i in places}
+        | {name[:i] + name[i + 1 : i + 2] + name[i] + name[i + 2 :] for i in places}
+        | {name[:i] + letter + name[i + 1 :] for i in places for letter in letters}
+        | {name[:i] + letter + name[i:] for i in range(len(name) + 1) for letter in letters}
+    )
 
 
 def test_lower_case_draws_a_warning():
@@ -321,10 +333,12 @@ def test_lower_case_draws_a_warning():
 
 
 def test_what_launchers_and_shells_set_draws_no_warning():
-    torchrun = "LOCAL_RANK RANK GROUP_RANK ROLE_RANK ROLE_NAME LOCAL_WORLD_SIZE WORLD_SIZE GROUP_WORLD_SIZE " \
-        "ROLE_WORLD_SIZE MASTER_ADDR MASTER_PORT TORCHELASTIC_RESTART_COUNT TORCHELASTIC_MAX_RESTARTS " \
-        "TORCHELASTIC_RUN_ID TORCHELASTIC_USE_AGENT_STORE TORCHELASTIC_ERROR_FILE TORCH_NCCL_ASYNC_ERROR_HANDLING " \
-        "OMP_NUM_THREADS"  # fmt: skip
+    torchrun = (
+        "LOCAL_RANK RANK GROUP_RANK ROLE_RANK ROLE_NAME LOCAL_WORLD_SIZE WORLD_SIZE GROUP_WORLD_SIZE "
+        "ROLE_WORLD_SIZE MASTER_ADDR MASTER_PORT TORCHELASTIC_RESTART_COUNT TORCHELASTIC_MAX_RESTARTS "
+        "TORCHELASTIC_RUN_ID TORCHELASTIC_USE_AGENT_STORE TORCHELASTIC_ERROR_FILE TORCH_NCCL_ASYNC_ERROR_HANDLING "
+        "OMP_NUM_THREADS"
+    )
     shell = "_ PATH HOME USER SHELL PWD TERM LANG EDITOR SHLVL LOGNAME MAIL DISPLAY TMPDIR HOSTNAME PS1 LC_ALL"
     slurm = "SLURM_JOB_ID SLURM_NTASKS SLURM_PROCID SLURM_NODEID SLURM_NNODES SLURM_LOCALID SLURM_STEP_ID"
     names = f"{torchrun} {shell} {slurm}".split()

@@ -37,8 +37,13 @@ KNOBS = train_gpt.Config.knobs()
 CHECKED = settings()  # those of the profile that conftest.py loads
 EVERY_STEP = {"CHECKPOINT_EVERY_SECONDS": "1e-9"}
 # Six steps: the second half of them in the warmdown, the momentum still warming up, three validations.
-SHORT = {"ITERATIONS": 6, "WARMDOWN_FRAC": 0.5, "MUON_MOMENTUM_WARMUP_STEPS": 5, "VAL_LOSS_EVERY": 2,
-         "VAL_TOKENS_LIMIT": 100}  # fmt: skip
+SHORT = {
+    "ITERATIONS": 6,
+    "WARMDOWN_FRAC": 0.5,
+    "MUON_MOMENTUM_WARMUP_STEPS": 5,
+    "VAL_LOSS_EVERY": 2,
+    "VAL_TOKENS_LIMIT": 100,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -72,17 +77,31 @@ def go(tiny, monkeypatch, capsys):
 def look(given) -> dict:
     path = Path(given["LOG_DIR"]) / given["RUN_ID"]
     result, log, metrics = path / "result.json", path / "train.log", path / "metrics.jsonl"
-    return {"path": path, "log": log.read_text() if log.is_file() else "", "checkpoint": path / "checkpoint.pt",
-            "metrics": [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else [],
-            "result": json.loads(result.read_text()) if result.is_file() else None}  # fmt: skip
+    return {
+        "path": path,
+        "log": log.read_text() if log.is_file() else "",
+        "checkpoint": path / "checkpoint.pt",
+        "metrics": [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else [],
+        "result": json.loads(result.read_text()) if result.is_file() else None,
+    }
 
 
 def timeless(metrics) -> list[dict]:
     return [{name: value for name, value in line.items() if name != "train_seconds"} for line in metrics]
 
 
-SCORES = ("val_loss", "val_bpb", "pre_quant_val_loss", "pre_quant_val_bpb", "sha256_artifact", "steps", "train_tokens",
-          "scored_tokens", "scored_bytes", "model_params")  # fmt: skip
+SCORES = (
+    "val_loss",
+    "val_bpb",
+    "pre_quant_val_loss",
+    "pre_quant_val_bpb",
+    "sha256_artifact",
+    "steps",
+    "train_tokens",
+    "scored_tokens",
+    "scored_bytes",
+    "model_params",
+)
 
 
 def scores(run) -> dict:
@@ -201,10 +220,16 @@ def whole(go):
 # Bit for bit
 
 
-@pytest.mark.parametrize("change", [
-    {"WARMUP_STEPS": 2}, {"TIE_EMBEDDINGS": 0, "GRAD_ACCUM_STEPS": 4, "GRAD_CLIP_NORM": 0.5},
-    {"NUM_LAYERS": 1, "NUM_KV_HEADS": 4}, {"NUM_LAYERS": 3, "TIE_EMBEDDINGS": 0, "WARMDOWN_FRAC": 1, "WARMUP_STEPS": 1},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"WARMUP_STEPS": 2},
+        {"TIE_EMBEDDINGS": 0, "GRAD_ACCUM_STEPS": 4, "GRAD_CLIP_NORM": 0.5},
+        {"NUM_LAYERS": 1, "NUM_KV_HEADS": 4},
+        {"NUM_LAYERS": 3, "TIE_EMBEDDINGS": 0, "WARMDOWN_FRAC": 1, "WARMUP_STEPS": 1},
+    ],
+    ids=str,
+)
 def test_from_any_step_a_resumed_run_is_the_undisturbed_one(go, trainers, saved, monkeypatch, tmp_path, change):
     """In losses, scores, weights, moments, momentum, data and random numbers, which each step draws here."""
     step = Trainer.step
@@ -298,8 +323,11 @@ def test_each_rank_gets_its_own_generator_and_the_momenta_that_it_owns(make_conf
     for rank in (1, 0):
         fake = copy.copy(runtime)
         fake.rank, fake.world_size, fake.is_master = rank, 2, rank == 0
-        monkeypatch.setattr(checkpoint, "gather", lambda runtime, value, rank=rank: ranks.update({rank: value}) or [
-            ranks[r] for r in sorted(ranks)])  # fmt: skip
+        monkeypatch.setattr(
+            checkpoint,
+            "gather",
+            lambda runtime, value, rank=rank: ranks.update({rank: value}) or [ranks[r] for r in sorted(ranks)],
+        )
         trainer = copy.copy(alone)
         adam, optimizer = alone.optimizers
         optimizer = copy.copy(optimizer)
@@ -397,8 +425,13 @@ def test_the_clock_goes_on_where_it_stood(go, clock, at_step, limit, steps, warm
     """From wherever it was cut, the whole takes as long as allowed, on one schedule; what is between two processes and
     the writing of the last checkpoint do not count. Regression: without a warm-up, a resumed run knew of no step yet
     that could be too long."""
-    capped = {"MAX_WALLCLOCK_SECONDS": limit, "ITERATIONS": 1000, "WARMDOWN_FRAC": 0.5, "VAL_LOSS_EVERY": 0,
-              "WARMUP_STEPS": warmup_steps}  # fmt: skip
+    capped = {
+        "MAX_WALLCLOCK_SECONDS": limit,
+        "ITERATIONS": 1000,
+        "WARMDOWN_FRAC": 0.5,
+        "VAL_LOSS_EVERY": 0,
+        "WARMUP_STEPS": warmup_steps,
+    }
     clock.slow_disk()
     for cut in range(1, steps + 1):
         at_step(cut, send(signal.SIGTERM))
@@ -416,19 +449,24 @@ def test_the_clock_goes_on_where_it_stood(go, clock, at_step, limit, steps, warm
         assert f"\nstopping_early: wallclock_cap train_time:{steps}000ms step:{steps}/1000\n" in run.log
 
 
-@pytest.mark.parametrize("knobs, expected", [
-    ({"MAX_WALLCLOCK_SECONDS": 301}, [3, 6, 9, 12, 15]), ({"MAX_WALLCLOCK_SECONDS": 300}, [14]),
-    ({"MAX_WALLCLOCK_SECONDS": 0, "ITERATIONS": 8}, [8]),
-    ({"MAX_WALLCLOCK_SECONDS": 301, "CHECKPOINT_EVERY_SECONDS": 0}, [15]),
-    ({"MAX_WALLCLOCK_SECONDS": 0, "ITERATIONS": 8, "CHECKPOINT_EVERY_SECONDS": 50}, [3, 6, 8]),
-    ({"MAX_WALLCLOCK_SECONDS": 100, "CHECKPOINT_EVERY_SECONDS": 40}, [2, 4]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "knobs, expected",
+    [
+        ({"MAX_WALLCLOCK_SECONDS": 301}, [3, 6, 9, 12, 15]),
+        ({"MAX_WALLCLOCK_SECONDS": 300}, [14]),
+        ({"MAX_WALLCLOCK_SECONDS": 0, "ITERATIONS": 8}, [8]),
+        ({"MAX_WALLCLOCK_SECONDS": 301, "CHECKPOINT_EVERY_SECONDS": 0}, [15]),
+        ({"MAX_WALLCLOCK_SECONDS": 0, "ITERATIONS": 8, "CHECKPOINT_EVERY_SECONDS": 50}, [3, 6, 8]),
+        ({"MAX_WALLCLOCK_SECONDS": 100, "CHECKPOINT_EVERY_SECONDS": 40}, [2, 4]),
+    ],
+)
 def test_when_a_checkpoint_is_due(go, clock, monkeypatch, knobs, expected):
     """Every minute of training where the run is capped over five, else never before the end."""
     clock.duration, steps = 20.0, []
     write = checkpoint.write_checkpoint
-    monkeypatch.setattr(checkpoint, "write_checkpoint",
-                        lambda state, folder: steps.append(state["steps"]) or write(state, folder))
+    monkeypatch.setattr(
+        checkpoint, "write_checkpoint", lambda state, folder: steps.append(state["steps"]) or write(state, folder)
+    )
     run = go(**{"ITERATIONS": 1000, "WARMUP_STEPS": 2, "VAL_LOSS_EVERY": 0} | knobs)
     assert run.code == 0 and steps == expected
     lines = re.findall(r"^checkpoint: saved step:(\d+) bytes:(\d+) write_time:\d+ms$", run.log, re.MULTILINE)
@@ -496,11 +534,14 @@ def test_a_finished_run_is_not_run_again(go, whole):
     assert not [m for m in again.metrics if "train_loss" in m]
 
 
-@pytest.mark.parametrize("first, longer", [
-    ({"ITERATIONS": 4}, {"ITERATIONS": 6}),
-    ({"ITERATIONS": 6, "MAX_WALLCLOCK_SECONDS": 4.5}, {"ITERATIONS": 6, "MAX_WALLCLOCK_SECONDS": 0}),
-    ({"ITERATIONS": 6, "MAX_WALLCLOCK_SECONDS": 4.5}, {"ITERATIONS": 6, "MAX_WALLCLOCK_SECONDS": 99}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "first, longer",
+    [
+        ({"ITERATIONS": 4}, {"ITERATIONS": 6}),
+        ({"ITERATIONS": 6, "MAX_WALLCLOCK_SECONDS": 4.5}, {"ITERATIONS": 6, "MAX_WALLCLOCK_SECONDS": 0}),
+        ({"ITERATIONS": 6, "MAX_WALLCLOCK_SECONDS": 4.5}, {"ITERATIONS": 6, "MAX_WALLCLOCK_SECONDS": 99}),
+    ],
+)
 def test_more_steps_or_time_continue_a_finished_run(go, clock, first, longer):
     constant = {"WARMDOWN_FRAC": 0, "WARMUP_STEPS": 2}
     whole = go(RUN_ID="whole", **constant, **longer)
@@ -560,11 +601,18 @@ def test_each_knob_may_change_or_not(make_config, name):
             read(dump({"format": checkpoint.CHECKPOINT_FORMAT, "knobs": knobs}), changed)
 
 
-@pytest.mark.parametrize("name, old, new, allowed", [
-    ("ITERATIONS", 5, 6, True), ("ITERATIONS", 5, 4, False), ("MAX_WALLCLOCK_SECONDS", 60, 60.5, True),
-    ("MAX_WALLCLOCK_SECONDS", 60, 59.5, False), ("MAX_WALLCLOCK_SECONDS", 60, 0, True),
-    ("MAX_WALLCLOCK_SECONDS", 0, 60, False), ("MAX_WALLCLOCK_SECONDS", 0, 1e9, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, old, new, allowed",
+    [
+        ("ITERATIONS", 5, 6, True),
+        ("ITERATIONS", 5, 4, False),
+        ("MAX_WALLCLOCK_SECONDS", 60, 60.5, True),
+        ("MAX_WALLCLOCK_SECONDS", 60, 59.5, False),
+        ("MAX_WALLCLOCK_SECONDS", 60, 0, True),
+        ("MAX_WALLCLOCK_SECONDS", 0, 60, False),
+        ("MAX_WALLCLOCK_SECONDS", 0, 1e9, False),
+    ],
+)
 def test_a_run_may_get_longer_and_not_shorter(make_config, name, old, new, allowed):
     """Without a clock it has all the time there is."""
     blob = dump({"format": checkpoint.CHECKPOINT_FORMAT, "knobs": make_config(**{name: old}).texts()})
@@ -740,26 +788,45 @@ def put(*path, value):
 
 
 EMB, FC = "tok_emb.weight", "blocks.0.mlp.fc.weight"
-KEYS = ("format", "knobs", "model", "average", "optimizer", "rng", "position", "steps", "train_seconds", "finished",
-        "resumed_at", "recent")
+KEYS = (
+    "format",
+    "knobs",
+    "model",
+    "average",
+    "optimizer",
+    "rng",
+    "position",
+    "steps",
+    "train_seconds",
+    "finished",
+    "resumed_at",
+    "recent",
+)
 BROKEN = {
     **{f"no {key}": without(key) for key in KEYS},
     **{f"{key} is a text": put(key, value="x") for key in KEYS if key not in ("finished", "resumed_at")},
     **{f"{key} is a list": put(key, value=lambda old: [old]) for key in KEYS if key not in ("finished", "resumed_at")},
-    "no weight": without("model", EMB), "one weight more": lambda state: state["model"].update(x=torch.ones(1)),
-    "weight too short": put("model", EMB, value=lambda t: t[1:]), "weight is a number": put("model", EMB, value=1.0),
+    "no weight": without("model", EMB),
+    "one weight more": lambda state: state["model"].update(x=torch.ones(1)),
+    "weight too short": put("model", EMB, value=lambda t: t[1:]),
+    "weight is a number": put("model", EMB, value=1.0),
     # Regression: what was missing was taken for zeros, or found missing by the optimizer in the first step.
-    "no momentum": without("optimizer", FC), "empty momentum": put("optimizer", FC, value={}),
-    "no moments": without("optimizer", EMB), "no second moment": without("optimizer", EMB, "exp_avg_sq"),
+    "no momentum": without("optimizer", FC),
+    "empty momentum": put("optimizer", FC, value={}),
+    "no moments": without("optimizer", EMB),
+    "no second moment": without("optimizer", EMB, "exp_avg_sq"),
     "moment too short": put("optimizer", EMB, "exp_avg", value=lambda t: t[1:]),
     "momentum too short": put("optimizer", FC, "momentum_buffer", value=lambda t: t[1:]),
     "momentum turned": put("optimizer", FC, "momentum_buffer", value=lambda t: t.T),
     "moment is a scalar": put("optimizer", EMB, "exp_avg", value=torch.tensor(0.0)),
     "step is a table": put("optimizer", EMB, "step", value=torch.zeros(320, 32)),
-    "moments are a list": put("optimizer", EMB, value=[1]), "no tensor": put("optimizer", EMB, "step", value=3.0),
-    "no generators": put("rng", value=[]), "generator of another size": put("rng", 0, "cpu", value=torch.zeros(8)),
-    "no generator of the CPU": without("rng", 0, "cpu"), "another format": put("format", value="other_v9"),
-}  # fmt: skip
+    "moments are a list": put("optimizer", EMB, value=[1]),
+    "no tensor": put("optimizer", EMB, "step", value=3.0),
+    "no generators": put("rng", value=[]),
+    "generator of another size": put("rng", 0, "cpu", value=torch.zeros(8)),
+    "no generator of the CPU": without("rng", 0, "cpu"),
+    "another format": put("format", value="other_v9"),
+}
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -940,9 +1007,15 @@ def test_usr1_before_the_training_saves_its_beginning(go, whole, monkeypatch, sa
     assert saved.keys() == {0}
 
 
-ENDING = [pytest.param(getattr(signal, name, None), code, id=name,
-                       marks=pytest.mark.skipif(not hasattr(signal, name), reason=f"no {name} here"))
-          for name, code in (("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129))]  # fmt: skip
+ENDING = [
+    pytest.param(
+        getattr(signal, name, None),
+        code,
+        id=name,
+        marks=pytest.mark.skipif(not hasattr(signal, name), reason=f"no {name} here"),
+    )
+    for name, code in (("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129))
+]
 
 
 @pytest.mark.parametrize("number, code", ENDING)
@@ -956,7 +1029,8 @@ def test_term_int_and_hup_save_and_stop_and_the_run_goes_on(go, whole, at_step, 
     run = go()
     assert_ended_well(run, like=whole)
     assert timeless(m for m in run.metrics if "train_loss" in m) == timeless(
-        m for m in whole.metrics if "train_loss" in m)  # fmt: skip
+        m for m in whole.metrics if "train_loss" in m
+    )
     unique = {(m["step"], "val_loss" in m): m for m in timeless(run.metrics)}
     assert list(unique.values()) == timeless(whole.metrics) and run.result["resumed_at"] == [step]
 
@@ -1098,8 +1172,13 @@ def test_a_restart_finds_the_folder_of_its_launch(make_config, runtime, tmp_path
     assert folder_of(runtime, config, RUN_ID="abc", RESTART_COUNT=1).run_id == "made0", "the latest"
     assert folder_of(runtime, config, RUN_ID="abcd", RESTART_COUNT=2).run_id == "made1"
     assert folder_of(runtime, make_config(RUN_ID="mine"), RUN_ID="abc", RESTART_COUNT=1).run_id == "mine"
-    for environ in ({"RUN_ID": "abc"}, {"RUN_ID": "abc", "RESTART_COUNT": 0}, {"RUN_ID": "ab", "RESTART_COUNT": 1}, {},
-                    {"RESTART_COUNT": 1}):  # fmt: skip
+    for environ in (
+        {"RUN_ID": "abc"},
+        {"RUN_ID": "abc", "RESTART_COUNT": 0},
+        {"RUN_ID": "ab", "RESTART_COUNT": 1},
+        {},
+        {"RESTART_COUNT": 1},
+    ):
         assert re.fullmatch(r"\d{4}(-\d\d){2}_\d\d(-\d\d){2}_\d+", folder_of(runtime, config, **environ).run_id)
 
 
@@ -1139,8 +1218,15 @@ def small_memory(monkeypatch):
 TWELVE = {"TRAIN_BATCH_TOKENS": 384, "VAL_BATCH_SIZE": 32, "WARMUP_STEPS": 1}
 
 
-@pytest.mark.parametrize("fits, tried", [(12, []), (11, [(384, 192, 2)]), (3, [(384, 192, 2), (192, 96, 4)]),
-                                         (2, [(384, 192, 2), (192, 96, 4), (96, 32, 12)])])  # fmt: skip
+@pytest.mark.parametrize(
+    "fits, tried",
+    [
+        (12, []),
+        (11, [(384, 192, 2)]),
+        (3, [(384, 192, 2), (192, 96, 4)]),
+        (2, [(384, 192, 2), (192, 96, 4), (96, 32, 12)]),
+    ],
+)
 def test_the_micro_batch_is_halved_until_it_fits(go, small_memory, monkeypatch, fits, tried):
     """And the run is the one with that micro-batch given."""
     small_memory(fits, "CPU allocator: not enough memory" if fits == 3 else "CUDA out of memory. Tried 2.00 GiB.")
@@ -1150,18 +1236,27 @@ def test_the_micro_batch_is_halved_until_it_fits(go, small_memory, monkeypatch, 
     assert timeless(run.metrics) == timeless(expected.metrics)
     models = [torch.load(one.path / "final_model.pt", weights_only=True) for one in (run, expected)]
     assert_same(*map(dict, models))
-    lines = re.findall(r"^micro_batch: (\d+) tokens per rank do not fit the memory: trying (\d+), "
-                       r"grad_accum_steps:(\d+)$", run.log, re.M)  # fmt: skip
+    lines = re.findall(
+        r"^micro_batch: (\d+) tokens per rank do not fit the memory: trying (\d+), "
+        r"grad_accum_steps:(\d+)$",
+        run.log,
+        re.M,
+    )
     assert [tuple(map(int, numbers)) for numbers in lines] == tried
     assert run.result["grad_accum_steps"] == (tried[-1][2] if tried else 1)
     artifact = train_gpt.unpack((run.path / "final_model.int8.ptz").read_bytes())
     assert int(artifact["config"]["micro_batch_tokens"]) == tried[-1][0] // 2 if tried else True
 
 
-@pytest.mark.parametrize("knobs, fits, tokens", [
-    ({"MICRO_BATCH_TOKENS": 192}, 5, 192), ({"MICRO_BATCH_TOKENS": 0}, 11, 384), ({"GRAD_ACCUM_STEPS": 2}, 5, 192),
-    ({}, 0, 32),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "knobs, fits, tokens",
+    [
+        ({"MICRO_BATCH_TOKENS": 192}, 5, 192),
+        ({"MICRO_BATCH_TOKENS": 0}, 11, 384),
+        ({"GRAD_ACCUM_STEPS": 2}, 5, 192),
+        ({}, 0, 32),
+    ],
+)
 def test_a_micro_batch_that_was_asked_for_is_not_changed(go, small_memory, knobs, fits, tokens):
     small_memory(fits)
     run = go(**TWELVE, **knobs)

@@ -32,12 +32,29 @@ def dtype(request):
 @pytest.fixture
 def config(dtype):
     name = str(dtype).removeprefix("torch.")
-    return train_gpt.Config(vocab_size=64, num_layers=2, model_dim=32, num_heads=2, num_kv_heads=1, train_seq_len=64,
-                            train_batch_tokens=128, device="cpu", dtype=name, compile="0")  # fmt: skip
+    return train_gpt.Config(
+        vocab_size=64,
+        num_layers=2,
+        model_dim=32,
+        num_heads=2,
+        num_kv_heads=1,
+        train_seq_len=64,
+        train_batch_tokens=128,
+        device="cpu",
+        dtype=name,
+        compile="0",
+    )
 
 
-SHAPES = [(2, 256, 4, 2, 64), (3, 256, 4, 2, 40), (1, 1024, 8, 4, 64), (3, 64, 2, 1, 128), (1, 320, 2, 2, 22),
-          (1, 128, 3, 1, 2), (1, 576, 2, 1, 96)]  # fmt: skip
+SHAPES = [
+    (2, 256, 4, 2, 64),
+    (3, 256, 4, 2, 40),
+    (1, 1024, 8, 4, 64),
+    (3, 64, 2, 1, 128),
+    (1, 320, 2, 2, 22),
+    (1, 128, 3, 1, 2),
+    (1, 576, 2, 1, 96),
+]
 
 
 def draw(dtype, B, T, H, K, d, seed=0):
@@ -161,8 +178,10 @@ def assert_no_worse(fused, plain, exact):
         assert distance(ours, true) <= 1.1 * distance(theirs, true) + once_more, name
 
 
-@pytest.mark.parametrize("N, D, V, softcap, size", [
-    (50, 32, 48, 30.0, 1.0), (7, 16, 1024, 30.0, 3.0), (64, 64, 2048, 15.0, 8.0), (3, 16, 16, 40.0, 0.01)])  # fmt: skip
+@pytest.mark.parametrize(
+    "N, D, V, softcap, size",
+    [(50, 32, 48, 30.0, 1.0), (7, 16, 1024, 30.0, 3.0), (64, 64, 2048, 15.0, 8.0), (3, 16, 16, 40.0, 0.01)],
+)
 def test_losses_and_gradients_are_those_of_the_softcapped_cross_entropy(dtype, N, D, V, softcap, size):
     generator = torch.Generator().manual_seed(N)
     x, weight = (size * torch.randn(rows, D, generator=generator).to(dtype) for rows in (N, V))
@@ -283,8 +302,14 @@ def test_one_iteration_of_each_matrix_of_a_stack_is_that_of_the_matrix_alone():
 @BF16_ONLY
 def test_matrices_that_do_not_fit_go_to_torch(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    for shape, takes in (((4, 32, 32), True), ((3, 32, 32), True), ((5, 32, 32), False), ((4, 40, 32), False),
-                         ((4, 32, 8), False), ((0, 32, 32), False)):  # fmt: skip
+    for shape, takes in (
+        ((4, 32, 32), True),
+        ((3, 32, 32), True),
+        ((5, 32, 32), False),
+        ((4, 40, 32), False),
+        ((4, 32, 8), False),
+        ((0, 32, 32), False),
+    ):
         assert cpu_kernels.takes_newton_schulz(torch.zeros(shape).bfloat16()) == takes, shape
     assert not cpu_kernels.takes_newton_schulz(torch.zeros(4, 32, 32))
     for stack in (normed(4, 40, 32), normed(4, 32, 32).float()):
@@ -354,8 +379,15 @@ def test_compiled_as_a_whole_the_model_gives_the_same(config):
         assert float((p - q).norm()) <= gradient * float(p.norm()) + 1e-5
 
 
-@pytest.mark.parametrize("change", [{"train_seq_len": 32}, {"train_seq_len": 4096, "train_batch_tokens": 4096},
-                                    {"model_dim": 34, "num_heads": 34, "num_kv_heads": 34}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"train_seq_len": 32},
+        {"train_seq_len": 4096, "train_batch_tokens": 4096},
+        {"model_dim": 34, "num_heads": 34, "num_kv_heads": 34},
+    ],
+    ids=str,
+)
 def test_asked_for_where_it_does_not_fit_it_is_an_error_that_says_so(config, change):
     config = dataclasses.replace(config, attention="fused", **change)
     with pytest.raises(train_gpt.UserError, match="ATTENTION=fused wants .*: use ATTENTION=auto"):

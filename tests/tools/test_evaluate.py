@@ -30,11 +30,20 @@ def test_another_process_gives_the_same_digits(trained, corpus, tmp_path):
     assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("knobs", [
-    {}, {"EVAL_STRIDE": 8}, {"EVAL_STRIDE": 7, "VAL_BATCH_SIZE": 100}, {"TIE_EMBEDDINGS": 0, "NUM_LAYERS": 1},
-    {"GRAD_ACCUM_STEPS": 4}, {"MICRO_BATCH_TOKENS": 64, "NUM_KV_HEADS": 4}, {"MLP_MULT": 3, "NUM_LAYERS": 3},
-    {"TRAIN_SEQ_LEN": 64, "NUM_KV_HEADS": 1},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {},
+        {"EVAL_STRIDE": 8},
+        {"EVAL_STRIDE": 7, "VAL_BATCH_SIZE": 100},
+        {"TIE_EMBEDDINGS": 0, "NUM_LAYERS": 1},
+        {"GRAD_ACCUM_STEPS": 4},
+        {"MICRO_BATCH_TOKENS": 64, "NUM_KV_HEADS": 4},
+        {"MLP_MULT": 3, "NUM_LAYERS": 3},
+        {"TRAIN_SEQ_LEN": 64, "NUM_KV_HEADS": 1},
+    ],
+    ids=str,
+)
 def test_an_artifact_tells_all_that_its_score_needs(corpus, tmp_path, bare, call, knobs):
     run = models.train_tiny(corpus, tmp_path, ITERATIONS=2, **knobs)
     code, out, _ = call(bare(MODE="eval", ARTIFACT=run / "final_model.int8.ptz"))
@@ -63,8 +72,13 @@ def test_a_part_of_the_text_is_labelled(trained, bare, call):
     assert code == 0 and exact_line(out).endswith(f" partial:500/{whole}")
 
 
-PT_KNOBS = {"TRAIN_SEQ_LEN": 32, "ROPE_BASE": 5000, "LOGIT_SOFTCAP": 20, "VAL_BATCH_SIZE": 512,
-            "TRAIN_BATCH_TOKENS": 256}  # fmt: skip
+PT_KNOBS = {
+    "TRAIN_SEQ_LEN": 32,
+    "ROPE_BASE": 5000,
+    "LOGIT_SOFTCAP": 20,
+    "VAL_BATCH_SIZE": 512,
+    "TRAIN_BATCH_TOKENS": 256,
+}
 
 
 def test_the_model_before_quantisation_gives_the_digits_of_before(trained, bare, call):
@@ -85,10 +99,15 @@ def reference_artifact(state: dict) -> dict:
     kept = {name: tensor for name, tensor in state.items() if name not in names}
     control = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights")
     small = {name for name in kept if not name.endswith(control)}
-    return {"__quant_format__": "int8_clean_per_row_v1", "quantized": quantized, "scales": scales,
-            "dtypes": dict.fromkeys(names, "bfloat16"), "qmeta": {n: {"scheme": "per_row", "axis": 0} for n in names},
-            "passthrough": {name: t.half() if name in small else t for name, t in kept.items()},
-            "passthrough_orig_dtypes": dict.fromkeys(small, "float32")}  # fmt: skip
+    return {
+        "__quant_format__": "int8_clean_per_row_v1",
+        "quantized": quantized,
+        "scales": scales,
+        "dtypes": dict.fromkeys(names, "bfloat16"),
+        "qmeta": {n: {"scheme": "per_row", "axis": 0} for n in names},
+        "passthrough": {name: t.half() if name in small else t for name, t in kept.items()},
+        "passthrough_orig_dtypes": dict.fromkeys(small, "float32"),
+    }
 
 
 def test_an_artifact_of_the_public_reference(trained, tmp_path, bare, call):
@@ -97,7 +116,8 @@ def test_an_artifact_of_the_public_reference(trained, tmp_path, bare, call):
     (tmp_path / "foreign.ptz").write_bytes(zlib.compress(models.torch_bytes(artifact), 9))
     meant = {name: tensor.float() for name, tensor in artifact["passthrough"].items()} | {
         name: (q.float() * artifact["scales"][name].float()[:, None]).bfloat16().float()
-        for name, q in artifact["quantized"].items()}  # fmt: skip
+        for name, q in artifact["quantized"].items()
+    }
     (tmp_path / "meant.pt").write_bytes(models.torch_bytes(meant))
     code, out, err = call(bare(MODE="eval", ARTIFACT=tmp_path / "foreign.ptz", **PT_KNOBS))
     assert code == 0, err
@@ -116,8 +136,10 @@ def test_two_ranks_score_as_one(trained, corpus, tmp_path):
     environ = models.machine_settings(corpus, MODE="eval", ARTIFACT=trained / "final_model.int8.ptz")
     done = process(environ, tmp_path, ranks=2, TMPDIR=str(tmp_path))
     assert done.returncode == 0, done.stderr
-    numbers = [re.findall(r":([\d.]+)", exact_line(text))
-               for text in (done.stdout.decode(), (trained / "train.log").read_text())]  # fmt: skip
+    numbers = [
+        re.findall(r":([\d.]+)", exact_line(text))
+        for text in (done.stdout.decode(), (trained / "train.log").read_text())
+    ]
     assert numbers[0][2:] == numbers[1][2:]
     assert [float(n) for n in numbers[0][:2]] == pytest.approx([float(n) for n in numbers[1][:2]], abs=2e-6)
 

@@ -138,8 +138,9 @@ def test_runs_without_numbers_are_named_and_make_no_picture_alone(corpus, tmp_pa
 
 def test_mean_and_spread_are_those_of_each_share_of_the_run():
     share = np.array([0.5, 1.0])
-    x, mean, deviation = plot.mean_and_spread([(share, np.array([10.0, 20.0]), np.array([4.0, 2.0])),
-                                               (share, np.array([20.0, 40.0]), np.array([6.0, 2.0]))])  # fmt: skip
+    x, mean, deviation = plot.mean_and_spread(
+        [(share, np.array([10.0, 20.0]), np.array([4.0, 2.0])), (share, np.array([20.0, 40.0]), np.array([6.0, 2.0]))]
+    )
     assert x.tolist() == [15, 30] and mean.tolist() == [5, 2] and deviation.tolist() == [2**0.5, 0]
 
 
@@ -148,16 +149,25 @@ def test_smoothing_is_the_mean_of_the_past():
     assert plot.smooth(values)[[0, 1, 50]].tolist() == [0, 0.5, 49.5]  # 2% of 100: two values
 
 
-@pytest.mark.parametrize("arguments, said", [
-    (["/nowhere"], "no such folder"), (["x", "-o", "a.gif"], "expected a .png"),
-    (["x", "-o", "/nowhere/a.png"], "no folder /nowhere"), (["track_none"], "no record"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["/nowhere"], "no such folder"),
+        (["x", "-o", "a.gif"], "expected a .png"),
+        (["x", "-o", "/nowhere/a.png"], "no folder /nowhere"),
+        (["track_none"], "no record"),
+    ],
+)
 def test_a_mistake_in_plot_gets_one_line(arguments, said, capsys):
     assert plot.main(arguments) == 2 and said in capsys.readouterr().err
 
 
 def test_a_repeated_step_counts_once_by_its_later_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps({"step": step, "train_loss": loss}) + "\n"
-                            for step, loss in ((1, 5.0), (2, 4.0), (2, 4.5), (3, 3.0))))  # fmt: skip
+    path.write_text(
+        "".join(
+            json.dumps({"step": step, "train_loss": loss}) + "\n"
+            for step, loss in ((1, 5.0), (2, 4.0), (2, 4.5), (3, 3.0))
+        )
+    )
     assert [m["train_loss"] for m in Run("x", metrics_path=path).metrics()] == [5.0, 4.5, 3.0]

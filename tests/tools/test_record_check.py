@@ -67,20 +67,31 @@ class Saboteur:
     def grow(self, code=0, artifact=0):
         """Let every number of every file say that code and artifact have so many bytes more."""
         for name in self.results():
-            self.edit(name, lambda v: v.update(
-                bytes_code=v["bytes_code"] + code, bytes_artifact=v["bytes_artifact"] + artifact,
-                bytes_total=v["bytes_total"] + code + artifact))
+            self.edit(
+                name,
+                lambda v: v.update(
+                    bytes_code=v["bytes_code"] + code,
+                    bytes_artifact=v["bytes_artifact"] + artifact,
+                    bytes_total=v["bytes_total"] + code + artifact,
+                ),
+            )
         for name in self.logs():
+
             def more(extra):
                 return lambda match: match[1] + str(int(match[2]) + extra)
+
             self.sub(name, r"^(Total submission size int8\+zlib: )(\d+)", more(code + artifact))
             if code:
                 self.sub(name, r"^(Code size: )(\d+)", more(code))
-        self.edit("submission.json", lambda v: v.update(
-            bytes_total=v["bytes_total"] + code + artifact, bytes_code=v["bytes_code"] + code))
+        self.edit(
+            "submission.json",
+            lambda v: v.update(bytes_total=v["bytes_total"] + code + artifact, bytes_code=v["bytes_code"] + code),
+        )
+
         def rows(value):
             for row in value["seed_results"].values():
                 row["artifact_bytes"] += artifact
+
         self.edit("submission.json", rows)
         self.readme()
 
@@ -89,35 +100,45 @@ class Saboteur:
         for name in self.results():
             self.edit(name, lambda v: v.update(val_bpb=v["val_bpb"] / 2))
         for name in self.logs():
-            self.sub(name, r"^(final_\S+ val_loss:\S+ val_bpb:)(\S+)",
-                     lambda m: f"{m[1]}{float(m[2]) / 2:.{len(m[2].split('.')[1])}f}")
+            self.sub(
+                name,
+                r"^(final_\S+ val_loss:\S+ val_bpb:)(\S+)",
+                lambda m: f"{m[1]}{float(m[2]) / 2:.{len(m[2].split('.')[1])}f}",
+            )
+
         def halve(value):
             value["val_bpb"] /= 2
             value["val_bpb_std"] /= 2
             for row in value["seed_results"].values():
                 row["val_bpb"] /= 2
+
         self.edit("submission.json", halve)
         self.readme()
 
     def set_clock(self, seconds):
         self.edit("result_seed2.json", lambda v: v["seconds"].update(training=seconds))
         self.sub("train_seed2.log", r"train_time:\d+ms", f"train_time:{1000 * seconds:.0f}ms")
+
         def claim(value):
             value["wallclock_seconds"] = seconds
             value["seed_results"]["2"] |= {"train_time_s": seconds, "step_avg_ms": 1000 * seconds / 24}
+
         self.edit("submission.json", claim)
         self.readme()
 
     def set_eval(self, seconds):
         self.edit("result_seed2.json", lambda v: v.update(eval_seconds=seconds))
         self.sub("train_seed2.log", r"eval_time:\d+ms", f"eval_time:{1000 * seconds:.0f}ms")
+
         def claim(value):
             value["eval_time_seconds"] = value["seed_results"]["2"]["eval_time_s"] = seconds
+
         self.edit("submission.json", claim)
         self.readme()
 
     def drop_seed_three(self):
         """Keep the best two, with their own mean and deviation."""
+
         def drop(value):
             value["seeds"] = [1, 2]
             del value["seed_results"]["3"]
@@ -125,6 +146,7 @@ class Saboteur:
                 rows = [row[key] for row in value["seed_results"].values()]
                 value[key] = float(np.mean(rows))
             value["val_bpb_std"] = float(np.std([r["val_bpb"] for r in value["seed_results"].values()], ddof=1))
+
         self.edit("submission.json", drop)
 
     def leak(self, tmp_path):
@@ -133,12 +155,12 @@ class Saboteur:
         data = re.search(r'DATA_PATH="(.*)"', env)[1]
         leaky = tmp_path / "leaky"
         shutil.copytree(data, leaky)
-        train, val = (np.fromfile(leaky / f"fineweb_{s}.bin", "<u2", offset=1024)
-                      for s in ("train_000001", "val_000000"))
+        train, val = (
+            np.fromfile(leaky / f"fineweb_{s}.bin", "<u2", offset=1024) for s in ("train_000001", "val_000000")
+        )
         header = np.fromfile(leaky / "fineweb_train_000001.bin", "<i4", 256)
         header[2] = len(train) + len(val)
-        (leaky / "fineweb_train_000001.bin").write_bytes(
-            header.tobytes() + train.tobytes() + val.tobytes())
+        (leaky / "fineweb_train_000001.bin").write_bytes(header.tobytes() + train.tobytes() + val.tobytes())
         self.path("config.env").write_text(env.replace(data, str(leaky)))
 
     def rewrite_script(self, text):
@@ -146,10 +168,12 @@ class Saboteur:
         old = len(self.path("train_gpt.py").read_bytes())
         self.path("train_gpt.py").write_text(text)
         for name in self.results():
+
             def rehash(value):
                 value["sha256_code"] = record_check.record_code.sha256(self.path("train_gpt.py"))
                 if "sources" in value:
                     value["sources"]["train_gpt.py"] = {"sha256": value["sha256_code"], "bytes": len(text)}
+
             self.edit(name, rehash)
         self.grow(code=len(text) - old)
 
@@ -189,18 +213,28 @@ SABOTAGES = {
     "edited loss": (lambda s, _: s.submission(val_loss=1.9), "score"),
     "edited deviation": (lambda s, _: s.submission(val_bpb_std=0.001), "score"),
     "edited score of a seed": (lambda s, _: s.edit("submission.json", replace_row("2", val_bpb=0.9)), "score"),
-    "best seed as the mean": (lambda s, _: s.submission(val_bpb=json.loads(
-        s.path("result_seed1.json").read_text())["val_bpb"]), "score"),
+    "best seed as the mean": (
+        lambda s, _: s.submission(val_bpb=json.loads(s.path("result_seed1.json").read_text())["val_bpb"]),
+        "score",
+    ),
     "edited result": (edit_result(2, val_bpb=0.9), "score"),
-    "edited log": (lambda s, _: s.sub("train_seed2.log", r"(_exact val_loss:\S+ val_bpb:)\S+", r"\g<1>0.90000000"),
-                   "score"),
-    "score before the export": (lambda s, _: s.edit("result_seed1.json", lambda v: v.update(
-        val_bpb=v["pre_quant_val_bpb"], val_loss=v["pre_quant_val_loss"])), "score"),
+    "edited log": (
+        lambda s, _: s.sub("train_seed2.log", r"(_exact val_loss:\S+ val_bpb:)\S+", r"\g<1>0.90000000"),
+        "score",
+    ),
+    "score before the export": (
+        lambda s, _: s.edit(
+            "result_seed1.json", lambda v: v.update(val_bpb=v["pre_quant_val_bpb"], val_loss=v["pre_quant_val_loss"])
+        ),
+        "score",
+    ),
     "edited hardware": (lambda s, _: s.submission(hardware="8 x NVIDIA H100 80GB HBM3"), "claims"),
     "edited steps of a seed": (lambda s, _: s.edit("submission.json", replace_row("2", steps=25)), "claims"),
     "swapped logs": (lambda s, _: s.swap_logs(), "seeds"),
-    "log of another seed": (lambda s, _: s.path("train_seed2.log").write_text(s.path("train_seed1.log").read_text()),
-                            "seeds"),
+    "log of another seed": (
+        lambda s, _: s.path("train_seed2.log").write_text(s.path("train_seed1.log").read_text()),
+        "seeds",
+    ),
     "dropped seed, mean of the rest": (lambda s, _: s.drop_seed_three(), "seeds"),
     "claimed seed without a log": (lambda s, _: s.submission(seeds=[1, 2, 3, 4]), "seeds"),
     "a seed twice": (lambda s, _: s.twice(), "seeds"),
@@ -213,27 +247,41 @@ SABOTAGES = {
     "date that is none": (lambda s, _: s.submission(date="2026-02-30"), "schema"),
     "track of another folder": (lambda s, _: s.submission(track="track_10min_16mb"), "schema"),
     "cut submission.json": (lambda s, _: s.path("submission.json").write_text("{"), "schema"),
-    "stale script": (lambda s, _: s.path("train_gpt.py").write_text(
-        s.path("train_gpt.py").read_text() + "# one more change\n"), "script"),
-    "script that is no Python": (lambda s, _: s.rewrite_script(
-        s.path("train_gpt.py").read_text() + "def broken(:\n"), "compile"),
+    "stale script": (
+        lambda s, _: s.path("train_gpt.py").write_text(s.path("train_gpt.py").read_text() + "# one more change\n"),
+        "script",
+    ),
+    "script that is no Python": (
+        lambda s, _: s.rewrite_script(s.path("train_gpt.py").read_text() + "def broken(:\n"),
+        "compile",
+    ),
     "helper file not counted": (lambda s, _: s.path("helper.py").write_text("import train_gpt\n"), "code"),
     "code bytes of the claim": (lambda s, _: s.submission(bytes_code=40_000), "code"),
     "code bytes of every file": (lambda s, _: s.grow(code=-1000), "code"),
-    "doubled bytes": (lambda s, _: s.edit("submission.json", lambda v: v.update(bytes_total=2 * v["bytes_total"])),
-                      "size"),
+    "doubled bytes": (
+        lambda s, _: s.edit("submission.json", lambda v: v.update(bytes_total=2 * v["bytes_total"])),
+        "size",
+    ),
     "MiB for MB": (lambda s, _: (s.path("final_model.int8.ptz").unlink(), s.grow(artifact=16_500_000)), "size"),
-    "size in the log": (lambda s, _: s.sub("train_seed3.log", r"^(Total submission size int8\+zlib: )\d+",
-                                           r"\g<1>99999"), "size"),
+    "size in the log": (
+        lambda s, _: s.sub("train_seed3.log", r"^(Total submission size int8\+zlib: )\d+", r"\g<1>99999"),
+        "size",
+    ),
     "artifact of another run": (lambda s, _: s.path("final_model.int8.ptz").write_bytes(b"another"), "artifact"),
     "changed configuration": (lambda s, _: s.sub("config.env", r"^MATRIX_LR=.*", 'MATRIX_LR="0.03"'), "config"),
-    "one more knob": (lambda s, _: s.path("config.env").write_text(
-        s.path("config.env").read_text() + 'NEW_KNOB="1"\n'), "config"),
+    "one more knob": (
+        lambda s, _: s.path("config.env").write_text(s.path("config.env").read_text() + 'NEW_KNOB="1"\n'),
+        "config",
+    ),
     "training over the cap": (lambda s, _: s.set_clock(61.0), "clock"),
     "evaluation over the cap": (lambda s, _: s.set_eval(61.0), "clock"),
-    "a part of the validation text": (lambda s, _: (
-        s.edit("result_seed2.json", lambda v: v.update(partial=True)),
-        s.sub("train_seed2.log", r"^(final_int8_zlib_roundtrip.*)$", r"\1 partial:1000/2932")), "validation"),
+    "a part of the validation text": (
+        lambda s, _: (
+            s.edit("result_seed2.json", lambda v: v.update(partial=True)),
+            s.sub("train_seed2.log", r"^(final_int8_zlib_roundtrip.*)$", r"\1 partial:1000/2932"),
+        ),
+        "validation",
+    ),
     "truncated validation": (lambda s, _: s.truncate(1000), "validation"),
     "bytes counted twice": (lambda s, _: s.halve_bpb(), "bytes"),
     "other bytes in a result": (edit_result(3, scored_bytes=18850), "bytes"),
@@ -242,7 +290,7 @@ SABOTAGES = {
     "validation documents in training": (lambda s, tmp_path: s.leak(tmp_path), "leak"),
     "edited table": (lambda s, _: s.sub("README.md", r"^\| 1 \| 0\.\d+", "| 1 | 0.80000"), "readme"),
     "beats no record": (lambda s, _: s.submission(base="2025-01-01_none"), "significance"),
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -334,23 +382,34 @@ def test_check_against_a_base_exits_with_1_and_names_the_files(checkout, capsys)
     assert [(f["check"], f["place"]) for f in findings] == [("scope", "train_gpt.py")]
 
 
-@pytest.mark.parametrize("arguments, said", [
-    (["check"], "nothing to check"), (["check", "/nowhere"], "no such folder"),
-    (["check", "--all", "--root", "/nowhere"], "there is no /nowhere/records"),
-    (["check", "--base", "no_such_ref"], "no_such_ref"),
-    (["board", "--records", "/nowhere"], "no README.md"), (["compare", "/nowhere", "/nowhere"], "no such folder"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["check"], "nothing to check"),
+        (["check", "/nowhere"], "no such folder"),
+        (["check", "--all", "--root", "/nowhere"], "there is no /nowhere/records"),
+        (["check", "--base", "no_such_ref"], "no_such_ref"),
+        (["board", "--records", "/nowhere"], "no README.md"),
+        (["compare", "/nowhere", "/nowhere"], "no such folder"),
+    ],
+)
 def test_a_mistake_gets_one_line_and_exit_code_2(arguments, said, capsys):
     assert record.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and said in error and error.count("\n") <= 2
 
 
-@pytest.mark.parametrize("option, said", [
-    (["--date", "2026-13-45"], "expected YYYY-MM-DD"), (["--author", " "], "--author"),
-    (["--github-id", ""], "--github-id"),
-    (["--slug", "../x"], "--slug ../x"), (["--slug", ""], "--slug"), (["--track", "nope"], "--track nope"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "option, said",
+    [
+        (["--date", "2026-13-45"], "expected YYYY-MM-DD"),
+        (["--author", " "], "--author"),
+        (["--github-id", ""], "--github-id"),
+        (["--slug", "../x"], "--slug ../x"),
+        (["--slug", ""], "--slug"),
+        (["--track", "nope"], "--track nope"),
+    ],
+)
 def test_a_record_without_a_name_or_a_date_is_not_begun(option, said, corpus, tmp_path, capsys):
     """What `check` would find in any case is told before a folder is made."""
     records = tmp_path / "records"
@@ -396,11 +455,14 @@ def as_folder(path):
 
 
 DAMAGES = {
-    "empty": lambda path: path.write_bytes(b""), "binary": lambda path: path.write_bytes(bytes(range(256))),
+    "empty": lambda path: path.write_bytes(b""),
+    "binary": lambda path: path.write_bytes(bytes(range(256))),
     "cut in half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
-    "a folder": as_folder, "a list": lambda path: path.write_text("[1]"),
-    "deep": lambda path: path.write_text("[" * 100_000), "UTF-16": lambda path: path.write_text("{}", "utf-16"),
-}  # fmt: skip
+    "a folder": as_folder,
+    "a list": lambda path: path.write_text("[1]"),
+    "deep": lambda path: path.write_text("[" * 100_000),
+    "UTF-16": lambda path: path.write_text("{}", "utf-16"),
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

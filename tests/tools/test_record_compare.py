@@ -80,8 +80,10 @@ def test_seeds_needed_give_the_power_that_is_promised():
 
 def run_of(folder, name, losses, seconds_a_step, tokens):
     path = folder / f"{name}.jsonl"
-    lines = [{"step": step, "train_loss": loss, "lr_scale": 1.0, "train_seconds": step * seconds_a_step}
-             for step, loss in enumerate(losses, 1)]  # fmt: skip
+    lines = [
+        {"step": step, "train_loss": loss, "lr_scale": 1.0, "train_seconds": step * seconds_a_step}
+        for step, loss in enumerate(losses, 1)
+    ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     result = {"steps": len(losses), "train_tokens": len(losses) * tokens, "val_loss": losses[-1], "val_bpb": 1.0}
     return Run(name, None, result, None, path)
@@ -106,8 +108,9 @@ def test_compare_reads_run_folders_and_prints_what_it_found(corpus, capsys):
     found = json.loads(capsys.readouterr().out)
     sides = (one, two), (two, three)
     a, b = ([json.loads((folder / "result.json").read_text()) for folder in side] for side in sides)
-    expected = stats.ttest_ind(*([run["val_bpb"] for run in side] for side in (a, b)), equal_var=False,
-                               alternative="greater")  # fmt: skip
+    expected = stats.ttest_ind(
+        *([run["val_bpb"] for run in side] for side in (a, b)), equal_var=False, alternative="greater"
+    )
     assert found["bpb"]["p"] == pytest.approx(expected.pvalue, abs=1e-9)
     assert found["costs"]["bytes_total"]["a"] == np.median([run["bytes_total"] for run in a])
     assert record.main(["compare", str(one), str(two)]) == 0

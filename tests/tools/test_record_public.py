@@ -24,11 +24,23 @@ def loss_of(bpb, tokens, text_bytes=record_data.FINEWEB_BYTES):
     return bpb * math.log(2) * text_bytes / tokens
 
 
-def march_log(seed, bpb, tokens=TOKENS["sp1024"], ms=599_920, text_bytes=record_data.FINEWEB_BYTES, code=SCRIPT,
-              label="final_int8_zlib_roundtrip", source=True, total=15_887_250, extra=""):  # fmt: skip
+def march_log(
+    seed,
+    bpb,
+    tokens=TOKENS["sp1024"],
+    ms=599_920,
+    text_bytes=record_data.FINEWEB_BYTES,
+    code=SCRIPT,
+    label="final_int8_zlib_roundtrip",
+    source=True,
+    total=15_887_250,
+    extra="",
+):
     """The reference's own log: its source, a ruler, then key:value lines."""
     loss = loss_of(bpb, tokens, text_bytes)
-    return (f"{code}\n{RULER}\n" if source else "") + f"""logs/run.txt
+    return (
+        (f"{code}\n{RULER}\n" if source else "")
+        + f"""logs/run.txt
 val_loader:shards pattern=./data/datasets/fineweb10B_sp1024/fineweb_val_*.bin tokens:{tokens}
 model_params:17059912
 world_size:8 grad_accum_steps:1
@@ -45,6 +57,7 @@ Total submission size int8+zlib: {total} bytes
 {label} val_loss:{loss:.4f} val_bpb:{bpb:.4f} eval_time:2098ms
 {label}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}
 {extra}"""
+    )
 
 
 def april_log(seed, bpb, ms=596_137, eval_s=455.3, total=15_989_499):
@@ -79,9 +92,18 @@ total_eval_time:{eval_s}s
 def sliding_log(seed, bpb, eval_ms=72_000):
     """The reference's log of a script that scores in overlapping windows, and states the time on that line alone."""
     loss = loss_of(bpb, TOKENS["sp1024"])
-    return march_log(seed, bpb).replace("final_int8_zlib_roundtrip val_loss:", (
-        f"final_int6_sliding_window val_loss:{loss:.4f} val_bpb:{bpb:.4f} stride:64 eval_time:{eval_ms}ms\n"
-        "final_int8_zlib_roundtrip_of_windows val_loss:"), 1).replace("eval_time:2098ms", "")
+    return (
+        march_log(seed, bpb)
+        .replace(
+            "final_int8_zlib_roundtrip val_loss:",
+            (
+                f"final_int6_sliding_window val_loss:{loss:.4f} val_bpb:{bpb:.4f} stride:64 eval_time:{eval_ms}ms\n"
+                "final_int8_zlib_roundtrip_of_windows val_loss:"
+            ),
+            1,
+        )
+        .replace("eval_time:2098ms", "")
+    )
 
 
 def write(folder: Path, submission, logs, script=SCRIPT, readme=True):
@@ -117,39 +139,71 @@ def three_logs(**more):
 
 
 SOUND = {
-    "reference": (core(1.20319508, val_loss=round(loss_of(1.20319508, TOKENS["sp1024"]), 8), bytes_total=15_887_250,
-                       bytes_code=len(SCRIPT)), {"train.log": march_log(1339, 1.20319508)}),
+    "reference": (
+        core(
+            1.20319508,
+            val_loss=round(loss_of(1.20319508, TOKENS["sp1024"]), 8),
+            bytes_total=15_887_250,
+            bytes_code=len(SCRIPT),
+        ),
+        {"train.log": march_log(1339, 1.20319508)},
+    ),
     "rounded to four digits": (core(1.2032), {"train.log": march_log(1339, 1.20319508)}),
     "one step past the clock": (core(1.2032), {"train.log": march_log(1339, 1.20319508, ms=600_038)}),
-    "launch day's text": (core(1.2244), {"train.log": march_log(
-        1337, 1.2243657, tokens=63_779_840, text_bytes=record_data.LAUNCH_BYTES)}),
-    "six bits, sliding windows": (core(1.1502, bytes_total=15_887_250), {"train.log": march_log(
-        1, 1.1502, label="final_int6_sliding_window")}),
-    "submitter, github number, artifact_size_bytes": ({
-        "submitter": "A", "github_id": 12345, "title": "A run", "date": "2026-03-20", "mean_val_bpb": 1.2032,
-        "artifact_size_bytes": 15_887_250}, {"log.txt": march_log(7, 1.20319508)}),
+    "launch day's text": (
+        core(1.2244),
+        {"train.log": march_log(1337, 1.2243657, tokens=63_779_840, text_bytes=record_data.LAUNCH_BYTES)},
+    ),
+    "six bits, sliding windows": (
+        core(1.1502, bytes_total=15_887_250),
+        {"train.log": march_log(1, 1.1502, label="final_int6_sliding_window")},
+    ),
+    "submitter, github number, artifact_size_bytes": (
+        {
+            "submitter": "A",
+            "github_id": 12345,
+            "title": "A run",
+            "date": "2026-03-20",
+            "mean_val_bpb": 1.2032,
+            "artifact_size_bytes": 15_887_250,
+        },
+        {"log.txt": march_log(7, 1.20319508)},
+    ),
     "three seeds": (three(), three_logs()),
-    "seeds as rows": (three(seed_results=[{"seed": seed, "val_bpb": bpb} for seed, bpb in SEEDS.items()]),
-                      three_logs()),
+    "seeds as rows": (
+        three(seed_results=[{"seed": seed, "val_bpb": bpb} for seed, bpb in SEEDS.items()]),
+        three_logs(),
+    ),
     "bare scores by seed": (three(seed_results={f"seed_{seed}": bpb for seed, bpb in SEEDS.items()}), three_logs()),
     "an ablation's log beside": (three(), three_logs() | {"ablation_no_ttt.log": april_log(42, 1.0828)}),
     "an ablation of another seed": (three(), three_logs() | {"ablations/no_ttt_seed7.log": april_log(7, 1.0828)}),
     "a folder for each seed": (three(), {f"seed{seed}/train.log": april_log(seed, b) for seed, b in SEEDS.items()}),
-    "several authors": ({k: v for k, v in core(1.2032).items() if k != "author"} | {"authors": ["A", "B"]},
-                        {"train.log": march_log(1339, 1.20319508)}),
+    "several authors": (
+        {k: v for k, v in core(1.2032).items() if k != "author"} | {"authors": ["A", "B"]},
+        {"train.log": march_log(1339, 1.20319508)},
+    ),
     "score as text": (core("1.2032"), {"train.log": march_log(1339, 1.20319508)}),
-    "loss of the last validation": (core(1.2032, val_loss=round(loss_of(1.20319508, TOKENS["sp1024"]) - 0.006, 4)),
-                                    {"train.log": march_log(1339, 1.20319508)}),
+    "loss of the last validation": (
+        core(1.2032, val_loss=round(loss_of(1.20319508, TOKENS["sp1024"]) - 0.006, 4)),
+        {"train.log": march_log(1339, 1.20319508)},
+    ),
     "mean loss before the export": (three(val_loss=round(loss_of(MEAN, TOKENS["sp8192"]) + 0.01, 5)), three_logs()),
     "mean loss": (three(val_loss=round(loss_of(MEAN, TOKENS["sp8192"]), 5)), three_logs()),
     "time beside the score in windows": (core(1.1502), {"train.log": sliding_log(1, 1.1502)}),
     "log with another ending": (core(1.2032), {"train.out": march_log(1, 1.20319508)}),
     "no source in the log": (core(1.2032), {"train.log": march_log(1, 1.20319508, source=False)}),
-    "case marks": (core(1.0611), {"train.log": april_log(1, 1.0611).replace(
-        "val_tokens: 40540160", "val_tokens: 47853343").replace(
-        f"val_loss:{loss_of(1.0611, TOKENS['sp8192']):.8f} val_bpb:1.06110000",
-        f"val_loss:{loss_of(1.0611, 47_853_343):.8f} val_bpb:1.06110000")}),
-}  # fmt: skip
+    "case marks": (
+        core(1.0611),
+        {
+            "train.log": april_log(1, 1.0611)
+            .replace("val_tokens: 40540160", "val_tokens: 47853343")
+            .replace(
+                f"val_loss:{loss_of(1.0611, TOKENS['sp8192']):.8f} val_bpb:1.06110000",
+                f"val_loss:{loss_of(1.0611, 47_853_343):.8f} val_bpb:1.06110000",
+            )
+        },
+    ),
+}
 
 
 def folder_in(tmp_path, track="track_10min_16mb"):
@@ -181,30 +235,62 @@ FAULTS = {
     "score before the export": (core(1.08479123), {"train_seed42.log": april_log(42, SEEDS[42])}, {}, "score"),
     "mean that is none": (three(val_bpb=1.0801), three_logs(), {}, "score"),
     "deviation that is none": (three(val_bpb_std=0.00002), three_logs(), {}, "score"),
-    "a seed's score": (three(seed_results={str(s): {"val_bpb": b - 0.01 * (s == 42)} for s, b in SEEDS.items()},
-                             val_bpb=round(MEAN - 0.01 / 3, 5), val_bpb_std=0.0058), three_logs(), {}, "score"),
+    "a seed's score": (
+        three(
+            seed_results={str(s): {"val_bpb": b - 0.01 * (s == 42)} for s, b in SEEDS.items()},
+            val_bpb=round(MEAN - 0.01 / 3, 5),
+            val_bpb_std=0.0058,
+        ),
+        three_logs(),
+        {},
+        "score",
+    ),
     "seed without a log": (three(), {k: v for k, v in three_logs().items() if "314" not in k}, {}, "seeds"),
     "best three of four": (three(), three_logs() | {"train_seed7.log": april_log(7, 1.0999)}, {}, "seeds"),
-    "best three of four folders": (three(), {
-        f"seed{seed}/train.log": april_log(seed, bpb) for seed, bpb in (SEEDS | {7: 1.0999}).items()}, {}, "seeds"),
+    "best three of four folders": (
+        three(),
+        {f"seed{seed}/train.log": april_log(seed, bpb) for seed, bpb in (SEEDS | {7: 1.0999}).items()},
+        {},
+        "seeds",
+    ),
     "log of another seed": (three(), three_logs() | {"train_seed42.log": april_log(1, SEEDS[42])}, {}, "seeds"),
     "other code than in the log": (core(1.2032), {"train.log": GOOD}, {"script": SCRIPT + "x = 1\n"}, "script"),
-    "other size than in the log": (core(1.2032), {"train.log": march_log(1339, 1.20319508, source=False)},
-                                   {"script": SCRIPT + "x = 1\n"}, "script"),
+    "other size than in the log": (
+        core(1.2032),
+        {"train.log": march_log(1339, 1.20319508, source=False)},
+        {"script": SCRIPT + "x = 1\n"},
+        "script",
+    ),
     "claimed code": (core(1.2032, bytes_code=47_000), {"train.log": GOOD}, {}, "code"),
-    "MiB for MB": (core(1.2032, bytes_total=16_500_000), {"train.log": march_log(
-        1339, 1.20319508, total=16_500_000)}, {}, "size"),
+    "MiB for MB": (
+        core(1.2032, bytes_total=16_500_000),
+        {"train.log": march_log(1339, 1.20319508, total=16_500_000)},
+        {},
+        "size",
+    ),
     "claimed size": (core(1.2032, bytes_total=15_000_000), {"train.log": GOOD}, {}, "size"),
     "over the clock": (core(1.2032), {"train.log": march_log(1339, 1.20319508, ms=612_000)}, {}, "clock"),
     "evaluation over the clock": (three(), three_logs(eval_s=633.0), {}, "clock"),
     "evaluation in windows over the clock": (core(1.1502), {"train.log": sliding_log(1, 1.1502, 633_000)}, {}, "clock"),
-    "truncated validation": (core(1.2032), {"train.log": march_log(
-        1339, 1.20319508, tokens=31_010_816, text_bytes=75_540_181)}, {}, "validation"),
-    "bytes counted 17% too high": (core(1.0284), {"train.log": march_log(
-        1339, 1.02837186, text_bytes=176_764_025)}, {}, "bytes"),
-    "script that is no Python": (core(1.2032), {"train.log": march_log(1339, 1.20319508, code="import torch\ndef (\n")},
-                                 {"script": "import torch\ndef (\n"}, "compile"),
-}  # fmt: skip
+    "truncated validation": (
+        core(1.2032),
+        {"train.log": march_log(1339, 1.20319508, tokens=31_010_816, text_bytes=75_540_181)},
+        {},
+        "validation",
+    ),
+    "bytes counted 17% too high": (
+        core(1.0284),
+        {"train.log": march_log(1339, 1.02837186, text_bytes=176_764_025)},
+        {},
+        "bytes",
+    ),
+    "script that is no Python": (
+        core(1.2032),
+        {"train.log": march_log(1339, 1.20319508, code="import torch\ndef (\n")},
+        {"script": "import torch\ndef (\n"},
+        "compile",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -225,8 +311,13 @@ def test_truncated_bytes_are_told_by_the_validation_check_alone(tmp_path):
 
 
 def test_a_track_without_a_clock_asks_for_none(tmp_path):
-    report = record_check.examine(write(folder_in(tmp_path, "track_non_record_16mb"), core(1.2032),
-                                        {"train.log": march_log(1339, 1.20319508, ms=9_000_000)}))  # fmt: skip
+    report = record_check.examine(
+        write(
+            folder_in(tmp_path, "track_non_record_16mb"),
+            core(1.2032),
+            {"train.log": march_log(1339, 1.20319508, ms=9_000_000)},
+        )
+    )
     assert report["findings"] == [] and "no clock" in report["not_checked"]["clock"]
 
 

@@ -20,8 +20,13 @@ import torch
 from record_folder import open_record
 from record_read import read_run
 
-RULES = {"causality", "normalisation", "each target once", "evaluation without training data",
-         "evaluation without a network"}  # fmt: skip
+RULES = {
+    "causality",
+    "normalisation",
+    "each target once",
+    "evaluation without training data",
+    "evaluation without a network",
+}
 
 
 @functools.cache
@@ -53,11 +58,15 @@ def rescore(folder, capsys, *more):
     return code, {finding["check"]: finding["problem"] for finding in report["findings"]}, report
 
 
-@pytest.mark.parametrize("option, said", [
-    (["--tokenizer", "no_such_encoding"], "nothing tiktoken can load"),
-    (["--artifact", "afile"], "its checksum differ"),
-    (["--timeout", "-1"], "--timeout"), (["--data", "/nowhere"], "no validation shards"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "option, said",
+    [
+        (["--tokenizer", "no_such_encoding"], "nothing tiktoken can load"),
+        (["--artifact", "afile"], "its checksum differ"),
+        (["--timeout", "-1"], "--timeout"),
+        (["--data", "/nowhere"], "no validation shards"),
+    ],
+)
 def test_a_mistake_gets_a_line_and_no_traceback(option, said, copy, tmp_path, monkeypatch, capfd):
     """Also where it is the record's script that finds it."""
     monkeypatch.chdir(tmp_path)
@@ -80,33 +89,54 @@ def test_a_sound_run_has_its_digits_again_and_keeps_every_rule(copy, capsys):
 
 BROKEN = {
     # name: (what is changed in the script, findings besides that of the score, which changes with all of them)
-    "a model that peeks by one token": ([(
-        "self.tok_emb(tokens_BT)", "(self.tok_emb(tokens_BT) + self.tok_emb(tokens_BT.roll(-1, 1)))")], {"causality"}),
-    "a score that is no probability": ([
-        ('reduction="none").view_as(targets_BT)', 'reduction="none").view_as(targets_BT) / 2')], {"normalisation"}),
+    "a model that peeks by one token": (
+        [("self.tok_emb(tokens_BT)", "(self.tok_emb(tokens_BT) + self.tok_emb(tokens_BT.roll(-1, 1)))")],
+        {"causality"},
+    ),
+    "a score that is no probability": (
+        [('reduction="none").view_as(targets_BT)', 'reduction="none").view_as(targets_BT) / 2')],
+        {"normalisation"},
+    ),
     "half of the targets": ([("fresh & (target < stop)", "fresh & (target % 2 == 0)")], {"each target once"}),
-    "the easy targets": ([("sums.append(torch.where(mask, model(inputs, targets), 0.0).sum())",
-                           "sums.append(torch.where(mask, model(inputs, targets), 0.0).clamp(max=3.0).sum())")],
-                         {"each target once"}),
-    "training text and the network": ([(
-        "    return stream, token_bytes, facts",
-        "    import socket\n"
-        "    with contextlib.suppress(OSError):\n"
-        "        open(f'{config.data_path}/fineweb_train_000000.bin', 'rb')\n"
-        "    with contextlib.suppress(OSError):\n"
-        "        socket.create_connection(('127.0.0.1', 9))\n"
-        "    return stream, token_bytes, facts")],
-        {"evaluation without training data", "evaluation without a network"}),
+    "the easy targets": (
+        [
+            (
+                "sums.append(torch.where(mask, model(inputs, targets), 0.0).sum())",
+                "sums.append(torch.where(mask, model(inputs, targets), 0.0).clamp(max=3.0).sum())",
+            )
+        ],
+        {"each target once"},
+    ),
+    "training text and the network": (
+        [
+            (
+                "    return stream, token_bytes, facts",
+                "    import socket\n"
+                "    with contextlib.suppress(OSError):\n"
+                "        open(f'{config.data_path}/fineweb_train_000000.bin', 'rb')\n"
+                "    with contextlib.suppress(OSError):\n"
+                "        socket.create_connection(('127.0.0.1', 9))\n"
+                "    return stream, token_bytes, facts",
+            )
+        ],
+        {"evaluation without training data", "evaluation without a network"},
+    ),
     "learning before scoring": (
-        [("            sums.append(torch.where(mask, model(inputs, targets), 0.0).sum())",
-          "            with torch.enable_grad():\n"
-          "                model(inputs, targets).mean().backward()\n"
-          "            with torch.no_grad():\n"
-          "                for p in model.parameters():\n"
-          "                    p -= 0.1 * p.grad if p.grad is not None else 0.0\n"
-          "                    p.grad = None\n"
-          "            sums.append(torch.where(mask, model(inputs, targets), 0.0).sum())")], {"causality"}),
-}  # fmt: skip
+        [
+            (
+                "            sums.append(torch.where(mask, model(inputs, targets), 0.0).sum())",
+                "            with torch.enable_grad():\n"
+                "                model(inputs, targets).mean().backward()\n"
+                "            with torch.no_grad():\n"
+                "                for p in model.parameters():\n"
+                "                    p -= 0.1 * p.grad if p.grad is not None else 0.0\n"
+                "                    p.grad = None\n"
+                "            sums.append(torch.where(mask, model(inputs, targets), 0.0).sum())",
+            )
+        ],
+        {"causality"},
+    ),
+}
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -172,8 +202,9 @@ def test_the_kernels_of_a_cpu_give_the_same_digits_again(corpus, capsys):
     """Where there are any; and in bf16, in which any other would round elsewhere."""
     environ = os.environ | tiny_runs.settings(corpus) | {"DTYPE": "bfloat16", "TRAIN_SEQ_LEN": "64", "RUN_ID": "bf16"}
     environ |= {"LOG_DIR": str(tiny_runs.work() / "logs")}
-    done = subprocess.run([sys.executable, str(tiny_runs.ROOT / "train_gpt.py")], env=environ, capture_output=True,
-                          text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(tiny_runs.ROOT / "train_gpt.py")], env=environ, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     folder = tiny_runs.work() / "logs" / "bf16"
     code, findings, report = rescore(folder, capsys)
@@ -246,10 +277,26 @@ def test_another_device_gets_the_wider_tolerance_and_another_artifact_none(corpu
     folder = seed_one(corpus)
     run = record_rescore.Record(folder, [read_run(folder)])
     result = run.runs[0].result
-    score = {"val_bpb": result["val_bpb"] + 1e-3, "val_loss": 2.0, "summed_loss": 2.0, "of": 9, "once": 9, "tokens": 9,
-             "twice": 0, "wrong": 0, "learned": False}  # fmt: skip
-    found = {"score": score, "moved": [0.0], "moved_in_evaluation": [0.0], "sums": [1.0], "opened": [], "refused": [],
-             **{name: result[name] for name in ("device", "torch", "dtype", "note")}}  # fmt: skip
+    score = {
+        "val_bpb": result["val_bpb"] + 1e-3,
+        "val_loss": 2.0,
+        "summed_loss": 2.0,
+        "of": 9,
+        "once": 9,
+        "tokens": 9,
+        "twice": 0,
+        "wrong": 0,
+        "learned": False,
+    }
+    found = {
+        "score": score,
+        "moved": [0.0],
+        "moved_in_evaluation": [0.0],
+        "sums": [1.0],
+        "opened": [],
+        "refused": [],
+        **{name: result[name] for name in ("device", "torch", "dtype", "note")},
+    }
     artifact = folder / "final_model.int8.ptz"
     assert [f.check for f in record_rescore.judge(run, artifact, found)[0]] == ["score"]
     for other in ({"device": "another"}, {"note": result["note"] + "\nloss:fused"}):
@@ -258,10 +305,14 @@ def test_another_device_gets_the_wider_tolerance_and_another_artifact_none(corpu
     assert "score" in record_rescore.judge(run, folder / "config.env", found)[2]
 
 
-@pytest.mark.parametrize("remove, said", [
-    ("train_gpt.py", "has no train_gpt.py"), ("final_model.int8.ptz", "has no final_model"),
-    ("data", "holds no validation shards"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "remove, said",
+    [
+        ("train_gpt.py", "has no train_gpt.py"),
+        ("final_model.int8.ptz", "has no final_model"),
+        ("data", "holds no validation shards"),
+    ],
+)
 def test_what_is_missing_is_named(remove, said, copy, capsys, tmp_path):
     folder = copy()
     more = ["--data", str(tmp_path)] if remove == "data" else []

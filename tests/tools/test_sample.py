@@ -68,14 +68,25 @@ def text_of(words, prompt: str, tokens: list[int]) -> str:
 LONG = "the king of the sea sleeps and the night of love is caf\u00e9 na\u00efve \u6d77 " * 8
 
 
-@pytest.mark.parametrize("prompt", ["", "the", "the king of", "caf\u00e9 \u6d77\u6d77", "sea\nthe", LONG[:120], LONG],
-                         ids=lambda prompt: f"{len(prompt)} letters")  # fmt: skip
+@pytest.mark.parametrize(
+    "prompt",
+    ["", "the", "the king of", "caf\u00e9 \u6d77\u6d77", "sea\nthe", LONG[:120], LONG],
+    ids=lambda prompt: f"{len(prompt)} letters",
+)
 @pytest.mark.parametrize("length", [32, 160])
 def test_without_temperature_it_is_the_likeliest_continuation(model, words, prompt, length):
     """Over contexts of every length up to the longest and beyond, padded or not."""
     gpt, config = model
-    pieces = generate(gpt, config, words, sample_prompt=prompt, temperature=0.0, sample_tokens=70,
-                      train_seq_len=length, train_batch_tokens=length)  # fmt: skip
+    pieces = generate(
+        gpt,
+        config,
+        words,
+        sample_prompt=prompt,
+        temperature=0.0,
+        sample_tokens=70,
+        train_seq_len=length,
+        train_batch_tokens=length,
+    )
     expected = text_of(words, prompt, greedy(gpt, words, prompt, 70, length)).rstrip("\ufffd")
     assert pieces[0] == prompt and "".join(pieces[1:]) == expected and expected
 
@@ -83,8 +94,14 @@ def test_without_temperature_it_is_the_likeliest_continuation(model, words, prom
 def test_the_best_of_one_is_the_likeliest(model, words):
     for prompt in ("the king", ""):
         likeliest = generate(*model, words, sample_prompt=prompt, sample_tokens=40, temperature=0.0)
-        for changes in ({"top_k": 1}, {"top_k": 1, "temperature": 2.0, "seed": 5}, {"temperature": 1e-4},
-                        {"temperature": 1e-30}, {"temperature": 1e-45}, {"temperature": 5e-324}):  # fmt: skip
+        for changes in (
+            {"top_k": 1},
+            {"top_k": 1, "temperature": 2.0, "seed": 5},
+            {"temperature": 1e-4},
+            {"temperature": 1e-30},
+            {"temperature": 1e-45},
+            {"temperature": 5e-324},
+        ):
             assert generate(*model, words, sample_prompt=prompt, sample_tokens=40, **changes) == likeliest, changes
 
 
@@ -122,8 +139,9 @@ class Script:
 
 
 def say(words, tokens: list[int], prompt="", length=160, count=None) -> tuple[list[str], Script]:
-    config = Config(sample_prompt=prompt, sample_tokens=count or len(tokens), train_seq_len=length,
-                    train_batch_tokens=length)  # fmt: skip
+    config = Config(
+        sample_prompt=prompt, sample_tokens=count or len(tokens), train_seq_len=length, train_batch_tokens=length
+    )
     script = Script(tokens, words.model.vocab_size())
     return list(sample.generate(script, config, words)), script
 
@@ -137,8 +155,13 @@ def test_a_character_of_many_bytes_is_never_split(words, text):
     """A terminal that gets half a character shows rubbish."""
     pieces, _ = say(words, [*byte_tokens(words, text), *words.model.encode("end")])
     assert "".join(pieces) == text + "end"
-    assert set(pieces) <= {"", *text, *(words.model.decode([t]) for t in words.model.encode("end")), text + "e",
-                           text + words.model.decode(words.model.encode("end")[:1])}  # fmt: skip
+    assert set(pieces) <= {
+        "",
+        *text,
+        *(words.model.decode([t]) for t in words.model.encode("end")),
+        text + "e",
+        text + words.model.decode(words.model.encode("end")[:1]),
+    }
     for piece in pieces:
         assert "\ufffd" not in piece or "\ufffd" in text
 
@@ -249,10 +272,24 @@ def prompts_heard(words, config: Config, folder: Path) -> list[str]:
     return [next(sample.generate(Script([0], 320), one, words)) for one in (config, again)]
 
 
-@pytest.mark.parametrize("prompt", [
-    """say "it's" ""\"""", "'\"'", '"', "two\nlines\r\n", "  spaces at both ends  ", " ", "a # b", "#", "\ttab\x0b\x07",
-    "\u2028\u2029\x85", "KEY=VALUE\nSEED=3", "caf\u00e9 \u6d77 \U0001f600", "$HOME `x` %s {y}",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        """say "it's" ""\"""",
+        "'\"'",
+        '"',
+        "two\nlines\r\n",
+        "  spaces at both ends  ",
+        " ",
+        "a # b",
+        "#",
+        "\ttab\x0b\x07",
+        "\u2028\u2029\x85",
+        "KEY=VALUE\nSEED=3",
+        "caf\u00e9 \u6d77 \U0001f600",
+        "$HOME `x` %s {y}",
+    ],
+)
 def test_any_prompt_comes_through_a_configuration_file(words, tmp_path, prompt):
     """Regression: both kinds of quotes and control characters were refused, spaces at the ends were lost."""
     assert prompts_heard(words, Config.load([], {"SAMPLE_PROMPT": prompt}), tmp_path) == [prompt, prompt]
@@ -269,13 +306,21 @@ def test_any_prompt_at_all_comes_through_a_configuration_file(words, tmp_path_fa
     shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("text, prompt", [
-    (r"a\nb", "a\nb"), (r"say \u0022it's\u0022", """say "it's\""""), (r"\u6d77\u0041", "\u6d77A"), (r"\u12", r"\u12"),
-    (r"\x41 \t", r"\x41 \t"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, prompt",
+    [
+        (r"a\nb", "a\nb"),
+        (r"say \u0022it's\u0022", """say "it's\""""),
+        (r"\u6d77\u0041", "\u6d77A"),
+        (r"\u12", r"\u12"),
+        (r"\x41 \t", r"\x41 \t"),
+    ],
+)
 def test_what_may_be_written_in_a_prompt_by_its_number(words, tmp_path, text, prompt):
-    (tmp_path / "x.env").write_text(f"SAMPLE_PROMPT={text}\n" if '"' not in text and "'" not in text else
-                                    f'SAMPLE_PROMPT="{text}"\n', encoding="utf-8")  # fmt: skip
+    (tmp_path / "x.env").write_text(
+        f"SAMPLE_PROMPT={text}\n" if '"' not in text and "'" not in text else f'SAMPLE_PROMPT="{text}"\n',
+        encoding="utf-8",
+    )
     for config in (Config.load([], {"SAMPLE_PROMPT": text}), Config.load([str(tmp_path / "x.env")], {})):
         assert prompts_heard(words, config, tmp_path) == [prompt, prompt]
 
@@ -295,8 +340,11 @@ class Dice(Script):
 @pytest.mark.parametrize("temperature, top_k", [(1.0, 0), (0.5, 0), (3.0, 0), (1.0, 3), (2.0, 2), (1.0, 10**6)])
 def test_tokens_are_drawn_from_the_softmax(words, temperature, top_k):
     size, count = words.model.vocab_size(), 3000
-    letters = [token for token in range(size) if len(words.model.decode([token])) == 1 and not words.boundary[token]
-               and not words.is_byte[token]][:5]  # fmt: skip
+    letters = [
+        token
+        for token in range(size)
+        if len(words.model.decode([token])) == 1 and not words.boundary[token] and not words.is_byte[token]
+    ][:5]
     logits = torch.full((size,), -1e4)
     logits[letters] = torch.tensor([2.0, 1.5, 1.0, 0.0, -1.0])
     config = Config(sample_tokens=count, temperature=temperature, top_k=top_k, train_seq_len=32, train_batch_tokens=32)
@@ -334,10 +382,17 @@ def test_a_tokenizer_without_a_start_token(tmp_path):
     import sentencepiece as spm
 
     spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(["the king of the sea and the night"] * 20), model_prefix=str(tmp_path / "nobos"),
-        vocab_size=320, bos_id=-1, eos_id=-1, hard_vocab_limit=False, model_type="bpe", byte_fallback=True,
-        normalization_rule_name="identity", minloglevel=2,
-    )  # fmt: skip
+        sentence_iterator=iter(["the king of the sea and the night"] * 20),
+        model_prefix=str(tmp_path / "nobos"),
+        vocab_size=320,
+        bos_id=-1,
+        eos_id=-1,
+        hard_vocab_limit=False,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        minloglevel=2,
+    )
     model = spm.SentencePieceProcessor(model_file=str(tmp_path / "nobos.model"))
     words = TokenBytes(str(tmp_path / "nobos.model"), model.vocab_size())
     for prompt in ("", "the king"):
@@ -347,8 +402,14 @@ def test_a_tokenizer_without_a_start_token(tmp_path):
 
 
 def test_only_the_text_goes_to_stdout(trained, corpus, tmp_path):
-    environ = models.machine_settings(corpus, MODE="sample", ARTIFACT=trained / "final_model.int8.ptz", TEMPERATURE=0,
-                                      SAMPLE_PROMPT=r"the king\nof", SAMPLE_TOKENS=20)  # fmt: skip
+    environ = models.machine_settings(
+        corpus,
+        MODE="sample",
+        ARTIFACT=trained / "final_model.int8.ptz",
+        TEMPERATURE=0,
+        SAMPLE_PROMPT=r"the king\nof",
+        SAMPLE_TOKENS=20,
+    )
     del environ["DATA_PATH"]
     before = tree(tmp_path)
     done = process(environ, tmp_path, PYTHONIOENCODING="ascii")  # a terminal that lacks letters gets what it has
@@ -362,8 +423,9 @@ def test_a_run_with_a_prompt_ends_with_a_sample(trained, bare, call):
     log = (trained / "train.log").read_text(encoding="utf-8")
     head, _, ending = log.rpartition("\nsample: ")
     assert ending.startswith("the king\nof") and exact_line(head)
-    code, out, err = call(bare(MODE="sample", ARTIFACT=trained / "final_model.int8.ptz", SAMPLE_PROMPT=r"the king\nof",
-                               SAMPLE_TOKENS=30))  # fmt: skip
+    code, out, err = call(
+        bare(MODE="sample", ARTIFACT=trained / "final_model.int8.ptz", SAMPLE_PROMPT=r"the king\nof", SAMPLE_TOKENS=30)
+    )
     assert code == 0 and out == ending, "the artifact writes what the run wrote"
     assert "artifact:" in err and "error" not in err
 

@@ -29,9 +29,15 @@ def table(form) -> tuple[np.ndarray, np.ndarray]:
         tokens, layer = run.tokens / 8, 2 * 512 * 512 + 2 * 512 * 256 + 2 * 512 * 512 * run.mlp
         work = 7 * run.layers * run.sequence * 512 * tokens / 1e12
         fa2 = run.attention == "flash"
-        columns = {"constant": 1, "products": 6 * (run.layers * layer + 512 * run.vocabulary) * tokens / 1e12,
-                   "attention": work, "flash": work if fa2 else 0, "flash3": 0 if fa2 else work,
-                   "logits": tokens * run.vocabulary / 1e9, "activations": tokens * run.layers * 512 / 1e9}  # fmt: skip
+        columns = {
+            "constant": 1,
+            "products": 6 * (run.layers * layer + 512 * run.vocabulary) * tokens / 1e12,
+            "attention": work,
+            "flash": work if fa2 else 0,
+            "flash3": 0 if fa2 else work,
+            "logits": tokens * run.vocabulary / 1e9,
+            "activations": tokens * run.layers * 512 / 1e9,
+        }
         rows.append([columns[name] for name in form])
     return np.array(rows), np.array([np.median(run.ms) for run in steptime.PUBLIC_RUNS])
 
@@ -66,8 +72,11 @@ def test_a_fit_without_negative_coefficients_against_that_of_scipy(seed):
 def test_a_public_run_and_the_same_model_here_have_the_same_features():
     """So the fit describes this project's models: 17,059,912 parameters are the defaults; the frontier has loops."""
     default, frontier = Config(train_seq_len=2048), Config.load([FRONTIER], {})
-    for config, looping, row in ((default, False, (9, 2, 1024)), (frontier, False, (11, 4, 8192)),
-                                 (frontier, True, (17, 4, 8192))):  # fmt: skip
+    for config, looping, row in (
+        (default, False, (9, 2, 1024)),
+        (frontier, False, (11, 4, 8192)),
+        (frontier, True, (17, 4, 8192)),
+    ):
         layers, mlp, vocabulary = row
         run = steptime.Run(0, layers, mlp, vocabulary, config.train_batch_tokens, 2048, "flash3", (1.0,))
         found = steptime.model_features(config, build(config), 8, looping, "flash3")
@@ -90,9 +99,14 @@ def ms(config, gpus=8) -> float:
 
 def test_more_work_takes_longer():
     config = Config(attention="flash")
-    for name, values in {"train_batch_tokens": (2**19, 2**20, 2**21), "num_layers": (1, 2, 9, 12),
-                         "train_seq_len": (1024, 2048, 4096), "vocab_size": (1024, 8192, 50304),
-                         "model_dim": (512, 768), "mlp_mult": (1.0, 2.0, 4.0)}.items():  # fmt: skip
+    for name, values in {
+        "train_batch_tokens": (2**19, 2**20, 2**21),
+        "num_layers": (1, 2, 9, 12),
+        "train_seq_len": (1024, 2048, 4096),
+        "vocab_size": (1024, 8192, 50304),
+        "model_dim": (512, 768),
+        "mlp_mult": (1.0, 2.0, 4.0),
+    }.items():
         base = replace(config, train_batch_tokens=2**19)
         times = [ms(replace(base, **{name: value})) for value in values]
         assert times == sorted(times) and len(set(times)) == len(times), name
@@ -127,12 +141,19 @@ def test_the_mixture_over_the_run_is_that_of_a_run_step_by_step(clock, iteration
     assert steps == pytest.approx(step, abs=2) and seconds == pytest.approx(elapsed, abs=0.4)
 
 
-@pytest.mark.parametrize("knobs, said", [
-    ({"model_dim": 768}, "MODEL_DIM=768 (known: 512)"), ({"vocab_size": 50304}, "VOCAB_SIZE=50304 (known: 1024"),
-    ({"num_layers": 3}, "3 layers (known: 9 to 17)"), ({"train_seq_len": 8192}, "TRAIN_SEQ_LEN=8192 (known: 2048"),
-    ({"compile": "0"}, "COMPILE=0"), ({"attention": "math"}, "ATTENTION=math"),
-    ({"num_kv_heads": 1}, "keys and values 64 wide (known: 256)"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "knobs, said",
+    [
+        ({"model_dim": 768}, "MODEL_DIM=768 (known: 512)"),
+        ({"vocab_size": 50304}, "VOCAB_SIZE=50304 (known: 1024"),
+        ({"num_layers": 3}, "3 layers (known: 9 to 17)"),
+        ({"train_seq_len": 8192}, "TRAIN_SEQ_LEN=8192 (known: 2048"),
+        ({"compile": "0"}, "COMPILE=0"),
+        ({"attention": "math"}, "ATTENTION=math"),
+        ({"num_kv_heads": 1}, "keys and values 64 wide (known: 256)"),
+    ],
+    ids=str,
+)
 def test_what_is_outside_the_table_is_named(knobs, said):
     frontier = Config.load([FRONTIER], {})
     config = replace(frontier, **{"loop_layers": ""} | knobs)

@@ -49,11 +49,17 @@ def test_a_search_finds_the_lowest_and_ranks_with_size_and_time(space, capsys):
 
 def test_the_pruner_stops_a_hopeless_trial_early(space, capsys):
     """Four good trials, then a bad one, which would take ten seconds to its end."""
-    path = space('sampler = "RandomSampler"\n[fixed]\nSTEPS = 40\n[space]\nLEVEL = [1.0]\n'
-                 '[pruner]\nstartup_trials = 3\nafter = 0.1\n', 4)  # fmt: skip
+    path = space(
+        'sampler = "RandomSampler"\n[fixed]\nSTEPS = 40\n[space]\nLEVEL = [1.0]\n'
+        "[pruner]\nstartup_trials = 3\nafter = 0.1\n",
+        4,
+    )
     assert sweep.main([str(path)]) == 0
-    path.write_text(path.read_text().replace("trials = 4", "trials = 5").replace(
-        "STEPS = 40\n[space]\nLEVEL = [1.0]", "LEVEL = 9.0\nSTEPS = 400\nSTEP_MS = 25\n[space]\nOTHER = [1]"))
+    path.write_text(
+        path.read_text()
+        .replace("trials = 4", "trials = 5")
+        .replace("STEPS = 40\n[space]\nLEVEL = [1.0]", "LEVEL = 9.0\nSTEPS = 400\nSTEP_MS = 25\n[space]\nOTHER = [1]")
+    )
     began = time.monotonic()
     assert sweep.main([str(path)]) == 0
     last = study_of().get_trials()[-1]
@@ -74,10 +80,17 @@ def test_a_failed_trial_is_kept_with_its_error_and_the_search_goes_on(space, cap
 
 @pytest.mark.parametrize("storage", ["sqlite:///logs/study/study.db", "logs/study.journal"])
 def test_two_workers_share_a_study(space, storage):
-    path = space(f'storage = "{storage}"\nsampler = "BruteForceSampler"\n[fixed]\nSTEPS = 40\nSTEP_MS = 10\n'
-                 '[space]\nLEVEL = {low = 1, high = 6}\n[pruner]\noff = true\n', 6)  # fmt: skip
-    workers = [subprocess.Popen([sys.executable, str(SWEEP), str(path)], stdout=subprocess.PIPE,
-                                stderr=subprocess.STDOUT, text=True) for _ in range(2)]  # fmt: skip
+    path = space(
+        f'storage = "{storage}"\nsampler = "BruteForceSampler"\n[fixed]\nSTEPS = 40\nSTEP_MS = 10\n'
+        "[space]\nLEVEL = {low = 1, high = 6}\n[pruner]\noff = true\n",
+        6,
+    )
+    workers = [
+        subprocess.Popen(
+            [sys.executable, str(SWEEP), str(path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for _ in range(2)
+    ]
     said = [worker.communicate(timeout=120)[0] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], said
     trials = study_of(storage).get_trials()
@@ -102,8 +115,9 @@ def test_workers_that_ask_at_once_try_no_value_of_a_grid_twice(space, monkeypatc
 
 
 def test_a_killed_sweep_goes_on_and_gives_its_trial_again(space):
-    path = space('sampler = "RandomSampler"\n[fixed]\nSTEPS = 40\nSTEP_MS = 25\n'
-                 '[space]\nLEVEL = {low = 1.0, high = 2.0}\n', 2)  # fmt: skip
+    path = space(
+        'sampler = "RandomSampler"\n[fixed]\nSTEPS = 40\nSTEP_MS = 25\n[space]\nLEVEL = {low = 1.0, high = 2.0}\n', 2
+    )
     worker = subprocess.Popen([sys.executable, str(SWEEP), str(path)], stdout=subprocess.DEVNULL)
     metrics = Path("logs/study/trial0000/metrics.jsonl")
     for _ in range(600):
@@ -122,8 +136,9 @@ def test_a_killed_sweep_goes_on_and_gives_its_trial_again(space):
 
 def test_stages_are_shares_of_the_budget_by_steps_or_by_the_clock(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(f'{{"step": {step}, "train_loss": {step}, "train_seconds": {step / 10}}}\n'
-                            for step in range(1, 51)))  # fmt: skip
+    path.write_text(
+        "".join(f'{{"step": {step}, "train_loss": {step}, "train_seconds": {step / 10}}}\n' for step in range(1, 51))
+    )
     run = sweep.Run("x", metrics_path=path)
     by_steps = sweep.stages(run, {"ITERATIONS": "100", "MAX_WALLCLOCK_SECONDS": "0"})
     assert by_steps == {stage: pytest.approx(2.5 if stage == 1 else 5 * stage - 3) for stage in range(1, 11)}
@@ -131,29 +146,40 @@ def test_stages_are_shares_of_the_budget_by_steps_or_by_the_clock(tmp_path):
     assert max(by_clock) == 20
 
 
-@pytest.mark.parametrize("text, said", [
-    ("", "no [space]"), ("[space]\nLEVEL = 3\n", "expected {low"),
-    ("wrong = 1\n[space]\nLEVEL = [1]\n", "unknown keys"),
-    ('sampler = "None"\n[space]\nLEVEL = [1]\n', "expected one of optuna.samplers"), ("[", "see `python"),
-    ('storage = "no://where"\n[space]\nLEVEL = [1]\n', "cannot be opened"),
-    ('sampler = "__doc__"\n[space]\nLEVEL = [1]\n', "expected one of optuna.samplers"),
-    ('config = 3\n[space]\nLEVEL = [1]\n', "config = 3: expected a text"),
-    ('objective = ["x"]\n[space]\nLEVEL = [1]\n', "expected a text"), ("fixed = 3\n[space]\nLEVEL = [1]\n", "a table"),
-    ("space = 3\n", "a table"), ("pruner = 3\n[space]\nLEVEL = [1]\n", "a table"),
-    ("[space]\nLEVEL = [1]\n[pruner]\nwarm = 3\n", "pruner.warm"),
-    ("[space]\nLEVEL = [1]\n[pruner]\nafter = 3\n", "pruner.after = 3"),
-    ('[space]\nLEVEL = [1]\n[pruner]\nafter = "x"\n', "pruner.after"),
-    ("[space]\nLEVEL = [1]\n[pruner]\nstartup_trials = -2\n", "pruner.startup_trials"),
-    ("[space]\nLEVEL = {low = 3, high = 1}\n", "LEVEL"),
-    ("[space]\nLEVEL = {low = 0, high = 1, log = true}\n", "LEVEL"),
-    ('[space]\nLEVEL = {low = "a", high = "b"}\n', "LEVEL"), ("[space]\nLEVEL = []\n", "LEVEL"),
-    ("[space]\nLEVEL = {low = 1.0, high = 2.0, log = true, step = 0.1}\n", "LEVEL"),
-    ("[space]\nLEVEL = {low = 1.0, high = 2.0, lgo = true}\n", "LEVEL"), ("[space]\nLEVEL = [[1]]\n", "LEVEL"),
-    ("[space]\nLEVEL = {low = 1.0, high = inf}\n", "LEVEL"), ("[space]\nLEVEL = {low = true, high = 3}\n", "LEVEL"),
-    ("[fixed]\nLEVEL = 1\n[space]\nLEVEL = [1]\n", "both fixed and searched: LEVEL"),
-    ("[fixed]\nLEVEL = [1]\n[space]\nOTHER = [1]\n", "fixed.LEVEL"),
-    ('[fixed]\nRUN_ID = "x"\n[space]\nLEVEL = [1]\n', "RUN_ID"), ('[space]\nLOG_DIR = ["x"]\n', "LOG_DIR"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("", "no [space]"),
+        ("[space]\nLEVEL = 3\n", "expected {low"),
+        ("wrong = 1\n[space]\nLEVEL = [1]\n", "unknown keys"),
+        ('sampler = "None"\n[space]\nLEVEL = [1]\n', "expected one of optuna.samplers"),
+        ("[", "see `python"),
+        ('storage = "no://where"\n[space]\nLEVEL = [1]\n', "cannot be opened"),
+        ('sampler = "__doc__"\n[space]\nLEVEL = [1]\n', "expected one of optuna.samplers"),
+        ("config = 3\n[space]\nLEVEL = [1]\n", "config = 3: expected a text"),
+        ('objective = ["x"]\n[space]\nLEVEL = [1]\n', "expected a text"),
+        ("fixed = 3\n[space]\nLEVEL = [1]\n", "a table"),
+        ("space = 3\n", "a table"),
+        ("pruner = 3\n[space]\nLEVEL = [1]\n", "a table"),
+        ("[space]\nLEVEL = [1]\n[pruner]\nwarm = 3\n", "pruner.warm"),
+        ("[space]\nLEVEL = [1]\n[pruner]\nafter = 3\n", "pruner.after = 3"),
+        ('[space]\nLEVEL = [1]\n[pruner]\nafter = "x"\n', "pruner.after"),
+        ("[space]\nLEVEL = [1]\n[pruner]\nstartup_trials = -2\n", "pruner.startup_trials"),
+        ("[space]\nLEVEL = {low = 3, high = 1}\n", "LEVEL"),
+        ("[space]\nLEVEL = {low = 0, high = 1, log = true}\n", "LEVEL"),
+        ('[space]\nLEVEL = {low = "a", high = "b"}\n', "LEVEL"),
+        ("[space]\nLEVEL = []\n", "LEVEL"),
+        ("[space]\nLEVEL = {low = 1.0, high = 2.0, log = true, step = 0.1}\n", "LEVEL"),
+        ("[space]\nLEVEL = {low = 1.0, high = 2.0, lgo = true}\n", "LEVEL"),
+        ("[space]\nLEVEL = [[1]]\n", "LEVEL"),
+        ("[space]\nLEVEL = {low = 1.0, high = inf}\n", "LEVEL"),
+        ("[space]\nLEVEL = {low = true, high = 3}\n", "LEVEL"),
+        ("[fixed]\nLEVEL = 1\n[space]\nLEVEL = [1]\n", "both fixed and searched: LEVEL"),
+        ("[fixed]\nLEVEL = [1]\n[space]\nOTHER = [1]\n", "fixed.LEVEL"),
+        ('[fixed]\nRUN_ID = "x"\n[space]\nLEVEL = [1]\n', "RUN_ID"),
+        ('[space]\nLOG_DIR = ["x"]\n', "LOG_DIR"),
+    ],
+)
 def test_a_mistake_gets_one_line(space, text, said, capsys, monkeypatch):
     """Before any trial: a search of a night must not end with it in the morning."""
     monkeypatch.setattr(sweep.time, "sleep", lambda _: None)
@@ -163,11 +189,18 @@ def test_a_mistake_gets_one_line(space, text, said, capsys, monkeypatch):
     assert error.startswith("error: ") and said in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("line, said", [
-    ("trials = 0", "trials = 0"), ('trials = "x"', "trials = 'x'"), ("trials = 1.5", "trials = 1.5"),
-    ("trials = true", "trials"), ('name = "../x"', "name = '../x'"), ("name = 3", "name = 3"),
-    ('name = ""', "name = ''"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("trials = 0", "trials = 0"),
+        ('trials = "x"', "trials = 'x'"),
+        ("trials = 1.5", "trials = 1.5"),
+        ("trials = true", "trials"),
+        ('name = "../x"', "name = '../x'"),
+        ("name = 3", "name = 3"),
+        ('name = ""', "name = ''"),
+    ],
+)
 def test_a_name_or_a_number_of_trials_that_is_none_is_refused(line, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("space.toml").write_text(f'script = "{FAKE}"\n{line}\n[space]\nLEVEL = [1]\n')

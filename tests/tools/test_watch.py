@@ -71,11 +71,18 @@ def test_wandb_gets_the_same_calls_and_each_step_once_across_restarts(going, mon
 
 def trackio_values(project, run, home):
     """[(step, train_loss)] as trackio has them on disk, by a process of its own."""
-    code = ("import json, sys, trackio\n"
-            "logs = trackio.SQLiteStorage.get_logs(*sys.argv[1:])\n"
-            "print(json.dumps([(log['step'], log['train_loss']) for log in logs if 'train_loss' in log]))\n")
-    done = subprocess.run([sys.executable, "-c", code, project, run], env=os.environ | {"TRACKIO_DIR": str(home)},
-                          capture_output=True, text=True, check=True)  # fmt: skip
+    code = (
+        "import json, sys, trackio\n"
+        "logs = trackio.SQLiteStorage.get_logs(*sys.argv[1:])\n"
+        "print(json.dumps([(log['step'], log['train_loss']) for log in logs if 'train_loss' in log]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, project, run],
+        env=os.environ | {"TRACKIO_DIR": str(home)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return [tuple(pair) for pair in json.loads(done.stdout.splitlines()[-1])]
 
 

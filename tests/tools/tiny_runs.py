@@ -52,11 +52,25 @@ def settings(corpus: Path) -> dict[str, str]:
     data = work() / "data"
     data = data if data.exists() else with_manifest(corpus, data)
     knobs = {
-        "DATA_PATH": data, "TOKENIZER_PATH": corpus / "tok.model", "DEVICE": "cpu", "DTYPE": "float32", "COMPILE": 0,
-        "VOCAB_SIZE": (corpus / "vocab_size").read_text(), "NUM_LAYERS": 2, "MAX_WALLCLOCK_SECONDS": 0,
-        "ITERATIONS": 24, "MODEL_DIM": 32, "NUM_HEADS": 4, "NUM_KV_HEADS": 2, "TRAIN_SEQ_LEN": 32,
-        "TRAIN_BATCH_TOKENS": 256, "VAL_BATCH_SIZE": 512, "WARMUP_STEPS": 0, "VAL_LOSS_EVERY": 0, "TRAIN_LOG_EVERY": 4,
-    }  # fmt: skip
+        "DATA_PATH": data,
+        "TOKENIZER_PATH": corpus / "tok.model",
+        "DEVICE": "cpu",
+        "DTYPE": "float32",
+        "COMPILE": 0,
+        "VOCAB_SIZE": (corpus / "vocab_size").read_text(),
+        "NUM_LAYERS": 2,
+        "MAX_WALLCLOCK_SECONDS": 0,
+        "ITERATIONS": 24,
+        "MODEL_DIM": 32,
+        "NUM_HEADS": 4,
+        "NUM_KV_HEADS": 2,
+        "TRAIN_SEQ_LEN": 32,
+        "TRAIN_BATCH_TOKENS": 256,
+        "VAL_BATCH_SIZE": 512,
+        "WARMUP_STEPS": 0,
+        "VAL_LOSS_EVERY": 0,
+        "TRAIN_LOG_EVERY": 4,
+    }
     return {name: str(value) for name, value in knobs.items()}
 
 

@@ -57,7 +57,8 @@ def read_text() -> tuple[str, str]:
         subprocess.run([sys.executable, ROOT / "data/prepare_shakespeare.py"], check=True)
     stream = train_gpt.TokenStream(str(data), "train", 1024)
     return "demo_shakespeare_gpt2", train_gpt.TokenBytes(str(model), 1024).decode(
-        stream.read(0, len(stream)).tolist()).decode()  # fmt: skip
+        stream.read(0, len(stream)).tolist()
+    ).decode()
 
 
 def write_shard(path: Path, tokens: list[int]):
@@ -93,9 +94,13 @@ def run(rung: str, data: str, cuda: bool) -> dict | None:
     result, metrics = ladder.read_run(folder)
     losses = ladder.series(metrics, "train_loss", 5)
     return {name: result[name] for name in ("device", "torch", "model_params", "note")} | {
-        "text": data, "batch_tokens": result["train_tokens"] // result["steps"], "platform": platform.machine(),
-        "ms": ladder.milliseconds(metrics), "steps": len(losses), "losses": losses,
-    }  # fmt: skip
+        "text": data,
+        "batch_tokens": result["train_tokens"] // result["steps"],
+        "platform": platform.machine(),
+        "ms": ladder.milliseconds(metrics),
+        "steps": len(losses),
+        "losses": losses,
+    }
 
 
 def row(rung: str, log: dict | None) -> list[str]:
@@ -112,8 +117,14 @@ def row(rung: str, log: dict | None) -> list[str]:
 
 
 def table(logs: dict[str, dict]) -> str:
-    columns = ["rung", "published loss (step)", "our loss (step)", "published tokens/s", "our tokens/s (a step)",
-               "our run"]  # fmt: skip
+    columns = [
+        "rung",
+        "published loss (step)",
+        "our loss (step)",
+        "published tokens/s",
+        "our tokens/s (a step)",
+        "our run",
+    ]
     text = ladder.markdown(columns, [row(rung, logs.get(rung)) for rung in RUNGS])
     if any(log["text"].startswith("demo") for log in logs.values()):
         text += "\nThe text of at least one row is the demo's Shakespeare, not tiny Shakespeare: see logs/.\n"

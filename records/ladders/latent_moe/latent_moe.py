@@ -46,8 +46,11 @@ class LatentConfig(train_gpt.Config):
     experts_per_token: int = arch(2, "routed experts that a token goes through", 1)
     expert_dim: int = arch(1536, "hidden width of an expert", 1)
     dropout: float = knob(0.1, "share of the activations that a training step leaves out", 0, 0.99)
-    balance: str = knob("bias", "what spreads the tokens over the experts: biases of the choice, a loss, or nothing",
-                        choices=("bias", "loss", "none"))
+    balance: str = knob(
+        "bias",
+        "what spreads the tokens over the experts: biases of the choice, a loss, or nothing",
+        choices=("bias", "loss", "none"),
+    )
     balance_rate: float = knob(0.001, "BALANCE=bias: what a step adds to an expert's bias, or takes off it", 0)
     balance_loss: float = knob(0.01, "BALANCE=loss: weight of the auxiliary loss, which is 1 a layer when even", 0)
     shift: bool = knob(True, "0, to show a mistake: training targets are the inputs themselves; scores stay right")
@@ -75,11 +78,15 @@ class LatentConfig(train_gpt.Config):
         head, require = self.model_dim // self.num_heads, train_gpt.require
         require(self.num_kv_heads == self.num_heads, f"NUM_KV_HEADS={self.num_kv_heads}: expected NUM_HEADS")
         require(self.rope_dims < head, f"ROPE_DIMS={self.rope_dims}: expected less than the width of a head, {head}")
-        require(self.experts_per_token <= self.experts,
-                f"EXPERTS_PER_TOKEN={self.experts_per_token}: there are EXPERTS={self.experts}")
+        require(
+            self.experts_per_token <= self.experts,
+            f"EXPERTS_PER_TOKEN={self.experts_per_token}: there are EXPERTS={self.experts}",
+        )
         require(self.train_seq_len <= self.places, f"PLACES={self.places}: expected TRAIN_SEQ_LEN or more")
-        require(self.lr_warmup_steps < self.iterations,
-                f"LR_WARMUP_STEPS={self.lr_warmup_steps}: lower it under ITERATIONS={self.iterations}")
+        require(
+            self.lr_warmup_steps < self.iterations,
+            f"LR_WARMUP_STEPS={self.lr_warmup_steps}: lower it under ITERATIONS={self.iterations}",
+        )
 
 
 class LatentAttention(nn.Module):
@@ -90,8 +97,16 @@ class LatentAttention(nn.Module):
         super().__init__()
         D, H, r, self.attend = config.model_dim, config.num_heads, config.rope_dims, attend
         self.head_dim, kv, latent = D // H, config.kv_latent, config.q_latent
-        shapes = {"kv_down": (D, kv), "q_down": (D, latent), "k_up": (kv, D - H * r), "v_up": (kv, D),
-                  "q_up": (latent, D - H * r), "k_rope": (D, H * r), "q_rope": (latent, H * r), "proj": (D, D)}
+        shapes = {
+            "kv_down": (D, kv),
+            "q_down": (D, latent),
+            "k_up": (kv, D - H * r),
+            "v_up": (kv, D),
+            "q_up": (latent, D - H * r),
+            "k_rope": (D, H * r),
+            "q_rope": (latent, H * r),
+            "proj": (D, D),
+        }
         for name, (inputs, outputs) in shapes.items():
             self.add_module(name, Linear(inputs, outputs, bias=False))
         self.heads = H
@@ -277,8 +292,18 @@ class LatentMoE(train_gpt.Model):
         vectors, matrices = groups.pop("scalar"), sum(groups.values(), [])
         options = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         rate = config.balance_rate if config.balance == "bias" else 0.0
-        return [BalancedAdamW(options, [block.experts for block in self.blocks], rate, runtime, lr=config.learning_rate,
-                              betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)]
+        return [
+            BalancedAdamW(
+                options,
+                [block.experts for block in self.blocks],
+                rate,
+                runtime,
+                lr=config.learning_rate,
+                betas=(config.beta1, config.beta2),
+                eps=config.adam_eps,
+                fused=True,
+            )
+        ]
 
     def lr_scale(self, config: LatentConfig, step: int, progress: float) -> float:
         """On a line to 1 over LR_WARMUP_STEPS, then on half a cosine to 0 at the end."""

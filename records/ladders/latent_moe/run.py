@@ -25,9 +25,13 @@ del sys.path[0]  # other files there have the names of packages
 
 SMALL = ("bias", "loss", "none", "unshifted", "text")
 EVERY, LOAD_TOKENS, FULL_STEPS = 10, 65_536, 3
-PROMPTS = ("Once upon a time, in a land far away", "The future of AI will be shaped by",
-           "In the middle of the night, I heard a strange noise", "The scientist looked at the data and realized",
-           "A journey across the ocean began when")  # fmt: skip
+PROMPTS = (
+    "Once upon a time, in a land far away",
+    "The future of AI will be shaped by",
+    "In the middle of the night, I heard a strange noise",
+    "The scientist looked at the data and realized",
+    "A journey across the ocean began when",
+)
 
 
 def environment(rung: str) -> dict[str, str]:
@@ -96,8 +100,10 @@ def take_steps(steps: int) -> dict:
                     process.send_signal(signal.SIGTERM)
     stopped = 128 + signal.SIGTERM
     if process.returncode != stopped or not any(line.startswith("checkpoint: saved") for line in lines):
-        sys.exit(f"error: full ended with exit code {process.returncode}; {stopped} and a checkpoint were expected: "
-                 f"see above, or {ladder.run_folder(environ) / 'train.log'}")  # fmt: skip
+        sys.exit(
+            f"error: full ended with exit code {process.returncode}; {stopped} and a checkpoint were expected: "
+            f"see above, or {ladder.run_folder(environ) / 'train.log'}"
+        )
     return {"log": lines, "peak_gib": memory.get("VmHWM")}
 
 
@@ -120,8 +126,15 @@ def table(found: dict[str, dict]) -> str:
         losses = told[f"train_loss_means_of_{EVERY}"][-1], told["pre_quant_val_loss"], told["val_bpb"]
         load = f"{min(map(min, told['load'])):.2f} to {max(map(max, told['load'])):.2f}"
         rows.append([rung, told["steps"], f"{told['train_tokens']:,}", *(f"{loss:.3f}" for loss in losses), load])
-    columns = ["rung", "steps", "tokens", f"training loss, last {EVERY} steps", "validation loss", "BPB",
-               "load, 1 is even"]  # fmt: skip
+    columns = [
+        "rung",
+        "steps",
+        "tokens",
+        f"training loss, last {EVERY} steps",
+        "validation loss",
+        "BPB",
+        "load, 1 is even",
+    ]
     text = ladder.markdown(columns, rows)
     for rung in ("text", "unshifted"):
         lines = "".join(f"{repr(written)[1:111]}\n" for written in found.get(rung, {}).get("texts", []))
@@ -130,8 +143,13 @@ def table(found: dict[str, dict]) -> str:
 
 
 def draw(found: dict[str, dict]):
-    styles = {"bias": ("#0072B2", "-"), "loss": ("#E69F00", "--"), "none": ("#009E73", "-."),
-              "unshifted": ("#D55E00", "-"), "text": ("#000000", ":")}  # fmt: skip
+    styles = {
+        "bias": ("#0072B2", "-"),
+        "loss": ("#E69F00", "--"),
+        "none": ("#009E73", "-."),
+        "unshifted": ("#D55E00", "-"),
+        "text": ("#000000", ":"),
+    }
     with ladder.picture(HERE, "Latent attention with experts, small, on the demo's text") as (axis, spread):
         for rung, (colour, line) in styles.items():
             if rung in found:

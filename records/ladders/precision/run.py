@@ -77,10 +77,13 @@ def run(cell: tuple, text: str) -> dict:
     ladder.drop_large(folder)
     result, metrics = ladder.read_run(folder)
     return row | {
-        "losses": ladder.series(metrics, "train_loss", 6), "ms": ladder.milliseconds(metrics),
-        "machine": result["device"], "torch": result["torch"], "tokens": result["train_tokens"] // result["steps"],
+        "losses": ladder.series(metrics, "train_loss", 6),
+        "ms": ladder.milliseconds(metrics),
+        "machine": result["device"],
+        "torch": result["torch"],
+        "tokens": result["train_tokens"] // result["steps"],
         "text": re.search(r'DATA_PATH="(?:.*/)?(.*)"', (folder / "config.env").read_text())[1],
-    }  # fmt: skip
+    }
 
 
 def line(row: dict, fp32: list[float]) -> list[str]:
@@ -119,8 +122,16 @@ def main():
     (HERE / "logs/cells.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     fp32 = max((row["losses"] for row in rows if row.get("losses") and row["DTYPE"] == "float32"), key=len, default=[])
     machines = {f"{row['machine']}, torch {row['torch']}, {row['text']}" for row in rows if "machine" in row}
-    columns = ["device", *KNOBS[1:], "published losses", "published tokens/s", "our losses", "ours - fp32", "ms a step",
-               "tokens/s"]  # fmt: skip
+    columns = [
+        "device",
+        *KNOBS[1:],
+        "published losses",
+        "published tokens/s",
+        "our losses",
+        "ours - fp32",
+        "ms a step",
+        "tokens/s",
+    ]
     table = ladder.markdown(columns, [line(row, fp32) for row in rows])
     table = f"This machine: {'; '.join(sorted(machines)) or 'nothing was measured'}.\n\n{table}"
     print(table)

@@ -27,12 +27,21 @@ del sys.path[0]  # other files there have the names of packages
 SEEDS, LARGE, EVERY = (1337, 1338), ("10_layers18", "13_layers23"), 25
 # Losses after epochs 1, 2, 3 of a text that is not named, and milliseconds a batch, where they were published.
 PUBLISHED = {
-    "01_sgd": ((3.03, 3.02, 2.96), ""), "02_adam": ((2.87, 2.87, 2.86), ""), "03_cosine": ((2.87, 2.86, 2.85), ""),
-    "04_rope": ((3.18, 3.18, 3.14), ""), "05_no_dropout": ((2.69, 2.66, 2.64), ""), "06_ema": ((2.66, 2.63, 2.62), ""),
-    "07_swiglu": ((2.60, 2.58, 2.56), 38), "08_layers8": ((2.62, 2.59), 48.5), "09_ff512": ((2.61,), 35),
-    "10_layers18": ((2.32,), 130), "11_warmup": ((2.59, 2.57, 2.56), ""), "12_rate3e-4": ((2.59, 2.57, 2.54), ""),
-    "13_layers23": ((2.23,), 465), "14_learned": ((2.58, 2.55, 2.53), ""),
-}  # fmt: skip
+    "01_sgd": ((3.03, 3.02, 2.96), ""),
+    "02_adam": ((2.87, 2.87, 2.86), ""),
+    "03_cosine": ((2.87, 2.86, 2.85), ""),
+    "04_rope": ((3.18, 3.18, 3.14), ""),
+    "05_no_dropout": ((2.69, 2.66, 2.64), ""),
+    "06_ema": ((2.66, 2.63, 2.62), ""),
+    "07_swiglu": ((2.60, 2.58, 2.56), 38),
+    "08_layers8": ((2.62, 2.59), 48.5),
+    "09_ff512": ((2.61,), 35),
+    "10_layers18": ((2.32,), 130),
+    "11_warmup": ((2.59, 2.57, 2.56), ""),
+    "12_rate3e-4": ((2.59, 2.57, 2.54), ""),
+    "13_layers23": ((2.23,), 465),
+    "14_learned": ((2.58, 2.55, 2.53), ""),
+}
 
 
 def thirds() -> dict[str, str]:
@@ -95,18 +104,32 @@ def table(found: dict[str, list[dict]]) -> str:
         ours = [[run["val"][step] for step in own.split(", ")] for run in runs]
         finals = [run["pre_quant_val_loss"] for run in runs]
         raw = [run["raw_val_loss"] for run in runs if "raw_val_loss" in run]
-        rows.append([
-            rung, f"{runs[0]['model_params']:,}", numbers(losses, 2), published_ms,
-            numbers(map(fmean, zip(*ours, strict=True)), 3) + f" (steps {own})" * (own != usual),
-            f"{max(finals) - min(finals):.3f}" if len(runs) > 1 else "one seed",
-            numbers([fmean(raw)], 3) if raw else "", f"{fmean(run['step_avg_ms'] for run in runs):.0f}",
-        ])  # fmt: skip
+        rows.append(
+            [
+                rung,
+                f"{runs[0]['model_params']:,}",
+                numbers(losses, 2),
+                published_ms,
+                numbers(map(fmean, zip(*ours, strict=True)), 3) + f" (steps {own})" * (own != usual),
+                f"{max(finals) - min(finals):.3f}" if len(runs) > 1 else "one seed",
+                numbers([fmean(raw)], 3) if raw else "",
+                f"{fmean(run['step_avg_ms'] for run in runs):.0f}",
+            ]
+        )
         last |= {rung: fmean(finals)} if own == usual else {}
     published = {rung: PUBLISHED[rung][0][-1] for rung in last}
     pairs = [(a, b) for a, b in combinations(last, 2) if published[a] != published[b]]
     same = [(a, b) for a, b in pairs if (published[a] < published[b]) == (last[a] < last[b])]
-    columns = ["rung", "parameters", "published: epochs 1, 2, 3", "ms", f"ours: steps {usual}", "seeds apart", "raw",
-               "ms"]  # fmt: skip
+    columns = [
+        "rung",
+        "parameters",
+        "published: epochs 1, 2, 3",
+        "ms",
+        f"ours: steps {usual}",
+        "seeds apart",
+        "raw",
+        "ms",
+    ]
     return f"""{ladder.markdown(columns, rows)}
 Of {len(pairs)} pairs of rungs whose last published losses differ, {len(same)} have the same order here. \
 Published, the best first: {", ".join(sorted(last, key=published.get))}. \

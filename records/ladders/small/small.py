@@ -71,10 +71,14 @@ class SmallConfig(train_gpt.Config):
 
     def check(self):
         super().check()
-        train_gpt.require(self.lr_warmup_steps < self.iterations, f"LR_WARMUP_STEPS={self.lr_warmup_steps}: lower it "
-                          f"under ITERATIONS={self.iterations}")
-        train_gpt.require(self.num_kv_heads == self.num_heads,
-                          f"NUM_KV_HEADS={self.num_kv_heads}: this model has as many as NUM_HEADS={self.num_heads}")
+        train_gpt.require(
+            self.lr_warmup_steps < self.iterations,
+            f"LR_WARMUP_STEPS={self.lr_warmup_steps}: lower it under ITERATIONS={self.iterations}",
+        )
+        train_gpt.require(
+            self.num_kv_heads == self.num_heads,
+            f"NUM_KV_HEADS={self.num_kv_heads}: this model has as many as NUM_HEADS={self.num_heads}",
+        )
 
 
 class LayerNorm(nn.LayerNorm):
