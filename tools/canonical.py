@@ -168,7 +168,7 @@ class Mask:
             f"CANONICAL=1 does not reach the forward that {type(model).__name__} has of its own: set CANONICAL=0",
         )
         table = allowed_pairs(config.tokenizer_path, config.vocab_size) if runtime.is_master else None
-        self.bits = torch.from_numpy(runtime.share(table)).to(runtime.device)
+        self.bits = torch.from_numpy(runtime.broadcast(table)).to(runtime.device)
         self.shifts = torch.arange(8, dtype=torch.uint8, device=runtime.device)
 
     def __call__(self, logits: Tensor, tokens: Tensor) -> Tensor:

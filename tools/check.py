@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 import train_gpt
 
@@ -48,23 +49,17 @@ UNPRINTED = r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"  # characters that 
 
 def check_combinations(config):
     """What must hold between knobs, and what their values must be to come back from config.env."""
-    require, D, H, T = train_gpt.require, config.model_dim, config.num_heads, config.train_seq_len
+    require = train_gpt.require
+    D = config.model_dim
+    T = config.train_seq_len
     for name, field in config.knobs().items():
-        odd = "[\ud800-\udfff]" if name == "SAMPLE_PROMPT" else f"{UNPRINTED}|\".*'|'.*\""
+        odd = f"{UNPRINTED}|\".*'|'.*\""
         value = getattr(config, field.name)
         require(
             not re.search(odd, str(value)),
             f"{name}={value!r} holds control characters or both kinds of quotes: use another name",
         )
     require(round(config.mlp_mult * D), f"MLP_MULT={config.mlp_mult} of MODEL_DIM={D} is nothing: raise it")
-    require(
-        config.rope_dims % 2 == 0 and config.rope_dims <= D // H,
-        f"ROPE_DIMS={config.rope_dims}: expected an even number up to the width of a head, {D // H}",
-    )
-    config.loop_range()
-    file, runs = config.model_file, inspect.getfile(type(config))
-    require(not file or Path(file).name == Path(runs).name, f"MODEL_FILE={file}, and {runs} was started: choose one")
-    require(config.start_token < config.vocab_size, f"START_TOKEN={config.start_token} is outside VOCAB_SIZE")
     require(config.eval_stride <= T, f"EVAL_STRIDE={config.eval_stride} is over TRAIN_SEQ_LEN={T}: lower it")
     micro, free = config.micro_batch_tokens, ("auto", "0")
     require(
@@ -74,10 +69,6 @@ def check_combinations(config):
     require(
         not config.grad_accum_steps or micro in free,
         "GRAD_ACCUM_STEPS and MICRO_BATCH_TOKENS are both given: unset one, both cut the step",
-    )
-    require(
-        not config.fit_size or min(config.clip_attn, config.clip_mlp, config.clip_embed) > 0,
-        "FIT_SIZE=1 scales clips, and CLIP_ATTN, CLIP_MLP or CLIP_EMBED is 0: set each, to about 13",
     )
     require(
         config.ema_share == 1 or config.ema_decay,
@@ -95,6 +86,19 @@ def knobs_of_model_files() -> dict[str, str]:
     }
 
 
+# Knobs that left the script for a model file, with the values at which they do nothing.
+MOVED = {
+    "MLP_SLOPE": "0.0", "ROPE_DIMS": "0", "XSA_LAYERS": "0", "ATTN_GATE": "0", "X0_MIX": "1", "LN_SCALE": "0",
+    "GATED_SKIPS": "0", "PARALLEL_FROM": "-1", "SMEAR_GATE": "0", "CANONICAL": "0", "LOOP_LAYERS": "",
+    "MUON_ROW_NORM": "0", "LOOP_PASSES": "3", "LOOP_START": "0.35", "START_TOKEN": "1", "CODEC": "zlib", "WEIGHT_BITS": "8", "EMBED_BITS": "8", "CLIP_ATTN": "0.0",
+    "CLIP_MLP": "0.0", "CLIP_EMBED": "0.0", "GPTQ_BATCHES": "0", "FIT_SIZE": "0",
+}  # fmt: skip
+
+
+def drop_moved_knobs(texts: dict[str, str], knobs) -> dict[str, str]:
+    return {name: text for name, text in texts.items() if name in knobs or MOVED.get(name) != text}
+
+
 def nearest(name: str, knobs) -> str:
     """A hint on what a name that is no knob may have meant."""
     file = knobs_of_model_files().get(name)
@@ -104,29 +108,29 @@ def nearest(name: str, knobs) -> str:
     return f"did you mean {close[0]}?" if close else "see --help"
 
 
-@contextlib.contextmanager
-def meeting(environ, rank: int, world_size: int):
-    """Around the start of several ranks: whoever waits for over ten seconds says for whom, and what fails is one line.
-
-    Yields a function to be called with the store, once there is one: there every rank answers, or is named."""
-    place, ten = f"{environ['MASTER_ADDR']}:{environ['MASTER_PORT']}", datetime.timedelta(seconds=10)
+def meet(environ, timeout: datetime.timedelta) -> dist.Store:
+    """The store at which all ranks of a torchrun launch have met. A rank that waits for more than ten seconds says for
+    whom, and a failure is one line."""
+    rank = int(environ["RANK"])
+    world_size = int(environ["WORLD_SIZE"])
+    place = f"{environ['MASTER_ADDR']}:{environ['MASTER_PORT']}"
     waits = f"rank {rank} of {world_size} waits at {place} for"
     alarm = threading.Timer(10, print, [waits, "rank 0" if rank else "the others"], {"flush": True})
     alarm.daemon = True
-
-    def roll_call(store):
+    alarm.start()
+    try:
+        store, *_ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
+        if environ.get("GROUP_WORLD_SIZE") == "1":
+            # After a restart by torchrun the store still holds the keys of the ranks that died.
+            store = dist.PrefixStore(f"attempt_{environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
         alarm.cancel()
         store.set(f"here {rank}", "")
         for other in range(world_size):
             while not store.check([f"here {other}"]):
                 try:
-                    store.wait([f"here {other}"], ten)
-                except RuntimeError:  # its time is over
+                    store.wait([f"here {other}"], datetime.timedelta(seconds=10))
+                except RuntimeError:  # the ten seconds are over
                     print(waits, f"rank {other}", flush=True)
-
-    alarm.start()
-    try:
-        yield roll_call
     except (RuntimeError, OSError) as error:
         raise train_gpt.UserError(
             f"the ranks cannot meet at MASTER_ADDR:MASTER_PORT={place} ({error!s:.150}): choose "
@@ -134,6 +138,7 @@ def meeting(environ, rank: int, world_size: int):
         ) from error
     finally:
         alarm.cancel()
+    return store
 
 
 def schedule(config) -> str:
@@ -160,7 +165,7 @@ def versions(config, runtime) -> dict:
         "device": runtime.device_name(),
         "device_type": runtime.device.type,
         "dtype": str(runtime.dtype).removeprefix("torch."),
-        "ranks": int(runtime.sum([1.0])[0]),
+        "ranks": int(runtime.all_reduce([1.0])[0]),
         "target_ranks": config.target_world_size or runtime.world_size,
         "nccl_environment": nccl,
     }
@@ -216,7 +221,7 @@ def activation_bytes(model, tokens) -> int:
 def bits_per_weight(config, name: str, columns: int) -> float:
     """The size law: the entropy of Gaussian weights in steps of k / qmax standard deviations is 2.047 bits (half of
     log2(2 pi e)) + log2(qmax / k), and a little for what the steps hide and the clip cuts."""
-    row = config.model_class().row(name)
+    row = config.model_class().rule(name)
     qmax = 2 ** (getattr(config, row.bits) - 1) - 1
     # A percentile so high is about the largest of a row, whose expectation this is.
     largest = statistics.NormalDist().inv_cdf(1 - math.exp(-0.5772) / (2 * columns))
@@ -231,7 +236,7 @@ def projected_bytes(config, model) -> int:
         if not tensor.is_floating_point():
             rest += tensor.nbytes
         elif tensor.numel() <= train_gpt.INT8_MIN_NUMEL:
-            wide = config.codec == "zlib" and model.row(name).fp32
+            wide = config.codec == "zlib" and model.rule(name).fp32
             rest += tensor.numel() * (4 if wide else 2 * FP16_UNDER_ZLIB)
         else:
             rest += 2 * tensor.shape[0]  # the scales
@@ -318,7 +323,7 @@ def model_and_step(config, runtime, problems: list[str], log) -> dict:
             "tokens_in_budget": count * config.train_batch_tokens,
             "step_time_rests_on": "micro-steps that ran here, forward and backward: without optimizers and reductions",
         }
-    elif steptime := train_gpt.tool("steptime", "the time of a step elsewhere is not predicted", log):
+    elif steptime := train_gpt.tool("steptime", log):
         facts |= steptime.predict(config, model, ranks)
     else:
         facts |= {"seconds_per_step": None, "steps_in_budget": f"unknown: no {ranks} ranks of {kind} to measure on"}
@@ -346,7 +351,7 @@ def disk(config, params: int) -> dict:
 def explain(config_class) -> int:
     """--help: every knob with its default and its meaning, those of MODEL_FILE among them. The exit code."""
     if config_class is train_gpt.Config and os.environ.get("MODEL_FILE"):
-        config_class = train_gpt.tool("evaluate").config_class_of(os.environ["MODEL_FILE"])
+        config_class = train_gpt.tool("evaluate", required=True).config_class_of(os.environ["MODEL_FILE"])
     print(train_gpt.__doc__ + "\nKnobs; what is [free] does not shape the result, and may differ when a run resumes:")
     for name, field in config_class.knobs().items():
         default = int(field.default) if isinstance(field.default, bool) else field.default

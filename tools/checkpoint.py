@@ -68,11 +68,11 @@ def read_checkpoint(file: Path | bytes, source, config, facts: dict[str, str]) -
         matches_checksum(file),
         f"{source} is damaged: it does not match its checksum: resume from another, or remove it to start again",
     )
-    read = train_gpt.tool("evaluate")
+    read = train_gpt.tool("evaluate", required=True)
     with read.reading(source):
         state, differences = read.load_tensors(file, source), []
         require(state["format"] == CHECKPOINT_FORMAT, f"{source} is no checkpoint of format {CHECKPOINT_FORMAT}")
-        then, now = state["knobs"], config.texts() | facts
+        then, now = state["knobs"], config.as_env() | facts
         require(all(type(text) is str for text in then.values()), "its knobs are no texts")
         for name in sorted(then.keys() | now.keys()):
             old, new = then.get(name, "unset"), now.get(name, "unset")
@@ -151,7 +151,7 @@ def gather(runtime, value) -> list:
     """Every rank's value, in order, on rank 0."""
     values = [value] * runtime.world_size
     if runtime.world_size > 1:
-        dist.gather_object(value, values if runtime.is_master else None, dst=0, group=runtime.hosts)
+        dist.gather_object(value, values if runtime.is_master else None, dst=0, group=runtime.host_group)
     return values
 
 
@@ -196,7 +196,7 @@ class Checkpoints(train_gpt.Hooks):
         source = locate_checkpoint(config, folder) if self.runtime.is_master else None
         # One process maps the file; several may have no common disk, and get its bytes from rank 0.
         several = source and self.runtime.world_size > 1
-        self.source, file = self.runtime.share((source, source.read_bytes() if several else source))
+        self.source, file = self.runtime.broadcast((source, source.read_bytes() if several else source))
         text = stream.read(0, min(2**20, len(stream)))
         self.facts = {name: hashlib.sha256(data).hexdigest()[:16] for name, data in sources.items()}
         self.facts["training data"] = f"{len(stream)} tokens {hashlib.sha256(text).hexdigest()[:16]}"
@@ -208,7 +208,7 @@ class Checkpoints(train_gpt.Hooks):
         """Rank 0 every CHECKPOINT_EVERY_SECONDS, but not shortly before the end, which has its own; any rank when a
         signal asks for it."""
         limit, every = self.config.max_wallclock_seconds, self.config.checkpoint_every_seconds
-        every, elapsed = every if every >= 0 else 60.0 * (limit > 300), trainer.watch.elapsed("training")
+        every, elapsed = every if every >= 0 else 60.0 * (limit > 300), trainer.stopwatch.elapsed("training")
         in_time = self.saved_at + every <= elapsed < (limit or math.inf) - every / 2
         due = self.runtime.is_master and every and in_time and trainer.steps > self.saved_step
         return bool(due or self.save_asked)
@@ -218,16 +218,18 @@ class Checkpoints(train_gpt.Hooks):
         self.save_asked = False
         if trainer.exporting:  # the weights are no longer those of the training, whose last checkpoint was made before
             return
-        trainer.settle(keep=0)  # so that every loss up to here is known to be finite
+        trainer.log_steps()  # so that every loss up to here is known to be finite
         self.folder.log(f"checkpoint: writing step:{trainer.steps}")
         if self.written:
             self.written.result()
         state = self.state(trainer, not wait)
         if state:
             self.written = self.writer.submit(write_checkpoint, state, self.folder)
-        self.runtime.share(self.written and self.written.result()) if wait else None  # before any rank leaves
+        self.runtime.broadcast(self.written and self.written.result()) if wait else None  # before any rank leaves
         self.saved_step = trainer.steps
-        self.saved_at = trainer.settled_at = trainer.watch.elapsed("training")  # the pause is no part of a step's time
+        self.saved_at = trainer.step_log.last_time = trainer.stopwatch.elapsed(
+            "training"
+        )  # the pause is no part of a step's time
 
     def state(self, trainer, copy: bool = True) -> dict | None:
         """All that a run needs to go on, on the CPU, on rank 0; None on the others. Collective. Without `copy` what is
@@ -249,17 +251,17 @@ class Checkpoints(train_gpt.Hooks):
         )
         return {
             "format": CHECKPOINT_FORMAT,
-            "knobs": self.config.texts() | self.facts,
+            "knobs": self.config.as_env() | self.facts,
             "model": model,
             "average": average,
             "optimizer": {name: values for rank in ranks for name, values in rank["optimizer"].items()},
             "rng": [rank["rng"] for rank in ranks],
             "position": trainer.loader.position,
             "steps": trainer.steps,
-            "train_seconds": trainer.watch.elapsed("training"),
+            "train_seconds": trainer.stopwatch.elapsed("training"),
             "finished": trainer.finished,
             "resumed_at": self.resumed_at,
-            "recent": list(trainer.recent),
+            "recent": list(trainer.step_log.step_seconds),
         }
 
     def before_warm_up(self, trainer):
@@ -267,7 +269,7 @@ class Checkpoints(train_gpt.Hooks):
         with torch.random.fork_rng([trainer.runtime.device] if trainer.runtime.device.type == "cuda" else []):
             fit_memory(trainer)
         if self.found:
-            with train_gpt.tool("evaluate").reading(self.source):
+            with train_gpt.tool("evaluate", required=True).reading(self.source):
                 self.put_back(trainer, self.found)
             self.folder.log(
                 f"resumed: step:{trainer.steps} from {self.source} train_time:{1000 * self.saved_at:.0f}ms"
@@ -302,10 +304,12 @@ class Checkpoints(train_gpt.Hooks):
             torch.cuda.set_rng_state(rng["cuda"])
         trainer.loader.seek(state["position"])
         trainer.steps = self.saved_step = int(state["steps"])
-        trainer.watch.seconds["training"] = trainer.settled_at = self.saved_at = float(state["train_seconds"])
-        trainer.recent.extend(map(float, state["recent"]))
+        trainer.stopwatch.seconds["training"] = trainer.step_log.last_time = self.saved_at = float(
+            state["train_seconds"]
+        )
+        trainer.step_log.step_seconds.extend(map(float, state["recent"]))
         self.resumed_at = [*state["resumed_at"], trainer.steps]
-        same_length = all(state["knobs"][name] == self.config.texts()[name] for name in LENGTH_KNOBS)
+        same_length = all(state["knobs"][name] == self.config.as_env()[name] for name in LENGTH_KNOBS)
         trainer.finished = state["finished"] and same_length
 
     def put_back_one(self, optimizer, p, name: str, state: dict):
@@ -349,7 +353,7 @@ def fit_memory(trainer):
     loader, T = trainer.loader, trainer.config.train_seq_len
     auto = trainer.config.micro_batch_tokens == "auto" and not trainer.config.grad_accum_steps
     while True:
-        tokens, lacking, ballast = loader.share // loader.accum_steps, False, []
+        tokens, lacking, ballast = loader.rank_tokens // loader.accum_steps, False, []
         try:  # with as much taken as the optimizers, the average and DDP will need
             copies = 3 + bool(trainer.config.ema_decay)
             ballast += [torch.empty_like(p) for p in trainer.model.parameters() for _ in range(copies)]
@@ -361,7 +365,7 @@ def fit_memory(trainer):
                 raise
         ballast = x = output = None  # noqa: F841 (given back before the next try)
         trainer.model.zero_grad(set_to_none=True)
-        if not trainer.runtime.sum([lacking])[0]:
+        if not trainer.runtime.all_reduce([lacking])[0]:
             return
         torch._dynamo.reset()  # each size is one more graph, and there may only be so many
         require(
@@ -374,5 +378,5 @@ def fit_memory(trainer):
         loader.accum_steps = trainer.config.accumulation_steps(ranks, device_type)
         trainer.folder.log(
             f"micro_batch: {tokens} tokens per rank do not fit the memory: trying "
-            f"{loader.share // loader.accum_steps}, grad_accum_steps:{loader.accum_steps}"
+            f"{loader.rank_tokens // loader.accum_steps}, grad_accum_steps:{loader.accum_steps}"
         )

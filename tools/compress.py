@@ -49,10 +49,10 @@ def collect_hessians(model, loader, batches: int, runtime) -> dict[str, Tensor]:
 def calibration_seconds(trainer) -> float:
     """How much of the clock to keep for GPTQ's calibration, by two of its micro-batches: the first only warms up."""
     for _ in range(2):
-        began = trainer.watch.elapsed("compile")
+        began = trainer.stopwatch.elapsed("compile")
         collect_hessians(trainer.model, trainer.loader, 1, trainer.runtime)
         trainer.runtime.synchronize()
-        seconds = 1.5 * trainer.calibration * (trainer.watch.elapsed("compile") - began)
+        seconds = 1.5 * trainer.calibration * (trainer.stopwatch.elapsed("compile") - began)
     config = trainer.config
     require(
         seconds < (config.max_wallclock_seconds or math.inf),
@@ -135,7 +135,7 @@ def rans_decode(words: np.ndarray, counts: list[int], tables: np.ndarray, steps:
 
 def rans_tables(names, config: Config) -> list[int]:
     """The number of the table that codes each tensor."""
-    return [TENSOR_CLASSES.index(config.model_class().row(name).clip) for name in names]
+    return [TENSOR_CLASSES.index(config.model_class().rule(name).clip) for name in names]
 
 
 def rans_pack(artifact: dict, config: Config) -> dict:

@@ -188,7 +188,7 @@ def read_model(blob: bytes, source, config_class=None) -> tuple[dict[str, torch.
     with reading(source):
         plain = {bool: int, int: int, float: float, str: str}  # of anything else, only the type is told
         told = {k.upper(): str(plain.get(type(v), type)(v)) for k, v in artifact.get("config", {}).items()}
-        unknown = [name for name in told if name not in config_class.told_knobs()]
+        unknown = [name for name in told if name not in config_class.artifact_knobs()]
         require(not unknown, f"its tensors or this script contradict its config: {', '.join(unknown)}")
         state = load_tensors(blob, source) if is_state_dict else dequantize(artifact, config_class)
         own = config_class.model_class() is train_gpt.GPT  # in which nothing but fractions has a place
@@ -214,7 +214,7 @@ def open_model(config, folder, argv: list[str]):
     """ARTIFACT as a model: (the configuration, which what the file tells of itself has completed; model; compiled)."""
     runtime = folder.runtime
     require(config.artifact, f"MODE={config.mode} needs ARTIFACT=logs/<run_id>/final_model.int8.ptz, or a .pt")
-    blob = runtime.share(Path(config.artifact).read_bytes() if runtime.is_master else None)
+    blob = runtime.broadcast(Path(config.artifact).read_bytes() if runtime.is_master else None)
     state, told, config_class = read_model(blob, config.artifact, type(config))
     config = config_class.load(argv, os.environ, told)
     with torch.device("meta"):
@@ -231,8 +231,8 @@ def open_model(config, folder, argv: list[str]):
     for name, path in train_gpt.source_paths(config).items():
         if name != "train_gpt.py":
             folder.log(f"source:{path} sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}")
-    shape_knobs = [name for name, field in config.knobs().items() if field.metadata["arch"]]
-    assumed = [f"{name}={config.texts()[name]}" for name in shape_knobs if name not in told]
+    shape_knobs = [name for name, field in config.knobs().items() if field.metadata["artifact"]]
+    assumed = [f"{name}={config.as_env()[name]}" for name in shape_knobs if name not in told]
     if assumed:
         folder.log(f"assumed, since the file does not tell: {' '.join(assumed)}")
     return config, model.eval(), compiled_model

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 
 import train_gpt
-from train_gpt import GPT, Linear, Model, UserError, at_least_fp32, grouped_attention, is_out_of_memory, require, tool
+from train_gpt import Model, UserError, at_least_fp32, grouped_attention, is_out_of_memory, require, tool
 
-cpu_kernels = tool("cpu_kernels", "attention, loss and Muon are torch's", log=str)
+cpu_kernels = tool("cpu_kernels", log=str)
 
 # What a GPU's bf16 products reach at most, dense, in TFLOP/s, by a part of its name (NVIDIA's data sheets).
 PEAK_TFLOPS = {
@@ -47,24 +47,10 @@ def peak_flops(runtime) -> float | None:
     return next((1e12 * peak for name, peak in PEAK_TFLOPS.items() if name in runtime.device_name()), None)
 
 
-def flops_per_token(model, seq_len: int) -> int:
-    """Of training: 6 for each weight as often as it multiplies (Kaplan et al. 2020), and for our GPT 12 T D for each
-    attention, by its whole square (as PaLM counts). A model of one's own may count by a method of this name."""
-    if hasattr(model, "flops_per_token"):
-        return model.flops_per_token(seq_len)
-    if not isinstance(model, GPT):
-        return 6 * sum(p.numel() for name, p in model.named_parameters() if p.ndim > 1 and "emb" not in name)
-    order = model.looped if model.looping else model.straight
-    V, D = model.tok_emb.weight.shape
-    modules = [module for layer in order for module in model.blocks[layer].modules()]
-    weights = V * D + sum(m.weight.numel() for m in modules if isinstance(m, Linear))
-    return 6 * weights + 12 * seq_len * D * len(order)
-
-
 def share_of_peak(model, config, runtime, tokens_per_second: float) -> float | None:
     """MFU: what that speed of all ranks takes of what their devices could do; None where that is not known."""
     peak = peak_flops(runtime)
-    flops = flops_per_token(model, config.train_seq_len)
+    flops = model.flops_per_token(config.train_seq_len)
     return tokens_per_second * flops / (peak * runtime.world_size) if peak else None
 
 
@@ -195,7 +181,7 @@ def fastest_first(found: dict, config, runtime) -> tuple[dict, str]:
     """({backend: (function, seconds)} sorted by what all ranks take together, times for the log)."""
     names = config.knobs()["ATTENTION"].metadata["allowed"][2]  # on every rank the same
     mine = [found[name][1] if name in found else math.inf for name in names]
-    sums = dict(zip(names, runtime.sum(mine), strict=True))
+    sums = dict(zip(names, runtime.all_reduce(mine), strict=True))
     found = {name: found[name] for name in sorted(found, key=sums.get) if sums[name] < math.inf}
     times = ", ".join(f"{name} {1000 * sums[name] / runtime.world_size:.3g}" for name in found)
     return found, f"; forward and backward of a sequence in a layer, ms: {times}"
@@ -245,9 +231,10 @@ def choose_attention(config, runtime, compiled: bool, seconds_of=time_attention)
 
 def choose_loss(config, runtime):
     """(function of (model, features, targets) that gives the losses, or None for torch's; log line)."""
-    model = config.model_class()
-    own = model.forward is not Model.forward or model.logits is not Model.logits
-    own |= model.losses is not Model.losses and "needs_logits" not in vars(model)  # it would not be called
+    # A class that overrides what the kernel replaces must say in its own body that it calls the kernel itself.
+    replaced = {"forward", "logits", "losses"}
+    author = next(cls for cls in config.model_class().__mro__ if replaced & vars(cls).keys())
+    own = author is not Model and not vars(author).get("calls_fused_loss")
     if not cpu_kernels or own or not cpu_kernels.takes_loss(config.vocab_size, config.logit_softcap, runtime):
         return None, "loss:torch"
     try:

@@ -55,7 +55,7 @@ def main(config, folder, argv: list[str]):
     """The text alone goes to standard output; what is known of the model goes to standard error."""
     os.environ["COMPILE"] = "0"  # the lengths of a growing text would each be compiled anew
     with contextlib.redirect_stdout(sys.stderr):
-        config, model, _ = train_gpt.tool("evaluate").open_model(config, folder, argv)
+        config, model, _ = train_gpt.tool("evaluate", required=True).open_model(config, folder, argv)
     token_bytes = train_gpt.TokenBytes(config.tokenizer_path, config.vocab_size, config.vocab_padding)
     if folder.runtime.is_master:
         for piece in generate(model, config, token_bytes):

@@ -21,7 +21,7 @@ import numpy as np
 
 from train_gpt import tool
 
-kernels = tool("kernels")
+kernels = tool("kernels", required=True)
 
 
 class Run(NamedTuple):

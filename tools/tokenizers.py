@@ -80,7 +80,19 @@ def unmark(text: bytes) -> bytes:
     return MARKED.sub(lambda match: SPELLED.get(match[1], match[0][len(T.encode()) :].upper()), text)
 
 
-def use_case_marks(table):
-    """Text of a TokenBytes is text with its capitals: what it encodes, decodes and spells."""
-    table.unmark, model = unmark, table.model
-    table.encode = lambda text: model.encode(mark(text))
+def use_case_marks(table, texts: list[str]):
+    """Give a TokenBytes whose pieces have these `texts` the meaning of case marks, if its model writes them.
+
+    T, A and M stand for no text. E spells them all, and has its three bytes. What the table encodes, decodes and spells
+    is then text with its capitals.
+    """
+    model = table.model
+    if not all(mark in texts for mark in (T, A, M, E)):
+        return
+    marks = [texts.index(mark) for mark in (T, A, M, E)]
+    symbols = not any(model.get_score(token) for token in marks)  # a user-defined symbol has score 0
+    exact = len(table.byte_ids) == 256 and model.normalize("  a\n\ufb01 ") == "\u2581\u2581a\n\ufb01\u2581"
+    if symbols and exact:
+        table.zero_bytes = marks[:3]
+        table.unmark = unmark
+        table.encode = lambda text: model.encode(mark(text))
