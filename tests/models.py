@@ -19,6 +19,8 @@ import torch
 import train_gpt
 
 SCRIPT = Path(train_gpt.__file__).resolve()
+FRONTIER = "records/models/frontier.py"
+SAMPLE = ("SAMPLE_PROMPT", "SAMPLE_TOKENS", "TEMPERATURE", "TOP_K")  # read by MODE=sample alone
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_RESTART_COUNT")
 # What belongs to the machine, and where the data is: all that MODE=eval may need beside ARTIFACT.
 MACHINE = ("DEVICE", "DTYPE", "COMPILE", "DATA_PATH", "TOKENIZER_PATH")
@@ -63,7 +65,7 @@ def machine_settings(corpus: Path, **overrides) -> dict[str, str]:
 def environment(values: dict[str, str]):
     """No knob and no launcher's variable in the environment, but for these."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in (*train_gpt.Config.knobs(), *LAUNCHER):
+        for name in (*train_gpt.Config.knobs(), *SAMPLE, *LAUNCHER):
             patch.delenv(name, raising=False)
         for name, value in values.items():
             patch.setenv(name, value)
@@ -96,6 +98,60 @@ def train_tiny(corpus: Path, folder: Path, **overrides) -> Path:
     return folder / "logs" / "run"
 
 
+def new_model(config, *args, of=None) -> train_gpt.Model:
+    """The initialized model of a configuration, or one of this class; `args` are the attention and the dtype."""
+    model = (of or config.model_class())(config, *args)
+    model.init_weights(config)
+    return model
+
+
+def model_file(name: str):
+    """(class Config, module) of records/models/NAME.py."""
+    config_class = train_gpt.load_model_file(f"records/models/{name}.py")
+    return config_class, sys.modules[config_class.__module__]
+
+
+def probe_script(probe, config, model, runtime):
+    """A Script of tools/record_probe.py for a model of this process."""
+    script = object.__new__(probe.Script)
+    script.module, script.second, script.config, script.runtime = train_gpt, True, config, runtime
+    script.model = script.compiled_model = model
+    return script
+
+
+@contextlib.contextmanager
+def no_siblings():
+    """What records/models/frontier.py loads only where a knob needs it is not loaded: it counts as code of a run."""
+    keys = [key for key in sys.modules if re.fullmatch(r"model_file_\w+\.\w+", key)]
+    with pytest.MonkeyPatch.context() as patch:
+        for key in keys:
+            patch.delitem(sys.modules, key)
+        yield
+
+
+def artifact_knobs(config_class=train_gpt.Config) -> set[str]:
+    """The knobs that an artifact records."""
+    return {name for name, field in config_class.knobs().items() if field.metadata["artifact"]}
+
+
+def parameter_groups(model, config, runtime) -> dict[str, list]:
+    """What AdamW and Muon train: the embedding, an untied output projection, vectors; and the matrices."""
+    adam, *muon = model.optimizers(config, runtime)
+    kinds = ["embed", *["head"] * (not config.tie_embeddings), "scalar"]
+    groups = {kind: group["params"] for kind, group in zip(kinds, adam.param_groups, strict=True)}
+    matrices = [p for optimizer in muon for group in optimizer.param_groups for p in group["params"]]
+    return {"head": []} | groups | {"matrix": matrices}
+
+
+def build_trainer(config, runtime, trainer_class=train_gpt.Trainer) -> train_gpt.Trainer:
+    """A Trainer of the configuration on its training data, without a folder."""
+    stream = train_gpt.TokenStream(config.data_path, "train", config.vocab_size)
+    accum_steps = config.accumulation_steps(runtime.world_size, runtime.device.type)
+    loader = train_gpt.TrainLoader(stream, config, runtime, accum_steps)
+    stopwatch = train_gpt.Stopwatch(runtime.synchronize)
+    return trainer_class(config, train_gpt.RunFolder(runtime), stopwatch, loader)
+
+
 def run_audit(token_bytes, stream, stated: dict | None = None) -> tuple[str, dict]:
     """The audit of a validation text of which a manifest states this."""
     with tempfile.TemporaryDirectory() as folder:
@@ -106,7 +162,9 @@ def run_audit(token_bytes, stream, stated: dict | None = None) -> tuple[str, dic
 
 def process(environ: dict[str, str], cwd: Path, ranks=1, script=SCRIPT, args=(), options=(), **more):
     """A script in a process of its own, or under torchrun: its CompletedProcess. `options` are Python's."""
-    others = {name: text for name, text in os.environ.items() if name not in (*train_gpt.Config.knobs(), *LAUNCHER)}
+    others = {
+        name: text for name, text in os.environ.items() if name not in (*train_gpt.Config.knobs(), *SAMPLE, *LAUNCHER)
+    }
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     command = [sys.executable, *options, *launcher, str(script), *map(str, args)]
     return subprocess.run(command, env=others | environ | more, cwd=cwd, capture_output=True, timeout=300, check=False)

@@ -50,11 +50,11 @@ def whole(corpus, tmp_path_factory):
 def test_the_script_alone_trains_exports_proves_its_bytes_and_writes_its_result(corpus, proved, whole, tmp_path):
     """What a submission ships. It says what the tools would add."""
     script = Path(shutil.copy(SCRIPT, tmp_path))
-    environ = models.tiny_settings(corpus, DATA_PATH=proved, SAMPLE_PROMPT="the")
+    environ = models.tiny_settings(corpus, DATA_PATH=proved)
     made, folder = run(script, tmp_path, environ), tmp_path / "logs" / "run"
     assert made.err == ""
-    missed = re.findall(r"^warning: tools/(\w+)\.py is not beside the script: .+$", made.out, re.MULTILINE)
-    assert {"check", "checkpoint", "sample"} <= set(missed) and len(missed) == len(set(missed))
+    missed = re.findall(r"^warning: tools/(\w+)\.py is missing: .+$", made.out, re.MULTILINE)
+    assert {"check", "checkpoint", "kernels"} <= set(missed) and len(missed) == len(set(missed))
     assert "(bytes:proved by manifest.json)" in made.out
     result = json.loads((folder / "result.json").read_text())
     assert result["bytes_proved"] is True
@@ -78,12 +78,12 @@ def test_the_script_alone_trains_exports_proves_its_bytes_and_writes_its_result(
 @pytest.mark.parametrize(
     "knobs, said",
     [
-        ({}, "logs/run is not there"),
+        ({}, "logs/run exists, or RESUME is set: without tools/checkpoint.py"),
         ({"RUN_ID": "other", "RESUME": "logs/run"}, "without tools/checkpoint.py"),
-        ({"MODE": "eval", "ARTIFACT": "x"}, "tools/evaluate.py is not there: take it from the repository"),
-        ({"MODE": "check"}, "tools/check.py is not there: take it from the repository"),
+        ({"MODE": "eval", "ARTIFACT": "x"}, "tools/evaluate.py is missing: take it from the repository"),
+        ({"MODE": "check"}, "tools/check.py is missing: take it from the repository"),
         ({"ITERATIONS": "many"}, "ITERATIONS='many' is not a whole number"),
-        ({"TOKENIZER_PATH": "bytes"}, "/tokenizers.py is not there: take it from the repository"),
+        ({"TOKENIZER_PATH": "bytes"}, "/tokenizers.py is missing: take it from the repository"),
     ],
     ids=str,
 )
@@ -104,7 +104,7 @@ def test_data_that_is_not_what_it_says_is_refused_by_the_script_alone(corpus, pr
     data = shutil.copytree(proved, tmp_path / "data")
     (data / "manifest.json").write_text('{"splits": {"val": {"bytes": 7}}}')
     made = run(Path(shutil.copy(SCRIPT, tmp_path)), tmp_path, models.tiny_settings(corpus, DATA_PATH=data), code=2)
-    assert "manifest.json states 7" in made.err and made.err.count("\n") == 1 and not (tmp_path / "logs").exists()
+    assert "manifest.json says 7" in made.err and made.err.count("\n") == 1 and not (tmp_path / "logs").exists()
 
 
 @pytest.fixture
@@ -144,12 +144,13 @@ def test_tools_are_those_beside_the_script(corpus, whole, hostile, tmp_path, nam
     assert exact_line(again.out) == exact_line(made.out)
 
 
-def test_a_tool_is_loaded_once_and_by_its_path():
+def test_a_tool_is_loaded_once_and_by_its_path(monkeypatch):
     check = train_gpt.tool("check")
     assert check is train_gpt.tool("check") and Path(check.__file__) == SCRIPT.parent / "tools" / "check.py"
     assert check.train_gpt is train_gpt
-    with pytest.raises(train_gpt.UserError, match=r"tools/nothing.py is not there: take it from the repository$"):
-        train_gpt.tool("nothing")
+    monkeypatch.setitem(train_gpt.TOOLS, "nothing", "no nothing")
+    with pytest.raises(train_gpt.UserError, match=r"tools/nothing.py is missing: take it from the repository$"):
+        train_gpt.tool("nothing", required=True)
     said = []
-    assert train_gpt.tool("nothing", "no nothing", said.append) is None
-    assert said == ["warning: tools/nothing.py is not beside the script: no nothing"]
+    assert train_gpt.tool("nothing", said.append) is None
+    assert said == ["warning: tools/nothing.py is missing: no nothing"]

@@ -12,6 +12,7 @@ import models
 import pytest
 import torch
 from conftest import make_documents
+from models import new_model
 
 import train_gpt
 
@@ -110,7 +111,7 @@ MODEL = {
 def both_models(seed=0, **knobs):
     """(configuration, our model, the plain port, tokens, targets): fp32, the same random weights."""
     config = train_gpt.Config(**MODEL | knobs)
-    model, generator = train_gpt.GPT(config), torch.Generator().manual_seed(seed)
+    model, generator = new_model(config), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn(p.shape, generator=generator), alpha=0.1)
@@ -120,9 +121,10 @@ def both_models(seed=0, **knobs):
     return config, model, other, tokens[:, :-1], tokens[:, 1:]
 
 
-@pytest.mark.parametrize("knobs", [{}, {"xsa_layers": 1}, {"loop_layers": "0-1"}, {"tie_embeddings": False}], ids=str)
+@pytest.mark.parametrize("knobs", [{}, {"tie_embeddings": False}, {"model_file": "frontier"}], ids=str)
 def test_speed_compares_with_the_plain_port_only_where_that_is_the_same_model(capsys, knobs):
-    config = train_gpt.Config(**MODEL | knobs)
+    config_class = train_gpt.load_model_file(str(speed.FRONTIER)) if "model_file" in knobs else train_gpt.Config
+    config = config_class(**MODEL | knobs)
     names = [*speed.contenders(config, train_gpt.Runtime(config, {}))]
     assert names == (["ours"] if knobs else ["ours", "plain, eager"])
     assert ("no plain contender" in capsys.readouterr().out) == bool(knobs)
@@ -143,7 +145,7 @@ def test_the_plain_port_has_our_losses_and_gradients(knobs):
 def test_the_plain_port_takes_our_steps():
     """Adam and Muon with Newton-Schulz, three times, without a schedule."""
     config, model, other, tokens, targets = both_models()
-    optimizers = train_gpt.build_optimizers(model, config, train_gpt.Runtime(config, {}))
+    optimizers = model.optimizers(config, train_gpt.Runtime(config, {}))
     for _ in range(3):
         loss = model(tokens, targets).mean()
         loss.backward()
@@ -210,7 +212,7 @@ def write_texts(path: Path, count: int) -> Path:
 def test_the_coders_on_random_weights_and_on_those_of_a_run(bench, tmp_path):
     found = bench("export.py", "--gaussian", "1.2e6", PAIRS="1")
     assert re.search(r"^artifact: \d+ bytes; the size law says", found, re.MULTILINE), found
-    state = train_gpt.GPT(train_gpt.Config(num_layers=1, vocab_size=300)).state_dict()
+    state = new_model(train_gpt.Config(num_layers=1, vocab_size=300)).state_dict()
     (tmp_path / "model.pt").write_bytes(models.torch_bytes(state))
     found = bench("export.py", "--model", tmp_path / "model.pt", PAIRS="1", NUM_LAYERS="1", VOCAB_SIZE="300")
     assert re.search("^rANS ", found, re.MULTILINE), found
@@ -220,7 +222,7 @@ def test_what_gptq_saves(bench, corpus, tmp_path):
     """At a width of 256, since smaller matrices are not quantised."""
     shape = SMALL | {"MODEL_DIM": "256", "VOCAB_SIZE": (corpus / "vocab_size").read_text()}
     config = train_gpt.Config.load([], shape)
-    (tmp_path / "model.pt").write_bytes(models.torch_bytes(train_gpt.GPT(config).state_dict()))
+    (tmp_path / "model.pt").write_bytes(models.torch_bytes(new_model(config).state_dict()))
     knobs = {name: text for name, text in shape.items() if name in config.knobs()}
     knobs |= {"DATA_PATH": str(corpus / "data"), "TOKENIZER_PATH": str(corpus / "tok.model")}
     (tmp_path / "config.env").write_text("".join(f"{name}={text}\n" for name, text in knobs.items()))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from models import run_audit
 
 import train_gpt
-from train_gpt import TokenBytes, TokenStream, UserError, manifest_bytes
+from train_gpt import TokenBytes, TokenStream, UserError
 
 CHECKED = settings()  # those of the profile that conftest.py loads
 SPACE = "\u2581"
@@ -88,7 +88,7 @@ def stream_of(tmp_path):
 
 
 def weigh(tokenizer, tokens) -> int:
-    return tokenizer.table.weigh(np.array(tokens, dtype=np.uint16))
+    return tokenizer.table.count(np.array(tokens, dtype=np.uint16))
 
 
 # The table
@@ -134,10 +134,10 @@ def test_what_a_table_is_made_of(prefixed):
     model, table = prefixed.model, prefixed.table
     assert set(np.flatnonzero(table.boundary)) == {model.unk_id(), model.bos_id(), model.eos_id(), model.pad_id()}
     symbol = model.piece_to_id("<|x|>")
-    assert not table.boundary[symbol] and table.weight[symbol] == len("<|x|>")
-    assert table.weight[model.piece_to_id("<0xE2>")] == 1
-    assert (table.weight[model.piece_to_id(SPACE)], table.leading_space[model.piece_to_id(SPACE)]) == (0, True)
-    assert (table.weight[model.piece_to_id(SPACE + "the")], table.weight[model.piece_to_id("\u6d77")]) == (3, 3)
+    assert not table.boundary[symbol] and table.byte_count[symbol] == len("<|x|>")
+    assert table.byte_count[model.piece_to_id("<0xE2>")] == 1
+    assert (table.byte_count[model.piece_to_id(SPACE)], table.leading_space[model.piece_to_id(SPACE)]) == (0, True)
+    assert (table.byte_count[model.piece_to_id(SPACE + "the")], table.byte_count[model.piece_to_id("\u6d77")]) == (3, 3)
 
 
 def test_spaces_inside_a_piece_weigh_one_byte_each(tmp_path):
@@ -196,7 +196,7 @@ def test_audit_passes_and_says_what_it_proved(tokenizer, stream_of):
     assert f"{len(tokens)} tokens" in line and f"{len(DOCUMENTS)} documents" in line and f"{size} bytes" in line
     assert "(bytes:proved by manifest.json)" in line
     stream = stream_of(tokens, tokenizer.size)
-    assert "(not canonical FineWeb, not proved" in run_audit(tokenizer.table, stream)[0]
+    assert "(not proved: no manifest.json" in run_audit(tokenizer.table, stream)[0]
     facts = run_audit(tokenizer.table, stream, states(size))[1]
     digest = hashlib.sha256(np.array(tokens, dtype="<u2").tobytes()).hexdigest()
     assert facts == {"val_bytes": size, "bytes_proved": True, "sha256_val_tokens": digest}
@@ -205,7 +205,7 @@ def test_audit_passes_and_says_what_it_proved(tokenizer, stream_of):
 class SpaceTwice(TokenBytes):
     def __init__(self, *args):
         super().__init__(*args)
-        self.weight = self.weight + self.leading_space
+        self.byte_count = self.byte_count + self.leading_space
 
 
 class BytesOfThree(TokenBytes):
@@ -213,7 +213,7 @@ class BytesOfThree(TokenBytes):
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.weight[[self.model.is_byte(token) for token in range(len(self.weight))]] = 3
+        self.byte_count[[self.model.is_byte(token) for token in range(len(self.byte_count))]] = 3
 
 
 class BytesByName(TokenBytes):
@@ -221,18 +221,18 @@ class BytesByName(TokenBytes):
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.weight[[self.model.is_byte(token) for token in range(len(self.weight))]] = 6
+        self.byte_count[[self.model.is_byte(token) for token in range(len(self.byte_count))]] = 6
 
 
 class NoBoundaries(TokenBytes):
-    def weigh(self, tokens):
-        return int(self.weight[tokens[1:]].sum() + self.leading_space[tokens[1:]].sum())
+    def count(self, tokens):
+        return int(self.byte_count[tokens[1:]].sum() + self.leading_space[tokens[1:]].sum())
 
 
 class ControlWeighs(TokenBytes):
     def __init__(self, *args):
         super().__init__(*args)
-        self.weight[self.model.bos_id()] = 3
+        self.byte_count[self.model.bos_id()] = 3
 
 
 WRONG_TABLES = [SpaceTwice, BytesOfThree, BytesByName, NoBoundaries, ControlWeighs]
@@ -242,7 +242,7 @@ WRONG_TABLES = [SpaceTwice, BytesOfThree, BytesByName, NoBoundaries, ControlWeig
 def test_audit_refuses_a_wrong_table(prefixed, stream_of, wrong):
     """Weights are made of the pieces: where they differ from what these spell, no data is to blame."""
     stream = stream_of(tokens_of(prefixed, DOCUMENTS), prefixed.size)
-    with pytest.raises(AssertionError, match=r"the first tokens weigh \d+ bytes and spell \d+: a fault of this script"):
+    with pytest.raises(AssertionError, match=r"the first tokens count \d+ bytes and spell \d+"):
         run_audit(wrong(prefixed.path, prefixed.size), stream)
 
 
@@ -278,7 +278,7 @@ class SpelledFromTheStart(SpelledOtherwise):
     """The space that the tokenizer puts before a document counts."""
 
     def spell_otherwise(self):
-        self.drops_first_space = False
+        self.strips_first_space = False
 
 
 @pytest.mark.parametrize("wrong", SpelledOtherwise.__subclasses__())
@@ -329,7 +329,9 @@ def test_audit_refuses_the_tokenizer_of_other_shards(lossless, prefixed, stream_
         tokens = tokens_of(tokenizer, texts)
         run_audit(tokenizer.table, stream_of(tokens, tokenizer.size), states(size))
         stream = stream_of([min(token, other.size - 1) for token in tokens], other.size)
-        with pytest.raises(UserError, match=f"use the tokenizer of the shards|manifest.json states {size}:"):
+        with pytest.raises(
+            UserError, match=f"use the tokenizer of the shards|use the shards' tokenizer|manifest.json says {size}:"
+        ):
             run_audit(other.table, stream, states(size))
     (letter,) = lossless.model.encode("e")
     broken = [letter, *(token for token in reversed(range(lossless.size)) if lossless.model.is_byte(token)), letter]
@@ -337,7 +339,7 @@ def test_audit_refuses_the_tokenizer_of_other_shards(lossless, prefixed, stream_
         run_audit(lossless.table, stream_of(broken, lossless.size))
     table = TokenBytes(lossless.path, vocab_size)
     stream = stream_of([*tokens_of(lossless, texts), lossless.size], vocab_size)
-    with pytest.raises(UserError, match=f"has no token {lossless.size}: use the tokenizer of the shards"):
+    with pytest.raises(UserError, match=f"has no token {lossless.size}: use the shards' tokenizer"):
         run_audit(table, stream)
 
 
@@ -358,7 +360,7 @@ def test_audit_names_documents_with_unknown_tokens(lossless, stream_of):
     size = len("the kingof sea night")
     assert f"decode to the {size} bytes they weigh (1 documents hold unknown letters" in line
     assert facts["val_bytes"] == size and not facts["bytes_proved"]
-    with pytest.raises(UserError, match=f"weighs {size} bytes, but manifest.json states {size + 3}"):
+    with pytest.raises(UserError, match=rf": {size} bytes, \S+manifest.json says {size + 3}"):
         run_audit(lossless.table, stream_of(tokens, lossless.size), states(size + 3))
 
 
@@ -454,7 +456,7 @@ def test_stated_bytes(lossless, stream_of, monkeypatch):
     line = run_audit(lossless.table, stream, states(size))[0]
     assert f"all {len(tokens)} tokens weigh {size} bytes (bytes:proved" in line
     for wrong in (size - 1, size + 1, 0):
-        with pytest.raises(UserError, match=rf"weighs {size} bytes, but manifest.json states {wrong}: .*again"):
+        with pytest.raises(UserError, match=rf": {size} bytes, \S+manifest.json says {wrong}: .*again"):
             run_audit(lossless.table, stream, states(wrong))
 
 
@@ -480,17 +482,21 @@ def test_stated_bytes_of_a_long_text(lossless, monkeypatch):
     stream = Stream()
     line = run_audit(lossless.table, stream, states(stated))[0]
     assert f"all {length} tokens weigh {stated} bytes (bytes:proved" in line
-    with pytest.raises(UserError, match=f"weighs {stated} bytes"):
+    with pytest.raises(UserError, match=f": {stated} bytes"):
         run_audit(lossless.table, stream, states(stated + 1))
 
 
-def test_manifest_is_optional(tmp_path):
-    assert manifest_bytes(str(tmp_path)) is None
-    (tmp_path / "manifest.json").write_text(json.dumps({"splits": {"val": {"bytes": 123, "tokens": 5}, "train": {}}}))
-    assert manifest_bytes(str(tmp_path)) == {"bytes": 123, "token_bytes": 123}
-    lossy = {"splits": {"val": {"bytes": 123, "token_bytes": 120}}}
-    (tmp_path / "manifest.json").write_text(json.dumps(lossy))
-    assert manifest_bytes(str(tmp_path)) == {"bytes": 123, "token_bytes": 120}
+def test_manifest_is_optional(lossless, stream_of):
+    tokens = tokens_of(lossless, DOCUMENTS)
+    size = sum(len(text.encode()) for text in DOCUMENTS)
+    stream = stream_of(tokens, lossless.size)
+    for stated, proved, words in (
+        (None, False, "not proved: no manifest.json states the true bytes"),
+        ({"bytes": size, "tokens": 5}, True, "bytes:proved by manifest.json"),
+        ({"bytes": size + 9, "token_bytes": size}, False, f"bytes:lossy: of {size + 9} in the text"),
+    ):
+        line, facts = run_audit(lossless.table, stream, stated)
+        assert facts["bytes_proved"] is proved and facts["val_bytes"] == size and f"({words})" in line
 
 
 @pytest.mark.parametrize(
@@ -509,11 +515,12 @@ def test_manifest_is_optional(tmp_path):
         "\udcff",
     ],
 )
-def test_malformed_manifest(tmp_path, text):
+def test_malformed_manifest(lossless, stream_of, tmp_path, text):
     path = tmp_path / "manifest.json"
     path.write_bytes(text.encode(errors="surrogateescape"))
+    stream = stream_of(tokens_of(lossless, DOCUMENTS), lossless.size)
     with pytest.raises(UserError) as caught:
-        manifest_bytes(str(tmp_path))
+        train_gpt.audit(lossless.table, stream, str(tmp_path))
     assert str(path) in str(caught.value) and "splits.val.bytes" in str(caught.value) and "again" in str(caught.value)
 
 
@@ -563,9 +570,9 @@ def test_unused_pieces_weigh_nothing(lossless, tmp_path):
     token = lossless.model.piece_to_id(SPACE + "the")
     table = TokenBytes(str(path), lossless.size)
     assert table.model.is_unused(token) and table.boundary[token] and not table.leading_space[token]
-    assert table.weight[token] == 0 and lossless.table.weight[token] == 3
+    assert table.byte_count[token] == 0 and lossless.table.byte_count[token] == 3
     ids = table.model.encode("of the king")
-    assert token not in ids and table.weigh(np.array([table.model.bos_id(), *ids])) == 11
+    assert token not in ids and table.count(np.array([table.model.bos_id(), *ids])) == 11
 
 
 @pytest.mark.parametrize("vocab_size", [2, 1024, 65536])
@@ -574,7 +581,7 @@ def test_wrong_vocab_size_and_the_advice_works(lossless, vocab_size):
         TokenBytes(lossless.path, vocab_size)
     message = str(caught.value)
     assert f"VOCAB_SIZE={vocab_size}," in message and f"TOKENIZER_PATH={lossless.path}" in message
-    assert f"set VOCAB_SIZE={lossless.size}," in message
+    assert f"has {lossless.size} pieces: set that," in message
     TokenBytes(lossless.path, lossless.size)
 
 
@@ -602,6 +609,8 @@ def test_missing_tokenizer(tmp_path):
 
 
 def test_a_whole_text_scored_by_other_bytes_than_the_audit_counted_is_no_result():
-    trainer = SimpleNamespace(config=None, runtime=None, folder=None, watch=None)
-    with pytest.raises(UserError, match="scored 10 bytes, but the text has 11"):
+    trainer = SimpleNamespace(
+        config=train_gpt.Config(), runtime=None, steps=1, stopwatch=train_gpt.Stopwatch(lambda: None)
+    )
+    with pytest.raises(UserError, match="scored 10 of 11 bytes"):
         train_gpt.write_result(trainer, None, SimpleNamespace(label="", bytes=10), {}, {"val_bytes": 11})

@@ -26,11 +26,10 @@ ddp = train_gpt.DistributedDataParallel
 train_gpt.DistributedDataParallel = functools.partial(ddp, bucket_cap_mb=1)
 config = train_gpt.Config.load([], os.environ)
 runtime = train_gpt.Runtime(config, os.environ)
-folder = train_gpt.RunFolder(runtime)
 stream = train_gpt.TokenStream(config.data_path, "train", config.vocab_size)
 loader = train_gpt.TrainLoader(stream, config, runtime, config.grad_accum_steps)
-hooks, watch = train_gpt.Hooks(config, folder), train_gpt.Stopwatch(runtime.synchronize)
-trainer = train_gpt.Trainer(config, runtime, folder, watch, loader, hooks)
+stopwatch = train_gpt.Stopwatch(runtime.synchronize)
+trainer = train_gpt.Trainer(config, train_gpt.RunFolder(runtime), stopwatch, loader)
 generator = torch.Generator().manual_seed(1)
 with torch.no_grad():  # at the initial values half of the gradients are zero
     for p in trainer.model.parameters():
@@ -48,6 +47,26 @@ sys.stdout.flush()
 os._exit(0)  # gloo may abort a tidy end
 """
 
+# A model whose first layer runs twice, written as a user would write one.
+TWICE = """
+import train_gpt
+
+
+class Config(train_gpt.Config):
+    @classmethod
+    def model_class(cls):
+        return Twice
+
+
+class Twice(train_gpt.GPT):
+    def features(self, tokens_BT):
+        rotate = self.positions.rotation(tokens_BT.size(1), self.dtype)
+        x_BTD = x0_BTD = self.embed(tokens_BT)
+        for layer in (0, 0, 1):
+            x_BTD = self.blocks[layer](x_BTD, x0_BTD, rotate)
+        return self.norm(x_BTD + self.skip_weights[0].to(x_BTD.dtype) * x0_BTD)
+"""
+
 
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="needs a C++ compiler")
 def test_gradients_of_two_compiled_ranks_with_recurrence_equal_those_of_one_process(launch, tmp_path):
@@ -55,7 +74,8 @@ def test_gradients_of_two_compiled_ranks_with_recurrence_equal_those_of_one_proc
     others still need."""
     worker, found = tmp_path / "worker.py", {}
     worker.write_text(WORKER, encoding="utf-8")
-    model = {"NUM_LAYERS": 2, "LOOP_LAYERS": "0-0", "LOOP_PASSES": 2, "X0_MIX": 0, "MODEL_DIM": 256}
+    (tmp_path / "twice.py").write_text(TWICE, encoding="utf-8")
+    model = {"MODEL_FILE": tmp_path / "twice.py", "NUM_LAYERS": 2, "MODEL_DIM": 256}
     for ranks, knobs in ((1, {"COMPILE": 0, "GRAD_ACCUM_STEPS": 1}), (2, {"COMPILE": 1, "GRAD_ACCUM_STEPS": 2})):
         path = tmp_path / f"gradients{ranks}.pt"
         done = launch(

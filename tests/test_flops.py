@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from models import new_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt
-from train_gpt import GPT, Config
+from train_gpt import Config
 
 kernels = train_gpt.tool("kernels")
 
@@ -40,35 +41,19 @@ def counted(model, config, rows=2) -> float:
         {"num_kv_heads": 1},
         {"mlp_mult": 2.6},
         {"train_seq_len": 7},
-        {"parallel_from": 0, "xsa_layers": 3, "gated_skips": True, "rope_dims": 4, "ln_scale": True},
-        {"loop_layers": "1-2", "loop_passes": 3},
-        {"loop_layers": "0-0", "loop_passes": 2, "x0_mix": False},
     ],
     ids=str,
 )
 def test_flops_per_token_are_those_that_torch_counts(knobs):
     config = Config(**SHAPE | knobs)
-    model, totals = GPT(config, kernels.expanded_attention), set()
-    for looping in (False, bool(config.loop_layers)):
-        model.looping = looping
-        assert kernels.flops_per_token(model, config.train_seq_len) == counted(model, config)
-        totals.add(counted(model, config))
-    assert len(totals) == 1 + bool(config.loop_layers), "layers that run again count again"
-
-
-def test_what_the_gates_take_is_left_out():
-    """Twelve channels of an input: a product that is nothing beside the others."""
-    config = Config(**SHAPE, attn_gate=True, smear_gate=True)
-    model = GPT(config, kernels.expanded_attention)
-    gates = 6 * config.num_layers * config.num_heads * 12
-    smear = counted(model, config) - kernels.flops_per_token(model, config.train_seq_len) - gates
-    assert 0 <= smear <= 6 * 12, "one more row of twelve, if torch counts a product with a vector"
+    model = new_model(config, kernels.expanded_attention)
+    assert kernels.flops_per_token(model, config.train_seq_len) == counted(model, config)
 
 
 def test_the_default_model_takes_what_its_parameters_and_its_attention_say():
     """Of 17.06 M parameters 17.04 M multiply; at a length of 4,096 attention takes more than twice as much as they."""
     config = Config()
     with torch.device("meta"):
-        model = GPT(config)
+        model = new_model(config)
     matrices = 1024 * 512 + 9 * (2 * 512 * 512 + 2 * 512 * 256 + 2 * 512 * 1024)
     assert kernels.flops_per_token(model, 4096) == 6 * matrices + 12 * 4096 * 512 * 9

@@ -125,7 +125,7 @@ def test_auto_chooses_the_attention_of_the_chip(on_device):
 
 def test_every_attention_backend_that_runs_agrees_with_our_own(on_device):
     config, runtime = on_device()
-    expected = scatter(GPT(config, kernels.blocked_attention, torch.bfloat16).cuda())
+    expected = scatter(new_model(config, kernels.blocked_attention, torch.bfloat16).cuda())
     expected = losses_and_gradients(expected, expected, config)
     tried = []
     for name in ("flash3", "flash", "cudnn", "efficient", "math"):
@@ -134,7 +134,7 @@ def test_every_attention_backend_that_runs_agrees_with_our_own(on_device):
             attend, _ = kernels.choose_attention(config, runtime, compiled=False)
         except train_gpt.UserError:
             continue  # cuDNN and the others depend on the chip and the build; flash must be there (see above)
-        model = scatter(GPT(config, attend, torch.bfloat16).cuda())
+        model = scatter(new_model(config, attend, torch.bfloat16).cuda())
         assert_close_in_bf16(losses_and_gradients(model, model, config), expected)
         tried.append(name)
     assert {"flash", "math"} <= set(tried)
@@ -152,7 +152,7 @@ def test_every_attention_backend_that_runs_agrees_with_our_own(on_device):
 def test_compiled_equals_eager_at_a_real_size_with_and_without_recurrence(on_device, knobs):
     config, runtime = on_device(**REAL | knobs)
     attend, _ = kernels.choose_attention(config, runtime, compiled=True)
-    model = scatter(GPT(config, attend, torch.bfloat16).cuda())
+    model = scatter(new_model(config, attend, torch.bfloat16).cuda())
     torch._dynamo.reset()
     compiled, losses = torch.compile(model, dynamic=False, fullgraph=True), []
     for looping in (False, True) if config.loop_layers else (False,):
@@ -219,7 +219,7 @@ def test_a_capped_compiled_run_ends_before_its_cap_and_its_artifact_scores_the_s
     assert 0 < int(peak) <= int(reserved)
     assert result["val_bpb"] == pytest.approx(result["pre_quant_val_bpb"], rel=0.02)
     config = train_gpt.Config.load([], tiny(**settings))
-    model = GPT(config, kernels.blocked_attention)  # float32 on the CPU
+    model = new_model(config, kernels.blocked_attention)  # float32 on the CPU
     blob = (Path(tiny()["LOG_DIR"]) / "run" / "final_model.int8.ptz").read_bytes()
     model.load_state_dict(train_gpt.dequantize(train_gpt.unpack(blob), config))
     stream = train_gpt.TokenStream(config.data_path, "val", config.vocab_size)

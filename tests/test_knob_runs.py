@@ -1,6 +1,6 @@
-"""Knobs in whole runs: when the recurrence begins and what is compiled before, the average of the weights that is
-exported, a resumed run, two ranks, and an artifact that needs to be told nothing. Runs are made in this process by
-main(), except those of several ranks."""
+"""Knobs in whole runs: graphs that are compiled before the clock starts, the average of the weights that is exported, a
+resumed run, two ranks, and an artifact that needs to be told nothing. Runs are made in this process by main(), except
+those of several ranks."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import train_gpt
-from train_gpt import Evaluator, RunFolder, Stopwatch, TokenStream, Trainer, TrainLoader
+from train_gpt import Evaluator, Trainer
 
 kernels = train_gpt.tool("kernels")
 
@@ -22,21 +22,12 @@ checkpoint = train_gpt.tool("checkpoint")
 
 EVERYTHING = {
     "NUM_LAYERS": 3,
-    "MLP_SLOPE": 0.5,
     "MLP_MULT": 1.7,
-    "ROPE_DIMS": 4,
-    "LN_SCALE": 1,
-    "XSA_LAYERS": 2,
-    "ATTN_GATE": 1,
-    "GATED_SKIPS": 1,
-    "X0_MIX": 0,
-    "PARALLEL_FROM": 2,
-    "SMEAR_GATE": 1,
-    "LOOP_LAYERS": "0-1",
-    "LOOP_PASSES": 2,
-    "LOOP_START": 0.5,
+    "ROPE_BASE": 900,
+    "LOGIT_SOFTCAP": 25,
+    "TIE_EMBEDDINGS": 0,
+    "EVAL_STRIDE": 12,
     "MUON_WEIGHT_DECAY": 0.1,
-    "MUON_ROW_NORM": 1,
     "EMBED_WEIGHT_DECAY": 0.1,
     "LR_FLOOR": 0.1,
     "SCALAR_WEIGHT_DECAY": 0.1,
@@ -44,13 +35,6 @@ EVERYTHING = {
     "EMA_SHARE": 0.7,
     "LOADER": "shuffle",
     "GRAD_CLIP_NORM": 0.3,
-    "CODEC": "rans",
-    "WEIGHT_BITS": 6,
-    "EMBED_BITS": 7,
-    "CLIP_ATTN": 13,
-    "CLIP_MLP": 12,
-    "CLIP_EMBED": 15,
-    "GPTQ_BATCHES": 3,
 }
 
 
@@ -108,60 +92,7 @@ def raw_weights(monkeypatch):
     return seen
 
 
-# Depth recurrence
-
-
-@pytest.fixture
-def switch(monkeypatch):
-    """The state of the switch in each step of the training and in each validation."""
-    seen, step, warm_up, score = SimpleNamespace(), Trainer.step, Trainer.warm_up, Evaluator.score
-    seen.steps, seen.warm, seen.scores = [], [], []
-
-    def watched_step(self, *args):
-        seen.steps.append(self.model.looping)
-        return step(self, *args)
-
-    def watched_warm_up(self, *args):
-        warm_up(self, *args)
-        seen.warm, seen.steps = seen.steps, []
-
-    def watched_score(self, model, *args):
-        seen.scores.append(model.looping)
-        return score(self, model, *args)
-
-    monkeypatch.setattr(Trainer, "step", watched_step)
-    monkeypatch.setattr(Trainer, "warm_up", watched_warm_up)
-    monkeypatch.setattr(Evaluator, "score", watched_score)
-    return seen
-
-
-@pytest.mark.parametrize("start, plain_steps", [(0, 0), (0.35, 4), (0.4, 4), (0.45, 5), (1, 10)])
-def test_the_recurrence_begins_at_its_share_of_the_steps(go, switch, start, plain_steps):
-    run = go(ITERATIONS=10, LOOP_LAYERS="0-1", LOOP_START=start, WARMUP_STEPS=2, VAL_LOSS_EVERY=2)
-    assert switch.steps == [False] * plain_steps + [True] * (10 - plain_steps)
-    assert switch.warm == [False] * 2 * (start > 0) + [True] * 2, "each graph that will run is warmed up"
-    # Validations after 0, 2, 4, 6, 8 and 10 steps and of the artifact; the exported model always recurs.
-    during, after = switch.scores[:5], switch.scores[5:]
-    assert during == [2 * i >= plain_steps for i in range(5)] and after == [True, True]
-    assert run.losses[0] > run.losses[-1]
-
-
-def test_the_recurrence_begins_at_its_share_of_the_clock(go, switch, monkeypatch):
-    now, step = [0.0], Trainer.step
-
-    def timed(self, *args):
-        now[0] += 1.0
-        return step(self, *args)
-
-    monkeypatch.setattr(train_gpt.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(Trainer, "step", timed)
-    go(ITERATIONS=1000, MAX_WALLCLOCK_SECONDS=10, LOOP_LAYERS="1-1", LOOP_PASSES=2, LOOP_START=0.5, WARMUP_STEPS=2)
-    assert switch.steps == [False] * 5 + [True] * 4 and switch.scores == [True, True]  # a tenth would end at 10 s
-
-
-def test_without_the_recurrence_nothing_is_switched_and_warmed_up_twice(go, switch):
-    go(ITERATIONS=4, WARMUP_STEPS=2)
-    assert switch.steps == [False] * 4 and switch.warm == [False] * 2 and switch.scores == [False, False]
+# Compilation
 
 
 @pytest.fixture
@@ -180,8 +111,88 @@ def graphs(monkeypatch):
     torch._dynamo.reset()
 
 
-def test_both_graphs_are_compiled_before_the_clock_starts(go, graphs, monkeypatch):
-    """Not at the switch, where a compilation would cost a part of the training time."""
+# A model that changes in the middle of the run: from then on its second block runs, too.
+STAGED = """
+import train_gpt
+
+
+class Config(train_gpt.Config):
+    @classmethod
+    def model_class(cls):
+        return Staged
+
+
+class Staged(train_gpt.GPT):
+    graph_starts = (0.0, 0.5)
+    late = True
+
+    def advance(self, progress):
+        self.late = progress >= 0.5
+
+    def features(self, tokens_BT):
+        rotate = self.positions.rotation(tokens_BT.size(1), self.dtype)
+        x_BTD = x0_BTD = self.embed(tokens_BT)
+        x_BTD = self.blocks[0](x_BTD, x0_BTD, rotate)
+        y_BTD = self.blocks[1](x_BTD, x0_BTD, rotate)
+        x_BTD = y_BTD if self.late else x_BTD + 0 * y_BTD
+        return self.norm(x_BTD + self.skip_weights[0].to(x_BTD.dtype) * x0_BTD)
+"""
+
+
+@pytest.fixture
+def staged(tmp_path):
+    (tmp_path / "staged.py").write_text(STAGED, encoding="utf-8")
+    return tmp_path / "staged.py"
+
+
+@pytest.fixture
+def stages(monkeypatch):
+    """What the model is in each step of the training, of the warm-up, and in each validation."""
+    seen, step, warm_up, score = SimpleNamespace(), Trainer.step, Trainer.warm_up, Evaluator.score
+    seen.steps, seen.warm, seen.scores = [], [], []
+
+    def watched_step(self, *args):
+        seen.steps.append(self.model.late)
+        return step(self, *args)
+
+    def watched_warm_up(self, *args):
+        warm_up(self, *args)
+        seen.warm, seen.steps = seen.steps, []
+
+    def watched_score(self, model, *args, **options):
+        seen.scores.append(model.late)
+        return score(self, model, *args, **options)
+
+    monkeypatch.setattr(Trainer, "step", watched_step)
+    monkeypatch.setattr(Trainer, "warm_up", watched_warm_up)
+    monkeypatch.setattr(Evaluator, "score", watched_score)
+    return seen
+
+
+def test_a_model_advances_by_the_progress_of_the_steps(go, staged, stages):
+    run = go(MODEL_FILE=staged, ITERATIONS=10, WARMUP_STEPS=2, VAL_LOSS_EVERY=2)
+    assert stages.steps == [False] * 5 + [True] * 5
+    assert stages.warm == [False] * 2 + [True] * 2, "each graph that will run is warmed up"
+    # Validations after 0, 2, 4, 6, 8 and 10 steps and of the artifact; the exported model is as at the end.
+    assert stages.scores == [False, False, False, True, True, True, True]
+    assert run.losses[0] > run.losses[-1]
+
+
+def test_a_model_advances_by_the_progress_of_the_clock(go, staged, stages, monkeypatch):
+    now, step = [0.0], Trainer.step
+
+    def timed(self, *args):
+        now[0] += 1.0
+        return step(self, *args)
+
+    monkeypatch.setattr(train_gpt.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(Trainer, "step", timed)
+    go(MODEL_FILE=staged, ITERATIONS=1000, MAX_WALLCLOCK_SECONDS=10, WARMUP_STEPS=2)
+    assert stages.steps == [False] * 5 + [True] * 4 and stages.scores == [True, True]  # a tenth would end at 10 s
+
+
+def test_all_graphs_are_compiled_before_the_clock_starts(go, staged, graphs, monkeypatch):
+    """Not in the middle of the run, where a compilation would cost a part of the training time."""
     before, warm_up = [], Trainer.warm_up
 
     def watched_warm_up(self, *args):
@@ -189,28 +200,15 @@ def test_both_graphs_are_compiled_before_the_clock_starts(go, graphs, monkeypatc
         before.append(len(graphs))
 
     monkeypatch.setattr(Trainer, "warm_up", watched_warm_up)
-    go(
-        **EVERYTHING
-        | {
-            "NUM_LAYERS": 2,
-            "LOOP_LAYERS": "1-1",
-            "LOOP_PASSES": 2,
-            "ITERATIONS": 4,
-            "WARMUP_STEPS": 1,
-            "VAL_LOSS_EVERY": 1,
-        }
-    )
-    assert before[0] >= 4, "of a training step and of a validation, without and with the recurrence"
+    knobs = EVERYTHING | {"NUM_LAYERS": 2, "ITERATIONS": 4, "WARMUP_STEPS": 1, "VAL_LOSS_EVERY": 1}
+    go(MODEL_FILE=staged, **knobs)
+    assert before[0] >= 4, "of a training step and of a validation, early and late"
     assert len(graphs) == before[0], "something was compiled during the run"
 
 
 def test_fitting_the_memory_compiles_nothing_but_what_the_training_uses(make_config, runtime, graphs):
     """A graph for inputs and targets that are one tensor is of no use to any step, and takes a GPU as long as any."""
-    config = make_config()
-    loader = TrainLoader(TokenStream(config.data_path, "train", config.vocab_size), config, runtime, 1)
-    folder = RunFolder(runtime)
-    hooks = train_gpt.Hooks(config, folder)
-    trainer = Trainer(config, runtime, folder, Stopwatch(runtime.synchronize), loader, hooks)
+    trainer = models.build_trainer(make_config(), runtime)
     checkpoint.fit_memory(trainer)
     assert len(graphs) == 1
     trainer.step(1.0, 0.9)
@@ -261,8 +259,6 @@ def test_the_average_leaves_the_training_alone(go):
         ("MUON_WEIGHT_DECAY", "x"),
         ("EMBED_WEIGHT_DECAY", -1),
         ("SCALAR_WEIGHT_DECAY", -1),
-        ("MUON_ROW_NORM", 2),
-        ("MUON_ROW_NORM", "x"),
     ],
 )
 def test_bad_values_are_user_errors_that_name_the_knob(make_config, name, value):
@@ -285,34 +281,31 @@ def score_again(corpus, folder, artifact, capsys, **knobs) -> list[str]:
 
 
 def test_an_artifact_of_everything_is_scored_again_without_being_told(go, corpus, tmp_path, capsys, monkeypatch):
-    """The final validation sees what is exported: the average, and with the recurrence, even if it never began."""
+    """The final validation sees what is exported: the average."""
     monkeypatch.setattr(train_gpt, "INT8_MIN_NUMEL", 500)  # so that small tensors are rounded
     defaults = {name: field.default for name, field in train_gpt.Config.knobs().items()}
     assert all(value != defaults[name] for name, value in EVERYTHING.items()), "a default would prove nothing"
-    for name, knobs in {"begun": {}, "never": {"LOOP_START": 1}}.items():
-        run = go(RUN_ID=name, **EVERYTHING | knobs)
-        (artifact,) = run.path.glob("final_model.*.ptz")
-        assert artifact.name == "final_model.rans.ptz" and run.result["val_loss"] != run.result["pre_quant_val_loss"]
-        assert "\nfinal_int6_rans_roundtrip_exact val_loss:" in run.log
-        again = score_again(corpus, tmp_path / "again", artifact, capsys)
-        assert again == [f"{run.result[key]:.8f}" for key in ("val_loss", "val_bpb")]
-        told = [name for name in train_gpt.Config.told_knobs() if name not in ("CODEC", "WEIGHT_BITS")]
-        given = models.tiny_settings(corpus) | EVERYTHING
-        shape = {name: given[name] for name in told if name in given}
-        again = score_again(corpus, tmp_path / "again", run.path / "final_model.pt", capsys, **shape)
-        assert again == [f"{run.result[key]:.8f}" for key in ("pre_quant_val_loss", "pre_quant_val_bpb")]
+    run = go(**EVERYTHING)
+    artifact = run.path / "final_model.int8.ptz"
+    assert run.result["val_loss"] != run.result["pre_quant_val_loss"]
+    again = score_again(corpus, tmp_path / "again", artifact, capsys)
+    assert again == [f"{run.result[key]:.8f}" for key in ("val_loss", "val_bpb")]
+    given = models.tiny_settings(corpus) | EVERYTHING
+    shape = {name: given[name] for name in models.artifact_knobs() if name in given}
+    again = score_again(corpus, tmp_path / "again", run.path / "final_model.pt", capsys, **shape)
+    assert again == [f"{run.result[key]:.8f}" for key in ("pre_quant_val_loss", "pre_quant_val_bpb")]
     values = models.machine_settings(corpus, MODE="sample", ARTIFACT=artifact, LOG_DIR=tmp_path, SAMPLE_PROMPT="the")
     assert models.call_main(values | {"SAMPLE_TOKENS": "8"}) == 0
 
 
 def test_a_run_of_everything_goes_on_as_if_it_had_not_been_stopped(go, monkeypatch):
-    """Before and after the recurrence begins (at step 4 of 8), twice in one run."""
+    """Early and late, twice in one run."""
     monkeypatch.setattr(train_gpt, "INT8_MIN_NUMEL", 500)
     knobs = EVERYTHING | {"ITERATIONS": 8, "VAL_LOSS_EVERY": 3}
     whole, step, cuts = go(RUN_ID="whole", **knobs), Trainer.step, [2, 6]
 
     def disturbed(self, *args):
-        if self.hooks.patient and cuts and self.steps + 1 == cuts[0]:
+        if self.checkpoints.in_training and cuts and self.steps + 1 == cuts[0]:
             cuts.pop(0)
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self, *args)
@@ -329,7 +322,7 @@ def test_a_run_of_everything_goes_on_as_if_it_had_not_been_stopped(go, monkeypat
 
 
 def test_two_ranks_train_everything_as_one_process(go, launch, corpus, tmp_path):
-    """The reduction over ranks waits for the gradient of every parameter, before and after the recurrence begins."""
+    """The reduction over ranks waits for the gradient of every parameter."""
     values = models.tiny_settings(
         corpus,
         **EVERYTHING | {"LOG_DIR": tmp_path / "logs", "ITERATIONS": 6, "WARMUP_STEPS": 1, "VAL_TOKENS_LIMIT": 200},
@@ -342,7 +335,7 @@ def test_two_ranks_train_everything_as_one_process(go, launch, corpus, tmp_path)
         assert two.result[name] == pytest.approx(one.result[name], abs=1e-4), name
 
 
-# The clock that GPTQ needs
+# The clock that a calibration of the export needs
 
 
 def test_the_warmdown_ends_where_the_calibration_begins(go, monkeypatch):
@@ -358,9 +351,3 @@ def test_the_warmdown_ends_where_the_calibration_begins(go, monkeypatch):
     monkeypatch.setattr(Trainer, "plan", planned)
     run = go(ITERATIONS=10**6, MAX_WALLCLOCK_SECONDS=1.2, WARMDOWN_FRAC=1, WARMUP_STEPS=0, TRAIN_LOG_EVERY=0)
     assert run.result["seconds"]["training"] < 0.9 and scales[-1] < 0.1 and scales[0] <= 0.51
-
-
-def test_a_calibration_that_would_take_the_whole_clock_is_refused(corpus, tmp_path, capsys):
-    values = models.tiny_settings(corpus, LOG_DIR=tmp_path, GPTQ_BATCHES=10**6, MAX_WALLCLOCK_SECONDS=1)
-    assert models.call_main(values) == 2
-    assert re.search(r"error: GPTQ_BATCHES=1000000 takes \d+ s, the whole clock: use fewer", capsys.readouterr().err)

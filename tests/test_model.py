@@ -10,10 +10,11 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from models import new_model
 from torch import nn
 
 import train_gpt
-from train_gpt import GPT, UserError, grouped_attention, rope_tables, rotate
+from train_gpt import UserError, grouped_attention, rope_tables, rotate
 
 kernels = train_gpt.tool("kernels")
 
@@ -120,7 +121,7 @@ def slow_logits(w, tokens_T, config):
 )
 def test_losses_logits_and_gradients_equal_the_slow_reference(make_config, attend, shape):
     config = make_config(**shape)
-    model = scatter(GPT(config, attend))
+    model = scatter(new_model(config, attend))
     tokens = random_tokens(config, batch=2, length=11)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     w = {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
@@ -142,7 +143,7 @@ def test_losses_logits_and_gradients_equal_the_slow_reference(make_config, atten
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_default_model_has_the_reference_names_shapes_and_count(tied):
-    model = GPT(train_gpt.Config(tie_embeddings=tied))
+    model = new_model(train_gpt.Config(tie_embeddings=tied))
     D, F, KV = 512, 1024, 256
     expected = {"tok_emb.weight": (1024, D), "skip_weights": (4, D)} | ({} if tied else {"lm_head.weight": (1024, D)})
     for i in range(9):
@@ -172,14 +173,14 @@ def test_untrained_loss_is_log_of_the_vocabulary(make_config, tied, tolerance):
     config = make_config(TIE_EMBEDDINGS=tied)
     tokens = random_tokens(config, batch=8, length=33)
     with torch.no_grad():
-        loss = GPT(config)(tokens[:, :-1], tokens[:, 1:]).mean()
+        loss = new_model(config)(tokens[:, :-1], tokens[:, 1:]).mean()
     assert float(loss) == pytest.approx(math.log(config.vocab_size), abs=tolerance)
 
 
 def test_losses_are_those_of_a_probability_distribution(make_config):
     """Summed over every possible target, exp(-loss) is 1 at every position."""
     config = make_config()
-    model, V = scatter(GPT(config)), config.vocab_size
+    model, V = scatter(new_model(config)), config.vocab_size
     inputs = random_tokens(config, batch=1, length=6).expand(V, -1)
     targets = torch.arange(V)[:, None].expand(-1, 6)
     with torch.no_grad():
@@ -190,7 +191,7 @@ def test_losses_are_those_of_a_probability_distribution(make_config):
 @pytest.mark.parametrize("attend", SHORT_ATTENTIONS)
 def test_no_gradient_comes_from_the_future_and_all_the_past_is_seen(make_config, attend):
     config, length = make_config(), 11
-    model, seen = scatter(GPT(config, attend)), []
+    model, seen = scatter(new_model(config, attend)), []
     model.tok_emb.register_forward_hook(lambda module, args, output: seen.append(output))
     logits = model(random_tokens(config, batch=1, length=length))
     for t in range(length):
@@ -202,7 +203,7 @@ def test_no_gradient_comes_from_the_future_and_all_the_past_is_seen(make_config,
 @pytest.mark.parametrize("attend", SHORT_ATTENTIONS)
 def test_a_changed_token_moves_no_earlier_logit_or_loss(make_config, attend):
     config, length = make_config(), 11
-    model = scatter(GPT(config, attend))
+    model = scatter(new_model(config, attend))
     tokens = random_tokens(config, batch=2, length=length + 1)
     with torch.no_grad():
         losses, logits = model(tokens[:, :-1], tokens[:, 1:]), model(tokens[:, :-1])
@@ -219,7 +220,7 @@ def test_a_changed_token_moves_no_earlier_logit_or_loss(make_config, attend):
 
 def test_shorter_sequences_than_the_tables_give_the_same_prefix(make_config):
     config = make_config()
-    model, tokens = scatter(GPT(config)), random_tokens(config, batch=2, length=32)
+    model, tokens = scatter(new_model(config)), random_tokens(config, batch=2, length=32)
     torch.testing.assert_close(model(tokens[:, :7]), model(tokens)[:, :7], rtol=1e-5, atol=1e-5)
 
 
@@ -237,9 +238,10 @@ def test_rope_tables_are_float64_to_fp32_rounding_and_tell_all_positions_apart()
 
 
 def test_a_bf16_model_keeps_its_rope_tables_in_fp32(make_config):
-    model = GPT(make_config(TRAIN_SEQ_LEN=1024, TRAIN_BATCH_TOKENS=1024), dtype=torch.bfloat16)
+    model = new_model(make_config(TRAIN_SEQ_LEN=1024, TRAIN_BATCH_TOKENS=1024), grouped_attention, torch.bfloat16)
     cos, sin = rope_tables(1024, 8, 10_000.0)
-    assert torch.equal(model.cos.view_as(cos), cos) and torch.equal(model.sin.view_as(sin), sin)
+    tables = model.positions
+    assert torch.equal(tables.cos.view_as(cos), cos) and torch.equal(tables.sin.view_as(sin), sin)
 
 
 def test_rotation_keeps_norms_and_makes_products_depend_on_the_distance_only():
@@ -288,7 +290,7 @@ def named(model, *endings):
 
 @pytest.mark.parametrize("tied, std", [(1, 0.005), (0, 1.0)])
 def test_initial_values_follow_the_rules(make_config, tied, std):
-    model = GPT(make_config(TIE_EMBEDDINGS=tied, MODEL_DIM=128, QK_GAIN_INIT=2.5))
+    model = new_model(make_config(TIE_EMBEDDINGS=tied, MODEL_DIM=128, QK_GAIN_INIT=2.5))
     (embedding,) = named(model, "tok_emb")
     assert float(embedding.std()) == pytest.approx(std, rel=0.03) and abs(float(embedding.mean())) < 0.03 * std
     assert float(embedding.abs().max()) > 3.5 * std, "normal, not uniform"
@@ -304,7 +306,7 @@ def test_initial_values_follow_the_rules(make_config, tied, std):
         assert (w[0] == 1).all() and (w[1] == 0).all()
     for w in named(model, "q_gain"):
         assert (w == 2.5).all()
-    stds = named(GPT(make_config(TIED_EMBED_INIT_STD=0.5)), "tok_emb")[0].std()
+    stds = named(new_model(make_config(TIED_EMBED_INIT_STD=0.5)), "tok_emb")[0].std()
     assert float(stds) == pytest.approx(0.5, rel=0.03)
 
 
@@ -312,7 +314,7 @@ def test_initial_weights_depend_on_the_seed_and_on_nothing_else(make_config):
     states = []
     for seed, disturb in ((1, 0), (1, 99), (2, 0)):
         torch.manual_seed(disturb)
-        states.append(GPT(make_config(SEED=seed)).state_dict())
+        states.append(new_model(make_config(SEED=seed)).state_dict())
     first, same, other = states
     assert all(torch.equal(first[name], same[name]) for name in first)
     drawn = [name for name in first if first[name].unique().numel() > 2]
@@ -321,9 +323,9 @@ def test_initial_weights_depend_on_the_seed_and_on_nothing_else(make_config):
 
 
 def test_a_parameter_without_an_initialisation_rule_raises(make_config):
-    model = GPT(make_config())
+    model = new_model(make_config())
     model.blocks[1].mystery = nn.Parameter(torch.zeros(3))
-    with pytest.raises(UserError, match=r"GPT.PARAMETERS has no row blocks\.mystery for blocks\.1\.mystery: add one"):
+    with pytest.raises(UserError, match=r"GPT.PARAMETERS has no rule blocks\.mystery for blocks\.1\.mystery: add one"):
         model.init_weights(make_config())
 
 
@@ -333,7 +335,7 @@ def test_bf16_is_close_to_float32_and_loss_and_gradients_stay_fp32(make_config, 
     tokens = random_tokens(config, batch=4, length=33)
     losses, grads = [], []
     for dtype in (torch.float32, torch.bfloat16):
-        model = scatter(GPT(config, attend, dtype))
+        model = scatter(new_model(config, attend, dtype))
         losses.append(model(tokens[:, :-1], tokens[:, 1:]))
         losses[-1].mean().backward()
         grads.append({name: p.grad for name, p in model.named_parameters()})
@@ -348,7 +350,7 @@ def test_bf16_is_close_to_float32_and_loss_and_gradients_stay_fp32(make_config, 
 
 def test_logits_stay_within_the_softcap(make_config):
     config = make_config(LOGIT_SOFTCAP=7)
-    model = scatter(GPT(config))
+    model = scatter(new_model(config))
     with torch.no_grad():
         model.tok_emb.weight.mul_(50)
         logits = model(random_tokens(config, batch=2, length=16))
@@ -378,8 +380,8 @@ def test_each_attention_backend_on_the_cpu_works_or_is_a_user_error(make_config,
     assert note.startswith(f"attention:{chosen} by {attend.__name__}")
     enabled = [switch for switch in SWITCHES if getattr(torch.backends.cuda, f"{switch}_sdp_enabled")()]
     assert enabled == (list(SWITCHES) if chosen == "blocked" else [chosen]), "our own kernel needs no switch"
-    model, tokens = scatter(GPT(config, attend)), random_tokens(config, batch=2, length=9)
-    other = scatter(GPT(config, kernels.blocked_attention))
+    model, tokens = scatter(new_model(config, attend)), random_tokens(config, batch=2, length=9)
+    other = scatter(new_model(config, kernels.blocked_attention))
     torch.testing.assert_close(model(tokens), other(tokens), rtol=1e-5, atol=1e-5)
 
 
@@ -469,7 +471,7 @@ def gpu(make_config, monkeypatch):
             device=torch.device("cuda"),
             dtype=torch.bfloat16,
             world_size=2 if others else 1,
-            sum=lambda ours: [a + b for a, b in zip(ours, theirs, strict=True)],
+            all_reduce=lambda ours: [a + b for a, b in zip(ours, theirs, strict=True)],
         )
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(kernels, "prove_attention", prove)
@@ -548,7 +550,7 @@ def test_attention_is_proved_and_timed_with_the_shapes_and_strides_of_the_model(
         y.requires_grad and y.register_hook(lambda dy: seen[-1].append((dy.shape, dy.stride())))
         return y
 
-    losses = GPT(config, attend)(*(random_tokens(config, batch=3, length=32),) * 2)
+    losses = new_model(config, attend)(*(random_tokens(config, batch=3, length=32),) * 2)
     model, seen[:] = seen[:], []
     getattr(kernels, function)(attend, config, runtime, 3)
     if function == "time_attention":  # what comes back from the output projection
@@ -592,7 +594,7 @@ def test_compiled_code_that_is_kept_does_not_bring_back_another_backend():
 @pytest.mark.parametrize("attend", [kernels.blocked_attention, kernels.expanded_attention])
 def test_the_whole_model_traces_into_one_graph_with_equal_losses_and_gradients(make_config, attend):
     config = make_config(NUM_LAYERS=3)
-    model, graphs = scatter(GPT(config, attend)), []
+    model, graphs = scatter(new_model(config, attend)), []
 
     def backend(graph, examples):
         graphs.append(graph)
@@ -627,7 +629,7 @@ def test_flash_attention_3_is_one_graph_with_the_model(make_config, runtime, mon
     config = make_config(ATTENTION="flash3")
     attend, note = kernels.choose_attention(config, runtime, compiled=False)
     assert note == "attention:flash3 by flash3_attention" and calls == [True]
-    models = [GPT(config, attend), GPT(config, kernels.blocked_attention)]
+    models = [new_model(config, attend), new_model(config, kernels.blocked_attention)]
     tokens = torch.randint(config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
     for model in models:
         scatter_ = torch.Generator().manual_seed(1)

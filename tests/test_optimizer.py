@@ -1,5 +1,5 @@
-"""Optimizer: the partition of the parameters, Adam's settings, Newton-Schulz and Muon against float64 references, decay
-and normalised rows, ranks that share the work, a state that survives being saved."""
+"""Optimizer: the partition of the parameters, Adam's settings, Newton-Schulz and Muon against float64 references, decay,
+ranks that share the work, a state that survives being saved."""
 
 import copy
 import io
@@ -7,10 +7,11 @@ import threading
 
 import pytest
 import torch
+from models import new_model, parameter_groups
 from torch import nn
 
 import train_gpt
-from train_gpt import GPT, Muon, UserError, newton_schulz, parameter_groups
+from train_gpt import Muon, UserError, newton_schulz
 
 kernels = train_gpt.tool("kernels")
 
@@ -23,10 +24,11 @@ def randn(*shape, seed=0, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("tied", [1, 0])
-def test_every_parameter_is_in_the_one_group_of_the_design(make_config, tied):
-    model = GPT(make_config(TIE_EMBEDDINGS=tied, NUM_LAYERS=3))
+def test_every_parameter_is_in_the_one_group_of_the_design(make_config, runtime, tied):
+    config = make_config(TIE_EMBEDDINGS=tied, NUM_LAYERS=3)
+    model = new_model(config)
     names = {p: name for name, p in model.named_parameters()}
-    groups = {kind: [names[p] for p in group] for kind, group in parameter_groups(model).items()}
+    groups = {kind: [names[p] for p in group] for kind, group in parameter_groups(model, config, runtime).items()}
     assert sorted(name for group in groups.values() for name in group) == sorted(names.values())
     assert groups["embed"] == ["tok_emb.weight"] and groups["head"] == ([] if tied else ["lm_head.weight"])
     matrices = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.proj", "mlp.fc", "mlp.proj")
@@ -35,12 +37,12 @@ def test_every_parameter_is_in_the_one_group_of_the_design(make_config, tied):
 
 
 @pytest.mark.parametrize("shape, in_block", [((4,), True), ((4, 4), False), ((2, 4, 4), True)])
-def test_a_parameter_that_no_group_covers_raises(make_config, shape, in_block):
-    model = GPT(make_config())
+def test_a_parameter_that_no_group_covers_raises(make_config, runtime, shape, in_block):
+    model = new_model(make_config())
     owner = model.blocks[0] if in_block else model
     owner.mystery = nn.Parameter(torch.zeros(shape))
-    with pytest.raises(UserError, match=r"GPT.PARAMETERS has no row .*mystery for .*mystery: add one"):
-        parameter_groups(model)
+    with pytest.raises(UserError, match=r"GPT.PARAMETERS has no rule .*mystery for .*mystery: add one"):
+        model.optimizers(make_config(), runtime)
 
 
 @pytest.mark.parametrize("tied", [1, 0])
@@ -58,7 +60,7 @@ def test_each_group_gets_its_own_rate_and_the_common_settings(make_config, runti
         MUON_MOMENTUM=0.7,
         MUON_BACKEND_STEPS=3,
     )
-    model = GPT(config)
+    model = new_model(config)
     adam, muon = model.optimizers(config, runtime)
     rates = {p: group["lr"] for optimizer in (adam, muon) for group in optimizer.param_groups for p in group["params"]}
     assert len(rates) == len(list(model.parameters()))
@@ -78,7 +80,7 @@ def test_each_group_gets_its_own_rate_and_the_common_settings(make_config, runti
 
 def test_adam_steps_equal_its_formula(make_config, runtime):
     config = make_config(BETA1=0.8, BETA2=0.9, ADAM_EPS=1e-3, SCALAR_LR=0.04, TIED_EMBED_LR=0.02)
-    model = GPT(config)
+    model = new_model(config)
     adam = model.optimizers(config, runtime)[0]
     cases = [(model.tok_emb.weight, 0.02), (model.blocks[0].attn_scale, 0.04), (model.blocks[1].attn.q_gain, 0.04)]
     references = [(p.detach().double(), torch.zeros_like(p).double(), torch.zeros_like(p).double()) for p, _ in cases]
@@ -164,11 +166,10 @@ def uneven(*shape, seed):
     return randn(*shape, seed=seed) * torch.logspace(-2, 2, shape[0])[:, None]
 
 
-@pytest.mark.parametrize("row_norm", [0, 1])
 @pytest.mark.parametrize("decay", [0, 0.3])
-def test_muon_with_decay_and_row_norm_equals_the_formulas(make_config, runtime, row_norm, decay):
-    config = make_config(MATRIX_LR=0.05, MUON_WEIGHT_DECAY=decay, MUON_ROW_NORM=row_norm, NUM_LAYERS=1)
-    model = GPT(config)
+def test_muon_with_decay_equals_the_formulas(make_config, runtime, decay):
+    config = make_config(MATRIX_LR=0.05, MUON_WEIGHT_DECAY=decay, NUM_LAYERS=1)
+    model = new_model(config)
     muon = model.optimizers(config, runtime)[1]
     (group,) = muon.param_groups
     with torch.no_grad():
@@ -183,30 +184,13 @@ def test_muon_with_decay_and_row_norm_equals_the_formulas(make_config, runtime, 
             p.grad = uneven(*p.shape, seed=100 * t + i) * 10.0**-t
             momenta[i] = mu * momenta[i] + p.grad.double()
             u = p.grad.double() + mu * momenta[i]
-            if row_norm:
-                u = u / u.square().sum(1, keepdim=True).sqrt()
             shape_factor = max(1, p.size(0) / p.size(1)) ** 0.5
             weights[i] = (1 - lr * decay) * weights[i] - lr * shape_factor * orthogonalised(u)
         muon.step()
         for i, (p, w) in enumerate(zip(group["params"], weights, strict=True)):
             torch.testing.assert_close(p.detach().double(), w, rtol=1e-5, atol=2e-5, msg=lambda m, i=i: f"{i}: {m}")
-            # The rows of the update are normalised, never the momentum that is kept.
             kept = muon.state[p]["momentum_buffer"].double()
             assert ((kept - momenta[i]).abs() <= 1e-6 * momenta[i].norm(dim=1, keepdim=True)).all()
-
-
-def test_row_norm_makes_rows_of_any_size_count_the_same(runtime):
-    """Without it a row a million times smaller is not moved; and a row of zeros stays where it is."""
-    moved = {}
-    for row_norm in (False, True):
-        p = nn.Parameter(torch.zeros(8, 16))
-        p.grad = randn(8, 16, seed=1)
-        p.grad[3] *= 1e-6
-        p.grad[5] = 0
-        Muon([p], lr=1.0, momentum=0.9, steps=5, runtime=runtime, row_norm=row_norm).step()
-        assert p.isfinite().all() and (p[5] == 0).all()
-        moved[row_norm] = p.detach()[3].norm()
-    assert moved[False] < 1e-2 and moved[True] > 0.5
 
 
 @pytest.mark.parametrize("tied", [1, 0])
@@ -224,11 +208,8 @@ def test_decay_of_embedding_head_and_vectors_is_that_of_adamw(make_config, runti
         BETA2=0.9,
         ADAM_EPS=1e-3,
         MUON_WEIGHT_DECAY=0.9,
-        GATED_SKIPS=1,
-        ATTN_GATE=1,
-        SMEAR_GATE=1,
     )
-    model = GPT(config)
+    model = new_model(config)
     with torch.no_grad():
         for i, p in enumerate(model.parameters()):
             p.add_(randn(*p.shape, seed=i))
@@ -239,7 +220,7 @@ def test_decay_of_embedding_head_and_vectors_is_that_of_adamw(make_config, runti
         "head": (0.03, embed_decay),
         "scalar": (0.04, scalar_decay),
     }
-    groups = parameter_groups(wide)
+    groups = parameter_groups(wide, config, runtime)
     reference = torch.optim.AdamW(
         [
             {"params": groups[name], "lr": lr, "weight_decay": decay}
@@ -258,7 +239,7 @@ def test_decay_of_embedding_head_and_vectors_is_that_of_adamw(make_config, runti
             for group, lr in zip(optimizer.param_groups, base, strict=True):
                 group["lr"] = lr * scale
             optimizer.step()
-    before = GPT(config)
+    before = new_model(config)
     for (name, p), q, r in zip(model.named_parameters(), wide.parameters(), before.parameters(), strict=True):
         torch.testing.assert_close(p.detach().double(), q.detach(), rtol=1e-5, atol=1e-6, msg=lambda m, n=name: n + m)
         assert not torch.equal(p, r), name
@@ -301,7 +282,7 @@ class Ranks:
             thread.join()
 
 
-@pytest.mark.parametrize("extra", [{}, {"row_norm": True, "weight_decay": 0.5}], ids=["plain", "decay and row norm"])
+@pytest.mark.parametrize("extra", [{}, {"weight_decay": 0.5}], ids=["plain", "decay"])
 def test_three_ranks_equal_one_and_each_momentum_lives_on_one_rank(runtime, monkeypatch, extra):
     def fresh():
         return [nn.Parameter(randn(*shape, seed=i)) for i, shape in enumerate(SHAPES)]
@@ -339,13 +320,13 @@ def test_saved_and_loaded_optimizers_continue_bit_for_bit(make_config, runtime):
             for optimizer in optimizers:
                 optimizer.step()
 
-    model = GPT(config, kernels.blocked_attention)
+    model = new_model(config, kernels.blocked_attention)
     optimizers = model.optimizers(config, runtime)
     steps(model, optimizers, first=0)
     buffer = io.BytesIO()
     torch.save([part.state_dict() for part in (model, *optimizers)], buffer)
     buffer.seek(0)
-    resumed = GPT(make_config(SEED=5), kernels.blocked_attention)
+    resumed = new_model(make_config(SEED=5), kernels.blocked_attention)
     resumed_optimizers = resumed.optimizers(config, runtime)
     for part, state in zip((resumed, *resumed_optimizers), torch.load(buffer, weights_only=True), strict=True):
         part.load_state_dict(state)

@@ -137,11 +137,11 @@ def environments(draw):
 
 def assert_reads_back(config: Config):
     """As an environment, and as the config.env that a run writes."""
-    texts, shown = config.texts(), {name: getattr(config, name) for name in HIDDEN}
+    texts, shown = config.as_env(), {name: getattr(config, name) for name in HIDDEN}
     assert all(KNOBS.keys() >= {name} and type(text) is str for name, text in texts.items())
     again = Config.load([], texts)
     assert dataclasses.replace(again, **shown) == config
-    assert again.texts() == texts
+    assert again.as_env() == texts
 
 
 @settings(CHECKED, max_examples=500)
@@ -224,7 +224,7 @@ VALUES = st.text(st.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp")), max
 
 
 @CHECKED
-@given(values=st.fixed_dictionaries({"DATA_PATH": VALUES, "SAMPLE_PROMPT": VALUES, "TOKENIZER_PATH": VALUES}))
+@given(values=st.fixed_dictionaries({"DATA_PATH": VALUES, "LOG_DIR": VALUES, "TOKENIZER_PATH": VALUES}))
 def test_quoted_values_are_taken_to_the_letter(tmp_path_factory, values):
     assume(not any({"'", '"'} <= set(text) for text in values.values()))
     path = tmp_path_factory.getbasetemp() / "quoted.env"
@@ -258,7 +258,7 @@ def artifact():
     config = tiny_config()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_gpt, "INT8_MIN_NUMEL", 20)
-        packed = train_gpt.quantize(train_gpt.GPT(config).state_dict(), config)
+        packed = train_gpt.Coder(config).quantize(models.new_model(config).state_dict())
     assert packed["quantized"] and packed["passthrough"]
     blob = models.seal(models.torch_bytes(packed))
     state, told, config_class = evaluate.read_model(blob, "file")
@@ -379,10 +379,10 @@ def test_an_artifact_of_strange_parts(artifact, data):
 def saved():
     """(bytes, configuration, facts): of no training, but with everything in its place."""
     config, facts = tiny_config(), {"train_gpt.py": "0123", "training tokens": "99"}
-    model = train_gpt.GPT(config)
+    model = models.new_model(config)
     state = {
         "format": checkpoint.CHECKPOINT_FORMAT,
-        "knobs": config.texts() | facts,
+        "knobs": config.as_env() | facts,
         "model": model.state_dict(),
         "optimizer": {name: {"momentum_buffer": p.detach()} for name, p in model.named_parameters()},
         "rng": [{"cpu": torch.get_rng_state()[:64]}],

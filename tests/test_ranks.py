@@ -112,7 +112,7 @@ step, write = train_gpt.Trainer.step, checkpoint.write_checkpoint
 
 def disturbed(self, *args):
     for *when, number, to_launcher in faults:
-        if when == [restarts, rank, self.steps + 1] and self.hooks.patient:
+        if when == [restarts, rank, self.steps + 1] and self.checkpoints.in_training:
             os.kill(os.getppid() if to_launcher else os.getpid(), number)
     time.sleep(float(os.environ.get("SLOW_STEP", 0)))
     return step(self, *args)

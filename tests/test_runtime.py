@@ -17,11 +17,13 @@ import pytest
 import torch
 
 import train_gpt
-from train_gpt import RunFolder, Runtime, Stopwatch, UserError
+from train_gpt import Runtime, Stopwatch, UserError
 
 kernels = train_gpt.tool("kernels")
 
 checkpoint = train_gpt.tool("checkpoint")
+RunFolder = checkpoint.RunFolder
+BOTH = pytest.mark.parametrize("kind", [train_gpt.RunFolder, RunFolder], ids=["the script alone", "with its tools"])
 ROOT = Path(train_gpt.__file__).resolve().parent
 SCRIPT = ROOT / "train_gpt.py"
 TOOLS = [ROOT / "tools" / f"{name}.py" for name in ("check", "checkpoint", "evaluate", "sample")]
@@ -52,7 +54,15 @@ def folder(runtime):
 
 
 def fake_runtime(kind="cpu", is_master=True):
-    return SimpleNamespace(device=torch.device(kind), is_master=is_master, share=lambda value: value)
+    return SimpleNamespace(device=torch.device(kind), is_master=is_master, broadcast=lambda value: value)
+
+
+def name_folder(folder, config):
+    """Without a look at what may be in it already."""
+    if type(folder) is RunFolder:
+        folder.locate(config)
+    else:
+        folder.choose(config, None, {})
 
 
 def contents(path: Path) -> dict:
@@ -78,9 +88,9 @@ def test_one_process(runtime):
     assert (runtime.rank, runtime.world_size, runtime.is_master) == (0, 1, True)
     assert (runtime.device, runtime.dtype) == (torch.device("cpu"), torch.float32)
     value = object()
-    assert runtime.share(value) is value
+    assert runtime.broadcast(value) is value
     values = [2.0**53 + 2, 0.1, -(2.0**-60)]  # float32 would round all three
-    assert runtime.sum(values) == values
+    assert runtime.all_reduce(values) == values
     runtime.synchronize()
 
 
@@ -137,7 +147,7 @@ def test_device_auto_prefers_an_accelerator(make_config, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert Runtime(make_config(DEVICE="auto"), {}).device.type == "mps"
-    with pytest.raises(UserError, match="WORLD_SIZE=2.*use one process"):
+    with pytest.raises(UserError, match="WORLD_SIZE=2: use one process"):
         Runtime(make_config(DEVICE="mps"), {"WORLD_SIZE": "2"} | MEETING_PLACE)
 
 
@@ -156,10 +166,11 @@ def test_dtype_auto_follows_the_hardware(make_config, monkeypatch, has_test, exp
 # Run folder
 
 
-def test_folder_gets_everything_that_was_said(folder, make_config, capsys):
-    config = make_config(SEED=7)
+@BOTH
+def test_folder_gets_everything_that_was_said(runtime, make_config, capsys, kind):
+    config, folder = make_config(SEED=7), kind(runtime)
     folder.log("early \u6d77")
-    folder.locate(config)
+    name_folder(folder, config)
     assert not list(Path(config.log_dir).glob("*")), "to name it is not to make it"
     folder.create(config, {"train_gpt.py": b"the code"})
     folder.log("late")
@@ -207,23 +218,25 @@ def test_folder_that_cannot_be_made(folder, make_config, tmp_path):
     assert (tmp_path / "file").read_text() == "in the way" and folder.file is None
 
 
-def test_run_without_a_name_gets_that_of_rank_0(make_config):
+@BOTH
+def test_run_without_a_name_gets_that_of_rank_0(make_config, kind):
     config = make_config(RUN_ID="")
-    folder = RunFolder(SimpleNamespace(is_master=True, share=lambda value: f"shared_{value}"))
-    folder.locate(config)
+    folder = kind(SimpleNamespace(is_master=True, broadcast=lambda value: f"shared_{value}"))
+    name_folder(folder, config)
     folder.create(config, {"train_gpt.py": b""})
     folder.close()
     assert folder.run_id.startswith("shared_2") and folder.path.name == folder.run_id and folder.path.is_dir()
 
 
-def test_two_runs_with_one_clock_and_one_process_id_get_two_folders(runtime, make_config, monkeypatch):
+@BOTH
+def test_two_runs_with_one_clock_and_one_process_id_get_two_folders(runtime, make_config, monkeypatch, kind):
     """As two containers may have them. Regression: the second wrote into the folder of the first."""
     strftime, now = time.strftime, time.gmtime(10**9)
     monkeypatch.setattr(time, "strftime", lambda text: strftime(text, now))
     monkeypatch.setattr(os, "getpid", lambda: 1)
-    config, folders = make_config(RUN_ID=""), [RunFolder(runtime) for _ in range(3)]
+    config, folders = make_config(RUN_ID=""), [kind(runtime) for _ in range(3)]
     for folder in folders:
-        folder.locate(config)
+        name_folder(folder, config)
         assert checkpoint.locate_checkpoint(config, folder) is None
         folder.create(config, {"train_gpt.py": b""})
         folder.write("checkpoint.pt", b"that no other goes on from")
@@ -263,16 +276,48 @@ def test_a_lock_that_another_has_is_refused(folder, make_config, monkeypatch, na
         folder.create(make_config(), {"train_gpt.py": b""})
 
 
-def test_other_ranks_write_nothing(make_config, tmp_path, capsys):
-    folder = RunFolder(fake_runtime(is_master=False))
+@BOTH
+def test_other_ranks_write_nothing(make_config, tmp_path, capsys, kind):
+    folder = kind(fake_runtime(is_master=False))
     folder.log("early")
-    folder.locate(make_config())
+    name_folder(folder, make_config())
     folder.create(make_config(), {"train_gpt.py": b"code"})
     folder.log("late")
     folder.append("metrics.jsonl", "{}")
     folder.close()
     assert capsys.readouterr().out == "" and not list(tmp_path.iterdir())
     assert folder.path.name == "run"  # they know where it is all the same
+
+
+def test_the_script_alone_starts_new_folders_only(runtime, make_config):
+    path = Path(make_config().log_dir) / "run"
+    folder = train_gpt.RunFolder(runtime)
+    for config in (make_config(RESUME="auto"), make_config(RESUME="never")):
+        folder.choose(config, None, {})
+        assert folder.path == path and not path.exists()
+    with pytest.raises(UserError, match="RESUME is set: .*get tools/checkpoint.py"):
+        folder.choose(make_config(RESUME="logs/other"), None, {})
+    folder.create(make_config(), {"train_gpt.py": b"code"})
+    before = contents(path)
+    for resume in ("auto", "never"):
+        with pytest.raises(UserError, match=f"{path} exists, .*: choose another RUN_ID"):
+            train_gpt.RunFolder(runtime).choose(make_config(RESUME=resume), None, {})
+    assert contents(path) == before
+
+
+def test_the_script_alone_writes_a_file_whole_or_not_at_all(runtime, make_config, monkeypatch):
+    folder = train_gpt.RunFolder(runtime)
+    folder.choose(make_config(), None, {})
+    folder.create(make_config(), {"train_gpt.py": b"code"})
+    folder.write("model", b"old")
+
+    def fail(*args):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="no space"):
+        folder.write("model", b"new and longer")
+    assert (folder.path / "model").read_bytes() == b"old"
 
 
 @pytest.mark.parametrize("failing", ["fsync", "replace"])

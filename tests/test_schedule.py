@@ -4,7 +4,11 @@ import itertools
 
 import pytest
 
-from train_gpt import UserError, lr_scale, muon_momentum, progress_at
+from train_gpt import Model, UserError, muon_momentum, progress_at
+
+
+def lr_scale(config, progress):
+    return Model().lr_scale(config, 0, progress)
 
 
 def scales(config, steps, step_seconds=0.0):

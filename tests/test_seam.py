@@ -1,9 +1,9 @@
-"""The seam: a model in a file of its own has all that the script's own model has. Runs are processes of that file."""
+"""The seam: a model in a file of its own has all that the script's own model has. MODEL_FILE is the one way in; most
+runs here are processes of the script with records/models/tiny.py."""
 
+import copy
 import dataclasses
 import hashlib
-import importlib.util
-import inspect
 import json
 import math
 import re
@@ -14,16 +14,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import models
+import numpy as np
 import pytest
 import torch
-from models import SCRIPT, exact_line, process, tree
+from models import SCRIPT, exact_line, new_model, process, tree
 from torch import nn
 
 import train_gpt
-from train_gpt import GPT, MLP, Config, Linear, Row, UserError
+from train_gpt import GPT, MLP, Attention, Block, Coder, Config, Linear, ParameterRule, RMSNorm, RoPE, UserError
 
-MODEL_FILE = Path(__file__).resolve().parent / "alternative" / "tiny_model.py"
+MODEL_FILE = SCRIPT.parent / "records" / "models" / "tiny.py"
 STEPS = {
+    "MODEL_FILE": MODEL_FILE,
     "ITERATIONS": 12,
     "TRAIN_LOG_EVERY": 1,
     "VAL_LOSS_EVERY": 5,
@@ -35,7 +37,7 @@ STEPS = {
 EVERY_STEP = {"CHECKPOINT_EVERY_SECONDS": 1e-9}
 SAME = ("val_loss", "val_bpb", "pre_quant_val_loss", "pre_quant_val_bpb", "sha256_artifact", "steps", "scored_bytes")
 
-# Runs a script until the middle of a step, where it is killed.
+# Runs the script until the middle of a step, where it is killed.
 KILLED = """
 import os, runpy, signal, sys
 sys.path.insert(0, {folder!r})
@@ -48,7 +50,7 @@ def fatal(self, *args):
     return step(self, *args)
 
 train_gpt.Trainer.step = fatal
-runpy.run_path({script!r}, run_name="__main__")
+sys.exit(train_gpt.main())
 """
 
 
@@ -56,7 +58,7 @@ def settings(corpus, logs: Path, **overrides) -> dict[str, str]:
     return models.tiny_settings(corpus, **{"LOG_DIR": logs} | STEPS | overrides)
 
 
-def run(environ: dict[str, str], cwd: Path, script=MODEL_FILE, code=0, **more) -> SimpleNamespace:
+def run(environ: dict[str, str], cwd: Path, script=SCRIPT, code=0, **more) -> SimpleNamespace:
     """A process and what its run folder holds then."""
     done = process(environ, cwd, script=script, **more)
     out, err = done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
@@ -74,26 +76,22 @@ def run(environ: dict[str, str], cwd: Path, script=MODEL_FILE, code=0, **more) -
     )
 
 
-def killed(environ: dict[str, str], cwd: Path, script: Path, at: int):
+def killed(environ: dict[str, str], cwd: Path, at: int, script=SCRIPT):
     """The same process as `run` starts, but killed in that step."""
     driver = cwd / "killed.py"
-    driver.write_text(
-        KILLED.format(folder=str(SCRIPT.parent if script == MODEL_FILE else script.parent), script=str(script), at=at)
-    )
+    driver.write_text(KILLED.format(folder=str(script.parent), at=at))
     assert process(environ, cwd, script=driver).returncode == -signal.SIGKILL
 
 
-def same(one, other, moved=False) -> bool:
-    """To the last digit, and bit for bit in the artifact, unless the model file has moved, whose place it tells."""
-    names = [name for name in SAME if not (moved and name == "sha256_artifact")]
-    return [one.result[name] for name in names] == [other.result[name] for name in names] and one.losses == other.losses
+def same(one, other) -> bool:
+    """To the last digit, and bit for bit in the artifact."""
+    return [one.result[name] for name in SAME] == [other.result[name] for name in SAME] and one.losses == other.losses
 
 
-def load_module(path: Path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture(autouse=True)
+def imports_of_this_process(monkeypatch):
+    """What a model file puts first on the module path is not there for the next test."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
 
 
 @pytest.fixture(scope="module")
@@ -126,11 +124,14 @@ def test_it_trains_by_its_own_schedule_and_learns(whole):
     validations = [m["val_loss"] for m in whole.metrics if "val_loss" in m]
     assert len(validations) == 4 and validations[-1] < validations[0] - 0.3
     assert re.search(r"^\* HIDDEN=40$", whole.out, re.MULTILINE) and "\n* DROPOUT=0.2\n" in whole.out
-    assert re.search(r"^step:12/12 train_loss:\S+ train_time:\d+ms step_avg:\S+ms tok/s:\d+$", whole.out, re.MULTILINE)
+    step = r"^step:12/12 train_loss:\S+ train_time:\d+ms step_avg:\S+ms tok/s:\d+ (?:mfu:\S+ )?scale_mean:(\d\.\d{4})$"
+    (logged,) = re.findall(step, whole.out, re.MULTILINE)
+    means = [m["scale_mean"] for m in whole.metrics if "train_loss" in m]
+    assert len(set(means)) == 12 and f"{means[-1]:.4f}" == logged, "the model's own metric, in every step"
 
 
 def test_all_its_sources_are_in_the_folder_in_the_result_and_in_the_code_bytes(whole):
-    sources = {"train_gpt.py": SCRIPT.read_bytes(), "tiny_model.py": MODEL_FILE.read_bytes()}
+    sources = {"train_gpt.py": SCRIPT.read_bytes(), "tiny.py": MODEL_FILE.read_bytes()}
     assert {name: (whole.path / name).read_bytes() for name in sources} == sources
     expected = {
         name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} for name, data in sources.items()
@@ -151,25 +152,38 @@ def test_all_its_sources_are_in_the_folder_in_the_result_and_in_the_code_bytes(w
     assert {path.name for path in whole.path.iterdir()} == names | sources.keys()
 
 
-def test_its_folder_runs_by_itself(whole, tmp_path):
-    """Without tools, which it says; with other results it would be no record of the run."""
-    folder = shutil.copytree(whole.path, tmp_path / "kept")
-    again = run(
-        {"RUN_ID": "again", "LOG_DIR": str(tmp_path / "logs"), "DEVICE": "cpu"},
-        tmp_path,
-        script=folder / "tiny_model.py",
-        args=[folder / "config.env"],
-    )
-    assert same(again, whole, moved=True)
-    assert "warning: tools/checkpoint.py is not beside the script" in again.out
-    assert again.result["sources"] == whole.result["sources"]
+@pytest.mark.parametrize("kept", ["the run folder", "a record"])
+@pytest.mark.parametrize("given", ["absolute", "relative"])
+def test_its_folder_runs_by_itself(whole, flat, corpus, tmp_path, given, kept):
+    """Copied elsewhere, where nothing else is any more; without tools, which it says. With other results it would be no
+    record of the run."""
+    place = shutil.copytree(flat, tmp_path / "place", ignore=shutil.ignore_patterns("tools"))  # whose kernels it lacks
+    named = place / "tiny.py" if given == "absolute" else "tiny.py"
+    made = run(settings(corpus, tmp_path / "logs", MODEL_FILE=named), tmp_path, script=place / "train_gpt.py")
+    assert f'MODEL_FILE="{named}"' in (made.path / "config.env").read_text()
+    folder = tmp_path / "kept"
+    if kept == "a record":
+        folder.mkdir()
+        for name in ("train_gpt.py", "tiny.py", "config.env", "train.log"):
+            shutil.copy(made.path / name, folder)
+        (folder / "README.md").write_text("A record.\n")
+    else:
+        shutil.copytree(made.path, folder)
+    shutil.rmtree(place)
+    (tmp_path / "cwd").mkdir()
+    environ = {"RUN_ID": "again", "LOG_DIR": str(tmp_path / "logs"), "DEVICE": "cpu"}
+    again = run(environ, tmp_path / "cwd", script=folder / "train_gpt.py", args=[folder / "config.env"])
+    assert same(again, made)
+    assert again.result["val_bpb"] == pytest.approx(whole.result["val_bpb"], rel=1e-4)
+    assert "warning: tools/checkpoint.py is missing: " in again.out
+    assert again.result["sources"] == made.result["sources"]
 
 
 def test_after_a_kill_it_goes_on_bit_for_bit(whole, corpus, tmp_path):
     """With the random numbers of its dropout, and the state of an optimizer that is not the script's."""
     environ = settings(corpus, tmp_path / "logs", **EVERY_STEP)
     for at in (4, 9):
-        killed(environ, tmp_path, MODEL_FILE, at)
+        killed(environ, tmp_path, at)
     resumed = run(environ, tmp_path)
     first, second = resumed.result["resumed_at"]
     assert 1 <= first <= 3 and 6 <= second <= 8
@@ -194,31 +208,39 @@ def test_dropout_draws_new_numbers_in_every_step_and_none_in_a_score(whole, corp
     assert other.metrics[0]["val_loss"] == whole.metrics[0]["val_loss"], "and the score before it without"
 
 
-@pytest.mark.parametrize("ranks", [2])
-def test_ranks_train_it_as_one_process(corpus, tmp_path, ranks):
+COMPILER = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="needs a C++ compiler")
+
+
+@pytest.mark.parametrize("compiled", [0, pytest.param(1, marks=COMPILER)])
+def test_two_ranks_train_it_as_one_process(corpus, tmp_path, compiled):
+    """With its extra loss, which goes through DDP and the compiler beside the others."""
     environ = settings(corpus, tmp_path / "logs", DROPOUT=0, ITERATIONS=6)
     one = run(environ, tmp_path)
-    two = run(environ | {"RUN_ID": "two", "TMPDIR": str(tmp_path)}, tmp_path, ranks=ranks)
+    environ |= {"RUN_ID": "two", "TMPDIR": str(tmp_path), "COMPILE": str(compiled)}
+    two = run(environ, tmp_path, ranks=2)
     assert list(two.losses.values()) == pytest.approx(list(one.losses.values()), abs=1e-4)
     assert two.result["val_bpb"] == pytest.approx(one.result["val_bpb"], abs=1e-4)
-    assert two.result["world_size"] == ranks and two.result["sources"] == one.result["sources"]
+    assert two.result["world_size"] == 2 and two.result["sources"] == one.result["sources"]
+    for name in ("scale_mean",):
+        values = [[m[name] for m in made.metrics if name in m] for made in (one, two)]
+        assert len(values[0]) == 6 and values[1] == pytest.approx(values[0], abs=1e-4)
 
 
 # Its artifact
 
 
-def test_it_is_scored_to_the_same_digits_by_either_file(whole, corpus, tmp_path):
-    """By the script, which finds the model file again, and by the model file; beside the artifact or where it was."""
+def test_it_is_scored_to_the_same_digits_by_the_file_it_names_and_by_the_one_it_is_given(whole, corpus, tmp_path):
+    """Beside the artifact or where it was: in records/models/."""
     alone = Path(shutil.copy(whole.path / "final_model.int8.ptz", tmp_path))
     expected = exact_line((whole.path / "train.log").read_text())
     before = tree(tmp_path)
-    for script, artifact in ((SCRIPT, whole.path / "final_model.int8.ptz"), (SCRIPT, alone), (MODEL_FILE, alone)):
-        environ = models.machine_settings(corpus, MODE="eval", ARTIFACT=artifact)
-        done = process(environ, tmp_path, script=script)
+    for artifact, given in ((whole.path / "final_model.int8.ptz", ""), (alone, ""), (alone, MODEL_FILE)):
+        environ = models.machine_settings(corpus, MODE="eval", ARTIFACT=artifact, MODEL_FILE=given)
+        done = process(environ, tmp_path)
         assert done.returncode == 0, done.stderr.decode()
         assert exact_line(done.stdout.decode()) == expected
         assert re.search(
-            rf"^source:\S+tiny_model.py sha256:{whole.result['sources']['tiny_model.py']['sha256']}$",
+            rf"^source:\S+tiny.py sha256:{whole.result['sources']['tiny.py']['sha256']}$",
             done.stdout.decode(),
             re.MULTILINE,
         )
@@ -228,79 +250,68 @@ def test_it_is_scored_to_the_same_digits_by_either_file(whole, corpus, tmp_path)
 
 def test_it_samples_the_same_by_either_file(whole, corpus, tmp_path):
     texts = set()
-    for script in (SCRIPT, MODEL_FILE):
+    for given in ("", MODEL_FILE):
         environ = models.machine_settings(
             corpus,
             MODE="sample",
             ARTIFACT=whole.path / "final_model.int8.ptz",
             SAMPLE_PROMPT="the king",
             SAMPLE_TOKENS=20,
+            MODEL_FILE=given,
         )
-        done = process(environ, tmp_path, script=script)
+        done = process(environ, tmp_path)
         assert done.returncode == 0, done.stderr.decode()
         texts.add(done.stdout)
     (text,) = texts
     assert text.startswith(b"the king") and len(text) > 12
 
 
-def named(whole, tmp_path, **source) -> bytes:
-    """Its artifact, which names another file or class."""
+def named(whole, **source) -> bytes:
+    """Its artifact, which names another file."""
     artifact = models.open_artifact(whole.path / "final_model.int8.ptz")
-    assert artifact["source"] == {"file": "tests/alternative/tiny_model.py", "config_class": "TinyConfig"}
+    assert artifact["source"] == {"file": "tiny.py", "sha256": hashlib.sha256(MODEL_FILE.read_bytes()).hexdigest()}
     return models.seal(models.torch_bytes(artifact | {"source": artifact["source"] | source}))
+
+
+BROKEN = "1 / 0\n"
+BROKEN_SHA256 = hashlib.sha256(BROKEN.encode()).hexdigest()
 
 
 @pytest.mark.parametrize(
     "source, said",
     [
-        ({"file": "../tiny_model.py"}, "outside the repository"),
-        ({"file": "/etc/passwd.py"}, "outside the repository"),
-        ({"file": "a/../../b.py"}, "outside the repository"),
         ({"file": "nowhere.py"}, "nowhere.py, which is neither"),
-        ({"config_class": "OtherConfig"}, "has no class OtherConfig"),
-        ({"config_class": "math"}, "artifact.ptz"),
-        ({"file": "broken.py"}, "cannot be loaded: ZeroDivisionError"),
-        ({"config_class": None}, "artifact.ptz"),
+        ({"file": "/etc/hostname"}, "neither next to it"),
+        ({"file": "elsewhere/hidden.py"}, "neither next to it"),
+        ({"file": "../hidden.py"}, "neither next to it"),
         ({"file": ""}, "artifact.ptz"),
+        ({"file": "broken.py", "sha256": BROKEN_SHA256}, "cannot be loaded: ZeroDivisionError"),
+        ({"file": "broken.py"}, "broken.py has sha256 "),
+        ({"sha256": "0" * 64}, "tiny.py has sha256 "),
+        ({"sha256": 7}, "tiny.py has sha256 "),
     ],
     ids=str,
 )
 def test_an_artifact_that_names_no_model_is_refused(whole, tmp_path, source, said):
+    """Only files beside it and in known folders are candidates, since a model file is a program that is run."""
     evaluate = train_gpt.tool("evaluate")
-    (tmp_path / "broken.py").write_text("1 / 0\n")
+    place = tmp_path / "place"
+    (place / "elsewhere").mkdir(parents=True)
+    (place / "broken.py").write_text(BROKEN)
+    for hidden in (place / "elsewhere" / "hidden.py", tmp_path / "hidden.py"):
+        hidden.write_text("raise SystemExit('this must not run')\n")
     with pytest.raises(UserError, match=said) as caught:
-        evaluate.read_model(named(whole, tmp_path, **source), tmp_path / "artifact.ptz")
+        evaluate.read_model(named(whole, **source), place / "artifact.ptz")
     assert "\n" not in str(caught.value)
 
 
-def test_a_class_of_the_same_name_in_another_file_is_not_its_own(tmp_path, monkeypatch):
-    """What was started counts as the artifact's model if it is that file, or says the same."""
-    source = {"file": "tests/alternative/tiny_model.py", "config_class": "TinyConfig"}
-    monkeypatch.setattr(sys, "path", list(sys.path))  # which the model file adds to
-    shutil.copy(SCRIPT, tmp_path)
-    classes = {}
-    for place, more in (("copy", ""), ("other", "# another model\n"), ("renamed", "")):
-        path = tmp_path / place / ("model.py" if place == "renamed" else "tiny_model.py")
-        path.parent.mkdir()
-        path.write_text(MODEL_FILE.read_text() + more)
-        spec = importlib.util.spec_from_file_location(place, path)
-        monkeypatch.setitem(sys.modules, place, importlib.util.module_from_spec(spec))
-        spec.loader.exec_module(sys.modules[place])
-        classes[place] = sys.modules[place].TinyConfig
-    choose, artifact = train_gpt.tool("evaluate").load_config_class, tmp_path / "artifact.ptz"
-    assert choose(source, artifact, classes["copy"]) is classes["copy"]
-    for place in ("other", "renamed"):
-        chosen = choose(source, artifact, classes[place])
-        assert chosen is not classes[place] and Path(inspect.getfile(chosen)) == MODEL_FILE
-    # A file that calls its class as the script does.
-    (tmp_path / "plain.py").write_text("import train_gpt\nclass Config(train_gpt.Config):\n    pass\n")
-    chosen = choose({"file": "plain.py", "config_class": "Config"}, artifact, Config)
-    assert chosen is not Config and Path(inspect.getfile(chosen)) == tmp_path / "plain.py"
-    # The started file where there is no other; and two files of one name, loaded one after the other.
-    assert choose(source | {"file": "gone/tiny_model.py"}, artifact, classes["other"]) is classes["other"]
-    (tmp_path / "tiny_model.py").write_text(MODEL_FILE.read_text() + "# beside the artifact\n")
-    first, second = choose(source, artifact, Config), choose(source, tmp_path / "nowhere" / "artifact.ptz", Config)
-    assert [Path(inspect.getfile(cls)) for cls in (first, second)] == [tmp_path / "tiny_model.py", MODEL_FILE]
+def test_of_two_files_of_its_name_the_one_with_its_hash_is_taken(whole, tmp_path):
+    evaluate = train_gpt.tool("evaluate")
+    (tmp_path / "tiny.py").write_text(MODEL_FILE.read_text() + "# another one\n")
+    digests = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in (MODEL_FILE, tmp_path / "tiny.py")}
+    for path, digest in digests.items():
+        _, _, found = evaluate.read_model(named(whole, sha256=digest), tmp_path / "artifact.ptz")
+        assert Path(sys.modules[found.__module__].__file__) == path
 
 
 def test_its_tensors_must_be_those_of_its_configuration(whole, corpus, tmp_path):
@@ -311,56 +322,129 @@ def test_its_tensors_must_be_those_of_its_configuration(whole, corpus, tmp_path)
     assert done.returncode == 2 and done.stderr.count(b"\n") == 1 and b"disagree on fc.weight" in done.stderr
 
 
-# Its file
+# MODEL_FILE, the one way in
+
+
+def test_a_model_file_is_found_from_here_from_the_script_and_by_its_name(flat, corpus, tmp_path):
+    """In a variable or in FILE.env; the first place where it is counts."""
+    place = shutil.copytree(flat, tmp_path / "place")
+    script, logs = place / "train_gpt.py", tmp_path / "logs"
+    cwd = tmp_path / "cwd"
+    for folder in (cwd / "mine", place / "mine"):
+        folder.mkdir(parents=True)
+    cases = {  # {name of the file: (where it is, how it is called)}
+        "m.py": (cwd / "mine", ["mine/m.py", str(cwd / "mine" / "m.py")]),
+        "n.py": (place / "mine", ["mine/n.py"]),
+        "o.py": (place, ["gone/o.py", "o.py", "/nowhere/o.py"]),
+    }
+    # Where it would be looked for later there is another.
+    for decoy in ("mine/m.py", "m.py", "n.py"):
+        (place / decoy).write_text("1 / 0\n")
+    losses = []
+    for name, (folder, given) in cases.items():
+        shutil.copy(MODEL_FILE, folder / name)
+        for number, text in enumerate(given):
+            environ = settings(corpus, logs, ITERATIONS=2, MODEL_FILE=text, RUN_ID=f"{name}{number}")
+            args = []
+            if number:
+                (cwd / "x.env").write_text(f"MODEL_FILE={environ.pop('MODEL_FILE')}\n")
+                args = ["x.env"]
+            made = run(environ, cwd, script=script, args=args)
+            assert set(made.result["sources"]) == {"train_gpt.py", name}
+            losses.append(made.losses)
+    assert all(found == losses[0] for found in losses) and len(losses) == 6
+
+
+@pytest.mark.parametrize(
+    "text, file, said",
+    [
+        ("x = 1\n", "x.py", "x.py defines no class Config(train_gpt.Config)"),
+        ("from train_gpt import Config\n", "x.py", "x.py defines no class Config(train_gpt.Config)"),
+        ("Config = 7\n", "x.py", "x.py defines no class Config(train_gpt.Config)"),
+        ("class Config:\n    pass\n", "x.py", "x.py defines no class Config(train_gpt.Config)"),
+        ("import train_gpt\nclass Mine(train_gpt.Config):\n    pass\n", "x.py", "defines no class Config(train_gpt"),
+        ("1 / 0\n", "x.py", "x.py cannot be loaded: ZeroDivisionError('division by zero'): correct it"),
+        ("def f(:\n", "x.py", "x.py cannot be loaded: SyntaxError("),
+        ("import not_there_at_all\n", "x.py", "x.py cannot be loaded: ModuleNotFoundError("),
+        ("import train_gpt\ntrain_gpt.require(False, 'not on Mondays: wait')\n", "x.py", "error: not on Mondays: wait"),
+        ("", "y.py", "MODEL_FILE=y.py: no such file here or in "),
+        ("", ".", "MODEL_FILE=.: no such file here or in "),
+    ],
+)
+def test_a_model_file_that_is_none_is_one_line(tmp_path, text, file, said):
+    (tmp_path / "x.py").write_text(text)
+    done = process({"MODEL_FILE": file}, tmp_path)
+    assert done.returncode == 2 and done.stderr.count(b"\n") == 1 and said in done.stderr.decode(), done.stderr
 
 
 def test_a_flat_copy_that_is_changed_is_refused_at_a_resume(flat, corpus, tmp_path):
-    shutil.copytree(flat, tmp_path / "copy")
-    script = tmp_path / "copy" / "tiny_model.py"
-    environ = settings(corpus, tmp_path / "logs", **EVERY_STEP)
-    killed(environ, tmp_path, script, 6)
-    digests = [hashlib.sha256(script.read_bytes()).hexdigest()[:16]]
-    script.write_text(script.read_text() + "# one more line\n")
-    digests.append(hashlib.sha256(script.read_bytes()).hexdigest()[:16])
+    place = shutil.copytree(flat, tmp_path / "copy")
+    script, model_file = place / "train_gpt.py", place / "tiny.py"
+    environ = settings(corpus, tmp_path / "logs", MODEL_FILE="tiny.py", **EVERY_STEP)
+    killed(environ, tmp_path, 6, script)
+    digests = [hashlib.sha256(model_file.read_bytes()).hexdigest()[:16]]
+    model_file.write_text(model_file.read_text() + "# one more line\n")
+    digests.append(hashlib.sha256(model_file.read_bytes()).hexdigest()[:16])
     refused = run(environ, tmp_path, script=script, code=2)
-    said = "tiny_model.py was {}, is {}".format(*digests)
+    said = "tiny.py was {}, is {}".format(*digests)
     assert f"is of another run: {said}: change that back" in refused.err and refused.err.count("\n") == 1
     forced = run(environ | {"RESUME_FORCE": "1"}, tmp_path, script=script)
     assert re.search(rf"^resumed: step:\d from .*; {said}$", forced.out, re.MULTILINE)
 
 
-@pytest.mark.parametrize("place, options, more", [("above", ["-P"], {}), ("beside", [], {"PYTHONSAFEPATH": "1"})])
-def test_it_finds_the_script_wherever_python_looks(whole, flat, corpus, tmp_path, place, options, more):
-    """Above the model file, or beside it in a flat copy, from another working directory with others of that name."""
-    (tmp_path / "check").mkdir()
-    (tmp_path / "train_gpt.py").write_text("1 / 0\n")
-    script = MODEL_FILE if place == "above" else flat / "tiny_model.py"
-    made = run(settings(corpus, tmp_path / "logs"), tmp_path, script=script, options=options, **more)
-    assert same(made, whole, moved=place == "beside")
+@pytest.mark.parametrize("options, more", [([], {}), (["-P"], {}), ([], {"PYTHONSAFEPATH": "1"})], ids=str)
+def test_what_it_imports_as_train_gpt_is_the_script_that_runs(whole, corpus, tmp_path, options, more):
+    """Whatever has that name in the working directory, on the module path or beside the model file."""
+    for folder in ("cwd", "models", "modules"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "train_gpt.py").write_text("1 / 0\n")
+    (tmp_path / "cwd" / "check").mkdir()
+    model_file = shutil.copy(MODEL_FILE, tmp_path / "models")
+    environ = settings(corpus, tmp_path / "logs", MODEL_FILE=model_file, PYTHONPATH=tmp_path / "modules")
+    made = run(environ, tmp_path / "cwd", options=options, **more)
+    assert same(made, whole) and set(made.result["sources"]) == {"train_gpt.py", "tiny.py"}
+    assert made.result["sources"] == whole.result["sources"]
 
 
 def test_what_it_imports_from_its_own_folder_is_a_source_too(flat, corpus, tmp_path):
-    shutil.copytree(flat, tmp_path / "copy")
-    script = tmp_path / "copy" / "tiny_model.py"
-    script.write_text("import helper\n" + script.read_text().replace("from torch import nn\n", "nn = helper.nn\n"))
-    (script.parent / "helper.py").write_text("from torch import nn\n")
-    (script.parent / "stranger.py").write_text("not imported\n")
-    made = run(settings(corpus, tmp_path / "logs", ITERATIONS=2), tmp_path, script=script)
-    assert set(made.result["sources"]) == {"train_gpt.py", "tiny_model.py", "helper.py"}
-    assert made.result["bytes_code"] == sum((made.path / name).stat().st_size for name in made.result["sources"])
-    assert (made.path / "helper.py").read_bytes() == (script.parent / "helper.py").read_bytes()
+    """Its folder is the first place; what is imported is hashed, copied and counted, and the copy runs by itself."""
+    place = shutil.copytree(flat, tmp_path / "copy", ignore=shutil.ignore_patterns("tools"))
+    model_file = place / "own" / "tiny.py"
+    model_file.parent.mkdir()
+    text = MODEL_FILE.read_text().replace("from torch import Tensor, nn\n", "from torch import Tensor\n")
+    model_file.write_text(
+        text.replace("import train_gpt\n", "import helper\nfrom helper import nn\nimport train_gpt\n")
+    )
+    (model_file.parent / "helper.py").write_text("import deeper\n\nnn = deeper.nn\n")
+    (model_file.parent / "deeper.py").write_text("from torch import nn\n")
+    (model_file.parent / "stranger.py").write_text("not imported\n")
+    for decoy in (place / "helper.py", tmp_path / "helper.py"):  # beside the script, and on the module path
+        decoy.write_text("1 / 0\n")
+    environ = settings(corpus, tmp_path / "logs", ITERATIONS=2, MODEL_FILE="own/tiny.py", PYTHONPATH=tmp_path)
+    made = run(environ, tmp_path, script=place / "train_gpt.py")
+    assert set(made.result["sources"]) == {"train_gpt.py", "tiny.py", "helper.py", "deeper.py"}
+    for name, facts in made.result["sources"].items():
+        path = place / name if name == "train_gpt.py" else model_file.parent / name
+        assert (made.path / name).read_bytes() == path.read_bytes()
+        assert facts == {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    assert made.result["bytes_code"] == sum(facts["bytes"] for facts in made.result["sources"].values())
+    kept = shutil.copytree(made.path, tmp_path / "kept")
+    shutil.rmtree(place)
+    environ = {"RUN_ID": "again", "LOG_DIR": str(tmp_path / "logs"), "DEVICE": "cpu"}
+    again = run(environ, tmp_path, script=kept / "train_gpt.py", args=[kept / "config.env"])
+    assert same(again, made) and again.result["sources"] == made.result["sources"]
 
 
 def test_check_and_help_know_it(corpus, tmp_path):
     environ = settings(corpus, tmp_path / "logs", MODE="check", DROPOU=1)
-    done = process(environ, tmp_path, script=MODEL_FILE)
+    done = process(environ, tmp_path)
     assert done.returncode == 0, done.stdout.decode() + done.stderr.decode()
     out = done.stdout.decode()
     facts = json.loads(out.splitlines()[-1].removeprefix("check_json:"))
     assert facts["bytes_code"] == sum(path.stat().st_size for path in (SCRIPT, MODEL_FILE))
     assert facts["model_params"] == 320 * 32 + 64 * 40 + 40 * 32 + 32 and not facts["problems"]
     assert "environment variable DROPOU is no knob: did you mean DROPOUT?" in out
-    done = process({}, tmp_path, script=MODEL_FILE, args=["--help"])
+    done = process({"MODEL_FILE": str(MODEL_FILE)}, tmp_path, args=["--help"])
     assert b"\nHIDDEN=48  channels of the MLP\n" in done.stdout and b"\nSEED=1337 " in done.stdout
 
 
@@ -369,62 +453,35 @@ def test_its_knobs_have_the_errors_of_all_knobs(corpus, tmp_path):
     for environ, args, said in (
         ({"DROPOUT": "1"}, [], "DROPOUT=1.0 is too large"),
         ({"HIDDEN": "x"}, [], "HIDDEN='x'"),
-        ({}, ["x.env"], "DROPUOT is no knob: did you mean DROPOUT?"),
+        ({}, ["x.env"], "DROPUOT is not a knob: did you mean DROPOUT?"),
     ):
-        done = process(environ, tmp_path, script=MODEL_FILE, args=args)
+        done = process(environ | {"MODEL_FILE": str(MODEL_FILE)}, tmp_path, args=args)
         assert done.returncode == 2 and done.stderr.count(b"\n") == 1 and said in done.stderr.decode()
 
 
-# MODEL_FILE: the script runs it
+def test_a_model_file_is_loaded_once(tmp_path):
+    shutil.copy(MODEL_FILE, tmp_path / "once.py")
+    found = train_gpt.load_model_file(str(tmp_path / "once.py"))
+    assert found is train_gpt.load_model_file(str(tmp_path / "once.py")) and sys.path[0] == str(tmp_path)
+    assert issubclass(found, Config) and sys.modules[found.__module__].train_gpt is train_gpt
 
 
-def test_the_script_runs_a_model_file_as_the_file_runs_itself(flat, corpus, tmp_path):
-    """By a path from where it is called or from the script, in a variable or in FILE.env."""
-    model_file = flat / "tiny_model.py"
-    environ = settings(corpus, tmp_path / "logs", ITERATIONS=3)
-    itself = run(environ, tmp_path, script=model_file)
-    made = run(environ | {"MODEL_FILE": "tiny_model.py", "RUN_ID": "script"}, tmp_path, script=flat / "train_gpt.py")
-    assert same(itself, made) and made.result["sources"] == itself.result["sources"]
-    (tmp_path / "x.env").write_text(f"MODEL_FILE={model_file}\n")
-    again = run(environ | {"RUN_ID": "env"}, tmp_path, script=flat / "train_gpt.py", args=["x.env"])
-    assert same(itself, again)
-    copy = shutil.copytree(made.path, tmp_path / "copy")  # which has no tools
-    assert 'MODEL_FILE="tiny_model.py"' in (copy / "config.env").read_text()
-    environ = {"RUN_ID": "copy", "LOG_DIR": str(tmp_path / "logs")}
-    assert same(itself, run(environ, tmp_path, script=copy / "tiny_model.py", args=[copy / "config.env"]))
+# The table of parameters, and the parts that a subclass replaces
 
 
-@pytest.mark.parametrize(
-    "text, file, said",
-    [
-        ("x = 1\n", "x.py", "MODEL_FILE=x.py defines no subclass of train_gpt.Config"),
-        ("from train_gpt import Config\n", "x.py", "MODEL_FILE=x.py defines no subclass of train_gpt.Config"),
-        ("1 / 0\n", "x.py", "x.py, of MODEL_FILE, cannot be loaded: ZeroDivisionError"),
-        ("", "y.py", "MODEL_FILE=y.py: it is neither there nor"),
-    ],
-    ids=["no class", "an imported class", "an error", "no file"],
-)
-def test_a_model_file_that_is_none_is_one_line(tmp_path, text, file, said):
-    (tmp_path / "x.py").write_text(text)
-    done = process({"MODEL_FILE": file}, tmp_path, script=SCRIPT)
-    assert done.returncode == 2 and done.stderr.count(b"\n") == 1 and said in done.stderr.decode()
+def config_of(model, config: Config, **more):
+    """The same configuration of another model."""
 
+    class Other(Config):
+        @classmethod
+        def model_class(cls):
+            return model
 
-def test_two_model_files_are_too_many(tmp_path):
-    done = process({"MODEL_FILE": "records/models/frontier.py"}, tmp_path, script=MODEL_FILE)
-    assert done.returncode == 2 and b"tiny_model.py was started: choose one" in done.stderr
-
-
-def test_help_knows_the_knobs_of_a_model_file(tmp_path):
-    done = process({"MODEL_FILE": str(MODEL_FILE)}, tmp_path, script=SCRIPT, args=["--help"])
-    assert b"\nHIDDEN=48  channels of the MLP\n" in done.stdout
-
-
-# The table of parameters, and the vocabulary
+    return Other(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Config)} | more)
 
 
 class GatedMLP(MLP):
-    """As SwiGLU's, whose gate has a name that the attention uses for something else."""
+    """As SwiGLU's, whose gate has a name that an attention might use for something else."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -435,76 +492,343 @@ class GatedMLP(MLP):
 
 
 class Ungated(GPT):
-    def __init__(self, config, *args):
-        super().__init__(config, *args)
-        for block in self.blocks:
-            block.mlp = GatedMLP(config)
-        self.init_weights(config)
+    mlp_class = GatedMLP
 
 
 class Gated(Ungated):
-    PARAMETERS = GPT.PARAMETERS | {"blocks.mlp.gate": Row(train_gpt.uniform_init, "matrix", "mlp")}
+    PARAMETERS = GPT.PARAMETERS | {"blocks.mlp.gate": ParameterRule(train_gpt.uniform_init, "matrix")}
 
 
-def config_of(model, config: Config):
-    """The same configuration of another model."""
-    cls = dataclasses.dataclass(frozen=True)(
-        type("OtherConfig", (Config,), {"model_class": classmethod(lambda cls: model)})
-    )
-    return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Config)})
+class Late(GPT):
+    """Adds parameters when all others are there."""
+
+    PARAMETERS = GPT.PARAMETERS | {
+        "side": ParameterRule("qk_gain_init", "scalar", fp32=True),
+        "late.extra": ParameterRule(train_gpt.uniform_init, "matrix"),
+    }
+
+    def __init__(self, config, *args):
+        super().__init__(config, *args)
+        self.side = nn.Parameter(torch.full((config.model_dim,), math.nan))
+        self.late = nn.ModuleDict({"extra": Linear(config.model_dim, config.model_dim, bias=False)})
+        with torch.no_grad():
+            self.late["extra"].weight.fill_(math.nan)
+
+    def features(self, tokens_BT):
+        x_BTD = super().features(tokens_BT)
+        return x_BTD + self.late["extra"](x_BTD * self.side.to(x_BTD.dtype))
 
 
-def test_a_parameter_without_a_row_raises_its_name(make_config, runtime):
+class LateWithoutRule(Late):
+    PARAMETERS = GPT.PARAMETERS | {"side": ParameterRule(1.0, "scalar")}
+
+
+def test_a_parameter_without_a_rule_raises_its_name(make_config, runtime):
     """Regression: its name made it a gate of the attention, which begins as zeros and is trained by Adam."""
     config = make_config()
-    said = r"Ungated.PARAMETERS has no row blocks\.mlp\.gate for blocks\.0\.mlp\.gate\.weight: add one"
+    said = r"Ungated.PARAMETERS has no rule blocks\.mlp\.gate for blocks\.0\.mlp\.gate\.weight: add one"
     with pytest.raises(UserError, match=said):
-        Ungated(config)
-    model = GPT(config)
-    model.blocks[1].mlp = GatedMLP(config)
-    said = said.replace("Ungated", "GPT").replace("0", "1")
+        train_gpt.build_model(config_of(Ungated, config), runtime)
+    model = Ungated(config)  # not yet initialized
     for use in (
+        lambda: model.init_weights(config),
         lambda: model.optimizers(config, runtime),
-        lambda: train_gpt.quantize(model.state_dict(), config),
-        lambda: train_gpt.tool("check").projected_bytes(config, model),
+        lambda: Coder(config_of(Ungated, config)).quantize(model.state_dict()),
     ):
         with pytest.raises(UserError, match=said):
             use()
 
 
-def test_with_a_row_it_is_what_the_row_says(make_config, runtime, monkeypatch):
+def test_with_a_rule_it_is_what_the_rule_says(make_config, runtime, monkeypatch):
     monkeypatch.setattr(train_gpt, "INT8_MIN_NUMEL", 1000)
-    config = config_of(Gated, make_config(CODEC="rans", CLIP_MLP=5, WEIGHT_BITS=6))
-    model = Gated(config)
+    config = config_of(Gated, make_config())
+    model, _, _ = train_gpt.build_model(config, runtime)
     gate = model.blocks[0].mlp.gate.weight
     assert gate.abs().max() <= 32**-0.5 and gate.std().item() == pytest.approx(32**-0.5 / 3**0.5, rel=0.1)
     adam, muon = model.optimizers(config, runtime)
     assert any(p is gate for p in muon.param_groups[0]["params"])
-    artifact = train_gpt.quantize(model.state_dict(), config)
-    q, scale = train_gpt.quantize_rows(gate.detach(), 31, 5.0)
+    coder = config.coder_class()(config)
+    artifact = coder.quantize(model.state_dict())
+    q, scale = coder.quantize_matrix("", gate.detach())
     assert torch.equal(artifact["quantized"]["blocks.0.mlp.gate.weight"], q)
     assert torch.equal(artifact["scales"]["blocks.0.mlp.gate.weight"], scale)
-    tables = train_gpt.tool("compress").rans_tables(["blocks.0.mlp.gate.weight"], config)
-    assert tables == [train_gpt.TENSOR_CLASSES.index("mlp")]
+
+
+def test_a_parameter_that_a_subclass_adds_is_initialized_optimized_and_exported(make_config, runtime, monkeypatch):
+    """Regression: weights were initialized in the constructor of GPT, before those of its subclass were there."""
+    monkeypatch.setattr(train_gpt, "INT8_MIN_NUMEL", 1000)
+    config = config_of(Late, make_config(QK_GAIN_INIT=2.5))
+    model, _, _ = train_gpt.build_model(config, runtime)
+    extra = model.late["extra"].weight
+    assert (model.side == 2.5).all() and extra.isfinite().all() and 0 < extra.abs().max() <= 32**-0.5
+    plain, _, _ = train_gpt.build_model(make_config(QK_GAIN_INIT=2.5), runtime)
+    for name, p in plain.named_parameters():
+        assert torch.equal(p, dict(model.named_parameters())[name]), f"the draws of {name} are as without them"
+    adam, muon = model.optimizers(config, runtime)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    tokens = torch.randint(config.vocab_size, (2, 33), generator=torch.Generator().manual_seed(0))
+    for _ in range(2):
+        model(tokens[:, :-1], tokens[:, 1:]).mean().backward()
+        for optimizer in (adam, muon):
+            optimizer.step()
+            optimizer.zero_grad()
+    for name in ("side", "late.extra.weight"):
+        assert not torch.equal(before[name], dict(model.named_parameters())[name]), name
+    coder = Coder(config)
+    blob, _ = coder.encode(model.state_dict(), 0)
+    artifact, back = coder.unpack(blob), coder.decode(blob)
+    assert "late.extra.weight" in artifact["quantized"] and artifact["passthrough"]["side"].dtype == torch.float32
+    assert torch.equal(back["side"], model.side) and back.keys() == model.state_dict().keys()
+    assert (back["late.extra.weight"] - extra).abs().max() < 0.01 * extra.abs().max()
+    with pytest.raises(UserError, match=r"LateWithoutRule.PARAMETERS has no rule late\.extra for late\.extra\.weight"):
+        train_gpt.build_model(config_of(LateWithoutRule, make_config()), runtime)
+
+
+class LearnedNorm(RMSNorm):
+    def __init__(self, width):
+        super().__init__(width)
+        self.weight = nn.Parameter(torch.empty(width))
+
+    def forward(self, x):
+        return super().forward(x) * self.weight.to(x.dtype)
+
+
+class LearnedPositions(RoPE):
+    def __init__(self, config):
+        super().__init__(config)
+        self.table = nn.Parameter(torch.empty(config.train_seq_len, config.model_dim))
+
+    def embed(self, x_BTD):
+        return x_BTD + self.table[: x_BTD.size(1)].to(x_BTD.dtype)
+
+    def rotation(self, length, dtype):
+        return lambda x_BTHd: x_BTHd
+
+
+class Doubled(Attention):
+    def forward(self, x_BTD, rotate):
+        return 2 * super().forward(x_BTD, rotate)
+
+
+class Parallel(Block):
+    def forward(self, x_BTD, x0_BTD, rotate):
+        u_BTD = self.attn_norm(x_BTD)
+        return x_BTD + self.attn(u_BTD, rotate) + self.mlp(self.mlp_norm(x_BTD))
+
+
+class Parts(GPT):
+    block_class, attention_class, mlp_class = Parallel, Doubled, GatedMLP
+    norm_class, positions_class = LearnedNorm, LearnedPositions
+    PARAMETERS = GPT.PARAMETERS | {
+        "blocks.mlp.gate": ParameterRule(train_gpt.uniform_init, "matrix"),
+        "blocks.attn_norm": ParameterRule(1.0, "scalar", fp32=True),
+        "blocks.mlp_norm": ParameterRule(1.0, "scalar", fp32=True),
+        "norm": ParameterRule(1.0, "scalar", fp32=True),
+        "positions.table": ParameterRule(train_gpt.embedding_init, "embed"),
+    }
+
+
+def test_parts_are_replaced_by_naming_their_classes(make_config, runtime):
+    config = config_of(Parts, make_config())
+    model, _, _ = train_gpt.build_model(config, runtime)
+    assert type(model.positions) is LearnedPositions and type(model.norm) is LearnedNorm
+    for block in model.blocks:
+        kinds = [type(part) for part in (block, block.attn, block.mlp, block.attn_norm, block.mlp_norm)]
+        assert kinds == [Parallel, Doubled, GatedMLP, LearnedNorm, LearnedNorm]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn(p.shape, generator=generator))
+    tokens = torch.randint(config.vocab_size, (2, 33), generator=generator)
+    model(tokens[:, :-1], tokens[:, 1:]).mean().backward()
+    unused = ("attn_scale", "mlp_scale", "resid_mix")
+    for name, p in model.named_parameters():
+        if not name.endswith(unused):
+            assert p.grad is not None and p.grad.abs().max() > 0, name
+    changed = tokens.clone()
+    changed[:, 20] = (changed[:, 20] + 1) % config.vocab_size
+    with torch.no_grad():
+        same_before = torch.equal(model(tokens[:, :32])[:, :20], model(changed[:, :32])[:, :20])
+    assert same_before, "it is causal"
+
+
+# An extra loss, and metrics
+
+
+class Deep(nn.Module):
+    """A part of a part, which leaves a loss."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        self.extra_loss = self.factor * x.float().square().mean()
+        return x
+
+
+class Regularized(GPT):
+    def __init__(self, config, *args):
+        super().__init__(config, *args)
+        self.parts = nn.ModuleList([nn.Sequential(Deep(0.5)), nn.Sequential(nn.Identity(), Deep(0.25))])
+
+    def features(self, tokens_BT):
+        x_BTD = super().features(tokens_BT)
+        self.extra_loss = x_BTD.float().mean()
+        return self.parts[1](2 * self.parts[0](x_BTD))
+
+
+def scattered(config, **how):
+    model = new_model(config, **how)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn(p.shape, generator=generator))
+    tokens = torch.randint(config.vocab_size, (2, 33), generator=generator)
+    return model, tokens[:, :-1], tokens[:, 1:]
+
+
+def left(model) -> list:
+    return [module.extra_loss for module in model.modules() if getattr(module, "extra_loss", None) is not None]
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_extra_losses_of_nested_modules_are_summed_and_reset(make_config, compiled):
+    config = make_config()
+    model, x, y = scattered(config, of=Regularized)
+    plain = new_model(config)
+    plain.load_state_dict(model.state_dict())
+    forward = model
+    if compiled:
+        torch._dynamo.reset()
+        forward = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
+    for _ in range(2):  # nothing of the first is left for the second
+        features = plain.features(x)
+        expected = features.mean() + 0.5 * features.square().mean() + 0.25 * (2 * features).square().mean()
+        losses = plain.losses(plain.logits(2 * features), y)
+        for p in (*model.parameters(), *plain.parameters()):
+            p.grad = None
+        (losses.mean() + expected).backward()
+        found, extra = forward(x, y)
+        assert extra.shape == () and left(model) == []
+        torch.testing.assert_close(found, losses, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(extra, expected, rtol=1e-6, atol=1e-6)
+        (found.mean() + extra).backward()
+        for name, grad in gradients(plain).items():
+            torch.testing.assert_close(gradients(model)[name], grad, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: n + m)
+    model.eval()
+    assert torch.is_tensor(forward(x, y)), "it is no part of a score"
+    assert torch.is_tensor(forward(x)), "nor of logits"
+    model.train()
+    found, extra = forward(x, y)
+    torch.testing.assert_close(extra, expected, rtol=1e-6, atol=1e-6)
+    assert left(model) == []
+    torch._dynamo.reset()
+
+
+def test_without_an_extra_loss_the_losses_are_alone(make_config):
+    model, x, y = scattered(make_config())
+    assert torch.is_tensor(model(x, y)) and torch.is_tensor(model.eval()(x, y))
+
+
+@pytest.fixture
+def trainer(make_config, runtime):
+    """Function: the Trainer of a model."""
+
+    def build(model, **knobs):
+        config = config_of(model, make_config(**knobs))
+        stream = train_gpt.TokenStream(config.data_path, "train", config.vocab_size)
+        loader = train_gpt.TrainLoader(stream, config, runtime, config.accumulation_steps(1, "cpu"))
+        folder = train_gpt.RunFolder(runtime)
+        folder.locate(config)
+        folder.create(config, {})
+        stopwatch = train_gpt.Stopwatch(runtime.synchronize)
+        return train_gpt.Trainer(config, runtime, folder, stopwatch, loader, train_gpt.Hooks(config, folder))
+
+    return build
+
+
+@pytest.mark.parametrize("micro_steps", [1, 4])
+def test_an_extra_loss_is_minimized_and_neither_logged_nor_scored(trainer, micro_steps):
+    """It is a mean over the micro-steps, as the losses are."""
+    one = trainer(Regularized, GRAD_ACCUM_STEPS=micro_steps)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in one.model.parameters():
+            p.add_(0.2 * torch.randn(p.shape, generator=generator))
+    one.optimizers = []
+    tokens = torch.from_numpy(one.loader.stream.read(0, 257).astype(np.int64))
+    by_hand = copy.deepcopy(one.model)
+    losses, extra = by_hand(tokens[:-1].view(8, 32), tokens[1:].view(8, 32))
+    (losses.mean() + extra).backward()
+    metrics = one.step(1.0, 0.9)
+    assert set(metrics) == {"train_loss"}
+    assert float(metrics["train_loss"]) == pytest.approx(float(losses.detach().mean()), rel=1e-5)
+    for name, grad in gradients(by_hand).items():
+        torch.testing.assert_close(gradients(one.model)[name], grad, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: n + m)
+
+
+METRICS = """
+import torch
+
+import train_gpt
+
+
+class Config(train_gpt.Config):
+    @classmethod
+    def model_class(cls):
+        return Measured
+
+
+class Measured(train_gpt.GPT):
+    calls = 0
+
+    def metrics(self):
+        self.calls += 1
+        return {"host": self.calls / 4, "device": self.blocks[0].attn.q_gain.detach().mean()}
+"""
+
+
+def test_metrics_of_a_whole_run(corpus, tmp_path, capsys):
+    """Numbers known on the host and scalars on the device, in every line of metrics.jsonl and of the log."""
+    (tmp_path / "measured.py").write_text(METRICS)
+    environ = models.tiny_settings(corpus, LOG_DIR=tmp_path / "logs", MODEL_FILE=tmp_path / "measured.py", ITERATIONS=4)
+    assert models.call_main(environ) == 0
+    lines = (tmp_path / "logs" / "run" / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line) for line in lines if "train_loss" in line]
+    assert [step["host"] for step in steps] == [0.25, 0.5, 0.75, 1.0] and len({step["device"] for step in steps}) == 4
+    logged = re.findall(r"^step:\d/4 train_loss:.* tok/s:\S+(.*)$", capsys.readouterr().out, re.MULTILINE)
+    assert len(logged) == 4
+    for step, text in zip(steps, logged, strict=True):
+        assert f" device:{step['device']:.4f}" in text and f" host:{step['host']:.4f}" in text
+
+
+# The vocabulary
 
 
 def test_a_padded_vocabulary_weighs_nothing_and_is_never_said(whole, corpus, tmp_path):
     size = int((corpus / "vocab_size").read_text())
-    padded = run(settings(corpus, tmp_path / "logs", VOCAB_SIZE=384, SAMPLE_PROMPT="the", SAMPLE_TOKENS=40), tmp_path)
+    padded = run(settings(corpus, tmp_path / "logs", VOCAB_SIZE=384), tmp_path)
     assert size < 384 and padded.result["scored_bytes"] == whole.result["scored_bytes"]
     assert padded.result["model_params"] == whole.result["model_params"] + (384 - size) * 32
-    assert "\nsample: the" in padded.out
     artifact = padded.path / "final_model.int8.ptz"
-    done = process(models.machine_settings(corpus, MODE="eval", ARTIFACT=artifact), tmp_path)
+    environ = models.machine_settings(corpus, ARTIFACT=artifact)
+    done = process(environ | {"MODE": "sample", "SAMPLE_PROMPT": "the", "SAMPLE_TOKENS": "40"}, tmp_path)
+    assert done.returncode == 0 and done.stdout.startswith(b"the"), done.stderr
+    done = process(environ | {"MODE": "eval"}, tmp_path)
     assert exact_line(done.stdout.decode()) == exact_line(padded.out)
 
 
-def test_how_far_a_vocabulary_may_be_padded_is_the_configurations(corpus, make_config):
+def test_how_far_a_vocabulary_may_be_padded_is_the_configurations(corpus):
     size, path = int((corpus / "vocab_size").read_text()), str(corpus / "tok.model")
-    tiny_model = load_module(MODEL_FILE)
-    exact = type("Exact", (tiny_model.TinyConfig,), {"vocab_padding": 0})
-    wide = type("Wide", (tiny_model.TinyConfig,), {"vocab_padding": 1000})
-    for config_class, most in ((exact, 0), (tiny_model.TinyConfig, 127), (wide, 1000)):
+    tiny = train_gpt.load_model_file(str(MODEL_FILE))
+    exact = type("Exact", (tiny,), {"vocab_padding": 0})
+    wide = type("Wide", (tiny,), {"vocab_padding": 1000})
+    for config_class, most in ((exact, 0), (tiny, 127), (wide, 1000)):
         train_gpt.TokenBytes(path, size + most, config_class.vocab_padding)
         with pytest.raises(UserError, match=f"VOCAB_SIZE={size + most + 1}, but TOKENIZER_PATH={path} has {size} pie"):
             train_gpt.TokenBytes(path, size + most + 1, config_class.vocab_padding)

@@ -14,10 +14,10 @@ import pytest
 from conftest import make_documents
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from models import SCRIPT, process, run_audit
+from models import SCRIPT, call_main, new_model, process, run_audit
 
 import train_gpt
-from train_gpt import GPT, Evaluator, TokenBytes, TokenStream, UserError
+from train_gpt import Evaluator, TokenBytes, TokenStream, UserError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
 
@@ -89,7 +89,7 @@ marked_texts = st.lists(st.sampled_from([*case_marks.MARKS, " ", "a", "bc", "A",
 def test_the_table_weighs_the_bytes_of_any_text(tables, kind, text):
     table = tables[kind]
     tokens = np.array([table.start, *table.encode(text)])
-    assert table.weigh(tokens) == len(text.encode())
+    assert table.count(tokens) == len(text.encode())
     assert table.decode(tokens[1:].tolist()) == text.encode()
     assert table.decode(tokens.tolist()) == text.encode(), "special tokens are no text"
 
@@ -109,9 +109,9 @@ def test_marks_weigh_nothing_and_are_no_boundaries(tables):
     table = tables["case marks"]
     for mark, weight in zip(case_marks.MARKS, (0, 0, 0, 3), strict=True):
         token = table.model.piece_to_id(mark)
-        assert (table.weight[token], table.boundary[token], table.leading_space[token]) == (weight, False, False)
+        assert (table.byte_count[token], table.boundary[token], table.leading_space[token]) == (weight, False, False)
         before_a_space = np.array([token, table.model.piece_to_id("\u2581")])
-        assert table.weigh(before_a_space) == 1, "as after any other token"
+        assert table.count(before_a_space) == 1, "as after any other token"
     assert table.encode("the King")[-2:] == [table.model.piece_to_id("\ue001"), *table.encode(" king")]
 
 
@@ -124,7 +124,7 @@ def test_whatever_tokens_there_are_they_weigh_what_they_spell(tables, data):
     marks = st.sampled_from([*map(table.model.piece_to_id, case_marks.MARKS)])
     tokens = data.draw(st.lists(usual | marks, max_size=30))
     spelled, decoded = table.spell(tokens), table.decode(tokens)
-    assert table.weigh(np.array([table.start, *tokens])) == len(spelled)
+    assert table.count(np.array([table.start, *tokens])) == len(spelled)
     assert decoded == spelled or b"\xef\xbf\xbd" in decoded
 
 
@@ -155,7 +155,7 @@ def test_a_model_that_lacks_a_sign_of_case_marks_has_none(tmp_path, change):
     )
     model = (tmp_path / "tok.model").read_bytes()
     table = TokenBytes(str(tmp_path / "tok.model"), spm.SentencePieceProcessor(model_proto=model).vocab_size())
-    assert table.weight[table.model.piece_to_id("\ue001")] == 3 and not vocab.SentencePiece(model).case_marks
+    assert table.byte_count[table.model.piece_to_id("\ue001")] == 3 and not vocab.SentencePiece(model).case_marks
     assert table.decode(table.encode("a\ue001a")).decode().strip() == "a\ue001a"
 
 
@@ -163,18 +163,18 @@ def test_a_model_that_lacks_a_sign_of_case_marks_has_none(tmp_path, change):
 def test_special_and_padded_ids_weigh_nothing_and_are_boundaries(tables, kind):
     table = tables[kind]
     for token in SPECIAL.get(kind, [table.start]):
-        assert table.boundary[token] and table.weight[token] == 0
-    assert table.boundary[table.size :].all() and not table.weight[table.size :].any()
-    assert not table.boundary[: table.size].all() and len(table.weight) == {"gpt2": 50_304}.get(kind, table.size)
+        assert table.boundary[token] and table.byte_count[token] == 0
+    assert table.boundary[table.size :].all() and not table.byte_count[table.size :].any()
+    assert not table.boundary[: table.size].all() and len(table.byte_count) == {"gpt2": 50_304}.get(kind, table.size)
     assert not table.leading_space[table.boundary].any()
 
 
 def test_the_table_of_bytes_is_one_each(tables):
     table = tables["bytes"]
-    assert table.start == 1 and table.weight.tolist() == [0] * 4 + [1] * 256
+    assert table.start == 1 and table.byte_count.tolist() == [0] * 4 + [1] * 256
     assert table.encode("\u00e9a") == [0xC3 + 4, 0xA9 + 4, 0x61 + 4]
     for name in ("byte260", "./data/tokenizers/fineweb_pure_byte_260.json"):
-        assert (TokenBytes(name, 260).weight == table.weight).all()
+        assert (TokenBytes(name, 260).byte_count == table.byte_count).all()
 
 
 @needs_gpt2
@@ -182,7 +182,9 @@ def test_the_table_of_gpt2_is_that_of_its_raw_tokens(tables):
     """The published vocabulary maps each byte to a printable letter, so a token has as many bytes as letters."""
     letters = json.loads((Path(GPT2_FOLDER) / "encoder.json").read_text(encoding="utf-8"))
     expected = {token: len(text) for text, token in letters.items() if text != "<|endoftext|>"}
-    assert {token: int(weight) for token, weight in enumerate(tables["gpt2"].weight) if token in expected} == expected
+    assert {
+        token: int(weight) for token, weight in enumerate(tables["gpt2"].byte_count) if token in expected
+    } == expected
     assert len(expected) == 50_256
 
 
@@ -196,9 +198,9 @@ def test_a_vocabulary_that_is_not_the_tokenizers_is_refused(path, size):
 @pytest.mark.parametrize("size", [261, 384, 387])
 def test_a_vocabulary_may_be_filled_up_to_a_multiple_of_128(tables, size):
     table = TokenBytes("bytes", size)
-    assert (table.size, len(table.weight), len(table.boundary)) == (260, size, size)
-    assert table.boundary[260:].all() and not table.weight[260:].any() and not table.leading_space.any()
-    assert (table.weight[:260] == tables["bytes"].weight).all()
+    assert (table.size, len(table.byte_count), len(table.boundary)) == (260, size, size)
+    assert table.boundary[260:].all() and not table.byte_count[260:].any() and not table.leading_space.any()
+    assert (table.byte_count[:260] == tables["bytes"].byte_count).all()
     with pytest.raises(UserError, match="has 260 pieces"):
         TokenBytes("bytes", size, padding=0)
 
@@ -236,18 +238,19 @@ def make_data(kind, root):
 @kinds
 def test_a_run_on_each_is_scored_over_the_true_bytes(kind, tmp_path, tiny, capsys):
     knobs, size = make_data(kind, tmp_path)
-    environ = tiny(**knobs, ITERATIONS=3, SAMPLE_PROMPT="The King of NASA", SAMPLE_TOKENS=5)
-    patch = pytest.MonkeyPatch()
-    for name, text in environ.items():
-        patch.setenv(name, text)
-    try:
-        assert train_gpt.main([]) == 0
-    finally:
-        patch.undo()
+    assert call_main(tiny(**knobs, ITERATIONS=3)) == 0
     result = json.loads((tmp_path / "logs" / "run" / "result.json").read_text())
     assert result["scored_bytes"] == size and result["bytes_proved"] is True
     out = capsys.readouterr().out
-    assert "(bytes:proved by manifest.json)" in out and "\nsample: The King of NASA" in out
+    assert "(bytes:proved by manifest.json)" in out
+    assert set(result["sources"]) == {"train_gpt.py", *["tokenizers.py"] * (kind != "sentencepiece")}
+    sample = {"MODE": "sample", "SAMPLE_PROMPT": "The King of NASA", "SAMPLE_TOKENS": 5, "DEVICE": "cpu"}
+    sample |= {
+        "ARTIFACT": tmp_path / "logs" / "run" / "final_model.int8.ptz",
+        "TOKENIZER_PATH": knobs["TOKENIZER_PATH"],
+    }
+    assert call_main({name: str(value) for name, value in sample.items()}) == 0
+    assert capsys.readouterr().out.startswith("The King of NASA")
     bits = result["val_loss"] * result["scored_tokens"] / math.log(2)
     assert result["val_bpb"] == pytest.approx(bits / size, rel=1e-12)
 
@@ -269,17 +272,27 @@ def test_what_says_what_a_byte_weighs_is_a_source_of_the_run(tmp_path, tiny):
     assert made["first"]["val_bpb"] == pytest.approx(made["again"]["val_bpb"], rel=1e-4)  # by another kernel
 
 
-def test_the_script_alone_trains_with_case_marks(tmp_path, tiny):
-    """It weighs them; what it lacks to compare capitals too is one line."""
+def test_case_marks_need_the_tool_which_is_then_a_source(tmp_path, tiny):
+    """Beside the script alone, as in the folder of a run, it is enough."""
     knobs, size = make_data("case marks", tmp_path)
     (tmp_path / "alone").mkdir()
     script = Path(shutil.copy(SCRIPT, tmp_path / "alone"))
-    done = process(tiny(**knobs, SAMPLE_PROMPT="The"), tmp_path, script=script)
-    out = done.stdout.decode()
-    assert done.returncode == 0 and out.count("tools/tokenizers.py is not beside the script: case marks are") == 1, out
-    assert "(bytes:proved by manifest.json)" in out
+    done = process(tiny(**knobs), tmp_path, script=script)
+    assert done.returncode == 2 and not (tmp_path / "logs").exists()
+    assert re.fullmatch(rb"error: \S+tokenizers.py is missing: take it from the repository\n", done.stderr)
+    shutil.copy(helper.__file__, tmp_path / "alone")
+    done = process(tiny(**knobs), tmp_path, script=script)
+    assert done.returncode == 0, done.stderr.decode()
+    assert b"(bytes:proved by manifest.json)" in done.stdout
     result = json.loads((tmp_path / "logs" / "run" / "result.json").read_text())
-    assert result["scored_bytes"] == result["val_bytes"] == size and set(result["sources"]) == {"train_gpt.py"}
+    assert result["scored_bytes"] == result["val_bytes"] == size
+    assert set(result["sources"]) == {"train_gpt.py", "tokenizers.py"}
+    folder = shutil.copytree(tmp_path / "logs" / "run", tmp_path / "kept")
+    environ = {"RUN_ID": "again", "LOG_DIR": str(tmp_path / "logs"), "DEVICE": "cpu"}
+    done = process(environ, tmp_path, script=folder / "train_gpt.py", args=[folder / "config.env"])
+    assert done.returncode == 0, done.stderr.decode()
+    again = json.loads((tmp_path / "logs" / "again" / "result.json").read_text())
+    assert again["sources"] == result["sources"] and again["val_bpb"] == pytest.approx(result["val_bpb"], rel=1e-4)
 
 
 @kinds
@@ -288,7 +301,7 @@ def test_the_bpb_of_a_uniform_model_is_its_closed_form(kind, tmp_path, make_conf
     config = make_config(**knobs, TIED_EMBED_INIT_STD=0, EVAL_STRIDE=8)
     stream = TokenStream(config.data_path, "val", config.vocab_size)
     table = TokenBytes(config.tokenizer_path, config.vocab_size)
-    score = Evaluator(stream, table, config, runtime).score(GPT(config, kernels.blocked_attention))
+    score = Evaluator(stream, table, config, runtime).score(*[new_model(config, kernels.blocked_attention)] * 2)
     assert score.bytes == size
     assert score.bpb == pytest.approx((len(stream) - 1) * math.log2(config.vocab_size) / size, rel=1e-6)
 
@@ -296,8 +309,8 @@ def test_the_bpb_of_a_uniform_model_is_its_closed_form(kind, tmp_path, make_conf
 @pytest.mark.parametrize("kept, line", [(0, "bytes:proved by manifest.json"), (-3, "bytes:lossy: of ")])
 def test_a_lossy_tokenizer_is_named_with_what_it_loses(corpus, tables, kept, line):
     table = tables["sentencepiece"]
-    stream = TokenStream(str(corpus / "data"), "val", len(table.weight))
-    weighed = table.weigh(stream.read(0, len(stream)))
+    stream = TokenStream(str(corpus / "data"), "val", len(table.byte_count))
+    weighed = table.count(stream.read(0, len(stream)))
     text = run_audit(table, stream, {"bytes": weighed - kept, "token_bytes": weighed})[0]
     assert line in text and f"{weighed - kept} in the text" in text if kept else line in text
 

@@ -13,9 +13,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, make_documents
+from models import build_trainer
 
 import train_gpt
-from train_gpt import Evaluator, RunFolder, Stopwatch, TokenBytes, TokenStream, Trainer, TrainLoader
+from train_gpt import Evaluator, TokenBytes, TokenStream, Trainer
 
 kernels = train_gpt.tool("kernels")
 
@@ -47,14 +48,7 @@ def go(monkeypatch, capsys):
 def build(runtime):
     """Function: the Trainer of a configuration."""
 
-    def start(config):
-        stream = TokenStream(config.data_path, "train", config.vocab_size)
-        loader = TrainLoader(stream, config, runtime, config.accumulation_steps(1, "cpu"))
-        folder = RunFolder(runtime)
-        hooks = train_gpt.Hooks(config, folder)
-        return Trainer(config, runtime, folder, Stopwatch(runtime.synchronize), loader, hooks)
-
-    return start
+    return lambda config: build_trainer(config, runtime)
 
 
 @pytest.fixture
@@ -106,7 +100,7 @@ def test_a_step_has_the_gradient_of_the_mean_loss_clipped_once_after_accumulatio
         norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in by_hand.parameters()))
         factor = min(1.0, clip / norm) if clip else 1.0
         assert factor == 1 or clip == 0.01
-        loss = trainer.step(1.0, 0.9)
+        loss = trainer.step(1.0, 0.9)["train_loss"]
         assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-6)
         for name, p in by_hand.named_parameters():
             largest = float(p.grad.abs().max())
@@ -125,7 +119,7 @@ def test_an_extra_loss_trains_with_the_losses_and_is_in_no_log(make_config, buil
     tokens = torch.from_numpy(trainer.loader.stream.read(0, 257).astype("int64"))
     expected_loss = by_hand(tokens[:-1].view(8, 32), tokens[1:].view(8, 32)).mean()
     expected_loss.backward()
-    assert trainer.step(1.0, 0.9).item() == pytest.approx(expected_loss.item(), rel=1e-6)
+    assert trainer.step(1.0, 0.9)["train_loss"].item() == pytest.approx(expected_loss.item(), rel=1e-6)
     for name, p in by_hand.named_parameters():
         expected = p.grad + 0.3 * tokens[:-1].double().mean().float()
         torch.testing.assert_close(trainer.optimizers[0].grads[name], expected, rtol=1e-5, atol=1e-5)
@@ -135,7 +129,7 @@ def test_micro_steps_do_not_change_the_losses_of_a_run(make_config, build):
     losses = []
     for cut in CUTS:
         trainer = build(make_config(**cut))
-        losses.append([float(trainer.step(1.0, 0.9)) for _ in range(6)])
+        losses.append([float(trainer.step(1.0, 0.9)["train_loss"]) for _ in range(6)])
     assert losses[0][-1] < losses[0][0] - 0.5, "it learns"
     assert losses[1] == pytest.approx(losses[0], rel=1e-4) and losses[2] == pytest.approx(losses[0], rel=1e-4)
 
@@ -153,7 +147,11 @@ def test_a_step_sets_the_scheduled_rates_and_momentum(make_config, build):
 
 def test_the_loop_passes_the_schedule_of_each_step(tiny, go, monkeypatch):
     given = []
-    monkeypatch.setattr(Trainer, "step", lambda self, *args: given.append(args) or torch.tensor(1.0))
+    monkeypatch.setattr(
+        Trainer,
+        "step",
+        lambda self, *args: given.append(args) or {"train_loss": torch.tensor(1.0), "lr_scale": args[0]},
+    )
     settings = tiny(
         ITERATIONS=10,
         WARMDOWN_FRAC=0.5,
@@ -172,7 +170,7 @@ def test_warm_up_leaves_no_trace_and_training_after_it_is_the_same(make_config, 
     parts = [warm.model, *warm.optimizers]
     before, rng = copy.deepcopy([part.state_dict() for part in parts]), torch.get_rng_state()
     steps, step = [], warm.step
-    warm.step = lambda *args: steps.append(float(step(*args))) or torch.tensor(steps[-1])
+    warm.step = lambda *args: steps.append(float(step(*args)["train_loss"])) or {"train_loss": torch.tensor(steps[-1])}
     warm.warm_up(evaluator)
     assert len(set(steps)) == 3 and steps[2] < steps[0], "the warm-up must really step"
     assert "warmup_step:1/3\nwarmup_step:2/3\nwarmup_step:3/3\n" in capsys.readouterr().out
@@ -185,7 +183,7 @@ def test_warm_up_leaves_no_trace_and_training_after_it_is_the_same(make_config, 
     assert torch.equal(torch.get_rng_state(), rng) and warm.loader.position == 0
     assert all(p.grad is None for p in warm.model.parameters())
     for i in range(4):
-        assert step(1.0, 0.9).equal(cold.step(1.0, 0.9)), f"step {i}"
+        assert step(1.0, 0.9)["train_loss"].equal(cold.step(1.0, 0.9)["train_loss"]), f"step {i}"
     for (name, p), q in zip(warm.model.named_parameters(), cold.model.parameters(), strict=True):
         assert torch.equal(p, q), name
 
@@ -195,10 +193,10 @@ def test_the_speed_is_that_of_the_last_steps(make_config, build, runtime, monkey
     trainer = build(make_config())
     monkeypatch.setattr(kernels, "peak_flops", lambda runtime: peak)
     runtime.world_size = ranks
-    trainer.recent.extend([0.25] * 30 + [0.5] * 10)  # 20 are kept
+    trainer.step_seconds.extend([0.25] * 30 + [0.5] * 10)  # 20 are kept
     tokens_per_second = 256 / 0.375
     achieved = tokens_per_second * kernels.flops_per_token(trainer.model, 32)
-    assert trainer.speed() == "tok/s:683" + share.format(achieved / (1e8 * ranks))
+    assert kernels.speed(trainer) == " tok/s:683" + share.format(achieved / (1e8 * ranks))
 
 
 @pytest.mark.parametrize(
@@ -215,7 +213,7 @@ def test_the_speed_is_that_of_the_last_steps(make_config, build, runtime, monkey
     ],
 )
 def test_the_peak_of_a_gpu_is_told_by_its_name(name, dtype, tflops):
-    fake = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, device_name=lambda: name)
+    fake = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, device_name=name)
     assert kernels.peak_flops(fake) == (tflops and 1e12 * tflops)
     assert kernels.peak_flops(SimpleNamespace(device=torch.device("cpu"), dtype=dtype)) is None
 
@@ -233,13 +231,13 @@ def clock(monkeypatch):
         fake.now += next(fake.steps)
         return step(self, *args)
 
-    def timed_score(self, model, *args):
+    def timed_score(self, model, *args, **options):
         def slow(*_):
             fake.now += 100.0
             handle.remove()  # the first batch alone
 
         handle = model.register_forward_pre_hook(slow)
-        return score(self, model, *args)
+        return score(self, model, *args, **options)
 
     monkeypatch.setattr(train_gpt.time, "perf_counter", lambda: fake.now)
     monkeypatch.setattr(Trainer, "step", timed_step)
@@ -325,13 +323,14 @@ def test_a_non_finite_loss_stops_the_run_and_exports_nothing(tiny, go, monkeypat
     step, count = Trainer.step, itertools.count(1)
 
     def poisoned(self, *args):
-        loss = step(self, *args)
-        return torch.full_like(loss, value) if next(count) == bad_step else loss
+        metrics = step(self, *args)
+        bad = {"train_loss": torch.full_like(metrics["train_loss"], value)}
+        return metrics | (bad if next(count) == bad_step else {})
 
     monkeypatch.setattr(Trainer, "step", poisoned)
     settings = tiny()
     code, _, error = go(settings)
-    assert code == 2 and f"step {bad_step}: the loss is {value}" in error and "MATRIX_LR" in error
+    assert code == 2 and f"step {bad_step}: the loss is {value}: lower MATRIX_LR" in error
     assert "Traceback" not in error
     files = {path.name for path in (Path(settings["LOG_DIR"]) / "run").iterdir()}
     metrics = {"metrics.jsonl"} if bad_step > 1 else set()
@@ -502,10 +501,10 @@ def test_the_result_is_complete_and_agrees_with_log_metrics_and_files(finished):
 
 def test_the_score_of_record_is_that_of_the_file(finished, make_config, runtime):
     config = train_gpt.Config.load([], finished.settings)
-    artifact = train_gpt.unpack((finished.path / "final_model.int8.ptz").read_bytes())
+    artifact = (finished.path / "final_model.int8.ptz").read_bytes()
     scores = []
     for state in (
-        train_gpt.dequantize(artifact, config),
+        train_gpt.Coder(config).decode(artifact),
         torch.load(finished.path / "final_model.pt", weights_only=True),
     ):
         model, *_ = train_gpt.build_model(config, runtime)
@@ -513,7 +512,7 @@ def test_the_score_of_record_is_that_of_the_file(finished, make_config, runtime)
         assert sum(p.numel() for p in model.parameters()) == finished.result["model_params"]
         stream = TokenStream(config.data_path, "val", config.vocab_size)
         token_bytes = TokenBytes(config.tokenizer_path, config.vocab_size)
-        scores.append(Evaluator(stream, token_bytes, config, runtime).score(model))
+        scores.append(Evaluator(stream, token_bytes, config, runtime).score(model, model))
     assert scores[0].bpb == pytest.approx(finished.result["val_bpb"], rel=1e-9)
     assert scores[1].bpb == pytest.approx(finished.result["pre_quant_val_bpb"], rel=1e-9)
     assert scores[0].bpb != scores[1].bpb

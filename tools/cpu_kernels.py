@@ -1,8 +1,8 @@
-"""Attention and loss for CPUs, and for those that multiply bf16 by AVX-512 Newton-Schulz iterations: C++ compiled.
+"""Attention and loss for CPUs in C++, and Newton-Schulz iterations for CPUs with AVX-512 instructions for bf16.
 
-tools/kernels.py uses them where there are a compiler, the instructions and a shape that they take, and torch's own
-operations elsewhere. As with any backend of attention the results are the same but for rounding: an artifact needs none
-of this to be scored, and the log of a run tells what it used, with the hash of the C++.
+tools/kernels.py uses them if there is a compiler, the CPU has the instructions and the shape fits. Elsewhere it uses
+torch's operations. Results differ only by rounding, so scoring an artifact needs none of this. A run logs what it used,
+with the hash of the C++.
 """
 
 import ctypes
@@ -19,11 +19,11 @@ from torch import Tensor
 
 HERE = Path(__file__).parent
 SOURCES = {torch.bfloat16: HERE / "cpu_kernels.cpp", torch.float32: HERE / "cpu_kernels_fp32.cpp"}
-WIRING = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]  # torch does not look into an operator of ours
+WIRING = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]  # torch does not look into our operators
 HAS_INSTRUCTIONS = os.name == "posix" and bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())  # for bf16
-MOST_TOKENS = 2048  # of a sequence: the scores of 64 queries stay in the cache
-IDLE_SHARE = 0.25  # of the threads, at most: each takes whole matrices
-MOST_SOFTCAP = 40.0  # exponentials from -2 * softcap on must not vanish in fp32
+MOST_TOKENS = 2048  # of a sequence, so that the scores of 64 queries stay in the cache
+IDLE_SHARE = 0.25  # of the threads at most, since each takes whole matrices
+MOST_SOFTCAP = 40.0  # exp(-2 * softcap) must not vanish in fp32
 
 
 def has_kernels(dtype: torch.dtype) -> bool:
@@ -32,8 +32,10 @@ def has_kernels(dtype: torch.dtype) -> bool:
 
 @functools.cache
 def library(dtype: torch.dtype) -> ctypes.CDLL:
-    """The compiled C++, made once for each source, compiler and machine. Raises OSError without a compiler, and
-    subprocess.CalledProcessError for one that does not know the instructions."""
+    """The compiled C++. It is compiled once for each source, compiler and machine.
+
+    Raises OSError without a compiler, and subprocess.CalledProcessError if it does not know the instructions.
+    """
     source = SOURCES[dtype]
     compiler = os.environ.get("CXX", "g++")
     flags = ["-O3", "-march=native", "-fno-strict-aliasing", "-fno-math-errno", "-fPIC"]
@@ -47,23 +49,24 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            objects, made = Path(scratch, "kernels.o"), Path(scratch, "kernels.so")
+            objects = Path(scratch, "kernels.o")
+            made = Path(scratch, "kernels.so")
             run = functools.partial(subprocess.run, check=True, capture_output=True, text=True)
             run([compiler, *flags, "-fopenmp", "-c", str(source), "-o", str(objects)])
-            # Without -fopenmp, which would bring a second OpenMP beside torch's: two that wait for each other's cores.
+            # -fopenmp would link a second OpenMP next to torch's, and the two would wait for each other's cores.
             run([compiler, "-shared", str(objects), "-o", str(made)])
             os.replace(made, path)
     return ctypes.CDLL(str(path))
 
 
 def describe(dtype: torch.dtype) -> str:
-    """The source and its hash, for the log of a run; raises whatever keeps it from being compiled."""
+    """The source and its hash, for the log of a run. Raises if it cannot be compiled."""
     library(dtype)
     return f"{SOURCES[dtype].name} sha256:{hashlib.sha256(SOURCES[dtype].read_bytes()).hexdigest()}"
 
 
 def call(name: str, dtype: torch.dtype, *arguments):
-    """A function of the library for a dtype; tensors are handed over as the address of their data."""
+    """Call a function of the library of a dtype. A tensor is passed as the address of its data, None as null."""
     values = [ctypes.c_void_p(value.data_ptr()) if isinstance(value, Tensor) else value for value in arguments]
     values = [ctypes.c_void_p() if value is None else value for value in values]
     getattr(library(dtype), name)(*values, ctypes.c_int(torch.get_num_threads()))
@@ -79,7 +82,8 @@ def attention(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> tuple[Tensor, T
     """y [B, T, H, d], and log2 of each query's sum of exponentials, [B, H, T] in fp32."""
     q, k, v = (x.contiguous() for x in (q_BTHd, k_BTKd, v_BTKd))
     B, T, H, d = q.shape
-    y, logs = torch.empty_like(q), q.new_empty(B, H, T, dtype=torch.float32)
+    y = torch.empty_like(q)
+    logs = q.new_empty(B, H, T, dtype=torch.float32)
     call("attention_forward", q.dtype, q, k, v, y, logs, sizes_of(q, k))
     return y, logs
 
@@ -120,7 +124,7 @@ def takes_attention(T: int, d: int, dtype: torch.dtype) -> bool:
 
 
 def fused_attention(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor) -> Tensor:
-    """Causal attention as train_gpt.grouped_attention, of what `takes_attention` says."""
+    """Causal attention like train_gpt.grouped_attention, for the shapes of `takes_attention`."""
     return attention(*(x.transpose(1, 2) for x in (q_BHTd, k_BKTd, v_BKTd)))[0].transpose(1, 2)
 
 
@@ -134,12 +138,16 @@ def cross_entropy(
     bits_VW: Tensor | None = None,
     before_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Losses [N] in nats of the softcapped logits x W^T; their derivative by the logits before the cap, [N, V] like x,
-    if it is asked for. With bits [V, V / 8] only those tokens get a probability whose bit is 1 in the row of the token
-    before: a target without has a loss of infinity, and a derivative that is to be multiplied by 0."""
+    """Losses [N] in nats of the softcapped logits x W^T, and with `gradient` their derivative by the uncapped logits.
+
+    The derivative is [N, V] in the type of x. With bits [V, V / 8] only those tokens have a probability whose bit is 1
+    in the row of the previous token. A target without one has an infinite loss, and a derivative that the caller
+    multiplies by 0.
+    """
     z = x_ND @ weight_VD.mT
     losses = z.new_empty(len(z), dtype=torch.float32)
-    bits, before = (x if x is None else x.contiguous() for x in (bits_VW, before_N))
+    bits = None if bits_VW is None else bits_VW.contiguous()
+    before = None if before_N is None else before_N.contiguous()
     call(
         "softcapped_cross_entropy",
         z.dtype,
@@ -169,11 +177,14 @@ def save_loss(ctx, inputs, output):
 
 
 def differentiate_loss(ctx, dlosses_N, _):
-    """The derivative by the logits was made where they were in the cache; the gradient of the loss, one number a row,
-    multiplies the narrow side of either product."""
+    """The derivative by the logits was computed while they were in the cache.
+
+    The gradient of the loss, one number per row, multiplies the narrow side of either matmul.
+    """
     x, weight, gradient = ctx.saved_tensors
     rows = dlosses_N[:, None]
-    dx, dweight = (gradient @ weight * rows).to(x.dtype), gradient.mT @ (x * rows).to(x.dtype)
+    dx = (gradient @ weight * rows).to(x.dtype)
+    dweight = gradient.mT @ (x * rows).to(x.dtype)
     return dx, dweight, None, None, None, None, None
 
 
@@ -186,10 +197,15 @@ def takes_loss(vocab_size: int, softcap: float, runtime) -> bool:
 
 
 def fused_loss(model, x_BTD: Tensor, targets_BT: Tensor, tokens_BT: Tensor | None = None) -> Tensor:
-    """Losses [B, T] in nats from what the output projection sees, as train_gpt.Model.forward gives them; with tokens
-    under the model's mask. In training, what the mask excludes, as it may where a text begins anew, counts nothing."""
-    x_ND, weight_VD = x_BTD.flatten(0, 1), model.output_weight()[1].to(x_BTD.dtype)
-    bits_VW, before_N = (None, None) if tokens_BT is None else (model.mask.bits, tokens_BT.flatten())
+    """Losses [B, T] in nats from the input x of the output projection, like those of train_gpt.Model.forward.
+
+    With tokens the logits are masked by the table model.mask.bits. The mask may exclude a target where a new sequence
+    begins in the middle of a text: such a target is infinite in a score, and counts 0 in training.
+    """
+    x_ND = x_BTD.flatten(0, 1)
+    weight_VD = model.output_weight()[1].to(x_BTD.dtype)
+    bits_VW = None if tokens_BT is None else model.mask.bits
+    before_N = None if tokens_BT is None else tokens_BT.flatten()
     learns = torch.is_grad_enabled()
     losses, _ = cross_entropy(x_ND, weight_VD, targets_BT.flatten(), model.softcap, learns, bits_VW, before_N)
     if learns and model.training and tokens_BT is not None:
@@ -199,15 +215,18 @@ def fused_loss(model, x_BTD: Tensor, targets_BT: Tensor, tokens_BT: Tensor | Non
 
 def takes_newton_schulz(stack: Tensor) -> bool:
     """Whether there are enough matrices [n, rows, columns] for the threads, of a size that fits."""
-    n, threads = len(stack), torch.get_num_threads()
+    n = len(stack)
+    threads = torch.get_num_threads()
     places = -(-n // threads) * threads
     fits = stack.dtype == torch.bfloat16 and stack.size(1) % 32 == 0 and stack.size(2) % 32 == 0
     return HAS_INSTRUCTIONS and stack.device.type == "cpu" and fits and 0 < n >= (1 - IDLE_SHARE) * places
 
 
 def newton_schulz(stack: Tensor, polynomials: list[tuple[float, float, float]]) -> Tensor:
-    """As train_gpt.newton_schulz, of what `takes_newton_schulz` says: X X^T and the polynomial of it are symmetric, so
-    that half of either is enough, and a matrix stays in the cache of its core."""
+    """Like train_gpt.newton_schulz, for what `takes_newton_schulz` accepts.
+
+    X X^T and its polynomial are symmetric, so half of either is computed. A matrix stays in the cache of its core.
+    """
     tall = stack.size(1) > stack.size(2)
     x = (stack.mT if tall else stack).clone(memory_format=torch.contiguous_format)
     coefficients = torch.tensor(polynomials, dtype=torch.float32)

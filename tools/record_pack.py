@@ -135,12 +135,16 @@ def config_changes(run: Run, config: dict[str, str], base: Path | None) -> list[
 
 
 def script_changes(folder: Path, names: list[str], base: Path) -> tuple[str, list[str]]:
-    """(one line, the unified difference) of the sources against those of another folder."""
+    """One line, and the unified difference, of the sources against those of a record or of a repository.
+
+    A record is flat. In a repository a source is the script, a tool or a model file.
+    """
     difference = []
     for name in names:
+        places = [base / part / name for part in ("", "tools", "records/models")]
+        there = next((path for path in places if path.is_file()), places[0])
         texts = [
-            path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-            for path in (base / name, folder / name)
+            path.read_text(encoding="utf-8").splitlines() if path.is_file() else [] for path in (there, folder / name)
         ]
         difference += difflib.unified_diff(*texts, f"base/{name}", f"here/{name}", n=1, lineterm="")
     added, removed = (
@@ -150,9 +154,12 @@ def script_changes(folder: Path, names: list[str], base: Path) -> tuple[str, lis
 
 
 def command(run: Run, folder: Path) -> str:
-    """What runs a seed again from the record folder: the model file if there is one, else the script."""
+    """The command that runs a seed again from the record folder.
+
+    It starts the script, whose config.env names the model file, or an older model file, which is a program.
+    """
     names = [n for n in sources_of(run.result) if n != "train_gpt.py"]
-    models = [n for n in names if re.search(r"train_gpt\.main\(", (folder / n).read_text(encoding="utf-8"))]
+    models = [n for n in names if "train_gpt.main(" in (folder / n).read_text(encoding="utf-8")]
     ranks = run.result["world_size"]
     launcher = f"torchrun --standalone --nproc_per_node={ranks}" if ranks > 1 else "python"
     return f"{launcher} {models[0] if models else 'train_gpt.py'} config.env"

@@ -1,10 +1,13 @@
 """record.py rescore FOLDER: score the artifact of a record again by its own script, and test the rules on it.
 
-In a process of its own, without a network, with the validation shards alone in DATA_PATH: the score; that no score
-moves when the tokens after it are replaced, at 64 places in single windows and at 4 through the whole evaluation (so
-also for a model that learns while it scores); that the probabilities at 64 places sum to 1 over the vocabulary; that
-each target is scored once and that the score is the mean of exactly those; and that no training data are read. Any
-model on the seam works. The record's code is run: do so only on a machine where anyone's code may run.
+It runs in a process of its own, without a network, with only the validation shards in DATA_PATH, and checks
+    - the score;
+    - causality: no score changes when the tokens after it are replaced, at 64 places in single windows and at 4 through
+      the whole evaluation, so also for a model that learns while it is scored;
+    - that the probabilities at 64 places sum to 1 over the vocabulary;
+    - that each target is scored once, and that the score is the mean of exactly those;
+    - that no training data is read.
+It works for any model file. The record's code is executed: use a machine where anyone's code may run.
 """
 
 import argparse
@@ -22,13 +25,14 @@ from record_folder import Finding, Record, open_record, sha256
 from record_read import ROOT, UserError
 
 PLACES = 64
-SAME, ELSEWHERE = 1e-8, 2e-3  # BPB: the same device, ranks and torch repeat every digit; another rounds otherwise
-MOVED = 1e-6  # nats; what reads no future moves by nothing
-SUM = 1e-3  # of probabilities, in fp32 over some thousand tokens
+SAME = 1e-8  # tolerance in BPB: the same device, ranks, kernels and torch repeat every digit
+ELSEWHERE = 2e-3  # tolerance in BPB of anything else, which rounds differently
+MOVED = 1e-6  # nats; without the future nothing changes
+SUM = 1e-3  # tolerance of a sum of probabilities, in fp32 over some thousand tokens
 
 
 def without_network() -> list[str]:
-    """A prefix that gives a process no network at all, where the system has one; the child refuses it in any case."""
+    """A command prefix that gives a process no network, if the system has one. The child refuses it in any case."""
     prefix = ["unshare", "--net", "--map-root-user"]
     tried = shutil.which("unshare") and subprocess.run([*prefix, "true"], capture_output=True, check=False)
     return prefix if tried and tried.returncode == 0 else []
@@ -67,8 +71,10 @@ def probe(record: Record, artifact: Path, data: Path, tokenizer: str, timeout: f
 
 
 def judge(record: Record, artifact: Path, found: dict) -> tuple[list[Finding], dict[str, str], dict[str, str]]:
-    """(findings, what passed with its numbers, what was not checked)."""
-    findings, passed, skipped = [], {}, {}
+    """The findings, what passed with its numbers, and what was not checked."""
+    findings = []
+    passed = {}
+    skipped = {}
 
     def answer(check: str, good: bool, told: str, remedy: str):
         if good:
@@ -76,7 +82,8 @@ def judge(record: Record, artifact: Path, found: dict) -> tuple[list[Finding], d
         else:
             findings.append(Finding(check, artifact.name, told, remedy))
 
-    score, digest = found["score"], sha256(artifact)
+    score = found["score"]
+    digest = sha256(artifact)
     run = next((run for run in record.runs if run.result and run.result.get("sha256_artifact") == digest), None)
     if run is None:
         skipped["score"] = "no result.json in the folder is of this artifact"

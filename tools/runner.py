@@ -1,5 +1,8 @@
-"""Starts a training script in a process of its own, for tools that compare or search: any script with the standard
-environment variables and log lines, of this repository or of the public challenge."""
+"""Start a training script in a process of its own, for tools that compare or search.
+
+It may be any script with the standard environment variables and log lines, from this repository or from the public
+challenge.
+"""
 
 import os
 import re
@@ -16,16 +19,27 @@ REPOSITORY_SCRIPT = ROOT / "train_gpt.py"
 
 @dataclass(frozen=True)
 class Target:
-    """A script, and a configuration file for it or none."""
+    """A script and, optionally, a configuration file for it."""
 
     script: Path
     config: Path | None
 
     @property
     def ours(self) -> bool:
-        """Whether it takes a FILE.env and makes a run folder: this repository's script, a copy, or a model file."""
-        text = self.script.read_text(encoding="utf-8", errors="replace")
+        """Whether it takes a FILE.env and makes a run folder, as the script, its copies and older model files do."""
+        text = read_script(self.script)
         return "train_gpt.main(" in text or bool(re.search(r"^class RunFolder\b", text, re.MULTILINE))
+
+
+def read_script(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def is_model_file(path: Path) -> bool:
+    """Whether this is a model file, which is no program: it subclasses Config, and never calls main."""
+    text = read_script(path)
+    imports = re.search(r"^(import train_gpt|from train_gpt import)\b", text, re.MULTILINE)
+    return bool(imports and re.search(r"^class Config\(", text, re.MULTILINE)) and "train_gpt.main(" not in text
 
 
 def parse_target(spec: str) -> Target:
@@ -37,17 +51,24 @@ def parse_target(spec: str) -> Target:
     scripts, configs = ([path for path in paths if path.suffix == end] for end in (".py", ".env"))
     if len(scripts) > 1 or len(configs) > 1 or len(scripts) + len(configs) < len(paths):
         raise UserError(f"{spec}: expected FILE.env, SCRIPT.py or SCRIPT.py,FILE.env")
-    return Target(scripts[0] if scripts else REPOSITORY_SCRIPT, configs[0] if configs else None)
+    script = scripts[0] if scripts else REPOSITORY_SCRIPT
+    if is_model_file(script):
+        raise UserError(
+            f"{script} is a model file and no program: put MODEL_FILE={script} into a FILE.env and give that"
+        )
+    return Target(script, configs[0] if configs else None)
 
 
 def start(target: Target, knobs: dict[str, str], folder: Path) -> subprocess.Popen:
-    """Start a run that logs under `folder`/<RUN_ID>, its output in `folder`/<RUN_ID>.out.
+    """Start a run that logs under `folder`/<RUN_ID>, with its output in `folder`/<RUN_ID>.out.
 
-    A public script reads no FILE.env and leaves its model in its working directory: it gets the file's knobs as
-    environment, and a directory of its own."""
+    A public script reads no FILE.env and leaves its model in its working directory. So it gets the knobs of the file as
+    environment variables, and a directory of its own.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     environ = os.environ | knobs | {"LOG_DIR": str(folder.resolve()), "PYTHONUNBUFFERED": "1"}
-    command, where = [sys.executable, str(target.script.resolve())], None
+    command = [sys.executable, str(target.script.resolve())]
+    where = None
     if target.ours:
         command += [str(target.config.resolve())] if target.config else []
     else:
@@ -66,7 +87,7 @@ def start(target: Target, knobs: dict[str, str], folder: Path) -> subprocess.Pop
 
 
 def wait(process: subprocess.Popen) -> tuple[int, float]:
-    """(exit code, peak resident memory in MiB) of a run; a stopped tool stops its run."""
+    """The exit code of a run, and its peak resident memory in MiB. A tool that is stopped stops its run."""
     try:
         _, status, usage = os.wait4(process.pid, 0)
     except BaseException:
@@ -77,7 +98,7 @@ def wait(process: subprocess.Popen) -> tuple[int, float]:
 
 
 def stop(process: subprocess.Popen, patience: float = 10.0):
-    """SIGTERM, and SIGKILL to what does not end within `patience` seconds."""
+    """Send SIGTERM, and SIGKILL if the process does not end within `patience` seconds."""
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
         try:
@@ -88,7 +109,7 @@ def stop(process: subprocess.Popen, patience: float = 10.0):
 
 
 def read_finished(folder: Path, run_id: str) -> Run:
-    """What a run left: its output as the log, its result.json and metrics.jsonl if it makes them."""
+    """The files of a finished run: its output as the log, and result.json and metrics.jsonl if it writes them."""
     result = folder / run_id / "result.json"
     return Run(
         run_id,
@@ -100,7 +121,7 @@ def read_finished(folder: Path, run_id: str) -> Run:
 
 
 def last_words(folder: Path, run_id: str) -> str:
-    """The line that says why a run failed: its error, or its last."""
+    """The line that says why a run failed: its error, or its last line."""
     lines = (folder / f"{run_id}.out").read_text(encoding="utf-8", errors="replace").strip().splitlines()
     errors = [line for line in lines if line.startswith("error:")]
     return (errors or lines or ["it said nothing"])[-1]

@@ -1,8 +1,9 @@
-"""What train_gpt.py needs of tokenizers beside SentencePiece's: vocabularies of bytes and of tiktoken; case marks.
+"""Tokenizers other than plain SentencePiece models: vocabularies of bytes and of tiktoken, and case marks.
 
-Where TOKENIZER_PATH names such a vocabulary, this file says what its tokens weigh: it is a source of the run, as the
-script is. Of a .model with case marks the script knows the weights; `mark` and `unmark` here turn capitals into marks
-and back, as data/case_marks.py does for the shards."""
+train_gpt.py loads this file if TOKENIZER_PATH names such a vocabulary or a .model with case marks. It then determines
+how many bytes a token has, so it counts as submission code: it is hashed, copied into the run folder, and included in
+the code size. data/case_marks.py turns capitals into the same marks when it makes shards.
+"""
 
 import os
 import re
@@ -11,27 +12,30 @@ from train_gpt import UserError
 
 
 def load(table):
-    """Fill a TokenBytes whose path is no .model: `pieces`, None for a special token; `start`, `encode` and `decode`."""
+    """Fill a TokenBytes whose path is no .model: `pieces` (None for a special token), `start`, `encode`, `decode`."""
     if re.fullmatch(r"bytes|.*byte_?260.*", table.path):
         load_bytes(table)
         return
-    model = table.model = load_tiktoken(table.path)
+    model = load_tiktoken(table.path)
     special = set(map(model.encode_single_token, model.special_tokens_set))
-    piece, table.start = model.decode_single_token_bytes, model.eot_token
+    piece = model.decode_single_token_bytes
+    table.model = model
+    table.start = model.eot_token
     table.pieces = [None if token in special else piece(token) for token in range(model.n_vocab)]
     table.encode = model.encode_ordinary
     table.decode = lambda tokens: model.decode_bytes([token for token in tokens if token not in special])
 
 
 def load_bytes(table):
-    """pad, bos, eos, unk, then byte b as id b + 4."""
-    table.pieces, table.start = [None] * 4 + [bytes([byte]) for byte in range(256)], 1
+    """The vocabulary pad, bos, eos, unk, then byte b as id b + 4."""
+    table.pieces = [None] * 4 + [bytes([byte]) for byte in range(256)]
+    table.start = 1
     table.encode = lambda text: [byte + 4 for byte in text.encode()]
     table.decode = lambda tokens: bytes(token - 4 for token in tokens if token >= 4)
 
 
 def load_tiktoken(name: str, folder: str | None = None):
-    """An encoding of tiktoken; gpt2 from a folder with vocab.bpe and encoder.json: `folder`, or GPT2_BPE_DIR if set."""
+    """An encoding of tiktoken; gpt2 from vocab.bpe and encoder.json in `folder` or GPT2_BPE_DIR, if one is given."""
     folder = folder or os.environ.get("GPT2_BPE_DIR")
     try:
         import tiktoken.load
@@ -42,26 +46,28 @@ def load_tiktoken(name: str, folder: str | None = None):
         ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(f"{folder}/vocab.bpe", f"{folder}/encoder.json")
         special = {"<|endoftext|>": 50256}
         return tiktoken.Encoding(name, pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
-    except Exception as error:  # of names, files and the network
+    except Exception as error:  # of the name, of a file or of the network
         remedy = "give a .model, gpt2 or bytes; without a network set TIKTOKEN_CACHE_DIR, or for gpt2 GPT2_BPE_DIR"
         raise UserError(f"TOKENIZER_PATH={name} is nothing tiktoken can load ({error!r:.120}): {remedy}") from error
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Case marks
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------- Case marks ------------------------------------------------------------------------------------------------
+# Capitals are written as marks and small letters, so that a word has the same pieces in either case.
 
-T, A, M, E = "\ue001", "\ue002", "\ue003", "\ue004"  # a capital follows; a word of them; one in a word; an escape
+T = "\ue001"  # a capital follows
+A = "\ue002"  # a word of capitals follows
+M = "\ue003"  # a capital follows inside a word
+E = "\ue004"  # an escape: a character of this list follows, spelled in marks
 SPACE_MARK = "\u2581"  # a space to SentencePiece, so E spells it
-ESCAPED = {T: T, A: A, M: M, E: M + M, SPACE_MARK: A + M}  # what follows an E
+ESCAPED = {T: T, A: A, M: M, E: M + M, SPACE_MARK: A + M}  # {character: what follows an E}
 MARKABLE = re.compile(f"[{''.join(ESCAPED)}]|( ?)(?<![A-Za-z])([a-z]*+[A-Z][A-Za-z]*)")
-# In bytes, for a stream of tokens may end inside a character. So it may after an E: half of an escape is U+FFFD.
+# In bytes, since a stream of tokens may end inside a character, or after an E: half of an escape is U+FFFD.
 MARKED = re.compile(f"{E}({M}{M}|{A}{M}|{T}|{A}|{M}|)|{T}(?: ?[a-z])?|{A}(?: ?[a-z]+)?|{M}[a-z]?".encode())
 SPELLED = {code.encode(): char.encode() for char, code in ESCAPED.items()} | {b"": "\ufffd".encode()}
 
 
 def mark(text: str) -> str:
-    """Text as a model with case marks is given it."""
+    """Text in the form that a model with case marks reads."""
 
     def code(match: re.Match) -> str:
         space, word = match.groups()
@@ -76,7 +82,7 @@ def mark(text: str) -> str:
 
 
 def unmark(text: bytes) -> bytes:
-    """The text of which this is the marked form. A mark that stands before no letter vanishes."""
+    """The text whose marked form this is. A mark that is followed by no letter vanishes."""
     return MARKED.sub(lambda match: SPELLED.get(match[1], match[0][len(T.encode()) :].upper()), text)
 
 
@@ -87,9 +93,9 @@ def use_case_marks(table, texts: list[str]):
     is then text with its capitals.
     """
     model = table.model
-    if not all(mark in texts for mark in (T, A, M, E)):
+    if not {T, A, M, E} <= {*texts}:
         return
-    marks = [texts.index(mark) for mark in (T, A, M, E)]
+    marks = [texts.index(code) for code in (T, A, M, E)]
     symbols = not any(model.get_score(token) for token in marks)  # a user-defined symbol has score 0
     exact = len(table.byte_ids) == 256 and model.normalize("  a\n\ufb01 ") == "\u2581\u2581a\n\ufb01\u2581"
     if symbols and exact:

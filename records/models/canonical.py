@@ -2,7 +2,7 @@
 probability 0, in evaluation and in samples.
 
 If the tokenizer writes "hello" as one piece, then no text contains the pieces "hel" and "lo" in a row. Without such
-pairs the rest is still a distribution that sums to 1, and it depends on the previous token alone. frontier.py imports
+pairs the rest is still a distribution that sums to 1, and it depends on the previous token alone. frontier.py loads
 this file only where CANONICAL=1. Because it affects the score, it then counts as submission code: it is hashed, copied
 into the run folder, and included in the code size.
 

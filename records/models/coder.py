@@ -1,7 +1,7 @@
 """The artifact of the frontier: fewer bits per weight (WEIGHT_BITS, EMBED_BITS), clips in standard deviations (CLIP_*),
 GPTQ (GPTQ_BATCHES), an entropy coder (CODEC=rans), and clips that make the file just fit (FIT_SIZE).
 
-frontier.py imports this file only where one of these knobs is on. Because it affects the artifact, it then counts as
+frontier.py loads this file only where one of these knobs is on. Because it affects the artifact, it then counts as
 submission code: it is hashed, copied into the run folder, and included in the code size.
 """
 
@@ -15,39 +15,204 @@ import torch.distributed as dist
 from torch import Tensor
 
 import train_gpt
-from train_gpt import INT8_FORMAT, INT8_MIN_NUMEL, UserError, percentile_clip, quantize_rows, require
+from train_gpt import INT8_CLIP_QUANTILE, INT8_FORMAT, quantize_rows, require
 
 RANS_FORMAT = "rans_per_row_v1"
 TENSOR_CLASSES = ("attn", "mlp", "embed")  # each has its own CLIP_* knob and its own table of frequencies
 UNPACKED_LIMIT = 2**30  # bytes of decoded weights: far more than any artifact within SIZE_LIMIT needs
 MOST_TENSORS = 2**14
-
-
-def tensor_class(name: str) -> str:
-    """The quantization class of a parameter: attn, mlp or embed (the embedding, the output projection, the rest)."""
-    return "attn" if ".attn." in name else "mlp" if ".mlp." in name else "embed"
+# FIT_SIZE: limits of the factor of all clips, and the part of SIZE_LIMIT that may stay free.
+CLIP_MULTIPLIERS = (0.5, 8.0)
+SIZE_SLACK = 0.002
 
 
 class FrontierCoder(train_gpt.Coder):
-    """The script's coder with more knobs. The object in the file stays the public reference's for CODEC=zlib.
+    """The script's coder with more knobs. With CODEC=zlib the file keeps the public reference's format.
 
     A matrix [rows, cols] becomes integers up to qmax = 2**(bits - 1) - 1 in steps of one fp16 scale per row. With a
-    clip of k the scale is k standard deviations of the row over qmax. By the size law a weight then takes about
-    2.047 + log2(qmax / k) bits after entropy coding: k is what trades size for precision. Source: public
-    parameter-golf records; Frantar et al. 2022 for GPTQ; Duda 2013 for rANS."""
+    clip of k the step is k standard deviations of the row over qmax. After entropy coding a weight then takes about
+    2.047 + log2(qmax / k) bits, so k trades size for precision. Source: public parameter-golf records; Frantar et al.
+    2022 (GPTQ); Duda 2013 (rANS)."""
+
+    formats = (INT8_FORMAT, RANS_FORMAT)  # that it can decode
 
     def __init__(self, config):
         super().__init__(config)
+        rans = config.codec == "rans"
+        self.file = f"final_model.{'rans' if rans else 'int8'}.ptz"
+        self.tag = f"int{config.weight_bits}+{config.codec}"
+        self.control_fp32 = not rans
         self.hessians: dict[str, Tensor] = {}
-        self.clip_multiplier = 1.0  # of all clips, with FIT_SIZE
+        self.clip_multiplier = 1.0  # of all clips; FIT_SIZE changes it
 
-    @property
-    def file(self) -> str:
-        return f"final_model.{'rans' if self.config.codec == 'rans' else 'int8'}.ptz"
+    def tensor_class(self, name: str) -> str:
+        """attn or mlp for the matrices of those parts; embed for the embedding and the output projection."""
+        self.rule(name)  # raises for a name that the model does not have
+        parts = name.split(".")
+        return next((part for part in ("attn", "mlp") if part in parts), "embed")
 
-    @property
-    def tag(self) -> str:
-        return f"int{self.config.weight_bits}+{self.config.codec}"
+    def rule(self, name: str) -> train_gpt.ParameterRule:
+        return self.config.model_class().rule(name)
+
+    def qmax(self, name: str) -> int:
+        bits = self.config.embed_bits if self.rule(name).group == "embed" else self.config.weight_bits
+        return 2 ** (bits - 1) - 1
+
+    def clip(self, name: str) -> float:
+        """The clip in standard deviations of a row; 0: a high quantile of its magnitudes."""
+        return self.clip_multiplier * getattr(self.config, f"clip_{self.tensor_class(name)}")
+
+    # GPTQ needs statistics of training batches, which count as training time
+
+    def warm_up(self, trainer: train_gpt.Trainer) -> float:
+        """Seconds of the clock to reserve, measured on two micro-batches; the first one only warms up."""
+        if not self.config.gptq_batches:
+            return 0.0
+        for _ in range(2):
+            began = trainer.stopwatch.elapsed("compile")
+            collect_hessians(trainer.model, trainer.loader, 1, trainer.runtime)
+            trainer.runtime.synchronize()
+            taken = trainer.stopwatch.elapsed("compile") - began
+        seconds = 1.5 * self.calibration_batches(trainer.runtime) * taken
+        require(
+            seconds < (self.config.max_wallclock_seconds or math.inf),
+            f"GPTQ_BATCHES={self.config.gptq_batches} takes {seconds:.0f} s, the whole clock: use fewer",
+        )
+        return seconds
+
+    def calibrate(self, trainer: train_gpt.Trainer):
+        if self.config.gptq_batches:
+            batches = self.calibration_batches(trainer.runtime)
+            self.hessians = collect_hessians(trainer.model, trainer.loader, batches, trainer.runtime)
+
+    def calibration_batches(self, runtime: train_gpt.Runtime) -> int:
+        """Micro-batches of this rank."""
+        return -(-self.config.gptq_batches // runtime.world_size)
+
+    # From the weights to the file
+
+    def quantize_matrix(self, name: str, w: Tensor) -> tuple[Tensor, Tensor]:
+        qmax = self.qmax(name)
+        k = self.clip(name)
+        if k:
+            deviation, mean = torch.std_mean(w, dim=1, correction=0)
+            clip = torch.maximum(k * deviation, mean.abs())  # a row of one value has only a mean
+        else:
+            clip = torch.quantile(w.abs(), INT8_CLIP_QUANTILE, dim=1)
+        q, scale = quantize_rows(w, clip, qmax)
+        if name in self.hessians:
+            q = gptq_round(w, scale, self.hessians[name], qmax).cpu()
+        return q, scale
+
+    def pack(self, artifact: dict) -> tuple[bytes, dict]:
+        return super().pack(self.rans_pack(artifact) if self.config.codec == "rans" else artifact)
+
+    def encode(self, state: dict[str, Tensor], code_bytes: int) -> tuple[bytes, dict]:
+        """With FIT_SIZE: the artifact with the narrowest clips of which code and artifact fit SIZE_LIMIT, if any do.
+
+        The search uses the size law: clips that are twice as wide take one bit less per weight."""
+        if not self.config.fit_size:
+            return super().encode(state, code_bytes)
+        limit = self.config.size_limit
+        slack = SIZE_SLACK * limit
+        weights = sum(tensor.numel() for tensor in state.values() if tensor.numel() > train_gpt.INT8_MIN_NUMEL)
+        narrowest, widest = map(math.log2, CLIP_MULTIPLIERS)
+        best = None
+        doublings = 0.0
+        for _ in range(8):
+            self.clip_multiplier = 2.0**doublings
+            blob, facts = super().encode(state, code_bytes)
+            spare = limit - code_bytes - len(blob)
+            rank = (spare >= 0, -abs(spare))  # one that fits before one that does not, then the nearest
+            if best is None or rank > best[0]:
+                best = rank, blob, facts | {"clip_multiplier": self.clip_multiplier}
+            excess_bits = 8 * (slack / 2 - spare) / max(weights, 1)
+            before = doublings
+            doublings = min(max(doublings + excess_bits, narrowest), widest)
+            if 0 <= spare < slack or doublings == before:
+                break
+        _, blob, facts = best
+        self.clip_multiplier = facts["clip_multiplier"]
+        return blob, facts
+
+    def rans_pack(self, artifact: dict) -> dict:
+        """An int8 object with all values in one stream, coded by one table per class, and shapes in their place."""
+        tensors = artifact["quantized"]
+        tables_of = self.table_numbers(tensors)
+        groups = [q.flatten().numpy().view(np.uint8) for q in tensors.values()]
+        counts = np.zeros((len(TENSOR_CLASSES), 256))
+        for symbols, number in zip(groups, tables_of, strict=True):
+            counts[number] += np.bincount(symbols, minlength=256)
+        tables = np.stack([rans_frequencies(row) for row in counts])
+        words = rans_encode(groups, tables[tables_of])
+        return artifact | {
+            "__quant_format__": RANS_FORMAT,
+            "quantized": {name: [*q.shape] for name, q in tensors.items()},
+            "stream": torch.from_numpy(words.view(np.uint8)),
+            "tables": torch.from_numpy(tables.astype(np.int16)),
+        }
+
+    def table_numbers(self, names) -> list[int]:
+        return [TENSOR_CLASSES.index(self.tensor_class(name)) for name in names]
+
+    # And back
+
+    def dequantize(self, artifact: dict) -> dict[str, Tensor]:
+        if artifact["__quant_format__"] == RANS_FORMAT:
+            artifact = self.rans_unpack(artifact)
+        return super().dequantize(artifact)
+
+    def rans_unpack(self, artifact: dict) -> dict:
+        """The int8 object of rans_pack. The artifact may be anyone's: sizes are checked before memory is taken."""
+        shapes = {name: [*map(int, shape)] for name, shape in artifact["quantized"].items()}
+        require(all(n > 0 for shape in shapes.values() for n in shape), "its shapes are no sizes")
+        sizes = [math.prod(shape) for shape in shapes.values()]
+        stream = artifact["stream"]
+        tables = artifact["tables"]
+        whole = stream.is_contiguous() and tables.is_contiguous()  # not a few bytes by stride 0
+        require(
+            whole and tables.dtype == torch.int16 and tables.shape == (len(TENSOR_CLASSES), 256),
+            "its rANS tables and its stream do not fit",
+        )
+        require((tables >= 0).all() and (tables.sum(1) == 2**14).all(), "its rANS tables are no frequencies")
+        fits = len(sizes) <= MOST_TENSORS and 4 * sum(sizes) <= UNPACKED_LIMIT  # dequantized they are fp32
+        require(fits, "its shapes are too large")
+        types = [getattr(torch, name) for name in artifact["dtypes"].values()]
+        require(all(each.is_floating_point for each in types), "its weights are no real numbers")
+        tables_of = self.table_numbers(shapes)
+        groups = rans_decode(stream.numpy().view("<u2"), sizes, tables.numpy()[tables_of])
+        values = {}
+        for (name, shape), q in zip(shapes.items(), groups, strict=True):
+            values[name] = torch.from_numpy(q.view(np.int8)).view(shape)
+        return artifact | {"__quant_format__": INT8_FORMAT, "quantized": values}
+
+    def projected_size(self, model: train_gpt.Model) -> int:
+        """Bytes of the artifact of this model once it is trained. With FIT_SIZE its clips are fitted to SIZE_LIMIT."""
+        if not self.config.fit_size:
+            return self.size_by_law(model, 1.0)
+        narrowest, widest = CLIP_MULTIPLIERS
+        limit = self.config.size_limit
+        code = sum(path.stat().st_size for path in train_gpt.source_paths(self.config).values())
+        fitted = round(limit - code - SIZE_SLACK / 2 * limit)
+        return min(max(fitted, self.size_by_law(model, widest)), self.size_by_law(model, narrowest))
+
+    def size_by_law(self, model: train_gpt.Model, clip_multiplier: float) -> int:
+        """Bytes of the artifact if the rows of all matrices are Gaussian, as they about are after training."""
+        check = train_gpt.tool("check", required=True)
+        bits = 0.0
+        rest = 4096
+        for name, tensor in model.state_dict().items():
+            if not tensor.is_floating_point():
+                rest += tensor.nbytes
+            elif tensor.numel() <= train_gpt.INT8_MIN_NUMEL:
+                wide = self.control_fp32 and self.rule(name).fp32
+                rest += tensor.numel() * (4 if wide else 2 * check.FP16_UNDER_ZLIB)
+            else:
+                rest += 2 * tensor.shape[0]  # the scales
+                entropy = check.bits_per_weight(tensor.shape[-1], self.qmax(name), clip_multiplier * self.clip(name))
+                zlib_factor = np.interp(entropy, check.ZLIB_ENTROPIES, check.ZLIB_FACTORS)
+                bits += tensor.numel() * entropy * (1.001 if self.config.codec == "rans" else zlib_factor)
+        return round(bits / 8 + rest)
 
 
 # ---------- GPTQ: Hessians from a few training batches, and rounding that makes up for its own errors -----------------
@@ -125,7 +290,7 @@ def inverse_factor(H: Tensor) -> Tensor:
     return U
 
 
-# ---------- rANS: range asymmetric numeral systems, the entropy coder --------------------------------------------------
+# ---------- rANS: range asymmetric numeral systems, the entropy coder -------------------------------------------------
 
 
 def rans_frequencies(counts: np.ndarray) -> np.ndarray:

@@ -30,23 +30,24 @@ def main():
         knobs = {"TRAIN_BATCH_TOKENS": "4096", "LOG_DIR": folder, "TRAIN_LOG_EVERY": "0", "COMPILE": "0"}
         config = train_gpt.Config.load([], knobs | dict(os.environ))
         runtime = train_gpt.Runtime(config, {})
-        run_folder, watch = train_gpt.RunFolder(runtime), train_gpt.Stopwatch(runtime.synchronize)
-        loader, hooks = RandomTokens(config, runtime), train_gpt.tool("checkpoint").Checkpoints(config, run_folder)
-        hooks.choose_folder(loader.stream, sources={})
+        checkpoint = train_gpt.tool("checkpoint")
+        run_folder = checkpoint.RunFolder(runtime)
+        loader = RandomTokens(config, runtime)
+        run_folder.choose(config, loader.stream, {})
         run_folder.create(config, {})
         run_folder.log = lambda line: None
-        trainer = train_gpt.Trainer(config, runtime, run_folder, watch, loader, hooks)
+        trainer = checkpoint.Trainer(config, run_folder, train_gpt.Stopwatch(runtime.synchronize), loader)
         params = sum(p.numel() for p in trainer.model.parameters())
 
         def window(save: bool) -> float:
             runtime.synchronize()
             began = time.perf_counter()
             if save:
-                hooks.save(trainer, wait=False)
+                trainer.checkpoints.save(trainer, wait=False)
             for _ in range(steps):
-                float(trainer.step(1.0, 0.95))
+                float(trainer.step(1.0, 0.95)["train_loss"])
             if save:
-                hooks.written.result()
+                trainer.checkpoints.written.result()
             return time.perf_counter() - began
 
         for save in (True, False):
@@ -58,7 +59,7 @@ def main():
     costs = [with_checkpoint - without for with_checkpoint, without in rows]
     plain = [without for _, without in rows]
     version = train_gpt.torch.__version__
-    print(f"{params} parameters, checkpoint of {size} bytes, {runtime.device_name()}, torch {version}")
+    print(f"{params} parameters, checkpoint of {size} bytes, {runtime.device_name}, torch {version}")
     print(f"{pairs} pairs of windows of {steps} steps: median (least to most)")
     for name, values in (
         ("without, s", plain),

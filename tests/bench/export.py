@@ -26,7 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train_gpt  # noqa: E402
 
-compress = train_gpt.tool("compress")
+FRONTIER = Path(train_gpt.__file__).parent / "records" / "models" / "frontier.py"
 
 
 def gaussian_state(weights: int) -> dict[str, torch.Tensor]:
@@ -54,13 +54,16 @@ def main():
     options = parser.parse_args()
     knobs = {"CODEC": "rans", "WEIGHT_BITS": "6", "EMBED_BITS": "6"}
     knobs |= dict.fromkeys(("CLIP_ATTN", "CLIP_MLP", "CLIP_EMBED"), "12.85")
-    config = train_gpt.Config.load([], knobs | dict(os.environ))
+    config = train_gpt.load_model_file(str(FRONTIER)).load([], knobs | dict(os.environ))
+    coder = config.coder_class()(config)
+    rans = sys.modules[type(coder).__module__]
     if options.model:
         state = train_gpt.tool("evaluate").load_tensors(options.model, options.model)
     else:
         state = gaussian_state(int(options.gaussian))
-    plain = train_gpt.quantize(state, config)
-    container, kinds = compress.rans_pack(plain, config), compress.rans_tables(plain["quantized"], config)
+    plain = coder.quantize(state)
+    container = coder.rans_pack(plain)
+    kinds = coder.table_numbers(plain["quantized"])
     groups = [q.flatten().numpy().view(np.uint8) for q in plain["quantized"].values()]
     lengths_of, tables, raw = [*map(len, groups)], container["tables"].numpy()[kinds], b"".join(map(bytes, groups))
     counts = np.zeros((3, 256))
@@ -70,8 +73,8 @@ def main():
     entropy = -(counts * np.log2(np.where(counts > 0, shares, 1))).sum() / 8
     coders = {
         "rANS": (
-            lambda: compress.rans_encode(groups, tables).tobytes(),
-            lambda data: np.concatenate(compress.rans_decode(np.frombuffer(data, "<u2"), lengths_of, tables)),
+            lambda: rans.rans_encode(groups, tables).tobytes(),
+            lambda data: np.concatenate(rans.rans_decode(np.frombuffer(data, "<u2"), lengths_of, tables)),
         ),
         "zlib -9": (lambda: zlib.compress(raw, 9), zlib.decompress),
         "lzma": (lambda: lzma.compress(raw), lzma.decompress),
@@ -93,9 +96,8 @@ def main():
             f"{name:8} {lengths[name]:10} {lengths[name] / entropy - 1:12.3%} {statistics.median(encode):9.3f} "
             f"{statistics.median(decode):9.3f}"
         )
-    size = len(zlib.compress(train_gpt.torch_bytes(container), level=9)) + 32
-    model = SimpleNamespace(state_dict=lambda: state, row=config.model_class().row)
-    projected = train_gpt.tool("check").projected_bytes(config, model)
+    size = len(train_gpt.Coder.pack(coder, container)[0])
+    projected = coder.projected_size(SimpleNamespace(state_dict=lambda: state))
     print(f"artifact: {size} bytes; the size law says {projected}, {projected / size - 1:+.3%}")
 
 

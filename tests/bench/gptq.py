@@ -18,15 +18,14 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train_gpt as tg  # noqa: E402
 
-compress = tg.tool("compress")
-
+FRONTIER = Path(tg.__file__).parent / "records" / "models" / "frontier.py"
 CLIPS = {4: 5.0, 5: 8.5, 6: 12.85, 7: 15.0, 8: 20.0}  # standard deviations
 
 
-def entropy(artifact: dict, config) -> float:
+def entropy(artifact: dict, coder) -> float:
     """Bits per weight of the integers, with a table for attention, MLP and embedding each."""
     counts = np.zeros((3, 256))
-    tables = compress.rans_tables(artifact["quantized"], config)
+    tables = coder.table_numbers(artifact["quantized"])
     for q, table in zip(artifact["quantized"].values(), tables, strict=True):
         counts[table] += np.bincount(q.numpy().view(np.uint8).ravel(), minlength=256)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
@@ -35,7 +34,9 @@ def entropy(artifact: dict, config) -> float:
 
 def main():
     config_file, model_file = sys.argv[1:]
-    config = tg.Config.load([config_file], {"GPTQ_BATCHES": "16"} | dict(os.environ))
+    environ = {"GPTQ_BATCHES": "16", "MODEL_FILE": ""} | dict(os.environ)
+    config = tg.load_model_file(str(FRONTIER)).load([config_file], environ)
+    coding = sys.modules[config.coder_class().__module__]
     runtime = tg.Runtime(config, {})
     model, scorer, note = tg.build_model(config, runtime)
     state = tg.tool("evaluate").load_tensors(Path(model_file), model_file)
@@ -45,24 +46,26 @@ def main():
     val = tg.TokenStream(config.data_path, "val", config.vocab_size)
     token_bytes = tg.TokenBytes(config.tokenizer_path, config.vocab_size, config.vocab_padding)
     evaluator = tg.Evaluator(val, token_bytes, config, runtime)
-    hessians = compress.collect_hessians(model, loader, config.gptq_batches, runtime)
+    hessians = coding.collect_hessians(model, loader, config.gptq_batches, runtime)
 
     def score(bits: int, k: float, hessians) -> tuple[float, float]:
-        clips = {f"clip_{kind}": k for kind in tg.TENSOR_CLASSES}
-        quantised = tg.quantize(state, replace(config, weight_bits=bits, embed_bits=bits, **clips), hessians)
-        model.load_state_dict(tg.dequantize(quantised, config))
-        return entropy(quantised, config), evaluator.score(scorer).loss
+        clips = {f"clip_{kind}": k for kind in coding.TENSOR_CLASSES}
+        coder = coding.FrontierCoder(replace(config, weight_bits=bits, embed_bits=bits, **clips))
+        coder.hessians = hessians
+        quantised = coder.quantize(state)
+        model.load_state_dict(coder.dequantize(quantised))
+        return entropy(quantised, coder), evaluator.score(model, scorer).loss
 
-    unquantised = evaluator.score(scorer)
+    unquantised = evaluator.score(model, scorer)
     weights = sum(t.numel() for t in state.values() if t.numel() > tg.INT8_MIN_NUMEL)
     print(f"{note}\n{weights} quantised weights of {sum(t.numel() for t in state.values())}")
     print(f"{unquantised.tokens} tokens, unquantised loss {unquantised.loss:.6f}")
     print("bits      k  bits/weight GPTQ  plain   excess GPTQ    plain   ratio")
     for bits, k in CLIPS.items():
         gptq_bits, gptq_loss = score(bits, k, hessians)
-        plain_bits, plain_loss = score(bits, k, None)
+        plain_bits, plain_loss = score(bits, k, {})
         if abs(plain_bits / gptq_bits - 1) > 0.005:
-            plain_bits, plain_loss = score(bits, k * 2 ** (plain_bits - gptq_bits), None)
+            plain_bits, plain_loss = score(bits, k * 2 ** (plain_bits - gptq_bits), {})
         gptq, plain = gptq_loss - unquantised.loss, plain_loss - unquantised.loss
         ratio = gptq / plain if plain > 0 else math.nan
         print(f"{bits:4} {k:6.2f} {gptq_bits:17.4f} {plain_bits:6.4f} {gptq:13.6f} {plain:8.6f} {ratio:7.3f}")

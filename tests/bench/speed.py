@@ -16,6 +16,7 @@ moves all alike: quote the ratios, which are those of neighbours in time. Every 
 import argparse
 import contextlib
 import hashlib
+import io
 import json
 import os
 import statistics
@@ -61,6 +62,7 @@ SHAPES = {
     },
     "reference": {"TRAIN_SEQ_LEN": 1024, "TRAIN_BATCH_TOKENS": REFERENCE_TOKENS, "GRAD_ACCUM_STEPS": 1},
 }
+FRONTIER = Path(train_gpt.__file__).parent / "records" / "models" / "frontier.py"
 # Small shapes, eager, of which one knob at a time grows twofold and fourfold; heads stay 64 wide.
 SMALL = {
     "NUM_LAYERS": 2,
@@ -100,9 +102,8 @@ def load_config(knobs: dict) -> train_gpt.Config:
 
 
 def build_trainer(config, runtime) -> train_gpt.Trainer:
-    folder = train_gpt.RunFolder(runtime)
-    loader, hooks = RandomTokens(config, runtime), train_gpt.Hooks(config, folder)
-    return train_gpt.Trainer(config, runtime, folder, None, loader, hooks)
+    stopwatch = train_gpt.Stopwatch(runtime.synchronize)
+    return train_gpt.Trainer(config, train_gpt.RunFolder(runtime), stopwatch, RandomTokens(config, runtime))
 
 
 class Table:
@@ -148,6 +149,8 @@ def product_call(runtime):
 
 def is_default_model(config) -> bool:
     """Whether the plain port, which knows shapes but no other architecture, is the same model."""
+    if type(config) is not train_gpt.Config or not config.tie_embeddings:
+        return False
     shape = {
         "TRAIN_SEQ_LEN",
         "VOCAB_SIZE",
@@ -158,11 +161,10 @@ def is_default_model(config) -> bool:
         "MLP_MULT",
         "LOGIT_SOFTCAP",
         "ROPE_BASE",
-        "START_TOKEN",
-        "LOOP_PASSES",
     }
+    scored_by = {"TRAIN_BATCH_TOKENS", "GRAD_ACCUM_STEPS", "MICRO_BATCH_TOKENS", "VAL_BATCH_SIZE", "EVAL_STRIDE"}
     return all(
-        name in shape or not field.metadata["arch"] or getattr(config, field.name) == field.default
+        name in shape | scored_by or not field.metadata["artifact"] or getattr(config, field.name) == field.default
         for name, field in config.knobs().items()
     )
 
@@ -325,10 +327,10 @@ def bench_start(config, shape: str, rounds: int, table: Table):
 
 
 def bytes_table(config) -> train_gpt.TokenBytes:
-    """Of a vocabulary whose tokens weigh a byte each; the weighing itself is the trainer's."""
+    """Of a vocabulary whose tokens have a byte each; the counting itself is the trainer's."""
     table, size = train_gpt.TokenBytes.__new__(train_gpt.TokenBytes), config.vocab_size
-    table.weight, table.boundary = np.ones(size, int), np.zeros(size, bool)
-    table.leading_space, table.drops_first_space = np.zeros(size, bool), True
+    table.byte_count, table.boundary = np.ones(size, int), np.zeros(size, bool)
+    table.leading_space, table.strips_first_space = np.zeros(size, bool), True
     return table
 
 
@@ -340,7 +342,7 @@ def bench_evaluation(config, runtime, rounds: int, table: Table):
         targets = T + (8 * rows - 1) * stride
         scoring = replace(config, eval_stride=stride, val_batch_size=rows * T, val_tokens_limit=0)
         evaluator = train_gpt.Evaluator(random_stream(config, targets + 1), bytes_table(config), scoring, runtime)
-        batches = [evaluator.batch_at(index)[:2] for index in evaluator.windows[:: evaluator.batch]]
+        batches = [batch[:2] for batch in evaluator.batches(evaluator.targets, 0)]
 
         @torch.no_grad()
         def forward(batches=batches):
@@ -349,13 +351,25 @@ def bench_evaluation(config, runtime, rounds: int, table: Table):
                 compiled_model(inputs, expected)
             compiled_model.train()
 
-        calls = {"score": lambda evaluator=evaluator: evaluator.score(compiled_model), "forward": forward}
+        calls = {"score": lambda evaluator=evaluator: evaluator.score(model, compiled_model), "forward": forward}
         for call in calls.values():
             call()
         taken = take_turns(calls, rounds, runtime)
         table.add(f"evaluation by {label} of {stride}", [targets / time for time in taken["score"]], "tokens/s")
         ratios = [score / pure for score, pure in zip(taken["score"], taken["forward"], strict=True)]
         table.add(f"evaluation by {label} over a pure forward", ratios, "times as long")
+
+
+def serialized(artifact: dict) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(artifact, buffer)
+    return buffer.getvalue()
+
+
+def unpacked(blob: bytes) -> dict:
+    """As the coder does it before it dequantizes."""
+    assert hashlib.sha256(blob[:-32]).digest() == blob[-32:]
+    return torch.load(io.BytesIO(zlib.decompress(blob[:-32])), weights_only=True)
 
 
 def export_phases(state: dict, config, folder: Path) -> dict[str, float]:
@@ -368,31 +382,38 @@ def export_phases(state: dict, config, folder: Path) -> dict[str, float]:
         spent[phase] = time.perf_counter() - start
         return result
 
-    run_folder = train_gpt.RunFolder(train_gpt.Runtime(config, {}))
+    run_folder = train_gpt.tool("checkpoint").RunFolder(train_gpt.Runtime(config, {}))  # which verifies what it wrote
     run_folder.path = folder
-    artifact = timed("quantize", lambda: train_gpt.quantize(state, config))
-    if config.codec == "rans":
-        artifact = timed("rans", lambda: train_gpt.tool("compress").rans_pack(artifact, config))
-    raw = timed("serialise", lambda: train_gpt.torch_bytes(artifact))
+    coder = config.coder_class()(config)
+    artifact = timed("quantize", lambda: coder.quantize(state))
+    if rans := getattr(config, "codec", "") == "rans":
+        artifact = timed("rans", lambda: coder.rans_pack(artifact))
+    raw = timed("serialise", lambda: serialized(artifact))
     stream = timed("zlib", lambda: zlib.compress(raw, level=9))
     blob = stream + hashlib.sha256(stream).digest()
     timed("write and read back", lambda: run_folder.write("artifact", blob))
-    artifact = timed("unpack", lambda: train_gpt.unpack((folder / "artifact").read_bytes()))
-    timed("dequantize", lambda: train_gpt.dequantize(artifact, config))
+    artifact = timed("unpack", lambda: unpacked((folder / "artifact").read_bytes()))
+    if rans:
+        artifact = timed("decode rans", lambda: coder.rans_unpack(artifact))
+    timed("dequantize", lambda: coder.dequantize(artifact))
     return spent
 
 
 def bench_export(config, rounds: int, table: Table):
-    """Both codecs, in turns, on weights drawn at random: compression takes about as long as of trained ones."""
+    """The script's coder and the frontier's, in turns, on weights drawn at random.
+
+    Compression takes about as long as of trained ones. rANS needs a configuration of the frontier, of the same shape.
+    """
     generator = torch.Generator().manual_seed(0)
     with torch.device("meta"):
         shapes = {name: t.shape for name, t in config.model_class()(config).state_dict().items()}
     state = {name: 0.02 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    clips = dict.fromkeys(("clip_attn", "clip_mlp", "clip_embed"), 12.85)
-    codecs = {
-        "zlib": replace(config, codec="zlib"),
-        "rans": replace(config, codec="rans", weight_bits=6, embed_bits=6, **clips),
+    shape = {
+        name: text for name, text in config.as_env().items() if train_gpt.Config.knobs()[name].metadata["artifact"]
     }
+    rans = {"CODEC": "rans", "WEIGHT_BITS": "6", "EMBED_BITS": "6"}
+    rans |= dict.fromkeys(("CLIP_ATTN", "CLIP_MLP", "CLIP_EMBED"), "12.85")
+    codecs = {"zlib": config, "rans": train_gpt.load_model_file(str(FRONTIER)).load([], shape | rans)}
     taken = {name: [] for name in codecs}
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(rounds):
@@ -446,7 +467,7 @@ def main():
     runtime, table = train_gpt.Runtime(config, {}), Table()
     facts = {
         "shape": options.shape,
-        "device": runtime.device_name(),
+        "device": runtime.device_name,
         "dtype": str(runtime.dtype),
         "torch": torch.__version__,
         "tokens_per_step": config.train_batch_tokens,

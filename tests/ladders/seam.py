@@ -1,4 +1,4 @@
-"""What every ladder's model must do: train, stop and go on bit for bit, export, be scored to the same digits, write."""
+"""What the model of every ladder must do: train, stop and resume bit for bit, export, reproduce its score, sample."""
 
 import contextlib
 import importlib.util
@@ -9,6 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
+import models
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -16,40 +17,62 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt
 
-EXPANDED = train_gpt.tool("kernels").expanded_attention
+ROOT = Path(train_gpt.__file__).resolve().parent
+LADDERS = ROOT / "records" / "ladders"
 
-LADDERS = Path(train_gpt.__file__).resolve().parent / "records" / "ladders"
+
+def load(file: str):
+    """The module of a model file, such as small/small.py, as MODEL_FILE loads it."""
+    return sys.modules[train_gpt.load_model_file(str(LADDERS / file)).__module__]
 
 
-def load(name: str, path: Path | None = None):
-    """The module of LADDERS/name/name.py, or of another file."""
-    spec = importlib.util.spec_from_file_location(name, path or LADDERS / name / f"{name}.py")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def count_parameters(config) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in config.model_class()(config).parameters())
+
+
+def copy_ladders(folder: Path):
+    """Copy what the ladders need of the repository, without their logs."""
+    ignore = shutil.ignore_patterns("logs", "*.png", "__pycache__")
+    for name in ("records/ladders", "tools"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignore)
+    shutil.copy(ROOT / "train_gpt.py", folder)
+
+
+def load_run(folder: Path, name: str):
+    """The run.py of a ladder in a copy."""
+    spec = importlib.util.spec_from_file_location(f"{name}_run", folder / "records" / "ladders" / name / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", list(sys.path))
+        sys.modules.pop("ladder", None)  # it may be that of another copy
+        spec.loader.exec_module(module)
     return module
 
 
-def copy_ladder(name: str, folder: Path):
-    """run.py of a ladder, loaded from a copy of what it needs of the repository."""
-    root, copy = LADDERS.parents[1], folder / "records" / "ladders" / name
-    shutil.copytree(LADDERS / name, copy, ignore=shutil.ignore_patterns("logs", "*.png", "__pycache__"))
-    shutil.copytree(root / "tools", folder / "tools", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(root / "train_gpt.py", folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", list(sys.path))
-        sys.modules.pop("ladder", None)  # that of another copy
-        return load(f"{name}_run", copy / "run.py")
+def check_causal(model, tokens_1T, t: int = 7):
+    """The logits at t depend on all embeddings up to t and on none after it."""
+    seen = []
+    hook = model.tok_emb.register_forward_hook(lambda module, inputs, x: x.retain_grad() or seen.append(x))
+    model(tokens_1T)[0, t].square().sum().backward()
+    hook.remove()
+    grad_TD = seen[0].grad[0]
+    assert (grad_TD[t + 1 :] == 0).all() and (grad_TD[: t + 1] != 0).any(dim=1).all()
 
 
-def counted_flops(model, vocab_size: int, seq_len: int) -> float:
-    """Of training, per token, by torch's own counter, which counts matrix products; attention by plain ones."""
-    tokens = torch.randint(vocab_size, (2, seq_len), generator=torch.Generator().manual_seed(3))
+def check_flops(config):
+    """The FLOPs behind the log's MFU are those that torch counts of matmuls in a training step with plain attention."""
+    T = config.train_seq_len
+    kernels = train_gpt.tool("kernels")
+    model = models.new_model(config, kernels.expanded_attention)
+    tokens = torch.randint(config.vocab_size, (2, T), generator=torch.Generator().manual_seed(3))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(tokens, tokens).mean().backward()
-    return counter.get_total_flops() / tokens.numel()
+    assert kernels.flops_per_token(model, T) == counter.get_total_flops() / tokens.numel()
 
 
 def settings(corpus: Path, logs: Path, **overrides) -> dict[str, str]:
+    """The environment of a short run on the corpus, without a model."""
     base = {
         "DATA_PATH": corpus / "data",
         "TOKENIZER_PATH": corpus / "tok.model",
@@ -68,22 +91,14 @@ def settings(corpus: Path, logs: Path, **overrides) -> dict[str, str]:
     return {name: str(value) for name, value in (base | overrides).items()}
 
 
-def start(config_class, values: dict[str, str]) -> int:
-    """The exit code of a call in this environment; signals and switches are as they were after it."""
-    names = [name for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
-    handlers = {name: signal.getsignal(getattr(signal, name)) for name in names}
+def start(values: dict[str, str]) -> int:
+    """The exit code of main() in this environment. Signals and switches are restored after it."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in config_class.knobs():
-            patch.delenv(name, raising=False)
-        for name, value in values.items():
-            patch.setenv(name, value)
-        patch.setattr(train_gpt, "INT8_MIN_NUMEL", 1000)  # so that something is quantised
+        patch.setattr(train_gpt, "INT8_MIN_NUMEL", 1000)  # so that something is quantized
         try:
-            return train_gpt.main([], config_class)
+            return models.call_main(values)
         finally:
-            for name, handler in handlers.items():
-                signal.signal(getattr(signal, name), handler)
-            for switch in ("flash", "cudnn", "mem_efficient", "math"):  # one of which the run has pinned
+            for switch in ("flash", "cudnn", "mem_efficient", "math"):  # the run pins one of them
                 getattr(torch.backends.cuda, f"enable_{switch}_sdp")(True)
 
 
@@ -102,31 +117,28 @@ def stopped_at(step: int):
         yield
 
 
-def exact(text: str) -> list[str]:
-    """Loss and BPB of the artifact, to the last digit."""
-    lines = [line.split() for line in text.splitlines() if "roundtrip_exact" in line]
-    return [word for word in lines[-1] if word.startswith("val_")]
-
-
-def check_life(config_class, corpus: Path, folder: Path, capfd, **overrides):
-    """A run, the same stopped and resumed, its artifact scored and sampled from. The finished run's folder."""
-    values = settings(corpus, folder / "whole", **overrides)
-    assert start(config_class, values) == 0
-    score = exact(capfd.readouterr().out)
+def check_life(file: str, corpus: Path, folder: Path, capfd, **overrides) -> Path:
+    """Run a model file; stop and resume the same run; score its artifact and sample from it. Returns the run folder."""
+    values = settings(corpus, folder / "whole", MODEL_FILE=LADDERS / file, **overrides)
+    cut = values | {"LOG_DIR": str(folder / "cut")}
+    assert start(values) == 0
+    score = models.exact_line(capfd.readouterr().out)
     with stopped_at(3):
-        assert start(config_class, values | {"LOG_DIR": str(folder / "cut")}) == 128 + signal.SIGTERM
-    assert start(config_class, values | {"LOG_DIR": str(folder / "cut")}) == 0
-    assert exact(capfd.readouterr().out) == score
-    whole, cut = (torch.load(folder / name / "run" / "final_model.pt") for name in ("whole", "cut"))
-    assert whole.keys() == cut.keys() and all(whole[name].equal(cut[name]) for name in whole)
+        assert start(cut) == 128 + signal.SIGTERM
+    assert start(cut) == 0
+    assert models.exact_line(capfd.readouterr().out) == score
+    state, state_cut = (torch.load(folder / name / "run" / "final_model.pt") for name in ("whole", "cut"))
+    assert state.keys() == state_cut.keys() and all(state[name].equal(state_cut[name]) for name in state)
     assert json.loads((folder / "cut" / "run" / "result.json").read_text())["resumed_at"] == [3]
+    sources = json.loads((folder / "whole" / "run" / "result.json").read_text())["sources"]
+    assert set(sources) == {"train_gpt.py", Path(file).name}
 
-    artifact = {"ARTIFACT": str(folder / "whole" / "run" / "final_model.int8.ptz")}
+    # The artifact names its model file and finds it in the run folder.
     machine = ("DATA_PATH", "TOKENIZER_PATH", "DEVICE", "DTYPE", "COMPILE", "VAL_TOKENS_LIMIT")
-    machine = {name: values[name] for name in machine} | artifact
-    assert start(train_gpt.Config, machine | {"MODE": "eval"}) == 0  # which finds the model file by itself
-    assert exact(capfd.readouterr().out) == score
-    sample = {"MODE": "sample", "SAMPLE_PROMPT": "the king", "SAMPLE_TOKENS": "5"}
-    assert start(config_class, machine | sample) == 0
+    machine = {name: values[name] for name in machine}
+    machine["ARTIFACT"] = str(folder / "whole" / "run" / "final_model.int8.ptz")
+    assert start(machine | {"MODE": "eval"}) == 0
+    assert models.exact_line(capfd.readouterr().out) == score
+    assert start(machine | {"MODE": "sample", "SAMPLE_PROMPT": "the king", "SAMPLE_TOKENS": "5"}) == 0
     assert capfd.readouterr().out.startswith("the king")
     return folder / "whole" / "run"

@@ -1,20 +1,22 @@
-"""Latent attention and experts against their formulas, their balance, the schedule, and the life of a run."""
+"""Latent attention and experts against their formulas, their balance, the schedule, the life of a run, and run.py."""
 
+import functools
 import json
 import math
 import re
 import shutil
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
+import models
 import pytest
 import seam
 import torch
 import torch.nn.functional as F
 
-latent_moe = seam.load("latent_moe")
-RUNGS = sorted(Path(latent_moe.__file__).parent.glob("*.env"))
+import train_gpt
+
+latent_moe = seam.load("latent_moe/latent_moe.py")
 TINY = {
     "NUM_LAYERS": 2,
     "MODEL_DIM": 32,
@@ -38,11 +40,11 @@ TOKENS = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(1))
 
 def config(**overrides):
     values = TINY | {"VOCAB_SIZE": 64} | overrides
-    return latent_moe.LatentConfig.load([], {name: str(value) for name, value in values.items()})
+    return latent_moe.Config.load([], {name: str(value) for name, value in values.items()})
 
 
 def double(**overrides):
-    return latent_moe.LatentMoE(config(**overrides), dtype=torch.float64).double()
+    return models.new_model(config(**overrides), train_gpt.grouped_attention, torch.float64).double()
 
 
 @pytest.fixture
@@ -51,26 +53,27 @@ def x():
 
 
 def test_the_full_shape():
-    full = latent_moe.LatentConfig()
-    with torch.device("meta"):
-        model = latent_moe.LatentMoE(full)
-    assert sum(p.numel() for p in model.parameters()) == 1_075_060_736
+    full = latent_moe.Config()
+    assert seam.count_parameters(full) == 1_075_060_736
     expert = 3 * 1024 * 1536
     attention = 1024 * (256 + 256 + 512 + 1024) + 256 * (512 + 1024 + 512 + 512)
     active = 24 * (attention + 3 * expert + 7 * 1024) + 49_152 * 1024
+    with torch.device("meta"):
+        model = latent_moe.LatentMoE(full)
     assert model.flops_per_token(256) == 6 * active + 12 * 256 * 1024 * 24
-    for path in RUNGS:
-        latent_moe.LatentConfig.load([str(path)], {})
+    for path in (seam.LADDERS / "latent_moe").glob("*.env"):
+        assert type(train_gpt.Config.load([str(path)], {})) is latent_moe.Config
 
 
 def test_latent_attention_is_its_formula(x):
-    model = double()
-    attn, T = model.blocks[0].attn, 16
+    attn = double().blocks[0].attn
+    T = 16
     W = {name: module.weight for name, module in attn.named_children()}
-    turned = torch.arange(4, dtype=torch.float64)
-    angle = torch.arange(T, dtype=torch.float64)[:, None] * 10_000 ** (-2 * turned / 8)
+    pairs = torch.arange(4, dtype=torch.float64)
+    angle = torch.arange(T, dtype=torch.float64)[:, None] * 10_000 ** (-2 * pairs / 8)
+    rotate = functools.partial(train_gpt.rotate, cos=angle.cos()[:, None], sin=angle.sin()[:, None])
 
-    def turn(z):  # [T, 8]: the pair (i, i + 4) by the angle of place and i
+    def turn(z):  # [T, 8]: the pair (i, i + 4) by the angle of position and i
         pairs = torch.complex(z[:, :4], z[:, 4:]) * torch.polar(torch.ones_like(angle), -angle)
         return torch.cat([pairs.real, pairs.imag], dim=1)
 
@@ -78,7 +81,9 @@ def test_latent_attention_is_its_formula(x):
         return z[:, head * width : (head + 1) * width]
 
     for row in x:
-        kv, latent, heads = row @ W["kv_down"].T, row @ W["q_down"].T, []
+        kv = row @ W["kv_down"].T
+        latent = row @ W["q_down"].T
+        heads = []
         for head in range(2):
             k = [part(kv @ W["k_up"].T, head, 8), turn(part(row @ W["k_rope"].T, head, 8))]
             q = [part(latent @ W["q_up"].T, head, 8), turn(part(latent @ W["q_rope"].T, head, 8))]
@@ -86,14 +91,14 @@ def test_latent_attention_is_its_formula(x):
             scores = scores.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -math.inf)
             heads.append(scores.softmax(1) @ part(kv @ W["v_up"].T, head, 16))
         expected = torch.cat(heads, 1) @ W["proj"].T
-        cos, sin = angle.cos()[:, None], angle.sin()[:, None]
-        torch.testing.assert_close(attn(row[None], cos, sin)[0], expected, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(attn(row[None], rotate)[0], expected, rtol=1e-9, atol=1e-12)
 
 
 def test_experts_are_dropless_and_equal_to_a_slow_loop(x):
     experts = double().blocks[0].experts
-    experts.bias.copy_(torch.tensor([0.3, 0, 0, 0, -0.2]))  # one that nearly every token takes
-    rows, expected = x.flatten(0, 1), []
+    experts.bias.copy_(torch.tensor([0.3, 0, 0, 0, -0.2]))  # nearly every token takes the first
+    rows = x.flatten(0, 1)
+    expected = []
     for row in rows:
         scores = [1 / (1 + math.exp(-float(row @ w))) for w in experts.router.weight.detach()]
         best = sorted(range(5), key=lambda e: scores[e] + float(experts.bias[e]))[-2:]
@@ -103,12 +108,12 @@ def test_experts_are_dropless_and_equal_to_a_slow_loop(x):
             hidden = F.silu(expert.gate.weight @ row) * (expert.fc.weight @ row)
             y = y + scores[e] / sum(scores[b] for b in best) * (expert.proj.weight @ hidden)
         expected.append(y)
-    y, _ = experts(x)
-    torch.testing.assert_close(y, torch.stack(expected).view_as(x), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(experts(x), torch.stack(expected).view_as(x), rtol=1e-9, atol=1e-12)
     assert experts.load.sum() == 2 * len(rows) and experts.load[0] > 20
 
     _, weights = experts.route(rows)
-    sparse, dense = experts.dropless(rows, weights), experts.dense(rows, weights)
+    sparse = experts.dropless(rows, weights)
+    dense = experts.dense(rows, weights)
     torch.testing.assert_close(sparse, dense, rtol=1e-9, atol=1e-12)
     names = [name for name, _ in experts.routed.named_parameters()]
     grads = [torch.autograd.grad(y.square().sum(), experts.routed.parameters()) for y in (sparse, dense)]
@@ -118,7 +123,8 @@ def test_experts_are_dropless_and_equal_to_a_slow_loop(x):
 
 def test_compiled_without_graph_breaks():
     model = double(DROPOUT=0, BALANCE="loss", BALANCE_LOSS=0.5, NUM_LAYERS=1, EXPERTS=3)
-    targets, results = TOKENS.roll(-1, 1), []
+    targets = TOKENS.roll(-1, 1)
+    results = []
     for call in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):  # dropless, then dense
         losses, extra = call(TOKENS, targets)
         (losses.mean() + extra).backward()
@@ -131,32 +137,29 @@ def test_compiled_without_graph_breaks():
 
 def test_causal_by_gradient():
     for shift in (1, 0):  # the mistake is in the targets, not in the model
-        model, seen = double(SHIFT=shift).eval(), []
-        model.tok_emb.register_forward_hook(lambda module, inputs, x, seen=seen: x.retain_grad() or seen.append(x))
-        model(TOKENS)[0, 7].square().sum().backward()
-        assert (seen[0].grad[0, 8:] == 0).all() and (seen[0].grad[0, :8] != 0).any(dim=1).all()
+        seam.check_causal(double(SHIFT=shift).eval(), TOKENS)
 
 
 def test_flops_are_those_that_torch_counts():
-    """Of the experts those that a token goes through, the shared one and two of five: what the log's mfu stands on."""
+    """Only the experts that a token passes through count: the shared one, and one or two of five."""
     for chosen in (1, 2):
-        overrides = TINY | {"VOCAB_SIZE": 64, "EXPERTS_PER_TOKEN": chosen}
-        model = latent_moe.LatentMoE(config(**overrides), seam.EXPANDED)
-        assert model.flops_per_token(16) == seam.counted_flops(model, 64, 16)
+        seam.check_flops(config(EXPERTS_PER_TOKEN=chosen))
 
 
 def test_dropout_is_in_every_place_in_training_alone(monkeypatch):
-    model, plain = double(), double(DROPOUT=0)  # the same weights
+    model = double()
+    plain = double(DROPOUT=0)  # the same weights
     assert not model(TOKENS).equal(model(TOKENS))
     assert model.eval()(TOKENS).equal(plain.eval()(TOKENS))
-    kept = []  # embedding, after attention, after the experts
-    monkeypatch.setattr(F, "dropout", lambda x, share, *how: kept.append(share) or x)
+    dropped = []  # embedding, then in each block after attention and after the experts
+    monkeypatch.setattr(F, "dropout", lambda x, p, *how: dropped.append(p) or x)
     model.train()(TOKENS)
-    assert kept == [0.1] * (1 + 2 * 2)
+    assert dropped == [0.1] * (1 + 2 * 2)
 
 
 def test_ranks_balance_by_the_tokens_of_all(monkeypatch):
-    model, seen = double(BALANCE_RATE=0.25), []
+    model = double(BALANCE_RATE=0.25)
+    seen = []
     two = SimpleNamespace(world_size=2)
     optimizer = model.optimizers(config(BALANCE_RATE=0.25), two)[0]
     other = torch.tensor([0.0, 6, 10, 2, 2])  # what the other rank counted
@@ -169,7 +172,8 @@ def test_ranks_balance_by_the_tokens_of_all(monkeypatch):
 
 
 def test_targets_without_the_shift_in_training_alone():
-    right, wrong = double(DROPOUT=0), double(DROPOUT=0, SHIFT=0)
+    right = double(DROPOUT=0)
+    wrong = double(DROPOUT=0, SHIFT=0)
     targets = TOKENS.roll(-1, 1)
     assert wrong(TOKENS, targets).equal(right(TOKENS, TOKENS))
     assert wrong.eval()(TOKENS, targets).equal(right.eval()(TOKENS, targets))
@@ -181,7 +185,7 @@ def test_biases_move_towards_an_even_load(runtime):
     experts = model.blocks[0].experts
     experts.load.copy_(torch.tensor([10.0, 4, 0, 3, 3]))
     model.zero_grad()
-    assert not experts.load.any()  # what a trial of the memory counted is forgotten
+    assert not experts.load.any()  # a trial of the memory leaves no trace
     experts.load.copy_(torch.tensor([10.0, 4, 0, 3, 3]))
     optimizer.step()
     assert experts.bias.tolist() == [-0.25, 0, 0.25, 0.25, 0.25] and not experts.load.any()
@@ -193,14 +197,15 @@ def test_biases_move_towards_an_even_load(runtime):
 
 
 def test_the_auxiliary_loss_is_one_when_even(x):
-    experts = double().blocks[0].experts
+    experts = double(BALANCE="loss", BALANCE_LOSS=1).blocks[0].experts
     with torch.no_grad():
         experts.router.weight.zero_()
         experts.bias.copy_(torch.arange(5))
-    assert float(experts(x)[1].detach()) == pytest.approx(1)  # all choose the same two, but want none more
-    with torch.no_grad():
+        experts(x)
+        assert float(experts.extra_loss) == pytest.approx(1)  # all take the same two, but prefer none
         experts.router.weight[3:] = 0.05
-    assert float(experts(x.abs())[1].detach()) > 1.1
+        experts(x.abs())
+        assert float(experts.extra_loss) > 1.1
     model = double(BALANCE="loss", BALANCE_LOSS=0.5)
     losses, extra = model(TOKENS, TOKENS)
     assert losses.shape == TOKENS.shape and float(extra.detach()) == pytest.approx(0.5 * 2, rel=0.1)
@@ -208,7 +213,8 @@ def test_the_auxiliary_loss_is_one_when_even(x):
 
 
 def test_schedule():
-    published, scale = latent_moe.LatentConfig(), double().lr_scale
+    published = latent_moe.Config()
+    scale = double().lr_scale
     found = [scale(published, step, step / 10_000) for step in (0, 999, 1999, 2000, 6000, 10_000)]
     assert found == pytest.approx([1 / 2000, 0.5, 1, 1, 0.5, 0])
 
@@ -216,7 +222,7 @@ def test_schedule():
 @pytest.mark.parametrize("balance", ["bias", "loss"])
 def test_life_of_a_run(balance, corpus, tmp_path, capfd):
     overrides = TINY | {"BALANCE": balance, "BALANCE_RATE": 0.05}
-    folder = seam.check_life(latent_moe.LatentConfig, corpus, tmp_path, capfd, **overrides)
+    folder = seam.check_life("latent_moe/latent_moe.py", corpus, tmp_path, capfd, **overrides)
     state = torch.load(folder / "final_model.pt")
     assert bool(state["blocks.0.experts.bias"].any()) == (balance == "bias")
 
@@ -224,19 +230,20 @@ def test_life_of_a_run(balance, corpus, tmp_path, capfd):
 @pytest.fixture
 def ladder(corpus, tmp_path, monkeypatch):
     """run.py, loaded from a copy of the repository, with the knobs of a tiny model in the environment."""
-    for name in latent_moe.LatentConfig.knobs():
+    for name in latent_moe.Config.knobs():
         monkeypatch.delenv(name, raising=False)
+    seam.copy_ladders(tmp_path)
     for name, text in seam.settings(corpus, tmp_path / "logs", **TINY).items():
         if name not in ("RUN_ID", "ITERATIONS", "VAL_LOSS_EVERY", "CHECKPOINT_EVERY_SECONDS"):
             monkeypatch.setenv(name, text)
-    return seam.copy_ladder("latent_moe", tmp_path)
+    return seam.load_run(tmp_path, "latent_moe")
 
 
 def test_the_full_shape_is_stopped_resumed_and_stopped_again(ladder, monkeypatch):
     ladder.main(["full"])
     kept = json.loads((ladder.HERE / "logs" / "full.json").read_text())
     lines = {name: "\n".join(process["log"]) for name, process in kept.items()}
-    saved = int(re.search(r"checkpoint: saved step:(\d+) ", lines["first"])[1])  # 3, or what went on meanwhile
+    saved = int(re.search(r"checkpoint: saved step:(\d+) ", lines["first"])[1])  # 3, or more if the signal was late
     assert saved >= 3 and "step:3/10000 train_loss:" in lines["first"] and "resumed" not in lines["first"]
     assert f"resumed: step:{saved} from " in lines["resumed"]
     assert f"step:{saved + 1}/10000 train_loss:" in lines["resumed"]
@@ -259,12 +266,12 @@ def test_a_rung_is_kept_with_its_load_and_five_texts(ladder, monkeypatch):
     monkeypatch.setattr(ladder, "EVERY", 2)
     monkeypatch.setenv("ITERATIONS", "5")
     ladder.main(["bias"])
-    told = json.loads((ladder.HERE / "logs" / "bias.json").read_text())
-    assert len(told["train_loss_means_of_2"]) == len(told["grad_norm_means_of_2"]) == 2
-    assert [len(row) for row in told["load"]] == [5, 5]
-    assert all(sum(row) == pytest.approx(5, abs=0.01) for row in told["load"])
-    assert all(text.startswith(prompt) for text, prompt in zip(told["texts"], ladder.PROMPTS, strict=True))
+    kept = json.loads((ladder.HERE / "logs" / "bias.json").read_text())
+    assert len(kept["train_loss_means_of_2"]) == len(kept["grad_norm_means_of_2"]) == 2
+    assert [len(row) for row in kept["load"]] == [5, 5]
+    assert all(sum(row) == pytest.approx(5, abs=0.01) for row in kept["load"])
+    assert all(text.startswith(prompt) for text, prompt in zip(kept["texts"], ladder.PROMPTS, strict=True))
     readme = (ladder.HERE / "README.md").read_text()
-    assert f"| bias | 5 | 320 | {told['train_loss_means_of_2'][-1]:.3f} | " in readme
+    assert f"| bias | 5 | 320 | {kept['train_loss_means_of_2'][-1]:.3f} | " in readme
     assert "| none | not run: `run.py none` |" in readme
     assert (ladder.HERE / "losses.png").stat().st_size > 1000

@@ -1,20 +1,17 @@
-"""The small ladder: shapes, dropout, average, and the life of a run."""
+"""The small ladder: shapes, dropout, schedule, the life of a run, and its run.py."""
 
 import json
 import math
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
+import models
 import pytest
 import seam
 import torch
 
 import train_gpt
 
-small = seam.load("small")
-RUNGS = sorted(Path(small.__file__).parent.glob("*.env"))
+small = seam.load("small/small.py")
+RUNGS = seam.LADDERS / "small"
 TINY = {
     "NUM_LAYERS": 2,
     "MODEL_DIM": 16,
@@ -44,52 +41,50 @@ COUNTS = {
 
 
 def config(rung="01_sgd", **overrides):
-    path = Path(small.__file__).with_name(f"{rung}.env")
-    return small.SmallConfig.load([str(path)], {name: str(value) for name, value in overrides.items()})
+    environ = {name: str(value) for name, value in overrides.items()}
+    return train_gpt.Config.load([str(RUNGS / f"{rung}.env")], environ)
+
+
+def tiny(rung="01_sgd", **overrides):
+    return config(rung, **TINY | {"VOCAB_SIZE": 64} | overrides)
 
 
 @pytest.mark.parametrize("rung", COUNTS)
 def test_counts_are_the_published_ones(rung):
-    with torch.device("meta"):
-        model = small.Small(config(rung))
-    assert sum(p.numel() for p in model.parameters()) == COUNTS[rung]
-    assert {path.stem for path in RUNGS} == set(COUNTS)
+    assert type(config(rung)) is small.Config
+    assert seam.count_parameters(config(rung)) == COUNTS[rung]
+    assert {path.stem for path in RUNGS.glob("*.env")} == set(COUNTS)
 
 
 def test_dropout_keeps_the_expectation_and_is_off_in_evaluation(monkeypatch):
-    model = small.Small(config(**TINY, VOCAB_SIZE=64))
-    block, x = model.blocks[0], torch.ones(400, 500)
+    model = models.new_model(tiny())
+    x = torch.ones(400, 500)
     torch.manual_seed(0)
-    y = block.drop(x)
+    y = model.blocks[0].drop(x)
     assert (y == 0).float().mean() == pytest.approx(0.2, abs=0.005)
     assert torch.equal(y[y != 0], torch.full_like(y[y != 0], 1 / 0.8))
     assert y.mean() == pytest.approx(1, abs=0.005)
 
     tokens = torch.arange(16)[None]
-    plain = small.Small(config(**TINY, VOCAB_SIZE=64, DROPOUT=0))  # the same weights
+    plain = models.new_model(tiny(DROPOUT=0))  # the same weights
     assert not model(tokens).equal(model(tokens))
     assert model.eval()(tokens).equal(plain(tokens)) and model(tokens).equal(plain.eval()(tokens))
     assert model.train()(tokens).sub(plain(tokens)).abs().max() > 0.1
-    # Every place of it: embedding, after attention, in and after the feed-forward part.
-    kept = []
-    monkeypatch.setattr(torch.nn.functional, "dropout", lambda x, share, *how: kept.append(share) or x)
+    # Its places: the embedding, then in each block after attention, in and after the feed-forward part.
+    dropped = []
+    monkeypatch.setattr(torch.nn.functional, "dropout", lambda x, p, *how: dropped.append(p) or x)
     model(tokens)
-    assert kept == [0.2] * (1 + 3 * 2)
+    assert dropped == [0.2] * (1 + 3 * 2)
 
 
 @pytest.mark.parametrize("rung", ["01_sgd", "07_swiglu", "14_learned"])
 def test_causal_by_gradient(rung):
-    model = small.Small(config(rung, **TINY, VOCAB_SIZE=64)).eval()
-    seen = []
-    model.tok_emb.register_forward_hook(lambda module, inputs, x: x.retain_grad() or seen.append(x))
-    model(torch.arange(16)[None])[0, 7].square().sum().backward()
-    assert (seen[0].grad[0, 8:] == 0).all() and (seen[0].grad[0, :8] != 0).any(dim=1).all()
+    seam.check_causal(models.new_model(tiny(rung)).eval(), torch.arange(16)[None])
 
 
 @pytest.mark.parametrize("rung", ["01_sgd", "07_swiglu", "14_learned"])
 def test_flops_are_those_that_torch_counts(rung):
-    model = small.Small(config(rung, **TINY | {"VOCAB_SIZE": 64}), seam.EXPANDED)
-    assert model.flops_per_token(16) == seam.counted_flops(model, 64, 16)
+    seam.check_flops(tiny(rung))
 
 
 def test_positions_are_sinusoids():
@@ -101,15 +96,16 @@ def test_positions_are_sinusoids():
 
 
 def test_schedule():
-    c, scale = config("11_warmup", ITERATIONS=1030), small.Small(config("11_warmup", **TINY)).lr_scale
-    found = [scale(c, step, step / 1030) for step in (0, 29, 30, 530, 1030)]
+    rung = config("11_warmup", ITERATIONS=1030)
+    scale = models.new_model(tiny()).lr_scale
+    found = [scale(rung, step, step / 1030) for step in (0, 29, 30, 530, 1030)]
     assert found == pytest.approx([1 / 30, 1, 1, 0.5, 0])
-    assert small.Small(config(**TINY)).lr_scale(config(), 700, 0.5) == 1
+    assert scale(config(), 700, 0.5) == 1
 
 
 def test_every_parameter_is_trained_once():
     for rung, decay in (("01_sgd", 0.0), ("07_swiglu", 0.1)):
-        model = small.Small(config(rung, **TINY))
+        model = models.new_model(tiny(rung))
         matrices, vectors = model.optimizers(config(rung), None)[0].param_groups
         assert sorted(map(id, matrices["params"] + vectors["params"])) == sorted(map(id, model.parameters()))
         assert all(p.ndim == 2 for p in matrices["params"]) and all(p.ndim == 1 for p in vectors["params"])
@@ -118,29 +114,23 @@ def test_every_parameter_is_trained_once():
 
 @pytest.mark.parametrize("rung", ["01_sgd", "06_ema", "14_learned"])
 def test_life_of_a_run(rung, corpus, tmp_path, capfd):
-    lines = train_gpt.read_env_file(Path(small.__file__).with_name(f"{rung}.env"))
-    lines.pop("VOCAB_SIZE", None)
+    knobs = train_gpt.read_env_file(RUNGS / f"{rung}.env")
+    del knobs["MODEL_FILE"]
+    knobs.pop("VOCAB_SIZE", None)
     rate = {"LEARNING_RATE": 0.1 if rung == "01_sgd" else 0.01, "LR_WARMUP_STEPS": 2, "LOADER": "stream"}
-    seam.check_life(small.SmallConfig, corpus, tmp_path, capfd, **lines | TINY | rate)
-
-
-def test_from_a_flat_copy_without_the_path(tmp_path):
-    for path in (small.__file__, train_gpt.__file__):
-        shutil.copy(path, tmp_path)
-    for script in (tmp_path / "small.py", small.__file__):
-        call = subprocess.run([sys.executable, "-P", script, "no.env"], capture_output=True, text=True, cwd=tmp_path)
-        assert call.returncode == 2 and "no.env cannot be read" in call.stderr
+    seam.check_life("small/small.py", corpus, tmp_path, capfd, **knobs | TINY | rate)
 
 
 @pytest.fixture
 def ladder(corpus, tmp_path, monkeypatch):
     """run.py, loaded from a copy of the repository, with the knobs of a tiny model in the environment."""
-    for name in small.SmallConfig.knobs():
+    for name in small.Config.knobs():
         monkeypatch.delenv(name, raising=False)
-    tiny = seam.settings(corpus, tmp_path / "logs", **TINY)
-    for name in tiny.keys() - {"RUN_ID", "VAL_LOSS_EVERY", "LR_WARMUP_STEPS"}:
-        monkeypatch.setenv(name, tiny[name])
-    return seam.copy_ladder("small", tmp_path)
+    knobs = seam.settings(corpus, tmp_path / "logs", **TINY)
+    for name in knobs.keys() - {"RUN_ID", "VAL_LOSS_EVERY", "LR_WARMUP_STEPS"}:
+        monkeypatch.setenv(name, knobs[name])
+    seam.copy_ladders(tmp_path)
+    return seam.load_run(tmp_path, "small")
 
 
 def test_a_rung_is_validated_at_thirds_of_its_steps_and_kept(ladder, monkeypatch):
@@ -156,7 +146,7 @@ def test_a_rung_is_validated_at_thirds_of_its_steps_and_kept(ladder, monkeypatch
     assert "| ours: steps 2, 4, 5 |" in readme and f"| 06_ema | {kept['model_params']:,} | 2.66, 2.63, 2.62 |" in readme
     assert (ladder.HERE / "losses.png").stat().st_size > 1000
     monkeypatch.setattr(ladder.ladder, "finish", None)
-    ladder.main(["06_ema"])  # what is finished is not run again
+    ladder.main(["06_ema"])  # a finished run is not run again
     assert readme == (ladder.HERE / "README.md").read_text()
     for steps, every in (("900", "300"), ("1000", "334"), ("50", "17")):
         monkeypatch.setenv("ITERATIONS", steps)
@@ -184,7 +174,7 @@ def test_the_table_names_the_steps_of_the_runs(ladder):
     assert "| ours: steps 300, 600, 900 |" in lines[0]
     assert "| 4.000, 3.000, 2.500 | 0.500 |" in lines[2] and "| 4.000, 3.000, 2.000 | one seed |" in lines[3]
     assert any("| 0.500 (steps 50) | one seed |" in line for line in lines)
-    # 01 before 02 is published as worse, and 04 as the worst: of three pairs the first agrees.
+    # Published, 01 is worse than 02, and 04 is the worst: of three pairs only the first agrees.
     assert lines[-1].startswith("Of 3 pairs of rungs whose last published losses differ, 1 have the same order here.")
     assert lines[-1].endswith("Ours: 04_rope, 02_adam, 01_sgd.")
     assert "ours: steps none yet" in ladder.table({})

@@ -16,13 +16,12 @@ import models
 import numpy as np
 import pytest
 import torch
-from models import exact_line, process
+from models import exact_line, new_model, process
 
 import train_gpt
-from train_gpt import GPT, Config, TokenBytes, UserError
+from train_gpt import TokenBytes, UserError
 
 ROOT = Path(train_gpt.__file__).resolve().parent
-MODEL_FILE = ROOT / "records" / "models" / "frontier.py"
 
 
 def load(name: str, path: Path):
@@ -32,10 +31,11 @@ def load(name: str, path: Path):
     return module
 
 
-frontier, probe = load("frontier", MODEL_FILE), load("record_probe", ROOT / "tools" / "record_probe.py")
-FrontierConfig, FrontierGPT = frontier.FrontierConfig, frontier.FrontierGPT
+FrontierConfig, frontier = models.model_file("frontier")
+probe = load("record_probe", ROOT / "tools" / "record_probe.py")
 
 ALL = {
+    "MODEL_FILE": models.FRONTIER,
     "XSA_LAYERS": 2,
     "XSA_GATE": 1,
     "MUON_HEADS": 1,
@@ -73,7 +73,7 @@ def scatter(model):
 
 def double(config):
     """The model in float64, but for its RoPE tables."""
-    return config.model_class()(config, dtype=torch.float64).double()
+    return new_model(config, train_gpt.grouped_attention, torch.float64).double()
 
 
 def random_tokens(config, batch=3, seed=0):
@@ -81,16 +81,12 @@ def random_tokens(config, batch=3, seed=0):
     return torch.randint(3, config.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def start(config_class, values: dict[str, str], capfd) -> tuple[int, str, str]:
+def start(values: dict[str, str], capfd) -> tuple[int, str, str]:
     """(exit code, what it wrote, errors) of a run in this process."""
     capfd.readouterr()
-    with models.environment({}), models.signals_restored(), pytest.MonkeyPatch.context() as patch:
-        for name in FrontierConfig.knobs():
-            patch.delenv(name, raising=False)
-        for name, value in values.items():
-            patch.setenv(name, value)
-        patch.setattr(train_gpt, "INT8_MIN_NUMEL", 1000)  # so that something is quantised
-        code = train_gpt.main([], config_class)
+    with pytest.MonkeyPatch.context() as patch, models.no_siblings():
+        patch.setattr(train_gpt, "INT8_MIN_NUMEL", 1000)  # so that something is quantized
+        code = models.call_main(values)
     return code, *capfd.readouterr()
 
 
@@ -108,22 +104,25 @@ def same_weights(one: Path, other: Path) -> bool:
 
 
 def test_with_every_knob_off_it_trains_bit_for_bit_as_the_script(tiny, capfd, tmp_path):
-    knobs = {"XSA_LAYERS": 1, "CANONICAL": 1, "LOOP_LAYERS": "0-1", "WARMUP_STEPS": 1}
-    for config_class in (Config, FrontierConfig):
-        values = tiny(LOG_DIR=tmp_path / config_class.__name__, **knobs)
-        assert start(config_class, values, capfd)[0] == 0
-    ours, theirs = (tmp_path / config_class.__name__ / "run" for config_class in (FrontierConfig, Config))
+    results = []
+    for name, file in (("frontier", models.FRONTIER), ("script", "")):
+        values = tiny(LOG_DIR=tmp_path / name, MODEL_FILE=file, WARMUP_STEPS=1, NUM_LAYERS=3, TIE_EMBEDDINGS=0)
+        assert start(values, capfd)[0] == 0
+        results.append(json.loads((tmp_path / name / "run" / "result.json").read_text()))
+    ours, theirs = (tmp_path / name / "run" for name in ("frontier", "script"))
     assert len(losses_of(ours)) == 5 and losses_of(ours) == losses_of(theirs)
     assert same_weights(ours, theirs)
-    results = [json.loads((folder / "result.json").read_text()) for folder in (ours, theirs)]
     assert results[0]["val_loss"] == results[1]["val_loss"]
-    assert results[0]["sources"].keys() == {"train_gpt.py", "canonical.py", "frontier.py", "score_first.py"}
+    assert results[0]["sources"].keys() == {"train_gpt.py", "frontier.py", "score_first.py"}
+    assert results[1]["sources"].keys() == {"train_gpt.py"}
 
 
 def test_with_every_knob_off_there_is_nothing_new(config_of, make_config, runtime):
-    model, plain = FrontierGPT(config_of(XSA_LAYERS=2)), GPT(make_config(XSA_LAYERS=2))
+    model, plain = new_model(config_of(NUM_LAYERS=3)), new_model(make_config(NUM_LAYERS=3))
+    assert [*model.state_dict()] == [*plain.state_dict()]
     assert all(map(torch.equal, model.state_dict().values(), plain.state_dict().values()))
-    assert model.state_dict().keys() == plain.state_dict().keys() and model.graph_starts == plain.graph_starts
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    assert model.graph_starts == plain.graph_starts == (0.0,) and model.observe_every == 0
     assert type(model.optimizers(config_of(), runtime)[1]) is train_gpt.Muon
     assert not dict(model.named_buffers()).keys() - dict(plain.named_buffers()).keys()
 
@@ -148,7 +147,7 @@ def test_gated_exclusion_takes_its_share_of_the_own_value_out_of_each_head():
 
 
 @pytest.mark.parametrize("layers", [1, 2])
-def test_a_gate_of_0_is_no_xsa_and_a_large_one_is_xsa(config_of, make_config, layers):
+def test_a_gate_of_0_is_no_xsa_and_a_large_one_is_xsa(config_of, layers):
     config = config_of(XSA_LAYERS=layers, XSA_GATE=1)
     model, tokens = double(config), random_tokens(config)
     gates = {name: p for name, p in scatter(model).named_parameters() if name.endswith("attend.gate")}
@@ -157,16 +156,17 @@ def test_a_gate_of_0_is_no_xsa_and_a_large_one_is_xsa(config_of, make_config, la
         with torch.no_grad():
             for gate in gates.values():
                 gate.fill_(value)
-        plain = double(make_config(**knobs))
+        plain = double(config_of(**knobs))
         plain.load_state_dict({name: p for name, p in model.state_dict().items() if name not in gates})
         torch.testing.assert_close(model(tokens), plain(tokens), rtol=1e-12, atol=1e-12)
 
 
-def test_gates_begin_at_0_and_are_trained_as_vectors(config_of):
-    model = FrontierGPT(config_of(XSA_LAYERS=1, XSA_GATE=1))
+def test_gates_begin_at_0_and_are_trained_as_vectors(config_of, runtime):
+    config = config_of(XSA_LAYERS=1, XSA_GATE=1)
+    model = new_model(config)
     gate = model.blocks[1].attn.attend.gate
     assert gate.shape == (4,) and not gate.any()
-    assert any(gate is p for p in train_gpt.parameter_groups(model)["scalar"])
+    assert any(gate is p for p in models.parameter_groups(model, config, runtime)["scalar"])
     with torch.no_grad():
         for block in model.blocks:  # which are 0 at first
             block.attn.proj.weight.normal_(generator=torch.Generator().manual_seed(0))
@@ -217,13 +217,13 @@ def assert_same(ours, theirs, error):
 def test_folded_and_fused_the_model_has_the_same_weights_losses_and_gradients(config_of, architecture, lean):
     """In float64 to 1e-12; in float32 the loss to 1e-6."""
     for dtype in (torch.float64, torch.float32):
-        models, found = [], []
+        built, found = [], []
         for knobs in (lean, {}):
             config = config_of(**architecture | knobs)
-            models.append(config.model_class()(config, dtype=dtype).to(dtype))
-        ours, theirs = (model.state_dict() for model in models)
+            built.append(new_model(config, train_gpt.grouped_attention, dtype).to(dtype))
+        ours, theirs = (model.state_dict() for model in built)
         assert [*ours] == [*theirs] and all(torch.equal(ours[name], theirs[name]) for name in ours), "initial weights"
-        for model in models:
+        for model in built:
             with torch.no_grad():
                 for seed, p in enumerate(model.parameters()):
                     p.add_(0.2 * randn(*p.shape, seed=seed).to(dtype))
@@ -239,7 +239,7 @@ def test_folded_and_fused_there_are_fewer_passes_over_the_tokens(config_of):
     counts = []
     for knobs in ({}, {"FOLD_SCALES": 1, "FUSE_QKV": 1}):
         config, kept, products = config_of(**knobs), [], []
-        model, tokens = FrontierGPT(config), random_tokens(config)
+        model, tokens = new_model(config), random_tokens(config)
 
         class Count(torch.utils._python_dispatch.TorchDispatchMode):
             def __torch_dispatch__(self, function, types, args=(), kwargs=None, products=products):
@@ -256,14 +256,14 @@ def test_folded_and_fused_there_are_fewer_passes_over_the_tokens(config_of):
 
 
 def test_folded_and_fused_gptq_sees_the_inputs_of_every_matrix(config_of, runtime):
-    collect, found = train_gpt.tool("compress").collect_hessians, []
+    collect, found = frontier.sibling("coder").collect_hessians, []
     for knobs in ({}, *LEAN):
         config = config_of(XSA_LAYERS=1, **knobs)
-        model, tokens = scatter(FrontierGPT(config)), random_tokens(config)
+        model, tokens = scatter(new_model(config)), random_tokens(config)
         loader = SimpleNamespace(next_step=lambda tokens=tokens: ([tokens], None))
         found.append(collect(model, loader, 2, runtime))
         assert not any(module._forward_pre_hooks for module in model.modules())
-    expected = {name for name, p in model.named_parameters() if model.row(name).group == "matrix"} | {"tok_emb.weight"}
+    expected = {name for name, p in model.named_parameters() if model.rule(name).group == "matrix"} | {"tok_emb.weight"}
     for hessians in found:
         assert hessians.keys() == expected
         assert_same(hessians, found[0], 1e-5)
@@ -271,7 +271,7 @@ def test_folded_and_fused_gptq_sees_the_inputs_of_every_matrix(config_of, runtim
 
 def test_folded_and_fused_it_is_one_graph(config_of):
     config = config_of(**ARCHITECTURES[1] | LEAN[2])
-    eager, traced = (scatter(FrontierGPT(config)) for _ in range(2))
+    eager, traced = (scatter(new_model(config)) for _ in range(2))
     torch._dynamo.reset()
     compiled = torch.compile(traced, backend="aot_eager", fullgraph=True, dynamic=False)
     found = losses_and_gradients(compiled, config)
@@ -282,7 +282,14 @@ def test_folded_and_fused_it_is_one_graph(config_of):
 
 def test_a_checkpoint_and_an_artifact_do_not_ask_whether_they_are_folded_and_fused(tiny, capfd, tmp_path):
     """A run goes on with both; its artifact is scored to the digit as it tells, and equal to rounding without."""
-    common = {"CODEC": "rans", "GPTQ_BATCHES": 1, "WEIGHT_BITS": 6, "VAL_TOKENS_LIMIT": 200, "WARMDOWN_FRAC": 0}
+    common = {
+        "MODEL_FILE": models.FRONTIER,
+        "CODEC": "rans",
+        "GPTQ_BATCHES": 1,
+        "WEIGHT_BITS": 6,
+        "VAL_TOKENS_LIMIT": 200,
+        "WARMDOWN_FRAC": 0,
+    }
     losses, scores, checkpoint = [], [], tmp_path / "logs" / "begun" / "checkpoint.pt"
     for name, knobs in (
         ("begun", {"ITERATIONS": 3}),
@@ -290,19 +297,19 @@ def test_a_checkpoint_and_an_artifact_do_not_ask_whether_they_are_folded_and_fus
         ("lean", {"RESUME": checkpoint} | LEAN[2]),
     ):
         values = tiny(**{"ITERATIONS": 6} | common | knobs, RUN_ID=name)
-        code, out, err = start(FrontierConfig, values, capfd)
+        code, out, err = start(values, capfd)
         assert code == 0, err
         losses.append(losses_of(tmp_path / "logs" / name))
         scores.append(float(re.search(r"val_loss:([\d.]+)", exact_line(out, "final_int6_rans_roundtrip"))[1]))
     assert len(losses[2]) == 3 and losses[2] == pytest.approx(losses[1], abs=1e-5)
     assert scores[2] == pytest.approx(scores[1], abs=1e-3) and scores[2] < scores[0] - 0.1
     artifact = tmp_path / "logs" / "lean" / "final_model.rans.ptz"
-    told = train_gpt.unpack(artifact.read_bytes())["config"]
+    told = models.open_artifact(artifact)["config"]
     assert told["fold_scales"] is True and told["fuse_qkv"] is True
     machine = {name: tiny()[name] for name in (*models.MACHINE, "LOG_DIR")}
     for off in ({}, {"FOLD_SCALES": "0", "FUSE_QKV": "0"}):
         values = machine | {"MODE": "eval", "ARTIFACT": str(artifact), "VAL_TOKENS_LIMIT": "200"} | off
-        code, again, err = start(FrontierConfig, values, capfd)
+        code, again, err = start(values, capfd)
         assert code == 0, err
         line = exact_line(again, "final_int6_rans_roundtrip")
         assert off or line == exact_line(out, "final_int6_rans_roundtrip")
@@ -327,7 +334,7 @@ def paper_quintics(steps):
 
 
 @pytest.mark.parametrize("row_norm", [0, 1])
-@pytest.mark.parametrize("heads, polar", [(0, 1), (1, 0), (1, 1), (2, 0), (2, 1)])
+@pytest.mark.parametrize("heads, polar", [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)])
 def test_a_step_of_muon_equals_the_formulas_piece_by_piece(config_of, runtime, heads, row_norm, polar):
     knobs = {
         "MUON_HEADS": heads,
@@ -348,7 +355,7 @@ def test_a_step_of_muon_equals_the_formulas_piece_by_piece(config_of, runtime, h
     expected = {}
     for seed, (name, p) in enumerate(model.named_parameters()):
         p.grad = randn(*p.shape, seed=seed)
-        if model.row(name).group != "matrix":
+        if model.rule(name).group != "matrix":
             continue
         cut = heads and re.search(r"c_[qkv]\.weight$", name)
         pieces = []
@@ -449,7 +456,7 @@ def test_the_prefix_loss_is_cross_entropy_on_the_prefixes_with_a_weight_that_fal
 def test_in_training_a_sequence_is_cut_into_contexts_and_in_evaluation_it_is_whole(config_of):
     config = config_of(CONTEXTS="8@0,16@0.3,32@0.6", SMEAR_GATE=1)
     model, tokens = scatter(double(config)), random_tokens(config)
-    whole = double(Config.load([], {k: v for k, v in config.texts().items() if k in Config.knobs()}))
+    whole = double(config_of(SMEAR_GATE=1))
     whole.load_state_dict(model.state_dict())
     for progress, length in ((0.0, 8), (0.29, 8), (0.3, 16), (0.59, 16), (0.6, 32), (1.0, 32)):
         model.advance(progress)
@@ -469,7 +476,7 @@ def test_in_training_a_sequence_is_cut_into_contexts_and_in_evaluation_it_is_who
 )
 def test_graphs_change_where_contexts_do_and_where_recurrence_begins(config_of, loops, expected):
     config = config_of(CONTEXTS="8@0,16@0.3,32@0.6", **loops)
-    model = FrontierGPT(config)
+    model = new_model(config)
     assert model.graph_starts == expected and model.context == 32 and model.looping == bool(loops)
     for progress in (0.0, 0.2, 0.3, 0.35, 0.4, 0.5, 0.6, 0.69, 0.7, 1.0):
         model.advance(progress)
@@ -480,8 +487,8 @@ def test_graphs_change_where_contexts_do_and_where_recurrence_begins(config_of, 
 def test_all_graphs_are_compiled_in_the_warm_up_and_none_after_it(config_of, runtime):
     """By a compiler that only counts; training follows as the run does, with validations in between."""
     config = config_of(**ALL | {"LOOP_LAYERS": "0-1", "LOOP_START": 0.4})
-    model, graphs = FrontierGPT(config), []
-    model.mask = train_gpt.tool("canonical").Mask(model, config, runtime)
+    model, graphs = new_model(config), []
+    model.prepare(config, runtime)
     torch._dynamo.reset()
     compiled = torch.compile(
         model, backend=lambda graph, _: graphs.append(1) or graph.forward, fullgraph=True, dynamic=False
@@ -512,7 +519,7 @@ def test_all_graphs_are_compiled_in_the_warm_up_and_none_after_it(config_of, run
 def test_the_mask_in_training_leaves_a_distribution_over_what_is_allowed(config_of, runtime, token_bytes):
     config = config_of(CANONICAL=1, CANONICAL_TRAIN=1, PREFIX_LOSS=0.5)
     model, tokens, targets = scatter(double(config)), *map(random_tokens, [config] * 2, [3, 3], [0, 1])
-    bits = train_gpt.tool("canonical").allowed_pairs(config.tokenizer_path, config.vocab_size)
+    bits = frontier.sibling("canonical").allowed_pairs(config.tokenizer_path, config.vocab_size)
     bits = torch.from_numpy(np.unpackbits(bits, axis=1, count=config.vocab_size, bitorder="little").astype(bool))
     table = slow_prefixes(token_bytes, config.vocab_size)
     # Targets that the mask excludes, and others whose prefixes it does.
@@ -524,7 +531,7 @@ def test_the_mask_in_training_leaves_a_distribution_over_what_is_allowed(config_
     ][:16]
     tokens[0], targets[0] = torch.tensor(odd).T
     plain = model(tokens)
-    model.mask = train_gpt.tool("canonical").Mask(model, config, runtime)
+    model.prepare(config, runtime)
     model.advance(0.0)
     losses, extra = model(tokens, targets)
     total, excluded, hidden = 0.0, 0, 0
@@ -565,21 +572,21 @@ def test_a_score_keeps_the_rules(config_of, runtime, token_bytes, mask, stride, 
         "EVAL_STRIDE": stride,
     }
     config = config_of(**knobs | mask)
-    model = scatter(FrontierGPT(config)).eval()
+    model = scatter(new_model(config)).eval()
     model.advance(0.0)  # as training leaves it: contexts cut short, which a score is not to see
-    if mask:
-        model.mask = train_gpt.tool("canonical").Mask(model, config, runtime)
+    model.prepare(config, runtime)
     stream = train_gpt.TokenStream(config.data_path, "val", config.vocab_size)
     evaluator = train_gpt.Evaluator(stream, token_bytes, config, runtime)
-    recorder = probe.Recorder(model, evaluator, stream, keep=True)
-    found = model.final_score(evaluator, recorder, print)
+    script = models.probe_script(probe, config, model, runtime)
+    recorder = probe.Recorder(script, model, evaluator, stream, keep=True)
+    found = script.score(evaluator, recorder)
     assert (recorder.counts == 1).all() and recorder.wrong == 0 and recorder.learned == learns
     assert recorder.nats / found.tokens == pytest.approx(found.loss, rel=1e-6) and math.isfinite(found.loss)
-    rng = np.random.default_rng(0)
-    moved = probe.flips_in_evaluation(train_gpt, config, model, stream, token_bytes, runtime, 3, rng, learns)
+    moved = probe.flips_in_evaluation(script, stream, token_bytes, 3, np.random.default_rng(0), learns)
     assert moved == [0.0] * 3
+    model.eval()
     with torch.no_grad():
-        sums = probe.sums_of_probabilities(model.eval(), config, stream, runtime, 40)
+        sums = probe.sums_of_probabilities(script, stream, 40)
     assert len(sums) == 40 and sums == pytest.approx([1.0] * 40, abs=1e-4)
 
 
@@ -588,7 +595,7 @@ def test_a_score_keeps_the_rules(config_of, runtime, token_bytes, mask, stride, 
 
 def test_a_run_with_all_knobs_stopped_and_resumed_is_the_undisturbed_one(tiny, capfd, tmp_path):
     values = {folder: tiny(**ALL, ITERATIONS=8, LOG_DIR=tmp_path / folder) for folder in ("whole", "cut")}
-    code, out, err = start(FrontierConfig, values["whole"], capfd)
+    code, out, err = start(values["whole"], capfd)
     assert code == 0, err
     step = train_gpt.Trainer.step
 
@@ -599,8 +606,8 @@ def test_a_run_with_all_knobs_stopped_and_resumed_is_the_undisturbed_one(tiny, c
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_gpt.Trainer, "step", interrupted)
-        assert start(FrontierConfig, values["cut"], capfd)[0] == 128 + signal.SIGTERM
-    again = start(FrontierConfig, values["cut"], capfd)
+        assert start(values["cut"], capfd)[0] == 128 + signal.SIGTERM
+    again = start(values["cut"], capfd)
     assert again[0] == 0 and exact_line(again[1]) == exact_line(out)
     assert same_weights(tmp_path / "whole" / "run", tmp_path / "cut" / "run")
     assert losses_of(tmp_path / "whole" / "run") == losses_of(tmp_path / "cut" / "run")
@@ -610,21 +617,21 @@ def test_a_run_with_all_knobs_stopped_and_resumed_is_the_undisturbed_one(tiny, c
     assert len(gates) == 2 and all(gate.abs().min() > 0 for gate in gates)
 
 
-def test_an_artifact_scores_the_same_in_another_process_by_the_script_and_by_the_model_file(corpus, tmp_path):
+def test_an_artifact_scores_the_same_in_another_process_with_and_without_the_name_of_its_file(corpus, tmp_path):
     values = models.tiny_settings(corpus, **ALL | {"LOG_DIR": tmp_path / "logs", "WARMUP_STEPS": 1})
-    made = process(values, tmp_path, script=MODEL_FILE)
+    made = process(values, tmp_path)
     assert made.returncode == 0, made.stderr.decode()
     line = exact_line(made.stdout.decode())
     machine = models.machine_settings(corpus, MODE="eval", ARTIFACT="logs/run/final_model.int8.ptz")
-    for script in (models.SCRIPT, MODEL_FILE):
-        done = process(machine, tmp_path, script=script)
+    for file in ({}, {"MODEL_FILE": models.FRONTIER}):
+        done = process(machine | file, tmp_path)
         assert done.returncode == 0 and exact_line(done.stdout.decode()) == line, done.stderr.decode()
 
 
 def test_two_ranks_train_and_score_as_one(tiny, launch, tmp_path):
     knobs = ALL | {"ITERATIONS": 10, "VAL_TOKENS_LIMIT": 200, "GRAD_ACCUM_STEPS": 2}
     for ranks in (1, 2):
-        done = launch(ranks=ranks, script=MODEL_FILE, **knobs | {"LOG_DIR": tmp_path / str(ranks)})
+        done = launch(ranks=ranks, **knobs | {"LOG_DIR": tmp_path / str(ranks)})
         assert done.returncode == 0, done.stderr
     one, two = (losses_of(tmp_path / ranks / "run") for ranks in "12")
     assert len(one) == 10 and one[-1] < one[0] - 0.5 and two == pytest.approx(one, abs=1e-4)

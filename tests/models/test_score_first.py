@@ -2,7 +2,7 @@
 of ranks; and nothing of it stays but the score."""
 
 import copy
-import dataclasses
+import hashlib
 import importlib.util
 import math
 import re
@@ -18,7 +18,7 @@ import train_gpt
 from train_gpt import Evaluator, UserError
 
 ROOT = Path(train_gpt.__file__).resolve().parent
-SCRIPT = ROOT / "records" / "models" / "score_first.py"
+FILE = "records/models/score_first.py"
 
 
 def load(name: str, path: Path):
@@ -28,14 +28,14 @@ def load(name: str, path: Path):
     return module
 
 
-score_first = load("score_first", SCRIPT)
-tiny_model = load("tiny_model", ROOT / "tests" / "alternative" / "tiny_model.py")
+ScoreFirstConfig, score_first = models.model_file("score_first")
+FrontierConfig, _ = models.model_file("frontier")
+TinyConfig, tiny_model = models.model_file("tiny")
 probe = load("record_probe", ROOT / "tools" / "record_probe.py")
-ScoreFirst, ScoreFirstConfig = score_first.ScoreFirst, score_first.ScoreFirstConfig
+ScoreFirst = score_first.ScoreFirst
 
 
-@dataclasses.dataclass(frozen=True)
-class BothConfig(ScoreFirstConfig, tiny_model.TinyConfig):
+class BothConfig(ScoreFirstConfig, TinyConfig):
     """Knobs of both files."""
 
     @classmethod
@@ -44,19 +44,7 @@ class BothConfig(ScoreFirstConfig, tiny_model.TinyConfig):
 
 
 class Both(ScoreFirst, tiny_model.Tiny):
-    """A model with dropout and an auxiliary loss, which learns while it is scored."""
-
-
-class Peeking(score_first.Walk):
-    """A saboteur: learns from a chunk before it is scored."""
-
-    def __iter__(self):
-        optimizer = self.model.test_time_optimizer()
-        for chunk in range(self.chunks):
-            self.evaluator.windows = range(self.first_window(chunk), self.first_window(chunk + 1))
-            tokens = self.evaluator.stream.read(chunk * self.config.ttt_chunk, self.config.ttt_chunk + 1)
-            self.learn(optimizer, tokens)
-            yield from self.evaluator.windows[:: self.evaluator.batch]
+    """A model with dropout and an extra loss, which learns while it is scored."""
 
 
 # A rate at which a tiny model learns enough to see; windows of 32, chunks of 128 targets.
@@ -68,15 +56,14 @@ def make(tiny, runtime):
     """Function: (config, model, evaluator, stream) of these knobs; the weights are not those of a beginning, where half
     of the gradients are zero."""
 
-    def build(config_class=ScoreFirstConfig, dtype=torch.float32, **knobs):
+    def build(config_class=FrontierConfig, dtype=torch.float32, **knobs):
         config = config_class.load([], tiny(**LEARNS | knobs))
-        model = config.model_class()(config, dtype=dtype).to(dtype)
+        model = models.new_model(config, train_gpt.grouped_attention, dtype).to(dtype)
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(0.1 * torch.randn(p.shape, generator=generator))
-        if config.canonical:
-            model.mask = train_gpt.tool("canonical").Mask(model, config, runtime)
+        model.prepare(config, runtime)
         stream = train_gpt.TokenStream(config.data_path, "val", config.vocab_size)
         token_bytes = train_gpt.TokenBytes(config.tokenizer_path, config.vocab_size)
         return config, model, Evaluator(stream, token_bytes, config, runtime), stream
@@ -85,7 +72,17 @@ def make(tiny, runtime):
 
 
 def score(model, evaluator, log=lambda line: None):
-    return model.final_score(evaluator, model, log)
+    return evaluator.score(model, model, log, final=True)
+
+
+def mixin_of(model):
+    """ScoreFirst among its bases. frontier.py imports its module under another name than this file."""
+    return next(cls for cls in type(model).__mro__ if cls.__name__ == "ScoreFirst")
+
+
+def plain_score(model, evaluator):
+    """As a validation during training."""
+    return evaluator.score(model, model)
 
 
 # What it computes
@@ -151,8 +148,8 @@ def test_the_score_is_that_of_an_oracle_in_float64(make, knobs):
     expected = oracle(config, copy.deepcopy(model), stream.read(0, len(stream)))
     found = score(model, evaluator)
     assert found.loss == pytest.approx(expected / found.tokens, rel=1e-12)
-    plain = evaluator.score(model)
-    assert (found.tokens, found.bytes, found.of) == (plain.tokens, plain.bytes, plain.of)
+    plain = plain_score(model, evaluator)
+    assert (found.tokens, found.bytes, found.total) == (plain.tokens, plain.bytes, plain.total)
     learns = config.val_tokens_limit > config.ttt_chunk
     assert (found.loss != plain.loss) is learns or found.loss == pytest.approx(plain.loss, rel=1e-12)
 
@@ -162,65 +159,73 @@ def test_the_score_is_that_of_an_oracle_in_float64(make, knobs):
 def test_without_a_rate_or_a_chunk_it_is_the_plain_score_to_the_last_digit(make, knobs, off):
     """Batches of one window, or whole chunks, so that both sum the same batches."""
     _, model, evaluator, _ = make(**{"VAL_BATCH_SIZE": 32} | knobs | off)
-    plain, found = evaluator.score(model), score(model, evaluator)
+    plain, found = plain_score(model, evaluator), score(model, evaluator)
     assert (found.loss, found.bpb, found.tokens, found.bytes) == (plain.loss, plain.bpb, plain.tokens, plain.bytes)
 
 
 def test_it_learns(make):
     _, model, evaluator, _ = make(VAL_TOKENS_LIMIT=0)
-    plain, found = evaluator.score(model), score(model, evaluator)
-    assert found.bpb < plain.bpb - 0.05 and found.tokens == plain.tokens == evaluator.of
+    plain, found = plain_score(model, evaluator), score(model, evaluator)
+    assert found.bpb < plain.bpb - 0.05 and found.tokens == plain.tokens == evaluator.total
 
 
 # The rules
 
 
 @pytest.mark.parametrize("knobs", [{}, {"EVAL_STRIDE": 8}, {"EVAL_STRIDE": 20}, {"VAL_TOKENS_LIMIT": 0}], ids=str)
-def test_each_target_is_scored_once_and_before_it_is_learned(make, knobs):
-    _, model, evaluator, stream = make(**knobs)
-    recorder = probe.Recorder(model, evaluator, stream, keep=True)
-    found = model.final_score(evaluator, recorder, print)
+def test_each_target_is_scored_once_and_before_it_is_learned(make, monkeypatch, knobs):
+    config, model, evaluator, stream = make(**knobs)
+    script = models.probe_script(probe, config, model, evaluator.runtime)
+    recorder = probe.Recorder(script, model, evaluator, stream, keep=True)
+    trainer_class, learned = sys.modules[mixin_of(model).__module__].TestTimeTrainer, []
+    train = trainer_class.train
+
+    def watched(self, tokens):
+        begin = len(learned) * config.ttt_chunk
+        assert (stream.read(begin, len(tokens)) == tokens).all() and len(tokens) == config.ttt_chunk + 1
+        assert recorder.counts[: begin + config.ttt_chunk].all(), "token j + 1 is target j"
+        learned.append(begin)
+        train(self, tokens)
+
+    monkeypatch.setattr(trainer_class, "train", watched)
+    found = script.score(evaluator, recorder)
     assert (recorder.counts == 1).all() and recorder.wrong == 0 and recorder.learned
     assert recorder.nats / found.tokens == pytest.approx(found.loss, rel=1e-6)
-
-    targets, learn = [], score_first.Walk.learn
-    evaluator.batch_at = lambda index, batch_at=evaluator.batch_at: targets.append(batch_at(index)) or targets[-1]
-
-    def watched(self, optimizer, tokens):
-        seen = max(scored.stop for *_, scored in targets)
-        begin = next(i for i in range(0, evaluator.targets, 128) if (stream.read(i, len(tokens)) == tokens).all())
-        assert begin + len(tokens) - 1 <= seen, "token j + 1 is target j"
-        learn(self, optimizer, tokens)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(score_first.Walk, "learn", watched)
-        score(model, evaluator)
+    assert len(learned) == (evaluator.targets - 1) // config.ttt_chunk, "all chunks but the last"
 
 
 @pytest.mark.parametrize(
     "config_class, knobs",
     [
         (ScoreFirstConfig, {}),
-        (ScoreFirstConfig, {"EVAL_STRIDE": 8, "CANONICAL": 1}),
+        (FrontierConfig, {"EVAL_STRIDE": 8, "CANONICAL": 1}),
         (BothConfig, {"EVAL_STRIDE": 16}),
     ],
     ids=["plain", "stride and mask", "another model"],
 )
-@pytest.mark.parametrize("walk, honest", [(score_first.Walk, True), (Peeking, False)], ids=["honest", "peeking"])
-def test_no_score_knows_tokens_to_come_unless_it_peeks(make, monkeypatch, config_class, knobs, walk, honest):
+@pytest.mark.parametrize("honest", [True, False], ids=["honest", "peeking"])
+def test_no_score_knows_tokens_to_come_unless_it_peeks(make, monkeypatch, config_class, knobs, honest):
     """The flip test of `record.py rescore`, through the whole evaluation."""
     config, model, evaluator, stream = make(config_class, **knobs)
-    monkeypatch.setattr(score_first, "Walk", walk)
+    script = models.probe_script(probe, config, model, evaluator.runtime)
+    begin, texts = mixin_of(model).begin, []
+    script.evaluator = lambda text, *args, **changes: (
+        texts.append(text) or probe.Script.evaluator(script, text, *args, **changes)
+    )
+
+    def peeking(self, targets, forward):
+        """A saboteur trains on the text before it is scored."""
+        line = begin(self, targets, forward)
+        for start in range(0, targets, config.ttt_chunk):
+            self.trainer.trained = 0
+            self.trainer.train(texts[-1].read(start, config.ttt_chunk + 1))
+        self.trainer.trained = 0
+        return line
+
+    if not honest:
+        monkeypatch.setattr(mixin_of(model), "begin", peeking)
     moved = probe.flips_in_evaluation(
-        train_gpt,
-        config,
-        model,
-        stream,
-        evaluator.token_bytes,
-        evaluator.runtime,
-        places=4,
-        rng=np.random.default_rng(0),
-        learns=True,
+        script, stream, evaluator.token_bytes, places=4, rng=np.random.default_rng(0), learns=True
     )
     assert len(moved) == 4 and (max(moved) == 0.0 if honest else max(moved) > 1e-3)
 
@@ -232,18 +237,20 @@ def test_no_score_knows_tokens_to_come_unless_it_peeks(make, monkeypatch, config
 def test_nothing_stays_but_the_score(make, config_class):
     _, model, evaluator, _ = make(config_class)
     before, windows, batch = copy.deepcopy(model.state_dict()), evaluator.windows, evaluator.batch
-    first, plain = score(model, evaluator), evaluator.score(model)
+    first, plain = score(model, evaluator), plain_score(model, evaluator)
     assert first.loss != plain.loss and (evaluator.windows, evaluator.batch) == (windows, batch)
     assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters()) and model.training
     assert score(model, evaluator).loss == first.loss
 
 
-def test_weights_come_back_from_a_score_that_fails(make):
+def test_the_end_of_a_score_that_fails_restores_the_weights(make):
     _, model, evaluator, _ = make(TTT_LR=1e30, TTT_CLIP=0)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(UserError, match="the run diverged"):
         score(model, evaluator)
+    if hasattr(model, "trainer"):  # unless the script has called it
+        assert model.end(None) is None
     assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
 
 
@@ -282,10 +289,9 @@ def test_a_batch_is_at_most_a_chunk_and_nothing_is_asked_of_knobs_that_do_nothin
 
 
 def test_in_an_evaluation_the_artifact_tells_first_how_long_a_sequence_is(make, trained, bare, capfd):
-    artifact = {"MODE": "eval", "ARTIFACT": str(trained / "final_model.int8.ptz")}
+    artifact = {"MODE": "eval", "ARTIFACT": trained / "final_model.int8.ptz", "MODEL_FILE": FILE}
     for chunk, code in ((96, 0), (100, 2)):
-        with models.environment(bare(**artifact, TTT_CHUNK=chunk)):
-            assert train_gpt.main([], ScoreFirstConfig) == code
+        assert models.call_main(bare(**artifact, TTT_CHUNK=chunk)) == code
         out, err = capfd.readouterr()
         assert ("score_first: chunks:" in out) is (code == 0)
     assert err == "error: TTT_CHUNK=100 is not whole TRAIN_SEQ_LEN=32: use 128\n"
@@ -311,18 +317,20 @@ def test_its_clock_is_that_of_the_evaluation(make):
 # Runs
 
 
-def run(environ, cwd, ranks=1, script=SCRIPT) -> str:
-    done = models.process(environ, cwd, ranks=ranks, script=script, TMPDIR=str(cwd))
+def run(environ, cwd, ranks=1) -> str:
+    done = models.process(environ, cwd, ranks=ranks, TMPDIR=str(cwd))
     assert done.returncode == 0, done.stdout.decode() + done.stderr.decode()
     return done.stdout.decode()
+
+
+RUN = LEARNS | {"MODEL_FILE": FILE, "VAL_TOKENS_LIMIT": 0, "EVAL_STRIDE": 16, "ITERATIONS": 12}
 
 
 @pytest.fixture(scope="module")
 def whole(corpus, tmp_path_factory):
     """(folder of a run that ends with it, its output)."""
     cwd = tmp_path_factory.mktemp("whole")
-    knobs = LEARNS | {"VAL_TOKENS_LIMIT": 0, "EVAL_STRIDE": 16, "EVAL_WALLCLOCK_SECONDS": 1e-9, "ITERATIONS": 12}
-    return cwd / "logs" / "run", run(models.tiny_settings(corpus, **knobs), cwd)
+    return cwd / "logs" / "run", run(models.tiny_settings(corpus, **RUN, EVAL_WALLCLOCK_SECONDS=1e-9), cwd)
 
 
 def digits(text: str) -> tuple[float, float]:
@@ -333,16 +341,17 @@ def test_an_artifact_tells_its_knobs_and_is_scored_to_the_same_digits_elsewhere(
     path, text = whole
     assert "NOT A VALID SUBMISSION" in text and re.search(r"^score_first: chunks:\d+ steps:\d+ ", text, re.MULTILINE)
     told = models.open_artifact(path / "final_model.int8.ptz")
-    assert told["source"] == {"file": "records/models/score_first.py", "config_class": "ScoreFirstConfig"}
+    source = (ROOT / FILE).read_bytes()
+    assert told["source"] == {"file": "score_first.py", "sha256": hashlib.sha256(source).hexdigest()}
     assert {name: told["config"][name.lower()] for name in LEARNS if name.startswith("TTT")} == {
         name: value for name, value in LEARNS.items() if name.startswith("TTT")
     }
-    assert (path / "score_first.py").read_bytes() == SCRIPT.read_bytes()
+    assert (path / "score_first.py").read_bytes() == source
     environ = models.machine_settings(corpus, MODE="eval", ARTIFACT=path / "final_model.int8.ptz")
-    found = {script: run(environ, tmp_path, script=script) for script in (SCRIPT, models.SCRIPT)}
-    for again in found.values():
+    for file in ({}, {"MODEL_FILE": FILE}):
+        again = run(environ | file, tmp_path)
         assert models.exact_line(again) == models.exact_line(text) and "assumed" not in again
-    plain = run(environ | {"TTT_CHUNK": "0"}, tmp_path, script=models.SCRIPT)
+    plain = run(environ | {"TTT_CHUNK": "0"}, tmp_path)
     assert digits(plain)[1] > digits(text)[1] and "score_first" not in plain.replace("score_first.py", "")
 
 
@@ -358,7 +367,6 @@ def test_ranks_score_as_one_process(whole, corpus, tmp_path, ranks):
 
 def test_a_run_on_two_ranks_ends_as_one_does(whole, corpus, tmp_path):
     """After training under DDP, whose hooks are still on the weights."""
-    knobs = LEARNS | {"VAL_TOKENS_LIMIT": 0, "EVAL_STRIDE": 16, "ITERATIONS": 12}
-    text = run(models.tiny_settings(corpus, **knobs), tmp_path, ranks=2)
+    text = run(models.tiny_settings(corpus, **RUN), tmp_path, ranks=2)
     assert digits(text) == pytest.approx(digits(whole[1]), abs=1e-4)
     assert "NOT A VALID SUBMISSION" not in text

@@ -30,9 +30,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-from train_gpt import Evaluator, RunFolder, Stopwatch, TokenStream, Trainer, TrainLoader, UserError
+from train_gpt import Evaluator, Stopwatch, TokenStream, Trainer, TrainLoader, UserError
 
 checkpoint = train_gpt.tool("checkpoint")
+RunFolder = checkpoint.RunFolder
 KNOBS = train_gpt.Config.knobs()
 CHECKED = settings()  # those of the profile that conftest.py loads
 EVERY_STEP = {"CHECKPOINT_EVERY_SECONDS": "1e-9"}
@@ -182,7 +183,7 @@ def at_step(monkeypatch):
         step, left = Trainer.step, [action]
 
         def disturbed(self, *args):
-            if self.hooks.patient and self.steps + 1 == number and left:
+            if self.checkpoints.in_training and self.steps + 1 == number and left:
                 left.pop()(self)
             return step(self, *args)
 
@@ -235,10 +236,10 @@ def test_from_any_step_a_resumed_run_is_the_undisturbed_one(go, trainers, saved,
     step = Trainer.step
 
     def noisy(self, *args):
-        loss = step(self, *args)
+        metrics = step(self, *args)
         with torch.no_grad():
             self.model.tok_emb.weight.add_(1e-3 * torch.randn(self.model.tok_emb.weight.shape))
-        return loss
+        return metrics
 
     monkeypatch.setattr(Trainer, "step", noisy)
     torch.manual_seed(5)
@@ -285,9 +286,8 @@ def build(runtime):
         stream = TokenStream(config.data_path, "train", config.vocab_size)
         loader = TrainLoader(stream, config, runtime, config.accumulation_steps(1, "cpu"))
         folder = RunFolder(runtime)
-        hooks = checkpoint.Checkpoints(config, folder)
-        hooks.choose_folder(stream, {"train_gpt.py": b""})
-        return Trainer(config, runtime, folder, Stopwatch(runtime.synchronize), loader, hooks)
+        folder.choose(config, stream, {"train_gpt.py": b""})
+        return checkpoint.Trainer(config, folder, Stopwatch(runtime.synchronize), loader)
 
     with models.signals_restored():
         yield start
@@ -298,16 +298,16 @@ def test_the_generators_of_cpu_and_gpu_come_back(make_config, build, runtime, mo
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: torch.tensor([1, 2, 3], dtype=torch.uint8))
     monkeypatch.setattr(torch.cuda, "set_rng_state", given.append)
     runtime.device = torch.device("cuda")  # as far as generators go
-    state = trainer.hooks.state(trainer)
+    state = trainer.checkpoints.state(trainer)
     drawn = torch.rand(5)
     torch.rand(100)
-    trainer.hooks.put_back(trainer, state)
+    trainer.checkpoints.restore(trainer, state)
     assert torch.equal(torch.rand(5), drawn) and [t.tolist() for t in given] == [[1, 2, 3]]
     del state["rng"][0]["cuda"]  # saved without a GPU
-    trainer.hooks.put_back(trainer, state)
+    trainer.checkpoints.restore(trainer, state)
     runtime.device = torch.device("cpu")
     rng = {"rng": [{"cpu": torch.get_rng_state(), "cuda": torch.zeros(3)}]}
-    trainer.hooks.put_back(trainer, trainer.hooks.state(trainer) | rng)
+    trainer.checkpoints.restore(trainer, trainer.checkpoints.state(trainer) | rng)
     assert len(given) == 1
 
 
@@ -316,7 +316,7 @@ def test_each_rank_gets_its_own_generator_and_the_momenta_that_it_owns(make_conf
     config, alone = make_config(), build(make_config())
     for alone.steps in (1, 2, 3):
         alone.step(1.0, 0.9)
-    whole = alone.hooks.state(alone)
+    whole = alone.checkpoints.state(alone)
     muon = {name for name, values in whole["optimizer"].items() if "momentum_buffer" in values}
     assert len(muon) == 12 and len(whole["optimizer"]) == len(list(alone.model.parameters()))
     ranks = {}
@@ -334,7 +334,7 @@ def test_each_rank_gets_its_own_generator_and_the_momenta_that_it_owns(make_conf
         optimizer.state = {p: optimizer.state[p] for p in optimizer.param_groups[0]["params"][rank::2]}
         trainer.runtime, trainer.optimizers = fake, [adam, optimizer]
         torch.manual_seed(rank)
-        state = trainer.hooks.state(trainer)
+        state = trainer.checkpoints.state(trainer)
         assert (state is None) == (rank == 1)
     mine, others = ranks[0], ranks[1]
     assert muon & mine["optimizer"].keys() and muon & others["optimizer"].keys()
@@ -349,7 +349,7 @@ def test_each_rank_gets_its_own_generator_and_the_momenta_that_it_owns(make_conf
             trainer, fake = build(config), copy.copy(runtime)
             fake.rank, fake.world_size = rank, world_size
             trainer.runtime = trainer.optimizers[1].runtime = fake
-            trainer.hooks.put_back(trainer, state)
+            trainer.checkpoints.restore(trainer, state)
             assert torch.equal(torch.get_rng_state(), state["rng"][rank % 2]["cpu"])
             values = {key[1:]: value for key, value in all_of(trainer).items() if key[0] in ("AdamW", "Muon")}
             for (name, key), value in values.items():
@@ -369,7 +369,7 @@ def test_the_step_count_of_adam_stays_exact_beside_bf16_moments(make_config, bui
     adam = trainer.optimizers[0].state[trainer.model.tok_emb.weight]
     adam["step"].fill_(257)
     assert adam["exp_avg"].dtype == torch.bfloat16
-    other.hooks.put_back(other, trainer.hooks.state(trainer))
+    other.checkpoints.restore(other, trainer.checkpoints.state(trainer))
     assert_same(all_of(other), all_of(trainer))
     assert other.optimizers[0].state[other.model.tok_emb.weight]["step"] == 257
     other.step(1.0, 0.9)
@@ -378,17 +378,17 @@ def test_the_step_count_of_adam_stays_exact_beside_bf16_moments(make_config, bui
 def test_a_loss_that_is_still_on_its_way_is_awaited_before_a_checkpoint(make_config, build):
     """On a GPU the last one may be, and may be no number."""
     trainer = build(make_config())
-    trainer.pending.append((1, 1.0, torch.tensor([math.nan, 0.0]), None))
+    trainer.queue.append((1, {"train_loss": None}, ["train_loss"], torch.tensor([math.nan]), None))
     with pytest.raises(UserError, match="step 1: the loss is nan"):
-        trainer.hooks.save(trainer, wait=True)
-    assert trainer.hooks.written is None
+        trainer.checkpoints.save(trainer, wait=True)
+    assert trainer.checkpoints.written is None
 
 
 def test_a_copy_is_saved_and_not_what_training_goes_on_with(make_config, build):
     """The file is written while the next steps change the weights."""
     trainer = build(make_config())
     trainer.step(1.0, 0.9)
-    state = trainer.hooks.state(trainer)
+    state = trainer.checkpoints.state(trainer)
     frozen = copy.deepcopy(state)
     trainer.step(1.0, 0.9)
     assert_same(state, frozen)
@@ -405,9 +405,9 @@ def clock(monkeypatch):
     step, score, write = Trainer.step, Evaluator.score, checkpoint.write_checkpoint
 
     def moving(seconds, call):
-        def moved(*args):
+        def moved(*args, **options):
             fake.now += seconds or fake.duration
-            return call(*args)
+            return call(*args, **options)
 
         return moved
 
@@ -479,7 +479,7 @@ def test_the_pause_of_a_checkpoint_is_training_time_but_no_part_of_a_step(go, cl
     """Else it would be taken for the length of a step, and end the run that much earlier."""
     monkeypatch.setattr(checkpoint.Checkpoints, "state", clock.moving(2, checkpoint.Checkpoints.state))
     run = go(MAX_WALLCLOCK_SECONDS=18, ITERATIONS=1000, WARMUP_STEPS=2, CHECKPOINT_EVERY_SECONDS=5, VAL_LOSS_EVERY=0)
-    assert set(trainers[0].recent) == {1.0}
+    assert set(trainers[0].step_seconds) == {1.0}
     assert re.findall("saved step:([0-9]+)", run.log) == ["5", "10", "13"]
     assert run.result["seconds"]["training"] == 17 and run.result["steps"] == 13, "5 steps, 2 s, 5 steps, 2 s, 3 steps"
 
@@ -505,10 +505,10 @@ def test_a_finished_run_goes_on_at_its_export(go, whole, monkeypatch):
     assert "stopped by SIGTERM: RUN_ID=run goes on with it" in run.err
     monkeypatch.setattr(train_gpt, "export", export)
 
-    def killed_at_the_second(self, *args):
+    def killed_at_the_second(self, *args, **options):
         if next(calls) == 2:  # the first repeats the validation before the export
             send(signal.SIGINT)()
-        return score(self, *args)
+        return score(self, *args, **options)
 
     monkeypatch.setattr(Evaluator, "score", killed_at_the_second)
     run = go(WARMUP_STEPS=2)
@@ -561,8 +561,7 @@ def test_more_steps_or_time_continue_a_finished_run(go, clock, first, longer):
 # Where things are, what is logged and validated, how a step is cut, what happens after the training; by the plan.
 FREE = """MODE DATA_PATH TOKENIZER_PATH MODEL_FILE LOG_DIR RUN_ID CHECKPOINT_EVERY_SECONDS RESUME RESUME_FORCE DEVICE
     COMPILE ATTENTION TARGET_WORLD_SIZE WARMUP_STEPS GRAD_ACCUM_STEPS MICRO_BATCH_TOKENS TRAIN_LOG_EVERY VAL_LOSS_EVERY
-    VAL_AT_START VAL_BATCH_SIZE VAL_TOKENS_LIMIT EVAL_STRIDE ARTIFACT SAMPLE_PROMPT SAMPLE_TOKENS TEMPERATURE
-    TOP_K""".split()
+    VAL_AT_START VAL_BATCH_SIZE VAL_TOKENS_LIMIT EVAL_STRIDE ARTIFACT""".split()
 
 
 def another(value):
@@ -578,7 +577,7 @@ def read(blob, config, **facts):
 @pytest.mark.parametrize("name", KNOBS)
 def test_each_knob_may_change_or_not(make_config, name):
     config = make_config()
-    blob = dump({"format": checkpoint.CHECKPOINT_FORMAT, "knobs": config.texts()})
+    blob = dump({"format": checkpoint.CHECKPOINT_FORMAT, "knobs": config.as_env()})
     assert read(blob, config)[1] == []
     field = KNOBS[name].name
     old = getattr(config, field)
@@ -596,9 +595,27 @@ def test_each_knob_may_change_or_not(make_config, name):
     assert "RESUME_FORCE=1" in message and "RUN_ID" in message and "\n" not in message
     assert read(blob, dataclasses.replace(changed, resume_force=True))[1] == expected
     if name != "MAX_WALLCLOCK_SECONDS":
-        knobs = {other: text for other, text in changed.texts().items() if other != name}
+        knobs = {other: text for other, text in changed.as_env().items() if other != name}
         with pytest.raises(UserError, match=f"FILE is of another run: {name} was unset, is"):  # a knob that is new
             read(dump({"format": checkpoint.CHECKPOINT_FORMAT, "knobs": knobs}), changed)
+
+
+def test_knobs_that_moved_to_other_files_are_no_difference_where_they_are_off(make_config):
+    """A checkpoint of before holds all of them."""
+    check = train_gpt.tool("check")
+    config = make_config()
+    before = config.as_env() | check.MOVED | dict.fromkeys(check.SAMPLE_KNOBS, "5")
+
+    def differences(knobs):
+        blob = dump({"format": checkpoint.CHECKPOINT_FORMAT, "knobs": knobs})
+        return read(blob, dataclasses.replace(config, resume_force=True))[1]
+
+    assert differences(before) == differences(before | {"CLIP_ATTN": "0"}) == []
+    assert differences(before | {"XSA_LAYERS": "4"}) == ["XSA_LAYERS was 4, is unset"]
+    frontier = train_gpt.load_model_file(str(ROOT / "records" / "models" / "frontier.py"))
+    config = frontier.load([], config.as_env() | {"XSA_LAYERS": "4", "RESUME_FORCE": "1"})
+    before |= {name: text for name, text in config.as_env().items() if name not in before}
+    assert differences(before) == ["XSA_LAYERS was 0, is 4"], "a model that has the knob compares it"
 
 
 @pytest.mark.parametrize(
@@ -615,7 +632,7 @@ def test_each_knob_may_change_or_not(make_config, name):
 )
 def test_a_run_may_get_longer_and_not_shorter(make_config, name, old, new, allowed):
     """Without a clock it has all the time there is."""
-    blob = dump({"format": checkpoint.CHECKPOINT_FORMAT, "knobs": make_config(**{name: old}).texts()})
+    blob = dump({"format": checkpoint.CHECKPOINT_FORMAT, "knobs": make_config(**{name: old}).as_env()})
     if allowed:
         assert read(blob, make_config(**{name: new}))[1] == []
     else:
@@ -959,12 +976,12 @@ def test_what_is_not_finite_never_replaces_the_last_good_checkpoint(go, whole, t
     step = Trainer.step
 
     def poisoned(self, *args):
-        loss = step(self, *args)
+        metrics = step(self, *args)
         if self.steps + 1 == 4 and where == "loss":
-            return torch.full_like(loss, value)
+            return metrics | {"train_loss": torch.tensor(value)}
         if self.steps + 1 == 4:
             self.model.blocks[1].mlp.fc.weight.data[3, 5] = value
-        return loss
+        return metrics
 
     def written_late(state, folder):
         time.sleep(0.2)
@@ -1056,20 +1073,21 @@ def test_a_signal_during_a_validation(go, whole, monkeypatch, number, validation
     """The validation is dropped where the run ends, and made again where it goes on."""
     if not hasattr(signal, number):
         pytest.skip(f"no {number} here")
-    number, batch_at, score, calls = getattr(signal, number), Evaluator.batch_at, Evaluator.score, itertools.count(1)
+    number, batches, score, calls = getattr(signal, number), Evaluator.batches, Evaluator.score, itertools.count(1)
     running = []
 
-    def counted(self, *args):
+    def counted(self, *args, **options):
         running.append(next(calls))
-        return score(self, *args)
+        return score(self, *args, **options)
 
-    def disturbed(self, index):
-        if running[-1:] == [validation] and index == 2:
-            send(number)()
-        return batch_at(self, index)
+    def disturbed(self, *args):
+        for index, batch in enumerate(batches(self, *args)):
+            if running[-1:] == [validation] and index == 2:
+                send(number)()
+            yield batch
 
     monkeypatch.setattr(Evaluator, "score", counted)
-    monkeypatch.setattr(Evaluator, "batch_at", disturbed)
+    monkeypatch.setattr(Evaluator, "batches", disturbed)
     run = go(VAL_BATCH_SIZE=32)  # a window at a time
     if number != getattr(signal, "SIGUSR1", None):
         assert run.code == 128 + number and load(run.checkpoint)["steps"] == step
@@ -1109,7 +1127,7 @@ def test_a_second_signal_ends_at_once(go, at_step, second):
     assert [m["step"] for m in run.metrics if "train_loss" in m] == [1, 2]
 
 
-@pytest.mark.parametrize("place, folder", [("TokenBytes", False), ("Trainer", False), ("export", True)])
+@pytest.mark.parametrize("place, folder", [("open_text", False), ("build_model", False), ("export", True)])
 def test_outside_of_the_training_the_first_signal_ends_at_once(go, monkeypatch, place, folder):
     real = getattr(train_gpt, place)
     monkeypatch.setattr(train_gpt, place, lambda *args: send(signal.SIGTERM)() or real(*args))
@@ -1145,9 +1163,9 @@ def test_the_folder_of_a_process_that_was_killed_is_free(go, whole, at_step):
         raise Killed
 
     at_step(3, die)
-    with pytest.raises(Killed):
+    with models.signals_restored(), pytest.raises(Killed):
         go()
-    gc.collect()
+    gc.collect()  # what a handler of signals holds no longer
     assert_ended_well(go(), like=whole)
 
 
@@ -1234,8 +1252,8 @@ def test_the_micro_batch_is_halved_until_it_fits(go, small_memory, monkeypatch, 
     run = go(**TWELVE)
     assert run.code == 0 and scores(run) | {"sha256_artifact": 0} == scores(expected) | {"sha256_artifact": 0}
     assert timeless(run.metrics) == timeless(expected.metrics)
-    models = [torch.load(one.path / "final_model.pt", weights_only=True) for one in (run, expected)]
-    assert_same(*map(dict, models))
+    weights = [torch.load(one.path / "final_model.pt", weights_only=True) for one in (run, expected)]
+    assert_same(*map(dict, weights))
     lines = re.findall(
         r"^micro_batch: (\d+) tokens per rank do not fit the memory: trying (\d+), "
         r"grad_accum_steps:(\d+)$",
@@ -1244,7 +1262,7 @@ def test_the_micro_batch_is_halved_until_it_fits(go, small_memory, monkeypatch, 
     )
     assert [tuple(map(int, numbers)) for numbers in lines] == tried
     assert run.result["grad_accum_steps"] == (tried[-1][2] if tried else 1)
-    artifact = train_gpt.unpack((run.path / "final_model.int8.ptz").read_bytes())
+    artifact = models.open_artifact(run.path / "final_model.int8.ptz")
     assert int(artifact["config"]["micro_batch_tokens"]) == tried[-1][0] // 2 if tried else True
 
 
@@ -1267,7 +1285,7 @@ def test_a_micro_batch_that_was_asked_for_is_not_changed(go, small_memory, knobs
 
 def test_all_ranks_halve_when_one_of_them_lacks_memory(make_config, build, runtime):
     trainer, said = build(make_config()), iter([[1.0], [0.0]])
-    runtime.sum = lambda values: next(said)
+    runtime.all_reduce = lambda values: next(said)
     checkpoint.fit_memory(trainer)
     assert trainer.loader.accum_steps == 2 and next(said, None) is None
 

@@ -1,5 +1,6 @@
 """MODE=eval scores as the run did, with nothing but the artifact, the data and the machine."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -149,9 +150,144 @@ def test_eval_finds_data_that_is_not_what_it_should_be(trained, corpus, tmp_path
     data = shutil.copytree(corpus / "data", tmp_path / "data")
     (data / "manifest.json").write_text('{"splits": {"val": {"bytes": 1}}}')
     code, _, err = call(bare(MODE="eval", ARTIFACT=trained / "final_model.int8.ptz", DATA_PATH=data))
-    assert code == 2 and "manifest.json states 1:" in err
+    assert code == 2 and "manifest.json says 1:" in err
     shutil.rmtree(data)
     data.mkdir()
     shutil.copy(corpus / "data" / "fineweb_val_000000.bin", data)
     code, _, err = call(bare(MODE="eval", ARTIFACT=trained / "final_model.int8.ptz", DATA_PATH=data))
     assert code == 0, "the training text is not needed"
+
+
+# Model files
+
+
+MODEL = """import train_gpt
+from train_gpt import knob
+
+
+class Small(train_gpt.GPT):
+    def logits(self, x_BTD):
+        return super().logits(x_BTD) * 0.9
+
+
+class Config(train_gpt.Config):
+    shrink: float = knob(0.9, "what the logits are multiplied by", artifact=True)
+
+    @classmethod
+    def model_class(cls):
+        return Small
+"""
+
+
+@pytest.fixture(scope="module")
+def small(corpus, tmp_path_factory):
+    """The folder of a run of a model file, which is in none of the places where it would be looked for."""
+    folder = tmp_path_factory.mktemp("small")
+    (folder / "small.py").write_text(MODEL)
+    return models.train_tiny(corpus, folder, MODEL_FILE=folder / "small.py")
+
+
+@pytest.fixture
+def artifact(small, tmp_path):
+    """A copy of its artifact and its model file in a folder of their own."""
+    (tmp_path / "copy").mkdir()
+    shutil.copy(small / "small.py", tmp_path / "copy")
+    return Path(shutil.copy(small / "final_model.int8.ptz", tmp_path / "copy"))
+
+
+def changed(artifact: Path, **parts) -> Path:
+    """The artifact with other parts and a checksum that holds."""
+    content = models.open_artifact(artifact) | parts
+    artifact.write_bytes(models.seal(models.torch_bytes(content)))
+    return artifact
+
+
+def test_an_artifact_of_a_model_file_names_it_by_its_hash(artifact, small, bare, call):
+    digest = hashlib.sha256((small / "small.py").read_bytes()).hexdigest()
+    assert models.open_artifact(artifact)["source"] == {"file": "small.py", "sha256": digest}
+    code, out, err = call(bare(MODE="eval", ARTIFACT=artifact))
+    assert code == 0, err
+    assert exact_line(out) == exact_line((small / "train.log").read_text()) and "SHRINK=0.9" in out
+    assert f"source:{artifact.parent / 'small.py'} sha256:{digest}" in out
+
+
+def test_a_model_file_of_another_hash_is_refused_unless_it_is_named(artifact, small, bare, call):
+    (artifact.parent / "small.py").write_text(MODEL + "\n# one more line\n")
+    code, _, err = call(bare(MODE="eval", ARTIFACT=artifact))
+    assert code == 2 and err.count("\n") == 1
+    assert f"{artifact.parent / 'small.py'} has sha256 " in err and "or set MODEL_FILE to use another" in err
+    code, out, err = call(bare(MODE="eval", ARTIFACT=artifact, MODEL_FILE=artifact.parent / "small.py"))
+    assert code == 0 and exact_line(out) == exact_line((small / "train.log").read_text()), err
+
+
+def test_the_model_file_is_looked_for_like_model_file(artifact, small, bare, call, tmp_path):
+    (artifact.parent / "small.py").unlink()
+    code, _, err = call(bare(MODE="eval", ARTIFACT=artifact))
+    assert code == 2 and err.count("\n") == 1
+    assert f"{artifact} is a model of small.py, which is neither next to it nor in " in err
+    shutil.copy(small / "small.py", tmp_path)  # the working directory
+    code, out, err = call(bare(MODE="eval", ARTIFACT=artifact))
+    assert code == 0 and exact_line(out) == exact_line((small / "train.log").read_text()), err
+    (artifact.parent / "small.py").write_text("raise SystemExit('another file of that name')")
+    assert call(bare(MODE="eval", ARTIFACT=artifact))[0] == 0, "the one with the right hash is taken"
+
+
+def test_an_artifact_cannot_point_to_a_file_elsewhere(artifact, small, bare, call, tmp_path):
+    (tmp_path / "trap.py").write_text("raise SystemExit('it ran')")
+    (artifact.parent / "small.py").unlink()
+    digest = hashlib.sha256((tmp_path / "trap.py").read_bytes()).hexdigest()
+    monkey = tmp_path / "elsewhere"
+    monkey.mkdir()
+    shutil.move(tmp_path / "trap.py", monkey)
+    for name in (monkey / "trap.py", "elsewhere/trap.py", "../elsewhere/trap.py"):
+        changed(artifact, source={"file": str(name), "sha256": digest})
+        code, _, err = call(bare(MODE="eval", ARTIFACT=artifact))
+        assert code == 2 and "is a model of trap.py, which is neither" in err
+
+
+@pytest.mark.parametrize("source", [5, "small.py", ["small.py"], {"sha256": "x"}, {"file": 5}, {"file": ""}], ids=str)
+def test_a_source_that_is_none_is_one_line(artifact, bare, call, source):
+    changed(artifact, source=source)
+    code, _, err = call(bare(MODE="eval", ARTIFACT=artifact))
+    assert code == 2 and err.count("\n") == 1 and str(artifact) in err
+
+
+# Artifacts of before, and of other coders
+
+
+def test_an_artifact_of_before_may_hold_moved_knobs_that_are_off(trained, tmp_path, bare, call):
+    """The names of the parameters are the same, so its score is, too."""
+    artifact = Path(shutil.copy(trained / "final_model.int8.ptz", tmp_path))
+    told = models.open_artifact(artifact)["config"]
+    off = {"xsa_layers": 0, "mlp_slope": 0.0, "attn_gate": False, "x0_mix": True, "loop_layers": "", "codec": "zlib"}
+    changed(artifact, config=told | off)
+    code, out, err = call(bare(MODE="eval", ARTIFACT=artifact))
+    assert code == 0 and exact_line(out) == exact_line((trained / "train.log").read_text()), err
+    changed(artifact, config=told | off | {"mlp_slope": 0.5})
+    code, _, err = call(bare(MODE="eval", ARTIFACT=artifact))
+    hint = "a knob of a model file: set MODEL_FILE=records/models/frontier.py"
+    assert (code, err) == (2, f"error: {artifact} records MLP_SLOPE=0.5, {hint}\n")
+    frontier = models.SCRIPT.parent / "records" / "models" / "frontier.py"
+    changed(artifact, config=told | off)
+    code, out, err = call(bare(MODE="eval", ARTIFACT=artifact, MODEL_FILE=frontier))
+    assert code == 0 and exact_line(out) == exact_line((trained / "train.log").read_text()), err
+
+
+def test_a_format_that_the_coder_does_not_know_is_named(trained, tmp_path, bare, call):
+    artifact = Path(shutil.copy(trained / "final_model.int8.ptz", tmp_path))
+    changed(artifact, __quant_format__="rans_per_row_v1")
+    code, _, err = call(bare(MODE="eval", ARTIFACT=artifact))
+    said = "is of format 'rans_per_row_v1', known are int8_clean_per_row_v1: set MODEL_FILE to its model"
+    assert (code, err) == (2, f"error: {artifact} {said}\n")
+
+
+@pytest.mark.parametrize("part", ["quantized", "passthrough", "a part of another coder"])
+def test_tensors_that_are_larger_than_their_data_are_refused(trained, tmp_path, bare, call, part):
+    """By a stride of 0, or by many of one storage: whatever the coder would do with them."""
+    artifact = Path(shutil.copy(trained / "final_model.int8.ptz", tmp_path))
+    content = models.open_artifact(artifact)
+    many = torch.zeros(2**24)
+    for tensors in ({"x": torch.zeros(1).expand(2**34)}, {f"x{number}": many for number in range(20)}):
+        changed(artifact, **{part: content.get(part, {}) | tensors})
+        code, _, err = call(bare(MODE="eval", ARTIFACT=artifact))
+        assert code == 2 and err.count("\n") == 1 and "larger than its data" in err

@@ -6,9 +6,11 @@ import tiny_runs  # first: it knows where the tools are
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -51,6 +53,16 @@ def copy(corpus, tmp_path):
     return make
 
 
+def run_once(corpus, logs, **knobs) -> Path:
+    """The folder of a run in a process of its own."""
+    environ = os.environ | tiny_runs.settings(corpus) | {"LOG_DIR": str(logs)}
+    environ |= {name: str(value) for name, value in knobs.items()}
+    command = [sys.executable, str(tiny_runs.ROOT / "train_gpt.py")]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return logs / knobs["RUN_ID"]
+
+
 def rescore(folder, capsys, *more):
     """(exit code, {check: what was said} of findings, report)."""
     code = record.main(["rescore", str(folder), "--json", *more])
@@ -61,7 +73,7 @@ def rescore(folder, capsys, *more):
 @pytest.mark.parametrize(
     "option, said",
     [
-        (["--tokenizer", "no_such_encoding"], "nothing tiktoken can load"),
+        (["--tokenizer", "no_such_encoding"], "tokenizers.py is missing"),
         (["--artifact", "afile"], "its checksum differ"),
         (["--timeout", "-1"], "--timeout"),
         (["--data", "/nowhere"], "no validation shards"),
@@ -97,12 +109,12 @@ BROKEN = {
         [('reduction="none").view_as(targets_BT)', 'reduction="none").view_as(targets_BT) / 2')],
         {"normalisation"},
     ),
-    "half of the targets": ([("fresh & (target < stop)", "fresh & (target % 2 == 0)")], {"each target once"}),
+    "half of the targets": ([("fresh & (target < end)", "fresh & (target % 2 == 0)")], {"each target once"}),
     "the easy targets": (
         [
             (
-                "sums.append(torch.where(mask, model(inputs, targets), 0.0).sum())",
-                "sums.append(torch.where(mask, model(inputs, targets), 0.0).clamp(max=3.0).sum())",
+                "sums.append(torch.where(mask, forward(inputs, targets), 0.0).sum())",
+                "sums.append(torch.where(mask, forward(inputs, targets), 0.0).clamp(max=3.0).sum())",
             )
         ],
         {"each target once"},
@@ -110,13 +122,13 @@ BROKEN = {
     "training text and the network": (
         [
             (
-                "    return stream, token_bytes, facts",
+                "    return stream, facts",
                 "    import socket\n"
                 "    with contextlib.suppress(OSError):\n"
                 "        open(f'{config.data_path}/fineweb_train_000000.bin', 'rb')\n"
                 "    with contextlib.suppress(OSError):\n"
                 "        socket.create_connection(('127.0.0.1', 9))\n"
-                "    return stream, token_bytes, facts",
+                "    return stream, facts",
             )
         ],
         {"evaluation without training data", "evaluation without a network"},
@@ -124,14 +136,14 @@ BROKEN = {
     "learning before scoring": (
         [
             (
-                "            sums.append(torch.where(mask, model(inputs, targets), 0.0).sum())",
-                "            with torch.enable_grad():\n"
-                "                model(inputs, targets).mean().backward()\n"
-                "            with torch.no_grad():\n"
-                "                for p in model.parameters():\n"
-                "                    p -= 0.1 * p.grad if p.grad is not None else 0.0\n"
-                "                    p.grad = None\n"
-                "            sums.append(torch.where(mask, model(inputs, targets), 0.0).sum())",
+                "                if type(model).distributions is Model.distributions:",
+                "                with torch.enable_grad():\n"
+                "                    forward(inputs, targets).mean().backward()\n"
+                "                with torch.no_grad():\n"
+                "                    for p in model.parameters():\n"
+                "                        p -= 0.1 * p.grad if p.grad is not None else 0.0\n"
+                "                        p.grad = None\n"
+                "                if type(model).distributions is Model.distributions:",
             )
         ],
         {"causality"},
@@ -152,14 +164,7 @@ def test_what_breaks_a_rule_is_found_by_name(name, copy, capsys):
         assert max(report["measured"]["moved"]) == 0.0  # the model alone is sound
 
 
-MODEL_FILE = '''"""A model on the seam: the script's own, with another activation."""
-
-import sys
-from dataclasses import dataclass
-from pathlib import Path
-
-sys.path.insert(0, next(str(p) for p in Path(__file__).resolve().parents if (p / "train_gpt.py").is_file()))
-import torch
+MODEL_FILE = '''"""A model of one's own: the script's, with smaller logits."""
 
 import train_gpt
 
@@ -169,30 +174,22 @@ class Smooth(train_gpt.GPT):
         return super().logits(x_BTD) * 0.9
 
 
-@dataclass(frozen=True)
-class SmoothConfig(train_gpt.Config):
+class Config(train_gpt.Config):
     @classmethod
     def model_class(cls):
         return Smooth
-
-
-if __name__ == "__main__":
-    sys.exit(train_gpt.main(config_class=SmoothConfig))
 '''
 
 
 def test_a_model_on_the_seam_is_packed_and_scored_again(corpus, tmp_path, capsys):
-    (tmp_path / "train_gpt.py").write_bytes((tiny_runs.ROOT / "train_gpt.py").read_bytes())
     (tmp_path / "smooth.py").write_text(MODEL_FILE)
-    environ = os.environ | tiny_runs.settings(corpus) | {"LOG_DIR": str(tmp_path / "logs"), "RUN_ID": "smooth"}
-    done = subprocess.run([sys.executable, str(tmp_path / "smooth.py")], env=environ, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_once(corpus, tmp_path / "logs", RUN_ID="smooth", MODEL_FILE=tmp_path / "smooth.py")
     arguments = ["--track", "track_cpu_1min_16mb", "--slug", "smooth", "--author", "A", "--github-id", "a"]
     arguments += ["--artifact", "--records", str(tmp_path / "records"), "--date", "2026-01-01"]
     assert record.main(["new", str(tmp_path / "logs" / "smooth"), *arguments]) == 0, capsys.readouterr().out
     folder = tmp_path / "records" / "track_cpu_1min_16mb" / "2026-01-01_smooth"
     said = (folder / "README.md").read_text()
-    assert "python smooth.py config.env" in said and (folder / "smooth.py").is_file()
+    assert "python train_gpt.py config.env" in said and (folder / "smooth.py").is_file()
     capsys.readouterr()
     code, findings, report = rescore(folder, capsys)
     assert (code, findings) == (0, {}) and set(report["passed"]) == RULES | {"score"}
@@ -200,13 +197,7 @@ def test_a_model_on_the_seam_is_packed_and_scored_again(corpus, tmp_path, capsys
 
 def test_the_kernels_of_a_cpu_give_the_same_digits_again(corpus, capsys):
     """Where there are any; and in bf16, in which any other would round elsewhere."""
-    environ = os.environ | tiny_runs.settings(corpus) | {"DTYPE": "bfloat16", "TRAIN_SEQ_LEN": "64", "RUN_ID": "bf16"}
-    environ |= {"LOG_DIR": str(tiny_runs.work() / "logs")}
-    done = subprocess.run(
-        [sys.executable, str(tiny_runs.ROOT / "train_gpt.py")], env=environ, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    folder = tiny_runs.work() / "logs" / "bf16"
+    folder = run_once(corpus, tiny_runs.work() / "logs", RUN_ID="bf16", DTYPE="bfloat16", TRAIN_SEQ_LEN=64)
     code, findings, report = rescore(folder, capsys)
     result = json.loads((folder / "result.json").read_text())
     assert (code, findings) == (0, {}) and report["measured"]["note"] == result["note"]
@@ -214,7 +205,7 @@ def test_the_kernels_of_a_cpu_give_the_same_digits_again(corpus, capsys):
 
 
 def test_a_script_that_todays_kernels_do_not_fit_is_scored_without_them(copy, capsys):
-    today = "attend, fused_loss, compiled, note = kernels.choose(config, runtime)"
+    today = "attend, fused_loss, compile_options, note = kernels.choose(config, runtime)"
     code, findings, report = rescore(copy((today, today.replace("fused_loss, ", ""))), capsys)
     assert (code, findings) == (0, {}) and "on other hardware or kernels" in report["numbers"]["score"]
 
@@ -222,12 +213,9 @@ def test_a_script_that_todays_kernels_do_not_fit_is_scored_without_them(copy, ca
 @functools.cache
 def learning_run(corpus):
     """The folder of a run whose artifact is scored while it learns."""
-    environ = os.environ | tiny_runs.settings(corpus) | {"TTT_CHUNK": "512", "TTT_LR": "0.05", "EVAL_STRIDE": "16"}
-    environ |= {"LOG_DIR": str(tiny_runs.work() / "logs"), "RUN_ID": "learning"}
-    script = tiny_runs.ROOT / "records" / "models" / "score_first.py"
-    done = subprocess.run([sys.executable, str(script)], env=environ, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return tiny_runs.work() / "logs" / "learning"
+    knobs = {"TTT_CHUNK": 512, "TTT_LR": 0.05, "EVAL_STRIDE": 16, "RUN_ID": "learning"}
+    file = tiny_runs.ROOT / "records" / "models" / "score_first.py"
+    return run_once(corpus, tiny_runs.work() / "logs", MODEL_FILE=file, **knobs)
 
 
 @pytest.mark.parametrize("honest", [True, False], ids=["scored first", "learned first"])
@@ -235,11 +223,11 @@ def test_a_model_that_learns_is_scored_as_it_was_and_may_not_peek(honest, corpus
     """Also through the eight windows of the flip test, in which this one does not learn yet."""
     folder = shutil.copytree(learning_run(corpus), tmp_path / "run")
     if not honest:
-        text, scored = (folder / "score_first.py").read_text(), "            yield from self.evaluator.windows"
-        (line,) = (line for line in text.splitlines(keepends=True) if line.startswith(scored))
-        before, after = text.split(line)
-        learned, end = after.split("\n\n", 1)
-        (folder / "score_first.py").write_text(f"{before}{learned}\n{line}\n{end}")
+        text = (folder / "train_gpt.py").read_text()
+        first = "            for inputs, targets, mask, scored in self.batches(chunk, number):\n"
+        learned = "".join(re.findall(r"            if number \+ 1 < chunks:\n.*\n", text))
+        assert text.count(first) == 1 and learned.count("\n") == 2
+        (folder / "train_gpt.py").write_text(text.replace(learned, "").replace(first, learned + first))
     code, findings, report = rescore(folder, capsys)
     measured, result = report["measured"], json.loads((folder / "result.json").read_text())
     assert measured["score"]["learned"] and measured["score"]["once"] == result["val_tokens"]
@@ -251,10 +239,81 @@ def test_a_model_that_learns_is_scored_as_it_was_and_may_not_peek(honest, corpus
         assert code == 1 and findings.keys() == {"score", "causality"} and "which learns" in findings["causality"]
 
 
+COUNTS = '''"""A model that is scored by distributions of its own, which count the tokens that were scored."""
+
+import torch
+
+import train_gpt
+
+
+class Counting(train_gpt.GPT):
+    observe_every = 256
+
+    def begin(self, targets, forward):
+        self.counts = torch.ones(self.tok_emb.num_embeddings)
+
+    def distributions(self, contexts_BT, scored_BT):
+        own = super().distributions(contexts_BT, scored_BT)
+        counted = (self.counts / self.counts.sum()).log() if hasattr(self, "counts") else own
+        return torch.logaddexp(own - 0.7, counted.expand_as(own) - 0.6863)  # the halves sum to 1
+
+    def observe(self, tokens):
+        self.counts += torch.bincount(torch.from_numpy(tokens[1:].astype("int64")), minlength=len(self.counts))
+
+
+class Config(train_gpt.Config):
+    @classmethod
+    def model_class(cls):
+        return Counting
+'''
+
+
+@functools.cache
+def counting_run(corpus):
+    (tiny_runs.work() / "counting.py").write_text(COUNTS)
+    return run_once(corpus, tiny_runs.work() / "logs", MODEL_FILE=tiny_runs.work() / "counting.py", RUN_ID="counting")
+
+
+CHEATS = {
+    "honest": (None, None, set()),
+    "no probability": ("- 0.7,", "- 0.1,", {"normalisation"}),
+    "the future": (
+        "own = super().distributions(contexts_BT, scored_BT)",
+        "own = super().distributions(contexts_BT, scored_BT) + contexts_BT[:, -1].sum() % 2 * 1e-3",
+        {"causality"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHEATS)
+def test_distributions_of_a_models_own_are_held_to_the_rules(name, corpus, tmp_path, capsys):
+    """They are what scores: losses are never asked for."""
+    folder = shutil.copytree(counting_run(corpus), tmp_path / "run")
+    old, new, expected = CHEATS[name]
+    if old:
+        text = (folder / "counting.py").read_text()
+        assert text.count(old) == 1
+        (folder / "counting.py").write_text(text.replace(old, new))
+    code, findings, report = rescore(folder, capsys)
+    measured, result = report["measured"], json.loads((folder / "result.json").read_text())
+    assert findings.keys() - {"score"} == expected and code == bool(findings)
+    assert measured["score"]["once"] == result["val_tokens"] and measured["score"]["wrong"] == 0
+    assert measured["score"]["learned"], "it observed what was scored"
+    if name == "honest":
+        assert measured["score"]["val_bpb"] == result["val_bpb"] and set(report["passed"]) == RULES | {"score"}
+
+
 def test_what_moves_its_weights_without_gradients_has_learned():
     """A warm-up before the first batch has not."""
     model = torch.nn.Linear(1, 1)
-    evaluator = SimpleNamespace(targets=4, batch_at=lambda index: (None, None, torch.zeros(1, 4) > 0, range(0)))
+
+    class Evaluator:
+        targets = 4
+
+        def batch_at(self, index):
+            return None, None, torch.zeros(1, 4) > 0, range(0)
+
+    evaluator = Evaluator()
     stream = SimpleNamespace(read=lambda start, count: np.zeros(count))
 
     class Forward:
@@ -263,7 +322,9 @@ def test_what_moves_its_weights_without_gradients_has_learned():
         def __call__(self, inputs, targets):
             return torch.zeros(1, 4)
 
-    recorder, zeros = record_probe.Recorder(Forward(), evaluator, stream, keep=False), torch.zeros(1, 4)
+    script = SimpleNamespace(second=False, own_distributions=False)
+    recorder = record_probe.Recorder(script, Forward(), evaluator, stream, keep=False)
+    zeros = torch.zeros(1, 4)
     with torch.no_grad():
         for moved, noted, learned in ((1, False, False), (1, True, False), (0, True, False), (1e-3, True, True)):
             model.weight += moved

@@ -2,11 +2,11 @@
 
 import dataclasses
 import math
+import re
 import shutil
 import sys
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import models
 import numpy as np
@@ -14,16 +14,17 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from models import exact_line, process, tree
+from models import process, tree
 
 import train_gpt
 from train_gpt import GPT, Config, TokenBytes
 
 kernels = train_gpt.tool("kernels")
-
 evaluate = train_gpt.tool("evaluate")
 sample = train_gpt.tool("sample")
+SampleKnobs = sample.SampleKnobs
 CHECKED = settings()  # those of the profile that conftest.py loads
+SHORT = Config(train_seq_len=32, train_batch_tokens=32)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,9 @@ def model(trained):
 
 
 def generate(model, config: Config, words, **changes) -> list[str]:
-    return list(sample.generate(model, dataclasses.replace(config, **changes), words))
+    """The pieces of a sample. `changes` are knobs of the sample or of the configuration."""
+    knobs = {name: changes.pop(name) for name in list(changes) if name.upper() in SampleKnobs.knobs()}
+    return list(sample.generate(model, dataclasses.replace(config, **changes), SampleKnobs(**knobs), words))
 
 
 @torch.no_grad()
@@ -139,11 +142,9 @@ class Script:
 
 
 def say(words, tokens: list[int], prompt="", length=160, count=None) -> tuple[list[str], Script]:
-    config = Config(
-        sample_prompt=prompt, sample_tokens=count or len(tokens), train_seq_len=length, train_batch_tokens=length
-    )
+    config = Config(train_seq_len=length, train_batch_tokens=length)
     script = Script(tokens, words.model.vocab_size())
-    return list(sample.generate(script, config, words)), script
+    return generate(script, config, words, sample_prompt=prompt, sample_tokens=count or len(tokens)), script
 
 
 def byte_tokens(words, text: str) -> list[int]:
@@ -223,9 +224,9 @@ def test_what_is_streamed_has_capitals_for_case_marks(marked, texts):
 def test_any_bytes_of_a_model_of_bytes(data, prompt):
     """Without a tokenizer every byte is a token, and text is whatever they make together."""
     letters = TokenBytes("bytes", 260)
-    config = Config(sample_prompt=prompt, sample_tokens=len(data), train_seq_len=32, train_batch_tokens=32)
+    config = Config(train_seq_len=32, train_batch_tokens=32)
     script = Script([byte + 4 for byte in data], 260)
-    streamed = "".join(sample.generate(script, config, letters))
+    streamed = "".join(generate(script, config, letters, sample_prompt=prompt, sample_tokens=len(data)))
     expected = prompt + data.decode(errors="replace")
     assert expected.startswith(streamed) and not expected[len(streamed) :].strip("\ufffd")
     assert expected.endswith("\ufffd") or streamed == expected
@@ -260,16 +261,16 @@ def test_the_model_hears_the_start_the_prompt_and_at_most_its_length(words):
     assert script.heard[0][0] == words.model.bos_id()
 
 
-def prompts_heard(words, config: Config, folder: Path) -> list[str]:
-    """What a sample begins with: of this configuration, and of the file that a run of it writes."""
-    run_folder = train_gpt.RunFolder(SimpleNamespace(is_master=True, share=lambda value: value))
-    config = dataclasses.replace(config, log_dir=str(folder), run_id="run", sample_tokens=1)
-    run_folder.locate(config)
-    run_folder.create(config, {})
-    run_folder.close()
-    again = Config.load([str(folder / "run" / "config.env")], {})
-    assert again.texts() == config.texts()
-    return [next(sample.generate(Script([0], 320), one, words)) for one in (config, again)]
+def env_file(folder: Path, prompt: str) -> Path:
+    """A FILE.env whose prompt is written with escapes for what a line cannot hold."""
+    odd = r'["\\\x00-\x1f\x7f-\x9f\u2028\u2029]'
+    text = re.sub(odd, lambda match: f"\\u{ord(match[0]):04x}", prompt)
+    (folder / "x.env").write_text(f'SAMPLE_PROMPT="{text}"\nSEED=3\n', encoding="utf-8")
+    return folder / "x.env"
+
+
+def prompt_read(argv, environ) -> str:
+    return SampleKnobs.load(list(map(str, argv)), environ).sample_prompt
 
 
 @pytest.mark.parametrize(
@@ -290,9 +291,10 @@ def prompts_heard(words, config: Config, folder: Path) -> list[str]:
         "$HOME `x` %s {y}",
     ],
 )
-def test_any_prompt_comes_through_a_configuration_file(words, tmp_path, prompt):
+def test_any_prompt_comes_from_the_environment_and_from_a_configuration_file(tmp_path, prompt):
     """Regression: both kinds of quotes and control characters were refused, spaces at the ends were lost."""
-    assert prompts_heard(words, Config.load([], {"SAMPLE_PROMPT": prompt}), tmp_path) == [prompt, prompt]
+    assert prompt_read([], {"SAMPLE_PROMPT": prompt}) == prompt
+    assert prompt_read([env_file(tmp_path, prompt)], {}) == prompt
 
 
 LETTERS = st.characters(exclude_categories=("Cs",), exclude_characters="\\") | st.sampled_from("'\" #\n\t")
@@ -300,9 +302,10 @@ LETTERS = st.characters(exclude_categories=("Cs",), exclude_characters="\\") | s
 
 @CHECKED
 @given(prompt=st.text(LETTERS))
-def test_any_prompt_at_all_comes_through_a_configuration_file(words, tmp_path_factory, prompt):
-    folder = tmp_path_factory.getbasetemp() / "prompts"
-    assert prompts_heard(words, Config.load([], {"SAMPLE_PROMPT": prompt}), folder) == [prompt, prompt]
+def test_any_prompt_at_all_comes_from_a_configuration_file(tmp_path_factory, prompt):
+    folder = tmp_path_factory.mktemp("prompts")
+    assert prompt_read([], {"SAMPLE_PROMPT": prompt}) == prompt
+    assert prompt_read([env_file(folder, prompt)], {}) == prompt
     shutil.rmtree(folder)
 
 
@@ -316,13 +319,34 @@ def test_any_prompt_at_all_comes_through_a_configuration_file(words, tmp_path_fa
         (r"\x41 \t", r"\x41 \t"),
     ],
 )
-def test_what_may_be_written_in_a_prompt_by_its_number(words, tmp_path, text, prompt):
-    (tmp_path / "x.env").write_text(
-        f"SAMPLE_PROMPT={text}\n" if '"' not in text and "'" not in text else f'SAMPLE_PROMPT="{text}"\n',
-        encoding="utf-8",
-    )
-    for config in (Config.load([], {"SAMPLE_PROMPT": text}), Config.load([str(tmp_path / "x.env")], {})):
-        assert prompts_heard(words, config, tmp_path) == [prompt, prompt]
+def test_what_may_be_written_in_a_prompt_by_its_number(tmp_path, text, prompt):
+    quote = '"' if "'" in text else ""
+    (tmp_path / "x.env").write_text(f"SAMPLE_PROMPT={quote}{text}{quote}\n", encoding="utf-8")
+    assert prompt_read([], {"SAMPLE_PROMPT": text}) == prompt
+    assert prompt_read([tmp_path / "x.env"], {}) == prompt
+
+
+def test_its_knobs_come_from_file_and_environment_which_wins(tmp_path):
+    (tmp_path / "x.env").write_text("SAMPLE_TOKENS=7\nTOP_K=3\nSEED=5\n")
+    assert SampleKnobs.load([], {}) == SampleKnobs("", 200, 0.8, 0)
+    assert SampleKnobs.load([str(tmp_path / "x.env")], {"TOP_K": "4"}) == SampleKnobs("", 7, 0.8, 4)
+
+
+@pytest.mark.parametrize(
+    "name, text, said",
+    [
+        ("SAMPLE_TOKENS", "0", "SAMPLE_TOKENS=0 is too small: the minimum is 1"),
+        ("SAMPLE_TOKENS", "5000000000", "SAMPLE_TOKENS=5000000000 is too large: the maximum is 4294967296"),
+        ("TEMPERATURE", "-0.1", "TEMPERATURE=-0.1 is too small: the minimum is 0"),
+        ("TEMPERATURE", "nan", "TEMPERATURE='nan' is not a finite number: the default is 0.8"),
+        ("TOP_K", "x", "TOP_K='x' is not a whole number: the default is 0"),
+        ("SAMPLE_PROMPT", "a\udcffb", "SAMPLE_PROMPT='a\\udcffb' is not UTF-8: give it in that encoding"),
+    ],
+)
+def test_its_knobs_have_the_errors_of_all_knobs(name, text, said):
+    with pytest.raises(train_gpt.UserError) as caught:
+        SampleKnobs.load([], {name: text})
+    assert str(caught.value) == said
 
 
 class Dice(Script):
@@ -343,12 +367,12 @@ def test_tokens_are_drawn_from_the_softmax(words, temperature, top_k):
     letters = [
         token
         for token in range(size)
-        if len(words.model.decode([token])) == 1 and not words.boundary[token] and not words.is_byte[token]
+        if len(words.model.decode([token])) == 1 and not words.boundary[token] and token not in words.byte_ids
     ][:5]
     logits = torch.full((size,), -1e4)
     logits[letters] = torch.tensor([2.0, 1.5, 1.0, 0.0, -1.0])
-    config = Config(sample_tokens=count, temperature=temperature, top_k=top_k, train_seq_len=32, train_batch_tokens=32)
-    counts = Counter("".join(sample.generate(Dice(logits), config, words)))
+    options = {"sample_tokens": count, "temperature": temperature, "top_k": top_k}
+    counts = Counter("".join(generate(Dice(logits), SHORT, words, **options)))
     kept = letters[: top_k or None]
     weights = [math.exp(float(logits[token]) / temperature) for token in kept]
     expected = {words.model.decode([t]): w / sum(weights) for t, w in zip(kept, weights, strict=True)}
@@ -364,17 +388,15 @@ def test_ids_that_only_fill_the_vocabulary_up_never_win(corpus, words, temperatu
     logits = torch.zeros(384)
     logits[words.size :] = 50.0
     logits[words.boundary.nonzero()[0]] = -50.0
-    config = Config(sample_tokens=60, temperature=temperature, top_k=top_k, train_seq_len=32, train_batch_tokens=32)
     model = Dice(logits)
-    assert len("".join(sample.generate(model, config, padded))) > 10
+    assert len("".join(generate(model, SHORT, padded, sample_tokens=60, temperature=temperature, top_k=top_k))) > 10
     assert len(model.heard) == 60 and max(map(max, model.heard)) < words.size
 
 
 def test_logits_that_are_not_numbers_are_an_error(words):
     for temperature in (0.0, 1.0):
-        config = Config(train_seq_len=32, train_batch_tokens=32, temperature=temperature)
         with pytest.raises(train_gpt.UserError, match="not numbers.*use another ARTIFACT"):
-            list(sample.generate(Dice(torch.full((320,), math.nan)), config, words))
+            generate(Dice(torch.full((320,), math.nan)), SHORT, words, temperature=temperature)
 
 
 def test_a_tokenizer_without_a_start_token(tmp_path):
@@ -419,17 +441,17 @@ def test_only_the_text_goes_to_stdout(trained, corpus, tmp_path):
     assert tree(tmp_path) == before
 
 
-def test_a_run_with_a_prompt_ends_with_a_sample(trained, bare, call):
-    log = (trained / "train.log").read_text(encoding="utf-8")
-    head, _, ending = log.rpartition("\nsample: ")
-    assert ending.startswith("the king\nof") and exact_line(head)
-    code, out, err = call(
-        bare(MODE="sample", ARTIFACT=trained / "final_model.int8.ptz", SAMPLE_PROMPT=r"the king\nof", SAMPLE_TOKENS=30)
-    )
-    assert code == 0 and out == ending, "the artifact writes what the run wrote"
-    assert "artifact:" in err and "error" not in err
+def test_a_bad_knob_is_one_line(trained, bare, call):
+    code, out, err = call(bare(MODE="sample", ARTIFACT=trained / "final_model.int8.ptz", TOP_K=-1))
+    assert (code, out, err) == (2, "", "error: TOP_K=-1 is too small: the minimum is 0\n")
 
 
-def test_a_run_without_a_prompt_has_no_sample(corpus, tmp_path, bare):
-    run = models.train_tiny(corpus, tmp_path, ITERATIONS=1)
-    assert "sample: " not in (run / "train.log").read_text()
+def test_a_file_of_a_run_may_hold_its_knobs(trained, corpus, tmp_path, bare):
+    """Files of before do; a run ignores them, and does not end with a sample any more."""
+    (tmp_path / "x.env").write_text('SAMPLE_PROMPT="the king"\nSAMPLE_TOKENS="3"\nTEMPERATURE="0"\nTOP_K="1"\n')
+    settings = models.tiny_settings(corpus, LOG_DIR=tmp_path / "logs", ITERATIONS=1)
+    assert models.call_main(settings, tmp_path / "x.env") == 0
+    log = (tmp_path / "logs" / "run" / "train.log").read_text()
+    assert "sample: " not in log and "SAMPLE_PROMPT" not in log
+    done = process(bare(MODE="sample", ARTIFACT=trained / "final_model.int8.ptz"), tmp_path, args=[tmp_path / "x.env"])
+    assert done.returncode == 0 and done.stdout.startswith(b"the king") and len(done.stdout) < 100

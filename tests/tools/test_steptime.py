@@ -11,15 +11,21 @@ from conftest import ROOT
 from scipy.optimize import nnls
 
 import train_gpt
-from train_gpt import GPT, Config
+from train_gpt import Config
 
 steptime = train_gpt.tool("steptime")
-FRONTIER = str(ROOT / "records" / "recipes" / "frontier_sp8192.env")
+RECIPE = str(ROOT / "records" / "recipes" / "frontier_sp8192.env")
 
 
-def build(config) -> GPT:
+def build(config) -> train_gpt.Model:
     with torch.device("meta"):
-        return GPT(config)
+        return config.model_class()(config)
+
+
+def frontier(**knobs) -> Config:
+    """The recipe with the model file that it names, which is relative to the repository."""
+    file = {"MODEL_FILE": str(ROOT / "records" / "models" / "frontier.py")}
+    return Config.load([RECIPE], file | {name: str(value) for name, value in knobs.items()})
 
 
 def table(form) -> tuple[np.ndarray, np.ndarray]:
@@ -71,16 +77,15 @@ def test_a_fit_without_negative_coefficients_against_that_of_scipy(seed):
 
 def test_a_public_run_and_the_same_model_here_have_the_same_features():
     """So the fit describes this project's models: 17,059,912 parameters are the defaults; the frontier has loops."""
-    default, frontier = Config(train_seq_len=2048), Config.load([FRONTIER], {})
-    for config, looping, row in (
-        (default, False, (9, 2, 1024)),
-        (frontier, False, (11, 4, 8192)),
-        (frontier, True, (17, 4, 8192)),
+    for config, rows in (
+        (Config(train_seq_len=2048), [(9, 2, 1024)]),
+        (frontier(CONTEXTS=""), [(11, 4, 8192), (17, 4, 8192)]),
     ):
-        layers, mlp, vocabulary = row
-        run = steptime.Run(0, layers, mlp, vocabulary, config.train_batch_tokens, 2048, "flash3", (1.0,))
-        found = steptime.model_features(config, build(config), 8, looping, "flash3")
-        assert found == pytest.approx(steptime.run_features(run))
+        graphs = steptime.flops_by_graph(config, build(config))
+        for flops, (layers, mlp, vocabulary) in zip(graphs, rows, strict=True):
+            run = steptime.Run(0, layers, mlp, vocabulary, config.train_batch_tokens, 2048, "flash3", (1.0,))
+            found = steptime.model_features(config, flops, 8, "flash3")
+            assert found == pytest.approx(steptime.run_features(run)) and flops.layers(config) == layers
 
 
 def test_parameters_in_the_table_are_those_of_the_shape():
@@ -117,28 +122,32 @@ def test_more_work_takes_longer():
 def test_defaults_and_frontier_beside_what_is_public():
     """Within 15% of the median of the nodes for the defaults, whose nodes differ by 40%; 5% for the frontier."""
     assert ms(Config(attention="flash")) == pytest.approx(68.25, rel=0.15)
-    config = Config.load([FRONTIER], {})
+    config = frontier()
     facts = steptime.predict(config, build(config), 8)
-    assert facts["ms_per_step_straight"] == pytest.approx(102.0, rel=0.05)
-    assert facts["ms_per_step_looping"] == pytest.approx(150.3, rel=0.05)
+    times = facts["ms_per_step_from_progress"]
+    assert list(times) == [f"{start:g}" for start in build(config).graph_starts]
+    straight, looping = times["0.1"], times[f"{config.loop_start:g}"]
+    assert straight == pytest.approx(102.0, rel=0.05) and looping == pytest.approx(150.3, rel=0.05)
+    assert f"{straight} from progress 0.1 on, {looping} from progress {config.loop_start:g} on)" in facts["step_time"]
     assert facts["step_time_extrapolates"].startswith("no")
     assert facts["tokens_in_budget"] == facts["steps_in_budget"] * 786_432
 
 
 @pytest.mark.parametrize("clock, iterations", [(600, 20_000), (600, 1000), (0, 500), (30, 300)])
-@pytest.mark.parametrize("loop_start", [0.0, 0.35, 1.0])
-def test_the_mixture_over_the_run_is_that_of_a_run_step_by_step(clock, iterations, loop_start):
+@pytest.mark.parametrize("starts", [(0.0,), (0.0, 0.35), (0.0, 1.0), (0.0, 0.2, 0.7)], ids=str)
+def test_the_mixture_over_the_run_is_that_of_a_run_step_by_step(clock, iterations, starts):
     """Progress is that of the script: by the clock or by the steps, whichever is further."""
-    straight, looping = 0.1, 0.15
-    config = Config(max_wallclock_seconds=float(clock), iterations=iterations, loop_start=loop_start)
+    times = [0.1, 0.15, 0.3][: len(starts)]
+    config = Config(max_wallclock_seconds=float(clock), iterations=iterations)
     step, elapsed = 0, 0.0
     while step < iterations:
-        time = looping if train_gpt.progress_at(config, step, elapsed) >= loop_start else straight
+        progress = train_gpt.progress_at(config, step, elapsed)
+        time = max(time for start, time in zip(starts, times, strict=True) if progress >= start)
         if clock and elapsed + time > clock:
             break
         step, elapsed = step + 1, elapsed + time
-    steps, seconds = steptime.steps_in_budget(config, straight, looping)
-    assert steps == pytest.approx(step, abs=2) and seconds == pytest.approx(elapsed, abs=0.4)
+    steps, seconds = steptime.steps_in_budget(config, starts, times)
+    assert steps == pytest.approx(step, abs=3) and seconds == pytest.approx(elapsed, abs=0.6)
 
 
 @pytest.mark.parametrize(
@@ -155,10 +164,15 @@ def test_the_mixture_over_the_run_is_that_of_a_run_step_by_step(clock, iteration
     ids=str,
 )
 def test_what_is_outside_the_table_is_named(knobs, said):
-    frontier = Config.load([FRONTIER], {})
-    config = replace(frontier, **{"loop_layers": ""} | knobs)
+    config = replace(frontier(LOOP_LAYERS="", CONTEXTS=""), **knobs)
     assert said in steptime.predict(config, build(config), 8)["step_time_extrapolates"]
-    assert "4 GPUs (known: 8)" in steptime.predict(frontier, build(frontier), 4)["step_time_extrapolates"]
+    assert "4 GPUs (known: 8)" in steptime.predict(config, build(config), 4)["step_time_extrapolates"]
+
+
+def test_layers_of_depth_recurrence_count_as_often_as_they_run():
+    config = frontier(LOOP_LAYERS="0-9", LOOP_PASSES=3)
+    said = steptime.predict(config, build(config), 8)["step_time_extrapolates"]
+    assert "31 layers (known: 9 to 17)" in said and "11 layers" not in said
 
 
 def test_a_model_on_the_seam_is_told_to_be_another():

@@ -35,12 +35,12 @@ def with_manifest(corpus: Path, folder: Path) -> Path:
 
     vocab_size = int((corpus / "vocab_size").read_text())
     shutil.copytree(corpus / "data", folder)
-    weights = train_gpt.TokenBytes(str(corpus / "tok.model"), vocab_size)
+    token_bytes = train_gpt.TokenBytes(str(corpus / "tok.model"), vocab_size)
     splits = {}
     for split in ("train", "val"):
         stream = train_gpt.TokenStream(str(folder), split, vocab_size)
         tokens = stream.read(0, len(stream))
-        splits[split] = {"tokens": len(tokens), "bytes": weights.weigh(tokens)}
+        splits[split] = {"tokens": len(tokens), "bytes": token_bytes.count(tokens)}
     digest = hashlib.sha256((corpus / "tok.model").read_bytes()).hexdigest()
     tokenizer = {"kind": "sentencepiece", "sha256": digest, "options": {"bos_id": 1}}
     (folder / "manifest.json").write_text(json.dumps({"tokenizer": tokenizer, "splits": splits}))

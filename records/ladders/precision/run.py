@@ -1,10 +1,10 @@
-"""The precision ladder of this machine: GPT-2 124M in every type, compiled or not, by every attention backend.
+"""The precision ladder: GPT-2 124M in every type, compiled or not, with every attention backend of this machine.
 
     python records/ladders/gpt2/run.py a_one_batch && python records/ladders/precision/run.py
 
-The first command makes the text (with TINY_SHAKESPEARE=FILE the published one), the second runs the cells as processes
-of their own and writes the table in README.md and the picture losses.png. A finished run is not run again. A cell that
-this machine cannot run is a row that says why. All cells start from the same weights, which are drawn on the CPU.
+The first command prepares the text (TINY_SHAKESPEARE=FILE: the published one). The second runs each cell as a process
+and writes the table in README.md and the picture losses.png. A finished run is not run again. A cell that this machine
+cannot run becomes a row that says why. All cells start from the same weights, which are drawn on the CPU.
 """
 
 import json
@@ -14,14 +14,13 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[2] / "tools"))  # no package called ladder takes its place
+sys.path.insert(0, str(HERE.parents[2] / "tools"))  # first, so that no package named ladder takes its place
 import ladder  # noqa: E402
 from ladder import ROOT  # noqa: E402
 
-del sys.path[0]  # other files there have the names of packages
+del sys.path[0]  # other files there have names of packages
 
-MODEL = ROOT / "records/ladders/gpt2/model.py"  # run, not imported
-# Six steps as published; on a CPU two, in micro-batches whose logits fit the memory.
+# Six steps, as published; on a CPU two, in micro-batches whose logits fit into memory.
 STEPS = {"cuda": {"GRAD_ACCUM_STEPS": "1"}, "cpu": {"ITERATIONS": "2", "MICRO_BATCH_TOKENS": "2048"}}
 PUBLISHED = {  # (device, DTYPE, MATMUL_PRECISION, COMPILE): (losses at steps 0 to 5, thousand tokens/s)
     ("cpu", "float32", "highest", "0"): ([10.9355, 9.3971, 8.9430, 8.8192, 8.4879, 8.4655], 0.84),
@@ -30,7 +29,8 @@ PUBLISHED = {  # (device, DTYPE, MATMUL_PRECISION, COMPILE): (losses at steps 0 
     ("cuda", "bfloat16", "high", "0"): ([10.9360, 9.3973, 8.9443, 8.8242, 8.4886, 8.4692], 115.5),
     ("cuda", "bfloat16", "high", "1"): ([], 183.0),
 }
-KNOBS = ["DEVICE", "DTYPE", "MATMUL_PRECISION", "COMPILE", "ATTENTION"]  # of a cell; backends in one precision only
+KNOBS = ["DEVICE", "DTYPE", "MATMUL_PRECISION", "COMPILE", "ATTENTION"]  # what a cell sets
+# Attention backends are compared in one precision only.
 CELLS = [
     *(("cpu", dtype, "highest", compiled, "math") for dtype in ("float32", "bfloat16") for compiled in "01"),
     ("cpu", "float32", "high", "0", "math"),
@@ -42,8 +42,8 @@ CELLS = [
 
 
 def lacking(cell: tuple) -> str:
-    """Why this machine has no such cell; empty if it has."""
-    import torch  # late: what needs no torch starts without it
+    """Why this machine cannot run a cell; empty if it can."""
+    import torch  # late: other parts of this file do not need it
 
     device, dtype, precision, *_ = cell
     if device == "cuda" and not torch.cuda.is_available():
@@ -51,12 +51,12 @@ def lacking(cell: tuple) -> str:
     if device == "cpu" and precision == "high":
         return "no TF32 on a CPU: nothing would change"
     if device == "cuda" and precision == "high" and torch.cuda.get_device_capability()[0] < 8:
-        return "TF32 and bf16 products need compute capability 8 or later"
+        return "TF32 and bf16 matmuls need compute capability 8 or later"
     return ""
 
 
 def find_text() -> str:
-    """The data set that the ladder gpt2 has made."""
+    """The dataset that the ladder gpt2 prepared."""
     names = ("tiny_shakespeare_gpt2", "demo_shakespeare_gpt2")
     found = [f"data/datasets/{name}" for name in names if (ROOT / "data/datasets" / name).is_dir()]
     if not found:
@@ -65,13 +65,13 @@ def find_text() -> str:
 
 
 def run(cell: tuple, text: str) -> dict:
-    """The row of a cell: its losses and milliseconds, or why there are none."""
+    """The row of a cell: its losses and times, or why it has none."""
     row = dict(zip(KNOBS, cell, strict=True))
     if reason := lacking(cell):
         return row | {"skipped": reason}
     environ = {"LOG_DIR": "logs", "DATA_PATH": text, **STEPS[cell[0]], **os.environ, **row}
     environ |= {"RUN_ID": "precision_" + "_".join(cell), "GPT2_BPE_DIR": ladder.gpt2_files()}
-    if reason := ladder.finish(MODEL, HERE / "gpt2.env", environ):  # a backend or a compiler that is not there
+    if reason := ladder.finish(HERE / "gpt2.env", environ):  # such as a backend or a compiler that is missing
         return row | {"skipped": reason[:160]}
     folder = ladder.run_folder(environ)
     ladder.drop_large(folder)
@@ -87,6 +87,7 @@ def run(cell: tuple, text: str) -> dict:
 
 
 def line(row: dict, fp32: list[float]) -> list[str]:
+    """A line of the table. `fp32` are the losses that those of the row are compared with."""
     cell = tuple(row[name] for name in KNOBS)
     losses, speed = PUBLISHED.get(cell[:4], ([], 0)) if cell[4] == "math" else ([], 0)
     cells = [*cell, " ".join(f"{loss:.4f}" for loss in losses) or "-", f"{speed} k" if speed else "-"]
@@ -98,16 +99,16 @@ def line(row: dict, fp32: list[float]) -> list[str]:
 
 
 def draw(rows: list[dict], fp32: list[float]):
-    """losses.png: the losses, and how far those of each cell are from fp32."""
+    """losses.png: the losses, and their distance from those of fp32."""
     with ladder.picture(HERE, "GPT-2 in every precision") as (left, right):
         for i, row in enumerate(row for row in rows if "losses" in row):
             how = "compiled" if row["COMPILE"] == "1" else "eager"
             label = f"{row['DEVICE']} {row['DTYPE']} {how} {row['ATTENTION']}"
-            style = {"color": ladder.COLOURS[i % 7], "marker": "osv^Dx+"[i % 7], "fillstyle": "none"}
+            style = {"color": ladder.COLORS[i % 7], "marker": "osv^Dx+"[i % 7], "fillstyle": "none"}
             left.plot(row["losses"], label=label, **style)
             right.plot([abs(a - b) for a, b in zip(row["losses"], fp32, strict=False)], **style)
         published = PUBLISHED["cpu", "float32", "highest", "0"][0]
-        left.plot(published, "--", color="grey", label="published, fp32")
+        left.plot(published, "--", color="gray", label="published, fp32")
         left.set(title="Training loss (nats)", xlabel="step")
         right.set(title="Distance from fp32, eager (nats)", xlabel="step")
         right.set_yscale("symlog", linthresh=1e-6)

@@ -1,11 +1,11 @@
-"""Go through the rungs of the small ladder, then write the table into README.md and the picture losses.png.
+"""Run the rungs of the small ladder, then write the table in README.md and the picture losses.png.
 
-    python records/ladders/small/run.py                    # all rungs, two seeds; those of over 3 M parameters one
-    python records/ladders/small/run.py 01_sgd 02_adam     # these rungs
-    python records/ladders/small/run.py --table            # table and picture alone, from logs/*.json
+    python records/ladders/small/run.py                    all rungs with two seeds, the two large ones with one
+    python records/ladders/small/run.py 01_sgd 02_adam     these rungs
+    python records/ladders/small/run.py --table            only table and picture, from logs/*.json
 
-A finished run is not run again and an unfinished one goes on, so that this may be stopped at any time. Knobs in the
-environment (LOG_DIR, COMPILE, ...) reach every run. What a run gave is kept in logs/RUNG_SEED.json.
+A finished run is not run again and a stopped one resumes, so this may be interrupted at any time. Knobs in the
+environment (LOG_DIR, COMPILE, ...) apply to every run. logs/RUNG_SEED.json keeps the results.
 """
 
 import math
@@ -19,14 +19,15 @@ from pathlib import Path
 from statistics import fmean
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[2] / "tools"))  # no package called ladder takes its place
+sys.path.insert(0, str(HERE.parents[2] / "tools"))  # first, so that no package named ladder takes its place
 import ladder  # noqa: E402
 
-del sys.path[0]  # other files there have the names of packages
+del sys.path[0]  # other files there have names of packages
 
-SEEDS, LARGE, EVERY = (1337, 1338), ("10_layers18", "13_layers23"), 25
-# Losses after epochs 1, 2, 3 of a text that is not named, and milliseconds a batch, where they were published.
-PUBLISHED = {
+SEEDS = (1337, 1338)
+LARGE = ("10_layers18", "13_layers23")  # only the first seed
+EVERY = 25  # steps per mean of the training loss
+PUBLISHED = {  # losses after epochs 1, 2, 3 of an unnamed text, and milliseconds per batch, as far as published
     "01_sgd": ((3.03, 3.02, 2.96), ""),
     "02_adam": ((2.87, 2.87, 2.86), ""),
     "03_cosine": ((2.87, 2.86, 2.85), ""),
@@ -45,38 +46,39 @@ PUBLISHED = {
 
 
 def thirds() -> dict[str, str]:
-    """A validation after each third of the steps, where the caller sets how many: recipes of 300 steps have it so."""
+    """Knobs that validate after each third of the steps if the caller sets ITERATIONS, as the recipes do for 300."""
     steps = os.environ.get("ITERATIONS", "")
     return {"VAL_LOSS_EVERY": str(math.ceil(int(steps) / 3))} if steps.isdecimal() else {}
 
 
 def raw_loss(rung: str, environ: dict[str, str]) -> float:
-    """Of the weights themselves, where their average was exported: the last checkpoint has both."""
+    """The validation loss of the last weights where their average was exported. The last checkpoint holds both."""
     import torch
 
     folder = ladder.run_folder(environ)
     torch.save(torch.load(folder / "checkpoint.pt", weights_only=True)["model"], folder / "raw.pt")
-    command = [sys.executable, HERE / "small.py", HERE / f"{rung}.env"]
     environ = environ | {"MODE": "eval", "ARTIFACT": str(folder / "raw.pt")}
+    command = ladder.command(HERE / f"{rung}.env")
     text = subprocess.run(command, cwd=ladder.ROOT, env=environ, stdout=subprocess.PIPE, text=True, check=True).stdout
     return float(re.search(r"final_model_exact val_loss:(\S+)", text)[1])
 
 
 def run(rung: str, seed: int):
-    """One run, if it is not finished, and what is kept of it."""
+    """Finish one run and keep its results."""
     environ = {"LOG_DIR": "logs"} | thirds() | os.environ | {"RUN_ID": f"small_{rung}_{seed}", "SEED": str(seed)}
-    folder, kept = ladder.run_folder(environ), HERE / "logs" / f"{rung}_{seed}.json"
-    if (folder / "result.json").exists() and kept.exists():
+    folder = ladder.run_folder(environ)
+    log = HERE / "logs" / f"{rung}_{seed}.json"
+    if (folder / "result.json").exists() and log.exists():
         return
-    if reason := ladder.finish(HERE / "small.py", HERE / f"{rung}.env", environ):
-        sys.exit(f"error: {rung} of seed {seed} failed, the same call goes on with it: {reason}")
+    if reason := ladder.finish(HERE / f"{rung}.env", environ):
+        sys.exit(f"error: {rung} with seed {seed} failed; the same command resumes it: {reason}")
     result, metrics = ladder.read_run(folder)
-    told = {key: result[key] for key in ladder.KEPT}
-    told[f"train_means_of_{EVERY}"] = ladder.means(metrics, "train_loss", EVERY)
-    told["val"] = {step: round(line["val_loss"], 4) for step, line in metrics.items() if "val_loss" in line}
+    kept = {key: result[key] for key in ladder.KEPT}
+    kept[f"train_means_of_{EVERY}"] = ladder.means(metrics, "train_loss", EVERY)
+    kept["val"] = {step: round(line["val_loss"], 4) for step, line in metrics.items() if "val_loss" in line}
     if "EMA_DECAY=" in (HERE / f"{rung}.env").read_text():
-        told["raw_val_loss"] = raw_loss(rung, environ)
-    ladder.write_log(kept, told)
+        kept["raw_val_loss"] = raw_loss(rung, environ)
+    ladder.write_log(log, kept)
 
 
 def numbers(values, digits: int) -> str:
@@ -84,23 +86,26 @@ def numbers(values, digits: int) -> str:
 
 
 def validated(run: dict) -> str:
-    """The steps of its validations."""
+    """The steps at which a run was validated, such as "100, 200, 300"."""
     return ", ".join(sorted(run["val"], key=int))
 
 
 def table(found: dict[str, list[dict]]) -> str:
-    """The rungs, published and ours, and how far their orders agree: of all that were validated after the same steps,
-    those of most runs."""
+    """The rungs, published and ours, and how far their orders agree.
+
+    The orders are compared among the rungs that were validated at the most common steps.
+    """
     steps = Counter(validated(run) for runs in found.values() for run in runs).most_common(1)
     usual = steps[0][0] if steps else "none yet"
-    rows, last = [], {}
+    rows = []
+    last = {}
     for rung, (losses, published_ms) in PUBLISHED.items():
         runs = found.get(rung)
         if not runs:
             rows.append([rung, "", numbers(losses, 2), published_ms, f"not run: `run.py {rung}`", "", "", ""])
             continue
         own = usual if usual in map(validated, runs) else validated(runs[0])
-        runs = [run for run in runs if validated(run) == own]  # a seed of another length is no mean with these
+        runs = [run for run in runs if validated(run) == own]  # no mean with a run of another length
         ours = [[run["val"][step] for step in own.split(", ")] for run in runs]
         finals = [run["pre_quant_val_loss"] for run in runs]
         raw = [run["raw_val_loss"] for run in runs if "raw_val_loss" in run]
@@ -144,9 +149,9 @@ def draw(found: dict[str, list[dict]]):
             for i, rung in enumerate(part):
                 means = found[rung][0][f"train_means_of_{EVERY}"]
                 steps = range(EVERY, EVERY * len(means) + 1, EVERY)
-                axis.plot(steps, means, label=rung, color=ladder.COLOURS[i], linestyle=["-", "--", "-.", ":"][i % 4])
+                axis.plot(steps, means, label=rung, color=ladder.COLORS[i], linestyle=["-", "--", "-.", ":"][i % 4])
             axis.set_xlabel("step of 700 tokens")
-        axes[0].set_ylabel(f"training loss, nats a token, means of {EVERY} steps")
+        axes[0].set_ylabel(f"training loss, nats per token, means of {EVERY} steps")
 
 
 def main(argv: list[str]):
@@ -156,8 +161,8 @@ def main(argv: list[str]):
             if rung not in LARGE or seed == SEEDS[0]:
                 run(rung, seed)
     found = {}
-    for name, told in ladder.read_logs(HERE / "logs").items():
-        found.setdefault(name.rpartition("_")[0], []).append(told)
+    for name, kept in ladder.read_logs(HERE / "logs").items():
+        found.setdefault(name.rpartition("_")[0], []).append(kept)
     ladder.fill_readme(HERE, table(found))
     draw(found)
 
