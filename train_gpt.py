@@ -178,7 +178,7 @@ class Config:
             return load_model_file(model_file).load(argv, environ, from_artifact)
         knobs, check = cls.knobs(), tool("check", log=str)
         texts = check.drop_moved_knobs(texts, knobs) if check else texts
-        for name in texts.keys() - knobs.keys():
+        for name in sorted(texts.keys() - knobs.keys()):
             raise UserError(f"{argv[0]}: {name} is not a knob: {check.nearest(name, knobs) if check else 'see --help'}")
         texts = (from_artifact or {}) | texts | {name: environ[name] for name in knobs if name in environ}
         config = cls(**{knobs[name].name: parse(knobs[name], text) for name, text in texts.items()})
@@ -1360,8 +1360,9 @@ def load_model_file(file: str) -> type[Config]:
 def source_paths(config: Config) -> dict[str, Path]:
     """{name in the run folder: path} of this script, SUBMISSION_TOOLS, and a model file with what it imports."""
     script, folder = Path(__file__).resolve(), Path(inspect.getfile(type(config))).resolve().parent
-    loaded = {key: Path(m.__file__).resolve() for key, m in list(sys.modules.items()) if getattr(m, "__file__", None)}
-    paths = [path for key, path in loaded.items() if key.removeprefix("train_gpt.tools.") in SUBMISSION_TOOLS]
+    files = {key: getattr(module, "__file__", None) for key, module in list(sys.modules.items())}
+    loaded = {key: Path(file).resolve() for key, file in files.items() if file and Path(file).is_file()}
+    paths = [loaded[key] for key in map("train_gpt.tools.{}".format, SUBMISSION_TOOLS) if key in loaded]
     if type(config) is not Config:
         paths += [path for path in loaded.values() if path.parent == folder and path != script]
     return {"train_gpt.py": script} | {path.name: path for path in paths}

@@ -121,8 +121,11 @@ def probe_script(probe, config, model, runtime):
 
 @contextlib.contextmanager
 def no_siblings():
-    """What records/models/frontier.py loads only where a knob needs it is not loaded: it counts as code of a run."""
-    keys = [key for key in sys.modules if re.fullmatch(r"model_file_\w+\.\w+", key)]
+    """As in a new process, only frontier.py of records/models/ is loaded, without what it loads where a knob needs it.
+
+    All that is loaded from the folder of a model file counts as code of a run.
+    """
+    keys = [key for key in sys.modules if key.startswith("model_file_") and not key.endswith("_frontier_py")]
     with pytest.MonkeyPatch.context() as patch:
         for key in keys:
             patch.delitem(sys.modules, key)

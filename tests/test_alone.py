@@ -78,8 +78,8 @@ def test_the_script_alone_trains_exports_proves_its_bytes_and_writes_its_result(
 @pytest.mark.parametrize(
     "knobs, said",
     [
-        ({}, "logs/run exists, or RESUME is set: without tools/checkpoint.py"),
-        ({"RUN_ID": "other", "RESUME": "logs/run"}, "without tools/checkpoint.py"),
+        ({}, "logs/run exists, or RESUME is set: choose another RUN_ID, or get tools/checkpoint.py"),
+        ({"RUN_ID": "other", "RESUME": "logs/run"}, "RESUME is set: choose another RUN_ID, or get tools/checkpoint.py"),
         ({"MODE": "eval", "ARTIFACT": "x"}, "tools/evaluate.py is missing: take it from the repository"),
         ({"MODE": "check"}, "tools/check.py is missing: take it from the repository"),
         ({"ITERATIONS": "many"}, "ITERATIONS='many' is not a whole number"),

@@ -21,7 +21,7 @@ from models import SCRIPT, exact_line, new_model, process, tree
 from torch import nn
 
 import train_gpt
-from train_gpt import GPT, MLP, Attention, Block, Coder, Config, Linear, ParameterRule, RMSNorm, RoPE, UserError
+from train_gpt import GPT, MLP, Attention, Block, Coder, Config, Linear, ParameterRule, RoPE, UserError
 
 MODEL_FILE = SCRIPT.parent / "records" / "models" / "tiny.py"
 STEPS = {
@@ -153,8 +153,8 @@ def test_all_its_sources_are_in_the_folder_in_the_result_and_in_the_code_bytes(w
 
 
 @pytest.mark.parametrize("kept", ["the run folder", "a record"])
-@pytest.mark.parametrize("given", ["absolute", "relative"])
-def test_its_folder_runs_by_itself(whole, flat, corpus, tmp_path, given, kept):
+@pytest.mark.parametrize("given, where", [("absolute", "elsewhere"), ("relative", "elsewhere"), ("relative", "inside")])
+def test_its_folder_runs_by_itself(whole, flat, corpus, tmp_path, given, where, kept):
     """Copied elsewhere, where nothing else is any more; without tools, which it says. With other results it would be no
     record of the run."""
     place = shutil.copytree(flat, tmp_path / "place", ignore=shutil.ignore_patterns("tools"))  # whose kernels it lacks
@@ -170,9 +170,10 @@ def test_its_folder_runs_by_itself(whole, flat, corpus, tmp_path, given, kept):
     else:
         shutil.copytree(made.path, folder)
     shutil.rmtree(place)
-    (tmp_path / "cwd").mkdir()
+    cwd = folder if where == "inside" else tmp_path / "cwd"
+    cwd.mkdir(exist_ok=True)
     environ = {"RUN_ID": "again", "LOG_DIR": str(tmp_path / "logs"), "DEVICE": "cpu"}
-    again = run(environ, tmp_path / "cwd", script=folder / "train_gpt.py", args=[folder / "config.env"])
+    again = run(environ, cwd, script=folder / "train_gpt.py", args=[folder / "config.env"])
     assert same(again, made)
     assert again.result["val_bpb"] == pytest.approx(whole.result["val_bpb"], rel=1e-4)
     assert "warning: tools/checkpoint.py is missing: " in again.out
@@ -466,6 +467,26 @@ def test_a_model_file_is_loaded_once(tmp_path):
     assert issubclass(found, Config) and sys.modules[found.__module__].train_gpt is train_gpt
 
 
+def test_an_error_of_a_model_file_is_the_same_the_second_time(tmp_path):
+    """What is half loaded is not kept."""
+    (tmp_path / "bad.py").write_text("import train_gpt\n1 / 0\n")
+    for _ in range(2):
+        with pytest.raises(UserError, match="bad.py cannot be loaded: ZeroDivisionError"):
+            train_gpt.load_model_file(str(tmp_path / "bad.py"))
+    (tmp_path / "bad.py").write_text("import train_gpt\nclass Config(train_gpt.Config):\n    pass\n")
+    assert issubclass(train_gpt.load_model_file(str(tmp_path / "bad.py")), Config), "corrected"
+
+
+def test_a_package_that_is_called_like_a_tool_is_no_source(make_config, monkeypatch, tmp_path):
+    """As HuggingFace's tokenizers, which any library may import."""
+    (tmp_path / "__init__.py").write_text("")
+    package = SimpleNamespace(__file__=str(tmp_path / "__init__.py"))
+    monkeypatch.setitem(sys.modules, "tokenizers", package)
+    assert set(train_gpt.source_paths(make_config())) == {"train_gpt.py"}
+    train_gpt.tool("tokenizers")
+    assert set(train_gpt.source_paths(make_config())) == {"train_gpt.py", "tokenizers.py"}
+
+
 # The table of parameters, and the parts that a subclass replaces
 
 
@@ -575,8 +596,7 @@ def test_a_parameter_that_a_subclass_adds_is_initialized_optimized_and_exported(
     for name in ("side", "late.extra.weight"):
         assert not torch.equal(before[name], dict(model.named_parameters())[name]), name
     coder = Coder(config)
-    blob, _ = coder.encode(model.state_dict(), 0)
-    artifact, back = coder.unpack(blob), coder.decode(blob)
+    artifact, back = coder.quantize(model.state_dict()), coder.decode(coder.encode(model.state_dict(), 0)[0])
     assert "late.extra.weight" in artifact["quantized"] and artifact["passthrough"]["side"].dtype == torch.float32
     assert torch.equal(back["side"], model.side) and back.keys() == model.state_dict().keys()
     assert (back["late.extra.weight"] - extra).abs().max() < 0.01 * extra.abs().max()
@@ -584,13 +604,13 @@ def test_a_parameter_that_a_subclass_adds_is_initialized_optimized_and_exported(
         train_gpt.build_model(config_of(LateWithoutRule, make_config()), runtime)
 
 
-class LearnedNorm(RMSNorm):
+class LearnedNorm(nn.Module):
     def __init__(self, width):
-        super().__init__(width)
+        super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
 
     def forward(self, x):
-        return super().forward(x) * self.weight.to(x.dtype)
+        return train_gpt.rms_norm(x) * self.weight.to(x.dtype)
 
 
 class LearnedPositions(RoPE):
@@ -735,27 +755,10 @@ def test_without_an_extra_loss_the_losses_are_alone(make_config):
     assert torch.is_tensor(model(x, y)) and torch.is_tensor(model.eval()(x, y))
 
 
-@pytest.fixture
-def trainer(make_config, runtime):
-    """Function: the Trainer of a model."""
-
-    def build(model, **knobs):
-        config = config_of(model, make_config(**knobs))
-        stream = train_gpt.TokenStream(config.data_path, "train", config.vocab_size)
-        loader = train_gpt.TrainLoader(stream, config, runtime, config.accumulation_steps(1, "cpu"))
-        folder = train_gpt.RunFolder(runtime)
-        folder.locate(config)
-        folder.create(config, {})
-        stopwatch = train_gpt.Stopwatch(runtime.synchronize)
-        return train_gpt.Trainer(config, runtime, folder, stopwatch, loader, train_gpt.Hooks(config, folder))
-
-    return build
-
-
 @pytest.mark.parametrize("micro_steps", [1, 4])
-def test_an_extra_loss_is_minimized_and_neither_logged_nor_scored(trainer, micro_steps):
+def test_an_extra_loss_is_minimized_and_not_logged(make_config, runtime, micro_steps):
     """It is a mean over the micro-steps, as the losses are."""
-    one = trainer(Regularized, GRAD_ACCUM_STEPS=micro_steps)
+    one = models.build_trainer(config_of(Regularized, make_config(GRAD_ACCUM_STEPS=micro_steps)), runtime)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in one.model.parameters():
@@ -766,7 +769,7 @@ def test_an_extra_loss_is_minimized_and_neither_logged_nor_scored(trainer, micro
     losses, extra = by_hand(tokens[:-1].view(8, 32), tokens[1:].view(8, 32))
     (losses.mean() + extra).backward()
     metrics = one.step(1.0, 0.9)
-    assert set(metrics) == {"train_loss"}
+    assert set(metrics) == {"train_loss", "lr_scale"}
     assert float(metrics["train_loss"]) == pytest.approx(float(losses.detach().mean()), rel=1e-5)
     for name, grad in gradients(by_hand).items():
         torch.testing.assert_close(gradients(one.model)[name], grad, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: n + m)
@@ -805,6 +808,74 @@ def test_metrics_of_a_whole_run(corpus, tmp_path, capsys):
     assert len(logged) == 4
     for step, text in zip(steps, logged, strict=True):
         assert f" device:{step['device']:.4f}" in text and f" host:{step['host']:.4f}" in text
+
+
+# A model that learns while it is scored
+
+
+LEARNS = """
+import numpy as np
+import torch
+
+import train_gpt
+
+
+class Config(train_gpt.Config):
+    @classmethod
+    def model_class(cls):
+        return Learns
+
+
+class Learns(train_gpt.GPT):
+    observe_every = 64
+
+    def begin(self, targets, forward):
+        self.seen = torch.ones(self.tok_emb.num_embeddings)
+        self.observed = []
+        return f"begin:{targets}"
+
+    def distributions(self, contexts_BT, scored_BT):
+        own = super().distributions(contexts_BT, scored_BT)
+        if not hasattr(self, "seen"):
+            return own
+        counts = self.seen / self.seen.sum()
+        return torch.log(0.5 * own.exp() + 0.5 * counts)
+
+    def observe(self, tokens):
+        assert tokens.dtype == np.uint16 and len(tokens) == 65
+        self.observed.append(int(tokens[0]))
+        self.seen += torch.bincount(torch.from_numpy(tokens[1:].astype(np.int64)), minlength=len(self.seen))
+
+    def end(self, score):
+        line = f"end:{score.tokens} observed:{len(self.observed)} first:{self.observed[:3]}"
+        del self.seen
+        return line
+"""
+
+
+def test_a_model_that_learns_as_it_is_scored_is_the_same_for_any_ranks_and_again(corpus, tmp_path):
+    """Validations in training leave it alone; the artifact is scored again with what it learns on the way."""
+    (tmp_path / "learns.py").write_text(LEARNS)
+    knobs = {"MODEL_FILE": tmp_path / "learns.py", "ITERATIONS": 3, "VAL_LOSS_EVERY": 1, "TMPDIR": tmp_path}
+    environ = models.tiny_settings(corpus, LOG_DIR=tmp_path / "logs", **knobs)
+    one = run(environ, tmp_path)
+    two = run(environ | {"RUN_ID": "two"}, tmp_path, ranks=2)
+    targets = one.result["scored_tokens"]
+    for made in (one, two):
+        assert re.findall(r"^begin:(\d+)$", made.out, re.MULTILINE) == [str(targets)], "once, in the final score"
+        (end,) = re.findall(r"^end:.*$", made.out, re.MULTILINE)
+        chunks = math.ceil(targets / 64)
+        assert end.startswith(f"end:{targets} observed:{chunks - 1} first:[")
+        assert made.out.index("step:3/3 val_loss") < made.out.index("\nbegin:") < made.out.index("\nend:")
+    for name in ("val_loss", "val_bpb", "pre_quant_val_loss"):
+        assert two.result[name] == pytest.approx(one.result[name], abs=1e-4), name
+    assert one.result["val_loss"] < one.result["pre_quant_val_loss"] - 0.1, "it learns"
+    assert re.findall(r"^end:.*$", one.out, re.MULTILINE) == re.findall(r"^end:.*$", two.out, re.MULTILINE)
+    environ = models.machine_settings(corpus, MODE="eval", ARTIFACT=one.path / "final_model.int8.ptz")
+    shutil.copy(tmp_path / "learns.py", one.path)
+    done = process(environ, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert exact_line(done.stdout.decode()) == exact_line(one.out)
 
 
 # The vocabulary

@@ -86,8 +86,11 @@ marked_texts = st.lists(st.sampled_from([*case_marks.MARKS, " ", "a", "bc", "A",
 @example(text="")
 @example(text="<|endoftext|>")
 @example(text="\U0001f468\u200d\U0001f469\u200d\U0001f467   \x00\x01")
+@example(text="a\u2581 \u2581")
 def test_the_table_weighs_the_bytes_of_any_text(tables, kind, text):
     table = tables[kind]
+    if kind == "sentencepiece":  # which writes a space as U+2581 and so cannot hold that sign; the data tool says so
+        text = text.replace("\u2581", "")
     tokens = np.array([table.start, *table.encode(text)])
     assert table.count(tokens) == len(text.encode())
     assert table.decode(tokens[1:].tolist()) == text.encode()
@@ -190,7 +193,7 @@ def test_the_table_of_gpt2_is_that_of_its_raw_tokens(tables):
 
 @pytest.mark.parametrize("path, size", [("bytes", 256), ("bytes", 259), ("bytes", 388), ("bytes", 1024)])
 def test_a_vocabulary_that_is_not_the_tokenizers_is_refused(path, size):
-    message = f"^VOCAB_SIZE={size}, but TOKENIZER_PATH=bytes has 260 pieces: set VOCAB_SIZE=260"
+    message = f"^VOCAB_SIZE={size}, but TOKENIZER_PATH=bytes has 260 pieces: set that"
     with pytest.raises(UserError, match=message):
         TokenBytes(path, size)
 
@@ -313,40 +316,3 @@ def test_a_lossy_tokenizer_is_named_with_what_it_loses(corpus, tables, kept, lin
     weighed = table.count(stream.read(0, len(stream)))
     text = run_audit(table, stream, {"bytes": weighed - kept, "token_bytes": weighed})[0]
     assert line in text and f"{weighed - kept} in the text" in text if kept else line in text
-
-
-class Fixed:
-    """A stream of `length` equal tokens."""
-
-    pattern = "fixed"
-
-    def __init__(self, length, token):
-        self.length, self.token = length, token
-
-    def __len__(self):
-        return self.length
-
-    def read(self, start, count):
-        assert 0 <= start and start + count <= self.length
-        return np.full(count, self.token, np.uint16)
-
-
-@pytest.mark.parametrize(
-    "size, published, verdict",
-    [
-        (1000, 10, "(canonical FineWeb, not proved"),
-        (1000, 11, "(not canonical FineWeb, not proved"),
-    ],
-)
-def test_canonical_fineweb_is_told_by_its_bytes(tables, monkeypatch, size, published, verdict):
-    """With 1,024 pieces by the exact bytes of the published targets, otherwise by 151.08 MB in all."""
-    table = tables["bytes"]
-    monkeypatch.setattr(table, "size", 1024)
-    monkeypatch.setattr(train_gpt, "FINEWEB_TARGETS", 10)
-    monkeypatch.setattr(train_gpt, "FINEWEB_BYTES", published)
-    assert verdict in run_audit(table, Fixed(size, 100))[0]
-
-
-@pytest.mark.parametrize("length, verdict", [(151_080_001, "(canonical"), (151_000_000, "(not canonical")])
-def test_canonical_fineweb_of_another_vocabulary(tables, length, verdict):
-    assert verdict in run_audit(tables["bytes"], Fixed(length, 100))[0]

@@ -70,7 +70,7 @@ class Script:
         if self.second:
             file = texts.get("MODEL_FILE")
             return self.module.load_model_file(str(record / Path(file).name)) if file else self.module.Config
-        load("train_gpt.tools.tokenizers", HERE / "tokenizers.py")  # a record of the first generation does not hold it
+        load_tokenizers()  # which a record of the first generation does not hold
         source = self.module.unpack(blob).get("source")
         if not source:
             return self.module.Config
@@ -146,6 +146,17 @@ class Script:
         everywhere = torch.ones_like(targets_BT, dtype=torch.bool)
         chosen = self.model.distributions(inputs_BT, everywhere).gather(1, targets_BT.flatten()[:, None])
         return -chosen.view(targets_BT.shape)
+
+
+def load_tokenizers():
+    """Today's tools/tokenizers.py, as a script of the first generation calls it."""
+    tokenizers = load("train_gpt.tools.tokenizers", HERE / "tokenizers.py")
+
+    def use_case_marks(table):
+        table.unmark = tokenizers.unmark
+        table.encode = lambda text: table.model.encode(tokenizers.mark(text))
+
+    tokenizers.use_case_marks = use_case_marks
 
 
 class Patched:

@@ -28,6 +28,8 @@ NO_PREFIX = -100  # F.cross_entropy gives 0 for this target
 
 
 class Config(ScoreFirstConfig):
+    """A knob or two for each technique. The class that uses them has formula, reason and source."""
+
     # -- MLP
     mlp_slope: float = knob(0.0, "slope below 0 of the MLP's leaky ReLU, before the square", 0, 1, artifact=True)
     # -- Attention
@@ -50,9 +52,9 @@ class Config(ScoreFirstConfig):
     # -- Depth recurrence
     loop_layers: str = knob("", "FIRST-LAST blocks that run several times; empty: none", artifact=True)
     loop_passes: int = knob(3, "times that LOOP_LAYERS run", 2, 100, artifact=True)
-    loop_start: float = knob(0.35, "progress of the run from which LOOP_LAYERS repeat", 0, 1)
+    loop_start: float = knob(0.35, "fraction of the run after which LOOP_LAYERS repeat", 0, 1)
     # -- Training objective and context
-    contexts: str = knob("", "LENGTH@PROGRESS,...: context length from that progress on; empty: full")
+    contexts: str = knob("", "LENGTH@SHARE,...: context length from that fraction of the run on; empty: full")
     prefix_loss: float = knob(0.0, "initial weight of the loss on the target's longest prefix", 0, 10)
     # -- The canonical mask
     canonical: bool = knob(False, "no probability for tokens that never follow the previous one", artifact=True)
@@ -135,7 +137,7 @@ class Config(ScoreFirstConfig):
         return blocks
 
     def context_starts(self) -> list[tuple[float, int]]:
-        """CONTEXTS as (progress, context length from there on), in order."""
+        """CONTEXTS as (fraction of the run, context length from there on), in order."""
         T = self.train_seq_len
         text = self.contexts
         lengths = train_gpt.divisors(T)

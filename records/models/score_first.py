@@ -78,7 +78,7 @@ class ScoreFirst:
         return torch.optim.SGD(params, lr=self.config.ttt_lr, momentum=self.config.ttt_momentum)
 
     def begin(self, targets: int, forward) -> str | None:
-        """Compile the training step. Returns a line for the log."""
+        """Compile what is to come, before the clock of the evaluation starts. Returns a line for the log."""
         if not self.config.ttt_chunk:
             return None
         self.trainer = TestTimeTrainer(self, targets, forward)
@@ -129,6 +129,11 @@ class TestTimeTrainer:
         accum_steps = self.config.accumulation_steps(ranks, self.runtime.device.type)
         training_rows = self.config.train_batch_tokens // (T * ranks * accum_steps)
         self.micro_rows = min(training_rows, math.ceil(self.rows / ranks))
+        # Windows that a rank scores at once, as train_gpt.Evaluator has it.
+        batch = max(1, self.config.val_batch_size // (T * ranks * accum_steps))
+        self.scored_rows = min(
+            batch, math.ceil(self.windows / ranks), math.ceil(math.ceil(self.config.ttt_chunk / stride) / ranks)
+        )
 
     def describe(self) -> str:
         """A line for the log. The cost counts forward passes; a backward pass takes two."""
@@ -138,17 +143,19 @@ class TestTimeTrainer:
         return f"score_first: chunks:{self.chunks} steps:{steps} cost:{cost:.2f} of a plain evaluation"
 
     def warm_up(self):
-        """Compile a step on random tokens, before the clock of the evaluation starts; then restore the weights."""
-        if self.chunks == 1:
-            return
+        """Compile a batch of windows and a training step, on random tokens; then restore the weights."""
         # Training may have used up the eight graphs that torch.compile keeps of a model.
         torch._dynamo.config.recompile_limit = max(16, torch._dynamo.config.recompile_limit)
+        rows = train_gpt.to_device(self.random_sequences(self.scored_rows), self.runtime.device)
+        self.forward(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
+        if self.chunks > 1:
+            self.step(self.model.test_time_optimizer(), self.random_sequences(self.rows))
+            self.restore()
+
+    def random_sequences(self, count: int) -> np.ndarray:
         random = np.random.default_rng(self.config.seed)
-        shape = (self.rows, self.config.train_seq_len + 1)
-        self.step(
-            self.model.test_time_optimizer(), random.integers(self.config.vocab_size, size=shape, dtype=np.uint16)
-        )
-        self.restore()
+        shape = (count, self.config.train_seq_len + 1)
+        return random.integers(self.config.vocab_size, size=shape, dtype=np.uint16)
 
     def train(self, tokens: np.ndarray):
         """TTT_EPOCHS passes over the sequences of a chunk, uint16 [TTT_CHUNK + 1], in their order."""

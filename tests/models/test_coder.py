@@ -40,7 +40,7 @@ def large_state():
 
 def exported(made, runtime, state, code_bytes):
     folder = RunFolder(runtime)
-    folder.locate(made.config)
+    folder.choose(made.config, None, {})
     folder.create(made.config, {"train_gpt.py": b"code"})
     sizes = train_gpt.export(state, made, folder, code_bytes)
     folder.close()
@@ -256,12 +256,11 @@ def test_with_fit_size_the_projected_size_is_what_the_limit_leaves(coder_of):
         assert free == 1000 or projected == pytest.approx(len(made.encode(state, code)[0]), rel=0.015)
 
 
-def test_without_these_knobs_the_projection_is_the_scripts(coder_of):
-    state = large_state()
-    made = coder_of()
+def test_without_these_knobs_the_projection_is_that_of_int8_and_zlib(coder_of):
+    state, made = large_state(), coder_of()
     model = SimpleNamespace(state_dict=lambda: state, rule=frontier.GPT.rule)
     assert type(made) is train_gpt.Coder
-    assert made.projected_size(model) == coder.FrontierCoder(made.config).projected_size(model)
+    assert check.projected_bytes(made, model) == coder.FrontierCoder(made.config).projected_size(model)
 
 
 # Mistakes

@@ -136,3 +136,28 @@ def test_a_number_of_pairs_that_is_none_is_refused(wrong, two, tmp_path, capsys)
 def test_a_target_that_is_none_gets_one_line(spec, two, tmp_path, capsys):
     (tmp_path / "a.txt").touch()
     assert ab.main([spec, two[1]]) == 2 and "expected FILE.env" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("spec", ["records/models/frontier.py", "records/models/tiny.py,a.env", "mine.py"])
+def test_a_model_file_is_no_program_and_the_message_says_what_to_do(spec, two, tmp_path, capsys):
+    """It would end at once, without a word."""
+    (tmp_path / "mine.py").write_text("from train_gpt import Config as Base\n\n\nclass Config(Base):\n    seed = 1\n")
+    spec = str(tiny_runs.ROOT / spec) if spec.startswith("records") else spec
+    script = spec.split(",")[0]
+    assert ab.main([two[0], spec, "--work", "w"]) == 2
+    said = f"{script} is a model file and no program: put MODEL_FILE={script} into a FILE.env and give that"
+    assert said in capsys.readouterr().err and not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize(
+    "script, ours",
+    [
+        ("train_gpt.py", True),
+        ("tests/tools/fake_trainer.py", True),
+        ("records/track_cpu_3min_16mb/2026-11-26_demo_cpu/train_gpt.py", True),
+        ("records/track_cpu_3min_16mb/2026-11-26_frontier_cpu_fp32/frontier.py", True),
+        ("tools/plot.py", False),
+    ],
+)
+def test_the_script_its_copies_and_older_model_files_take_a_configuration_file(script, ours):
+    assert ab.runner.parse_target(str(tiny_runs.ROOT / script)).ours == ours

@@ -222,7 +222,7 @@ def test_what_is_no_number_stays_none(dtype, masked):
 
 
 class Masked:
-    """As tools/canonical.py's Mask, of a random table in which each token may follow itself."""
+    """Like the Mask of records/models/canonical.py, of a random table in which each token may follow itself."""
 
     def __init__(self, V, seed=0):
         self.allowed = torch.rand(V, V, generator=torch.Generator().manual_seed(seed)) < 0.7
@@ -412,3 +412,48 @@ def test_a_loss_that_does_not_fit_is_torchs(config, change):
     config = dataclasses.replace(config, **change)
     model, _, note = train_gpt.build_model(config, train_gpt.Runtime(config, {}))
     assert model.fused_loss is None and "\nloss:torch\n" in note
+
+
+class Plain(train_gpt.GPT):
+    pass
+
+
+class Silent(train_gpt.GPT):
+    def logits(self, x_BTD):
+        return 2 * super().logits(x_BTD)
+
+
+class Calling(train_gpt.GPT):
+    calls_fused_loss = True
+
+    def forward(self, tokens_BT, targets_BT=None):
+        return super().forward(tokens_BT, targets_BT)
+
+
+class Heir(Calling):
+    pass
+
+
+class Changed(Calling):
+    def losses(self, logits_BTV, targets_BT):
+        return 2 * super().losses(logits_BTV, targets_BT)
+
+
+class OfSilent(Silent):
+    calls_fused_loss = True
+
+    def forward(self, tokens_BT, targets_BT=None):
+        return super().forward(tokens_BT, targets_BT)
+
+
+class Other(train_gpt.Model):
+    pass
+
+
+@pytest.mark.parametrize(
+    "model_class, fused",
+    [(Plain, True), (Silent, False), (Calling, True), (Heir, True), (Changed, False), (OfSilent, False), (Other, True)],
+)
+def test_a_model_that_changes_the_loss_gets_the_kernel_only_if_each_change_says_that_it_calls_it(model_class, fused):
+    """A class states it in its own body: what it inherits was said of another computation."""
+    assert kernels.uses_fused_loss(model_class) == fused

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import record
+import record_pack
 import record_probe
 import record_rescore
 import torch
@@ -53,12 +54,11 @@ def copy(corpus, tmp_path):
     return make
 
 
-def run_once(corpus, logs, **knobs) -> Path:
+def run_once(corpus, logs, script=tiny_runs.ROOT / "train_gpt.py", **knobs) -> Path:
     """The folder of a run in a process of its own."""
     environ = os.environ | tiny_runs.settings(corpus) | {"LOG_DIR": str(logs)}
     environ |= {name: str(value) for name, value in knobs.items()}
-    command = [sys.executable, str(tiny_runs.ROOT / "train_gpt.py")]
-    done = subprocess.run(command, env=environ, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(script)], env=environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return logs / knobs["RUN_ID"]
 
@@ -97,6 +97,56 @@ def test_a_sound_run_has_its_digits_again_and_keeps_every_rule(copy, capsys):
     assert len(measured["moved"]) == len(measured["sums"]) == 64 and len(measured["moved_in_evaluation"]) == 4
     assert max(measured["moved"]) == 0.0 and measured["score"]["learned"] is False
     assert np.allclose(measured["sums"], 1, atol=1e-5)
+
+
+OLD = tiny_runs.ROOT / "records" / "track_cpu_3min_16mb"
+
+
+@pytest.mark.parametrize(
+    "script, knobs",
+    [
+        ("2026-11-26_demo_cpu/train_gpt.py", {}),
+        ("2026-11-26_demo_cpu_fp32/train_gpt.py", {"EVAL_STRIDE": 16}),
+        ("2026-11-26_frontier_cpu_case_marks/frontier.py", {"XSA_LAYERS": 1, "XSA_GATE": 1}),
+        ("2026-11-26_frontier_cpu_fp32/frontier.py", {"TTT_CHUNK": 512, "TTT_LR": 0.05, "EVAL_STRIDE": 16}),
+    ],
+)
+def test_runs_of_the_scripts_of_older_records_are_scored_again(script, knobs, corpus, tmp_path, capsys):
+    """Snapshots of the first generation: other names, another way to score, and model files that are programs."""
+    folder = run_once(corpus, tmp_path, script=OLD / script, RUN_ID="old", **knobs)
+    code, findings, report = rescore(folder, capsys)
+    assert (code, findings) == (0, {}) and set(report["passed"]) == RULES | {"score"}
+    result = json.loads((folder / "result.json").read_text())
+    assert report["measured"]["score"]["val_bpb"] == pytest.approx(result["val_bpb"], abs=1e-6)
+    assert report["measured"]["score"]["learned"] == ("TTT_CHUNK" in knobs)
+    assert record_pack.command(read_run(folder), folder) == f"python {Path(script).name} config.env"
+
+
+OLD_MARKS = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tools!r})
+import record_probe
+train_gpt = record_probe.load("train_gpt", Path({script!r}))
+record_probe.load_tokenizers()
+table = train_gpt.TokenBytes({model!r}, 290)
+tokens = table.encode("The King")
+assert table.decode(tokens) == table.spell(tokens) == b"The King"
+assert tokens == table.model.encode("\ue001the\ue001 king")
+"""
+
+
+def test_an_older_script_gets_the_case_marks_that_it_asks_for(tmp_path):
+    """Its call of tools/tokenizers.py is another one than today's."""
+    sys.path.insert(0, str(tiny_runs.ROOT / "data"))
+    import vocab
+
+    model = tmp_path / "tok.model"
+    model.write_bytes(vocab.train_sentencepiece([b"the king of the sea"] * 50, 290, "test", vocab.MARKS_OPTIONS))
+    script = OLD / "2026-11-26_frontier_cpu_case_marks" / "train_gpt.py"
+    text = OLD_MARKS.format(tools=str(tiny_runs.ROOT / "tools"), script=str(script), model=str(model))
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 BROKEN = {
@@ -193,6 +243,21 @@ def test_a_model_on_the_seam_is_packed_and_scored_again(corpus, tmp_path, capsys
     capsys.readouterr()
     code, findings, report = rescore(folder, capsys)
     assert (code, findings) == (0, {}) and set(report["passed"]) == RULES | {"score"}
+
+
+def test_the_sources_of_a_record_are_compared_with_those_of_the_repository_wherever_they_are(tmp_path):
+    """Regression: a record is flat, so a model file and a tool looked all new."""
+    places = ["train_gpt.py", "records/models/score_first.py", "tools/tokenizers.py"]
+    for place in places:
+        shutil.copy(tiny_runs.ROOT / place, tmp_path)
+    names = [Path(place).name for place in places]
+    assert record_pack.script_changes(tmp_path, names, tiny_runs.ROOT) == ("the same", [])
+    with open(tmp_path / "score_first.py", "a") as file:
+        file.write("# one more line\n")
+    line, difference = record_pack.script_changes(tmp_path, names, tiny_runs.ROOT)
+    assert line == "1 lines added, 0 removed" and "+++ here/score_first.py" in difference
+    shutil.copytree(tmp_path, tmp_path / "base")
+    assert record_pack.script_changes(tmp_path, names, tmp_path / "base")[0] == "the same"
 
 
 def test_the_kernels_of_a_cpu_give_the_same_digits_again(corpus, capsys):
