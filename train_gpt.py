@@ -147,8 +147,8 @@ class Config:
     def __init_subclass__(cls):
         """Make a subclass a frozen dataclass, too. A default that it replaces keeps the meaning and the bounds."""
         for field in [f for base in cls.__mro__[1:] for f in getattr(base, "__dataclass_fields__", {}).values()]:
-            value = vars(cls).get(field.name, field)
-            if not isinstance(value, dataclasses.Field):
+            value = getattr(cls, field.name)
+            if value != field.default and not isinstance(value, dataclasses.Field):
                 default = dataclasses.field(default=type(field.default)(value), metadata=field.metadata)
                 setattr(cls, field.name, default)
                 cls.__annotations__[field.name] = field.type
@@ -160,8 +160,7 @@ class Config:
     def model_class(cls) -> type["Model"]:
         return GPT
 
-    @classmethod
-    def coder_class(cls) -> type["Coder"]:
+    def coder_class(self) -> type["Coder"]:
         return Coder
 
     @classmethod
@@ -832,7 +831,7 @@ def build_model(config: Config, runtime: Runtime) -> tuple[Model, nn.Module, str
     """The initialized model, the same model compiled if that works, and log lines on what was chosen and why."""
     attend, fused_loss, note = grouped_attention, None, "no tools/kernels.py"
     compile_options = {} if runtime.device.type == "cuda" else None
-    if kernels := tool("kernels"):
+    if kernels := tool("kernels", log=str):
         attend, fused_loss, compile_options, note = kernels.choose(config, runtime)
     model = config.model_class()(config, attend, runtime.dtype)
     model.init_weights(config)
@@ -1348,9 +1347,10 @@ def load_model_file(file: str) -> type[Config]:
     sys.path[:0] = [folder for folder in [str(path.resolve().parent)] if folder not in sys.path]
     try:
         found = vars(sys.modules.get(key) or load_module(path.resolve(), key)).get("Config")
-    except UserError:
-        raise
     except Exception as error:  # whatever that program may raise
+        sys.modules.pop(key, None)
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"MODEL_FILE={path} cannot be loaded: {error!r:.200}: correct it") from error
     fits = isinstance(found, type) and issubclass(found, Config) and found.__module__ == key
     require(fits, f"MODEL_FILE={path} defines no class Config(train_gpt.Config): add one that names its model_class")

@@ -3,7 +3,6 @@
 Two tokenizers are trained here: `lossless` adds nothing to the text, `prefixed` puts a space before every document."""
 
 import hashlib
-import json
 from types import SimpleNamespace
 
 import numpy as np

@@ -10,7 +10,6 @@ import zlib
 import numpy as np
 import pytest
 import torch
-
 from models import artifact_knobs, load, new_model, torch_bytes
 
 import train_gpt

@@ -1,5 +1,5 @@
-"""Optimizer: the partition of the parameters, Adam's settings, Newton-Schulz and Muon against float64 references, decay,
-ranks that share the work, a state that survives being saved."""
+"""Optimizer: the partition of the parameters, Adam's settings, Newton-Schulz and Muon against float64 references,
+decay, ranks that share the work, a state that survives being saved."""
 
 import copy
 import io

@@ -869,7 +869,7 @@ def test_a_model_that_learns_as_it_is_scored_is_the_same_for_any_ranks_and_again
         assert made.out.index("step:3/3 val_loss") < made.out.index("\nbegin:") < made.out.index("\nend:")
     for name in ("val_loss", "val_bpb", "pre_quant_val_loss"):
         assert two.result[name] == pytest.approx(one.result[name], abs=1e-4), name
-    assert one.result["val_loss"] < one.result["pre_quant_val_loss"] - 0.1, "it learns"
+    assert one.result["val_loss"] < one.result["pre_quant_val_loss"] - 0.02, "it learns"
     assert re.findall(r"^end:.*$", one.out, re.MULTILINE) == re.findall(r"^end:.*$", two.out, re.MULTILINE)
     environ = models.machine_settings(corpus, MODE="eval", ARTIFACT=one.path / "final_model.int8.ptz")
     shutil.copy(tmp_path / "learns.py", one.path)
