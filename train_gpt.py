@@ -20,7 +20,6 @@ import hashlib
 import importlib.util
 import inspect
 import io
-import itertools
 import json
 import math
 import os
@@ -61,7 +60,7 @@ def require(ok, message: str):
 def knob(default, meaning: str, low=None, high=None, choices=(), free=False, artifact=False):
     """A field of Config. Bounds are inclusive. A `free` knob does not shape the result and may change at a resume. An
     `artifact` knob is recorded in the artifact, which then needs no other settings to be scored."""
-    high = 2**32 if type(default) is int and high is None else high  # a larger number of anything would only hang
+    high = 2**32 if type(default) is int and high is None else high  # a sanity bound: a larger count would only hang
     metadata = {"meaning": meaning, "allowed": (low, high, choices), "free": free, "artifact": artifact}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -147,7 +146,7 @@ class Config:
     def __init_subclass__(cls):
         """Make a subclass a frozen dataclass, too. A default that it replaces keeps the meaning and the bounds."""
         for field in [f for base in cls.__mro__[1:] for f in getattr(base, "__dataclass_fields__", {}).values()]:
-            value = getattr(cls, field.name)
+            value = getattr(cls, field.name)  # from the body, or as Python inherits: dataclass takes the first base's
             if value != field.default and not isinstance(value, dataclasses.Field):
                 default = dataclasses.field(default=type(field.default)(value), metadata=field.metadata)
                 setattr(cls, field.name, default)
@@ -173,7 +172,7 @@ class Config:
         require(len(argv) <= 1, f"{argv}: give at most one FILE.env; knobs are environment variables")
         texts = read_env_file(Path(argv[0])) if argv else {}
         model_file = environ.get("MODEL_FILE", texts.get("MODEL_FILE"))
-        if cls is Config and model_file:
+        if cls is Config and model_file:  # start over as the Config of that file
             return load_model_file(model_file).load(argv, environ, from_artifact)
         knobs, check = cls.knobs(), tool("check", log=str)
         texts = check.drop_moved_knobs(texts, knobs) if check else texts
@@ -212,9 +211,10 @@ class Config:
         require(total % (world_size * T) == 0, f"TRAIN_BATCH_TOKENS={total} on {world_size} ranks: {remedy}")
         allowed = divisors(total // T // world_size)
         require(wanted in (0, *allowed), f"GRAD_ACCUM_STEPS={wanted} does not divide the batch: use one of {allowed}")
-        # A CPU that runs out of memory gets no error to react to; 2**14 tokens are enough to keep its cores busy.
-        limit = 2**14 * (device_type == "cpu") if self.micro_batch_tokens == "auto" else int(self.micro_batch_tokens)
-        fewest = max(0 if device_type == "cpu" else 8 / world_size, allowed[-1] * T / (limit or math.inf))
+        # A CPU that runs out of memory raises no error to catch, so auto has a limit; 2**14 tokens keep its cores busy.
+        auto_limit, fewest = (2**14, 1) if device_type == "cpu" else (0, 8 / world_size)  # a limit of 0 is no limit
+        limit = auto_limit if self.micro_batch_tokens == "auto" else int(self.micro_batch_tokens)
+        fewest = max(fewest, total / world_size / limit) if limit else fewest
         return wanted or next((steps for steps in allowed if steps >= fewest), allowed[-1])
 
 
@@ -262,13 +262,13 @@ class Runtime:  # this process: its rank among `world_size`, its device, its typ
             check.check_launch(environ)
         self.rank, self.world_size, self.is_master = int(rank), int(size), int(rank) == 0
         gpus, kernels = torch.cuda.device_count(), tool("kernels", log=str)
-        kind = config.device.replace("auto", "cuda" if gpus else "cpu")
-        kind = kernels.choose_device(config, int(size)) if kernels else kind
+        default = "cuda" if gpus else "cpu"
+        kind = kernels.choose_device(config, int(size)) if kernels else config.device.replace("auto", default)
         self.device = torch.device(kind)
         if kind == "cuda":
             self.device = torch.device(kind, int(environ.get("LOCAL_RANK", 0)) % gpus)
             torch.cuda.set_device(self.device)
-        best = kernels.best_dtype(kind) if kernels else "bfloat16" if kind == "cuda" else "float32"
+        best = kernels.best_dtype(kind) if kernels else {"cuda": "bfloat16"}.get(kind, "float32")
         self.dtype = getattr(torch, config.dtype.replace("auto", best))
         self.device_name = kernels.device_name(self.device) if kernels else kind
         if self.world_size > 1:
@@ -327,8 +327,8 @@ class RunFolder:  # logs/<run_id>/, written by rank 0; tools/checkpoint.py adds 
                 print(line, flush=True)
             self.append("train.log", line) if self.created else self.early_lines.append(line)
 
-    def append(self, name: str, *lines: str):  # on a full disk the lines are lost and the run goes on
-        if self.runtime.is_master:
+    def append(self, name: str, *lines: str):  # if the disk is full, the lines are lost and the run goes on
+        if self.created:
             with contextlib.suppress(OSError), open(self.path / name, "a", encoding="utf-8") as file:
                 file.writelines(f"{line}\n" for line in lines)
 
@@ -338,8 +338,7 @@ class RunFolder:  # logs/<run_id>/, written by rank 0; tools/checkpoint.py adds 
         os.replace(temporary, self.path / name)
 
     def close(self, *last_lines: str):
-        if self.created:
-            self.append("train.log", *last_lines)
+        self.append("train.log", *last_lines)
 
 
 class Stopwatch:  # seconds in each phase; one runs at a time, and the device is drained when it changes
@@ -454,8 +453,8 @@ class TrainLoader:
 # Bits per byte compares models with different tokenizers, and is only as good as its byte count. This section alone
 # knows how many bytes a token stands for, and it checks itself: the first million validation tokens are decoded and
 # compared, and the total must agree with the dataset's manifest.json.
-NAMED_TOKENIZER = re.compile(r"\w+|(.*\W)?\w*byte_?260\w*(\.json)?")  # "bytes" or a name of tiktoken; no .model file
-AUDIT_TOKENS = 1_000_000  # this many are decoded
+NAMED_TOKENIZER = re.compile(r"\w+|(.*\W)?\w*byte_?260\w*(\.json)?")  # bytes, gpt2 (of tiktoken), */byte260.json
+AUDIT_TOKENS = 1_000_000  # tokens that are decoded and compared
 
 
 # Bytes of text per token of a SentencePiece .model; tools/tokenizers.py knows other vocabularies. A special token, or
@@ -468,12 +467,12 @@ class TokenBytes:
         self.zero_bytes = []  # marks of capitals: tokens without bytes that are no boundaries
         self.leading = set()  # tokens whose text begins with U+2581, which `pieces` leaves out
         self.byte_ids, self.unknown = set(), set()
-        if NAMED_TOKENIZER.fullmatch(path):
+        if named := NAMED_TOKENIZER.fullmatch(path):
             tool("tokenizers", required=True).load(self)
         else:
             self.load_sentencepiece(path)
-        self.size = len(self.pieces)  # `pieces` has the text of each token in bytes, None for a special one
-        content = Path(path).read_bytes() if self.leading else repr(self.pieces).encode()
+        self.size = len(self.pieces)  # `pieces` has the bytes of each token; None for a special token
+        content = repr(self.pieces).encode() if named else Path(path).read_bytes()
         self.sha256 = hashlib.sha256(content).hexdigest()
         fits, found = 0 <= vocab_size - self.size <= padding, f"TOKENIZER_PATH={path} has {self.size} pieces"
         require(fits, f"VOCAB_SIZE={vocab_size}, but {found}: set that, or the tokenizer of the shards")
@@ -528,22 +527,25 @@ class TokenBytes:
 
 
 def compare_spelling(token_bytes: TokenBytes, stream: TokenStream) -> str:
-    """Check on the first tokens that the text whose bytes are counted is what the tokenizer decodes, except for half
-    characters at the ends, and for documents with unknown letters, which decode to a sign."""
+    """Check that the first tokens, document by document, decode to the text whose bytes are counted. Not compared are
+    characters cut in half at either end, and documents with unknown characters, which decode to a placeholder."""
     tokens = stream.read(0, min(AUDIT_TOKENS, len(stream)))
-    starts, spelled_bytes, unknown = np.flatnonzero(token_bytes.boundary[tokens]), 0, 0
+    starts = np.flatnonzero(token_bytes.boundary[tokens])
+    spelled_bytes, skipped = 0, 0
     for document in map(np.ndarray.tolist, np.split(tokens, starts)):
-        spelled, known = token_bytes.spell(document), token_bytes.unknown.isdisjoint(document)
-        spelled_bytes, unknown = spelled_bytes + len(spelled), unknown + (not known)
-        texts = (spelled, token_bytes.decode(document) if known else spelled)
-        ours, theirs = (text.decode(errors="replace").strip("\ufffd") for text in texts)
+        spelled = token_bytes.spell(document)
+        spelled_bytes += len(spelled)
+        if not token_bytes.unknown.isdisjoint(document):
+            skipped += 1
+            continue
+        ours, theirs = (t.decode(errors="replace").strip("\ufffd") for t in (spelled, token_bytes.decode(document)))
         found = f"{token_bytes.path} decodes a document to {theirs[:40]!r}..., its pieces spell {ours[:40]!r}..."
-        same = ours == theirs and ours.encode() in spelled
+        same = ours == theirs and ours.encode() in spelled  # the latter fails if a byte inside had to be replaced
         require(same, f"{stream.pattern}: {found}: use the tokenizer of the shards")
     boundary = np.flatnonzero(token_bytes.boundary)[:1].astype(tokens.dtype)
     counted = token_bytes.count(np.concatenate([boundary, tokens]))
     assert counted == spelled_bytes, f"the first tokens count {counted} bytes and spell {spelled_bytes}"
-    note = f" ({unknown} documents hold unknown letters and are not compared)" if unknown else ""
+    note = f" ({skipped} documents hold unknown letters and are not compared)" if skipped else ""
     return f"{len(tokens)} tokens in {len(starts)} documents decode to the {counted} bytes they weigh{note}"
 
 
@@ -650,12 +652,12 @@ class Model(nn.Module):
             return self.logits(x_BTD)
         fused = self.fused_loss and self.fused_loss(self, x_BTD, targets_BT, None)
         losses_BT = self.losses(self.logits(x_BTD), targets_BT) if fused is None else fused
-        # An extra_loss is a scalar that a module leaves: it is minimized with the mean loss, and not scored.
-        leaving = [module for module in modules if getattr(module, "extra_loss", None) is not None]
-        extra = sum(module.extra_loss for module in leaving)
-        for module in leaving:
+        # A module may set its extra_loss, a scalar: it is added to the mean loss in training, and never scored.
+        with_extra = [module for module in modules if getattr(module, "extra_loss", None) is not None]
+        extra = sum(module.extra_loss for module in with_extra)
+        for module in with_extra:
             module.extra_loss = None
-        return (losses_BT, extra) if leaving else losses_BT
+        return (losses_BT, extra) if with_extra else losses_BT
 
     def distributions(self, contexts_BT: Tensor, scored_BT: Tensor) -> Tensor:
         """Log-probabilities [n, V] of the token after each of the n positions in a mask, in row-major order, at least
@@ -675,8 +677,7 @@ class Model(nn.Module):
             {"params": groups["scalar"], "lr": config.scalar_lr, "weight_decay": config.scalar_weight_decay},
         ]
         betas = (config.beta1, config.beta2)
-        adam = [group for group in adam if group["params"]]
-        optimizers = [torch.optim.AdamW(adam, betas=betas, eps=config.adam_eps, fused=True)]
+        optimizers = [torch.optim.AdamW([g for g in adam if g["params"]], betas=betas, eps=config.adam_eps, fused=True)]
         if groups["matrix"]:
             rates = (config.matrix_lr, config.muon_momentum, config.muon_backend_steps)
             optimizers.append(Muon(groups["matrix"], *rates, runtime, config.muon_weight_decay))
@@ -743,8 +744,8 @@ class Attention(nn.Module):  # causal and grouped-query (Shazeer 2019; Ainslie e
         self.q_gain = nn.Parameter(torch.empty(config.num_heads))
 
     def forward(self, x_BTD: Tensor, rotate) -> Tensor:
-        parts = (self.c_q(x_BTD), self.c_k(x_BTD), self.c_v(x_BTD))
-        q_BTHd, k_BTKd, v_BTKd = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
+        projections = (self.c_q(x_BTD), self.c_k(x_BTD), self.c_v(x_BTD))
+        q_BTHd, k_BTKd, v_BTKd = (x.unflatten(-1, (-1, self.head_dim)) for x in projections)
         q_BTHd = rotate(rms_norm(q_BTHd)) * self.q_gain.to(x_BTD.dtype)[:, None]
         k_BTKd = rotate(rms_norm(k_BTKd))
         y_BHTd = self.attend(q_BTHd.transpose(1, 2), k_BTKd.transpose(1, 2), v_BTKd.transpose(1, 2))
@@ -830,7 +831,7 @@ class GPT(Model):  # a U-net of blocks over a normalized embedding, which is als
 def build_model(config: Config, runtime: Runtime) -> tuple[Model, nn.Module, str]:
     """The initialized model, the same model compiled if that works, and log lines on what was chosen and why."""
     attend, fused_loss, note = grouped_attention, None, "no tools/kernels.py"
-    compile_options = {} if runtime.device.type == "cuda" else None
+    compile_options = {} if runtime.device.type == "cuda" and config.compile != "0" else None  # None: not compiled
     if kernels := tool("kernels", log=str):
         attend, fused_loss, compile_options, note = kernels.choose(config, runtime)
     model = config.model_class()(config, attend, runtime.dtype)
@@ -840,8 +841,8 @@ def build_model(config: Config, runtime: Runtime) -> tuple[Model, nn.Module, str
     model.prepare(config, runtime)
     # DDP would split the graph, and then torch 2.8 corrupts the gradients of blocks that run more than once.
     torch._dynamo.config.optimize_ddp = False
-    compile = functools.partial(torch.compile, dynamic=False, fullgraph=True, **(compile_options or {}))
-    compiled_model = model if compile_options is None else compile(model)
+    options = {"dynamic": False, "fullgraph": True} | (compile_options or {})
+    compiled_model = model if compile_options is None else torch.compile(model, **options)
     dtype = str(runtime.dtype).removeprefix("torch.")
     return model, compiled_model, f"device:{runtime.device} ({runtime.device_name}) dtype:{dtype}\n{note}"
 
@@ -902,7 +903,7 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_mul_(momenta, mu)
                 torch._foreach_add_(momenta, grads)
                 u = torch.stack(torch._foreach_add(grads, momenta, alpha=mu))
-                torch._foreach_copy_([updates[p] for p in same], [*self.orthogonal(u, group)])
+                torch._foreach_copy_([updates[p] for p in same], self.orthogonal(u, group).unbind())
             if self.runtime.world_size > 1:
                 dist.all_reduce(flat)
             if group["weight_decay"]:
@@ -955,27 +956,27 @@ class Evaluator:
         With T = 4, S = 2 and 7 targets, the windows have targets 0123, 2345 and 4567 and score 0123, 45 and 6. A batch
         of two windows from index 1 on reads tokens 2 to 8, the last of which is padding, and scores range(4, 7)."""
         T, S, rank, ranks = self.length, self.stride, self.runtime.rank, self.runtime.world_size
-        first = self.first_window(number * chunk)
-        count = self.first_window((number + 1) * chunk) - first
-        stop = first + count * (rank + 1) // ranks
-        batch = min(self.batch, math.ceil(math.ceil(chunk / S) / ranks))
-        for index in range(first + count * rank // ranks, stop, batch):
-            begin, last = index * S, min(index + batch, stop) - 1
-            end = min(last * S + T, self.targets)
+        first, after = self.first_window(number * chunk), self.first_window((number + 1) * chunk)
+        start, stop = (first + (after - first) * r // ranks for r in (rank, rank + 1))  # this rank's windows
+        batch = min(self.batch, math.ceil(math.ceil(chunk / S) / ranks))  # no more rows than a chunk can fill
+        for index in range(start, stop, batch):
+            last = min(index + batch, stop) - 1  # the last window that is not padding
+            begin, end = index * S, min(last * S + T, self.targets)  # targets [begin, end) are in these windows
             tokens = np.zeros((batch - 1) * S + T + 1, np.uint16)
             tokens[: end + 1 - begin] = self.stream.read(begin, end + 1 - begin)
             rows = to_device(tokens, self.runtime.device).unfold(0, T + 1, S)
             target = torch.arange(begin, begin + len(tokens) - 1, device=rows.device).unfold(0, T, S)
-            fresh = (target >= target[:, :1] + T - S) | (target[:, :1] == 0)
-            mask, scored = fresh & (target < end), range(begin + T - S if index else 0, end)
-            yield rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), mask, scored
+            fresh = (target >= target[:, :1] + T - S) | (target[:, :1] == 0)  # in no earlier window
+            scored = range(begin + T - S if index else 0, end)
+            yield rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), fresh & (target < end), scored
 
     @torch.no_grad()  # not inference_mode: tables cached under it would fail in the next training step
     def score(self, model: Model, forward, log=lambda line: None, interrupted=lambda: False, final=False):
         """The Score over all ranks, or None if one of them was interrupted. In the final score the text is scored in
         chunks of observe_every targets, and the model may learn from each chunk before the next one is scored."""
         chunk = model.observe_every if final and model.observe_every else self.targets
-        chunks = 1 + max(0, (self.windows - 2) * self.stride + self.length) // chunk if self.windows > 1 else 1
+        last_start = (self.windows - 2) * self.stride + self.length if self.windows > 1 else 0
+        chunks = 1 + last_start // chunk  # up to the one in which the last window begins to score
         model.eval()
         if final and (line := model.begin(self.targets, forward)):
             log(line)
@@ -1052,8 +1053,7 @@ class Coder:
         if type(self.config) is not Config:
             path = Path(inspect.getfile(type(self.config)))
             artifact["source"] = {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-        parts = ("quantized", "scales", "dtypes", "passthrough", "qmeta", "passthrough_orig_dtypes")
-        quantized, scales, dtypes, kept, qmeta, kept_dtypes = (artifact.setdefault(part, {}) for part in parts)
+        quantized, scales, dtypes, kept, kept_dtypes = {}, {}, {}, {}, {}
         for name, tensor in state.items():
             tensor, dtype = tensor.detach().cpu().contiguous(), str(tensor.dtype).removeprefix("torch.")
             rule = self.config.model_class().rule(name) if tensor.is_floating_point() else None
@@ -1062,14 +1062,15 @@ class Coder:
             if rule and tensor.numel() > INT8_MIN_NUMEL:
                 matrix = tensor.float() if tensor.ndim == 2 else tensor.float().view(1, -1)
                 q, scale = self.quantize_matrix(name, matrix)
-                quantized[name], dtypes[name], scales[name] = q.view_as(tensor), dtype, scale[0]
-                if tensor.ndim == 2:
-                    scales[name], qmeta[name] = scale, {"scheme": "per_row", "axis": 0}
+                quantized[name], dtypes[name] = q.view_as(tensor), dtype
+                scales[name] = scale if tensor.ndim == 2 else scale[0]
             elif rule and not (rule.fp32 and self.control_fp32):
                 kept[name], kept_dtypes[name] = tensor.half(), dtype
             else:
                 kept[name] = tensor
-        return artifact
+        qmeta = {name: {"scheme": "per_row", "axis": 0} for name, q in quantized.items() if q.ndim == 2}
+        artifact |= {"quantized": quantized, "scales": scales, "dtypes": dtypes}
+        return artifact | {"passthrough": kept, "qmeta": qmeta, "passthrough_orig_dtypes": kept_dtypes}
 
     def dequantize(self, artifact: dict) -> dict[str, Tensor]:
         """The state dict that an artifact stands for, each tensor in its original type."""
@@ -1107,15 +1108,15 @@ def export(state: dict[str, Tensor], coder: Coder, folder: RunFolder, code_bytes
     folder.write("final_model.pt", raw)  # first: whatever fails after this, the weights are saved
     blob, facts = coder.encode(state, code_bytes)
     folder.write(coder.file, blob)
-    ratio = sum(tensor.nbytes for tensor in state.values()) / facts["payload"]
-    sizes = f"payload:{facts.pop('payload')} raw_torch:{facts.pop('raw_torch')} payload_ratio:{ratio:.2f}x"
+    payload, raw_torch = facts.pop("payload"), facts.pop("raw_torch")  # logged; the rest goes to result.json, too
+    ratio = sum(tensor.nbytes for tensor in state.values()) / payload
     total, limit = len(blob) + code_bytes, coder.config.size_limit
     verdict = "OK" if total <= limit else "TOO LARGE, NOT A VALID SUBMISSION"
     extra = "".join(f" {name}:{value:.4f}" for name, value in facts.items())
     folder.log(f"""Serialized model: {len(raw)} bytes
 Code size: {code_bytes} bytes
 Total submission size: {len(raw) + code_bytes} bytes
-Serialized model {coder.tag}: {len(blob)} bytes ({sizes})
+Serialized model {coder.tag}: {len(blob)} bytes (payload:{payload} raw_torch:{raw_torch} payload_ratio:{ratio:.2f}x)
 Total submission size {coder.tag}: {total} bytes
 size_verdict:{verdict} limit:{limit} spare:{limit - total}{extra}""")
     sizes = {"bytes_model": len(raw), "bytes_artifact": len(blob), "bytes_code": code_bytes, "bytes_total": total}
@@ -1144,7 +1145,7 @@ class Trainer:
         self.optimizers = self.model.optimizers(config, runtime)
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["base_lr"] = group["lr"]  # the schedule scales this
-        self.average = [p.detach().float().clone() for p in self.model.parameters() if config.ema_decay]
+        self.average = [p.detach().float().clone() for p in self.model.parameters()] if config.ema_decay else []
         self.coder = config.coder_class()(config)
         torch.manual_seed(config.seed + runtime.rank)  # for dropout and the like
         self.steps = 0
@@ -1160,12 +1161,12 @@ class Trainer:
         losses = torch.zeros(len(inputs), device=inputs.device)
         for micro, (x, y) in enumerate(zip(inputs, targets, strict=True)):
             # DDP reduces gradients in every backward unless told not to: the last micro-step is enough.
-            more = ranks > 1 and micro + 1 < len(inputs)
-            with self.train_model.no_sync() if more else contextlib.nullcontext():
+            skip_sync = ranks > 1 and micro + 1 < len(inputs)
+            with self.train_model.no_sync() if skip_sync else contextlib.nullcontext():
                 output = self.train_model(x, y)
                 token_losses, *extra = output if isinstance(output, tuple) else (output,)
                 loss = token_losses.mean() / len(inputs)
-                sum((term / len(inputs) for term in extra), loss).backward()
+                (loss + sum(extra) / len(inputs)).backward()
             losses[micro] = loss.detach()
         metrics = {"train_loss": losses.sum(), "lr_scale": lr_scale}
         if ranks > 1:
@@ -1195,11 +1196,11 @@ class Trainer:
                     self.step(1.0, self.config.muon_momentum)
                     self.runtime.synchronize()
                     self.folder.log(f"warmup_step:{step}/{total}" + f" graph:{start}" * bool(start))
-                    if step == total > 1:
+                    if 1 < step == total:  # the first step would time the compiler
                         self.step_seconds.append(self.stopwatch.elapsed("compile") - began)
-                with torch.no_grad():  # as a validation does it
-                    for inputs, targets, *_ in itertools.islice(evaluator.batches(evaluator.targets, 0), 1):
-                        self.compiled_model.eval()(inputs, targets)
+                with torch.no_grad():  # the graph of a validation
+                    if batch := next(evaluator.batches(evaluator.targets, 0), None):  # None: no windows on this rank
+                        self.compiled_model.eval()(*batch[:2])
                 self.compiled_model.train()
             self.reserve = self.coder.warm_up(self) or 0.0
         for part, state in zip(parts, saved, strict=False):
@@ -1209,35 +1210,35 @@ class Trainer:
     def plan(self) -> tuple[float, float, bool]:
         """Learning-rate scale and progress of the next step, and whether to stop: rank 0's decision, by its clock. The
         step must end before the limit even if it takes as long as the slowest of the last 20."""
-        config = self.config
         elapsed = self.stopwatch.elapsed("training") + self.reserve
         end = elapsed + (1 + len(self.queue)) * max(self.step_seconds, default=0.0)
-        stop = self.finished or self.steps >= config.iterations or 0 < config.max_wallclock_seconds <= end
-        progress = progress_at(config, self.steps, elapsed)
-        scale = self.model.lr_scale(config, self.steps, progress)
+        out_of_time = 0 < self.config.max_wallclock_seconds <= end
+        stop = self.finished or self.steps >= self.config.iterations or out_of_time
+        progress = progress_at(self.config, self.steps, elapsed)
+        scale = self.model.lr_scale(self.config, self.steps, progress)
         return self.runtime.broadcast((scale, 1.0 if stop else progress, stop))
 
     def interrupted(self) -> bool: ...  # asked during a validation; if a rank says yes, there is no score
     def save(self): ...  # a checkpoint, when all steps are done
 
     def train(self, evaluator: Evaluator) -> Score:
-        """Train until ITERATIONS or the clock. Returns the score of the last validation."""
-        config = self.config
+        """Train until ITERATIONS or the time limit. Returns the score of the last validation."""
+        every = self.config.val_loss_every
         while True:
             scale, progress, stop = self.plan()
             self.model.advance(progress)
             if stop:
                 self.finish_weights()
-            due = config.val_loss_every and self.steps % config.val_loss_every == 0
-            if stop or (due and (self.steps or config.val_at_start)):
+            due = every and self.steps % every == 0 and (self.steps or self.config.val_at_start)
+            if stop or due:
                 score = self.validate(evaluator)
-                if not score:
+                if not score:  # a signal interrupted it; plan() then saves a checkpoint and ends the run
                     continue
                 if stop:
                     return score
-            metrics = self.step(scale, muon_momentum(config, self.steps))
-            if self.average:  # EMA in fp32; a short run forgets its first steps
-                decay = min(config.ema_decay, (self.steps + 1) / (self.steps + 10))
+            metrics = self.step(scale, muon_momentum(self.config, self.steps))
+            if self.average:  # EMA in fp32, with a smaller decay in the first steps
+                decay = min(self.config.ema_decay, (self.steps + 1) / (self.steps + 10))
                 torch._foreach_lerp_(self.average, [p.detach().float() for p in self.model.parameters()], 1 - decay)
             self.steps += 1
             self.queue_metrics(metrics)
@@ -1261,13 +1262,13 @@ class Trainer:
 
     def queue_metrics(self, metrics: dict[str, Tensor | float]):
         """Send the numbers of a step to the host; on a GPU they arrive when the step has ended."""
-        device = {name: value.detach().float() for name, value in metrics.items() if isinstance(value, Tensor)}
-        values, arrived = torch.stack([*device.values()]), None
+        tensors = {name: value.detach().float() for name, value in metrics.items() if isinstance(value, Tensor)}
+        values, arrived = torch.stack([*tensors.values()]), None
         if values.is_cuda:
-            values = torch.empty(len(device), pin_memory=True).copy_(values, non_blocking=True)
+            values = torch.empty(len(tensors), pin_memory=True).copy_(values, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
-        self.queue.append((self.steps, metrics, list(device), values, arrived))
+        self.queue.append((self.steps, metrics, list(tensors), values, arrived))
 
     def log_steps(self, keep: int = 0):
         """Log the queued steps except the last `keep`, and raise if a loss is not finite."""
@@ -1324,8 +1325,8 @@ def tool(name: str, log=print, required: bool = False):
     key, folder = f"train_gpt.tools.{name}", Path(__file__).resolve().parent
     paths = [folder / "tools" / f"{name}.py"] + [folder / f"{name}.py"] * (name in SUBMISSION_TOOLS)
     path = next(filter(Path.is_file, paths), None)
-    if key in sys.modules or path:
-        return sys.modules.get(key) or load_module(path, key)
+    if module := sys.modules.get(key) or (path and load_module(path, key)):
+        return module
     require(not required, f"{paths[0]} is missing: take it from the repository")
     log(f"warning: tools/{name}.py is missing: {TOOLS[name]}")
 
@@ -1344,7 +1345,7 @@ def load_model_file(file: str) -> type[Config]:
     path = next(filter(Path.is_file, (Path(file), here / file, here / Path(file).name)), None)
     require(path, f"MODEL_FILE={file}: no such file here or in {here}: give one such as records/models/tiny.py")
     key = "model_file_" + re.sub(r"\W", "_", str(path.resolve()))
-    sys.path[:0] = [folder for folder in [str(path.resolve().parent)] if folder not in sys.path]
+    sys.path[:] = dict.fromkeys([str(path.resolve().parent), *sys.path])  # first, and once
     try:
         found = vars(sys.modules.get(key) or load_module(path.resolve(), key)).get("Config")
     except Exception as error:  # whatever that program may raise
@@ -1362,7 +1363,7 @@ def source_paths(config: Config) -> dict[str, Path]:
     script, folder = Path(__file__).resolve(), Path(inspect.getfile(type(config))).resolve().parent
     files = {key: getattr(module, "__file__", None) for key, module in list(sys.modules.items())}
     loaded = {key: Path(file).resolve() for key, file in files.items() if file and Path(file).is_file()}
-    paths = [loaded[key] for key in map("train_gpt.tools.{}".format, SUBMISSION_TOOLS) if key in loaded]
+    paths = [loaded[key] for name in SUBMISSION_TOOLS if (key := f"train_gpt.tools.{name}") in loaded]
     if type(config) is not Config:
         paths += [path for path in loaded.values() if path.parent == folder and path != script]
     return {"train_gpt.py": script} | {path.name: path for path in paths}
@@ -1408,10 +1409,10 @@ def train(config: Config, folder: RunFolder, argv: list[str]):
     trainer_class = checkpoint.Trainer if checkpoint else Trainer
     trainer = trainer_class(config, folder, stopwatch, TrainLoader(stream, config, runtime, accum_steps))
     folder.create(config, sources)
-    params, accum_steps = sum(p.numel() for p in trainer.model.parameters()), trainer.loader.accum_steps
+    params = sum(p.numel() for p in trainer.model.parameters())
     folder.log(f"{trainer.note}\nmodel_params:{params}\nseed:{config.seed}\nrun_folder:{folder.path}")
-    folder.log(f"world_size:{runtime.world_size} grad_accum_steps:{accum_steps}")
-    evaluator = Evaluator(val_stream, token_bytes, config, runtime, accum_steps)
+    folder.log(f"world_size:{runtime.world_size} grad_accum_steps:{trainer.loader.accum_steps}")
+    evaluator = Evaluator(val_stream, token_bytes, config, runtime, trainer.loader.accum_steps)
     trainer.warm_up(evaluator)
     stopwatch.switch("training")
     startup, compiling = (1000 * stopwatch.seconds[phase] for phase in ("startup", "compile"))
