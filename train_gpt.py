@@ -1,11 +1,11 @@
-"""Train a small GPT as well as 600 seconds and 16,000,000 bytes allow. The score is in bits per byte of held-out text.
+"""Train the best small GPT that fits 600 seconds and 16,000,000 bytes, scored in bits per byte of held-out text.
 
     python train_gpt.py                                      one process, on whatever device this machine has
     python train_gpt.py records/recipes/demo_cpu.env         a configuration file of KEY=VALUE lines
     SEED=1338 MATRIX_LR=0.03 python train_gpt.py             every knob is an environment variable
-    MODEL_FILE=records/models/tiny.py python train_gpt.py    a model of your own, with more knobs
+    MODEL_FILE=records/models/tiny.py python train_gpt.py    your own model, with its own knobs
     torchrun --standalone --nproc_per_node=8 train_gpt.py    eight GPUs; any number of ranks works
-    MODE=check python train_gpt.py                           what a run needs; README.md has eval and sample
+    MODE=check python train_gpt.py                           report what a run needs; eval, sample: README.md
     python train_gpt.py --help                               every knob with its default and meaning
 
 Shape suffixes: B batch, T time, D model width, H query heads, K key-value heads, d head width, V vocabulary.
@@ -46,7 +46,7 @@ NO_DATA_HINT = """two commands make a small dataset and train on it:
 
 
 class UserError(ValueError):
-    """A mistake that the user can correct. It is shown as one message without a traceback; the exit code is 2."""
+    """A mistake that the user can fix. It is printed as one message, without a traceback, and the exit code is 2."""
 
 
 def require(ok, message: str):
@@ -55,11 +55,11 @@ def require(ok, message: str):
 
 
 # ---------- Config ----------------------------------------------------------------------------------------------------
-# Every hyperparameter is a field of one frozen dataclass, checked once and printed whole at the start of a run. A value
-# comes from the defaults, then from a FILE.env, then from the environment; the last one wins.
+# Every hyperparameter is a field of one frozen dataclass, validated once and printed in full at the start of a run.
+# Values come from the defaults, then a FILE.env, then the environment; the last one wins.
 def knob(default, meaning: str, low=None, high=None, choices=(), free=False, artifact=False):
-    """A field of Config. Bounds are inclusive. A `free` knob does not shape the result and may change at a resume. An
-    `artifact` knob is recorded in the artifact, which then needs no other settings to be scored."""
+    """A field of Config. Bounds are inclusive. A `free` knob does not affect the result and may change on resume. An
+    `artifact` knob is stored in the artifact, which can then be scored without other settings."""
     high = 2**32 if type(default) is int and high is None else high  # a sanity bound: a larger count would only hang
     metadata = {"meaning": meaning, "allowed": (low, high, choices), "free": free, "artifact": artifact}
     return dataclasses.field(default=default, metadata=metadata)
@@ -67,8 +67,8 @@ def knob(default, meaning: str, low=None, high=None, choices=(), free=False, art
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """All knobs. The name of a field in capitals is its environment variable; `# --` starts a group of --help. A model
-    file subclasses this without a decorator: a new knob is made by `knob`, a new default is the value alone."""
+    """All knobs. Each is set by the environment variable of its name in capitals; `# --` starts a group in --help. A
+    model file subclasses this without a decorator: `knob(...)` adds a knob, a plain value changes a default."""
 
     # -- Task and files
     mode: str = knob("train", "what this call does", choices=("train", "check", "eval", "sample"), free=True)
@@ -78,31 +78,31 @@ class Config:
     artifact: str = knob("", "model for MODE=eval and sample: a final_model.int8.ptz or a .pt file", free=True)
     log_dir: str = knob("./logs", "folder of the run folders", free=True)
     run_id: str = knob("", "name of the run folder; empty: a time stamp", free=True)
-    seed: int = knob(1337, "seed of the initial weights, and of a sample", 0, 2**63 - 1)
+    seed: int = knob(1337, "seed of weights, LOADER=shuffle, dropout and samples", 0, 2**63 - 1)
     # -- Checkpoints
     checkpoint_every_seconds: float = knob(-1.0, "0: only one at the end; -1: 60 s for long runs", -1, free=True)
-    resume: str = knob("auto", "auto: continue a run folder that exists; never; or a checkpoint", free=True)
-    resume_force: bool = knob(False, "resume although knobs that shape the result differ", free=True)
+    resume: str = knob("auto", "auto: continue if the run folder exists; never; or a checkpoint", free=True)
+    resume_force: bool = knob(False, "resume even if knobs that affect the result differ", free=True)
     # -- Device and kernels
     device: str = knob("auto", "device of every rank", choices=("auto", "cuda", "mps", "cpu"), free=True)
-    dtype: str = knob("auto", "type of the activations", choices=("auto", "bfloat16", "float32"))
+    dtype: str = knob("auto", "dtype of the activations", choices=("auto", "bfloat16", "float32"))
     compile: str = knob("auto", "auto: where a compiler works", choices=("auto", "0", "1", "autotune"), free=True)
     attention: str = knob("auto", "attention kernel; blocked and fused are for CPUs", choices=ATTENTION, free=True)
-    target_world_size: int = knob(0, "MODE=check for this many GPUs; 0: for the ranks at hand", 0, free=True)
+    target_world_size: int = knob(0, "MODE=check for this many GPUs; 0: WORLD_SIZE", 0, free=True)
     # -- Length of the run, and its batches
     iterations: int = knob(20_000, "maximum number of optimizer steps", 1)
     max_wallclock_seconds: float = knob(600.0, "limit of the training clock; validation does not count; 0: none", 0)
-    warmup_steps: int = knob(20, "compilation steps, undone afterwards; the learning rate has no warmup", 0, free=True)
+    warmup_steps: int = knob(20, "steps that compile and are then undone; no learning-rate warmup", 0, free=True)
     loader: str = knob("stream", "order of the training sequences", choices=("stream", "shuffle"))
     train_batch_tokens: int = knob(393_216, "tokens per step, over all ranks and micro-steps", 1, artifact=True)
     train_seq_len: int = knob(4096, "tokens per sequence, in training and evaluation", 1, artifact=True)
-    grad_accum_steps: int = knob(0, "micro-steps; 0: 8 / ranks on GPUs, 1 on CPUs", 0, free=True, artifact=True)
-    micro_batch_tokens: str = knob("auto", "limit per micro-step and rank; auto: what fits", free=True, artifact=True)
+    grad_accum_steps: int = knob(0, "micro-steps per step; 0: at least 8 / ranks on GPUs", 0, free=True, artifact=True)
+    micro_batch_tokens: str = knob("auto", "per micro-step and rank; auto: fits memory", free=True, artifact=True)
     # -- Logging and validation
     train_log_every: int = knob(200, "steps between log lines, after the first ten; 0: none", 0, free=True)
     val_loss_every: int = knob(1000, "steps between validations; 0: only at the end", 0, free=True)
     val_at_start: bool = knob(True, "validate before the first step, unless VAL_LOSS_EVERY is 0", free=True)
-    val_batch_size: int = knob(524_288, "tokens per validation batch, over all ranks", 1, free=True, artifact=True)
+    val_batch_size: int = knob(524_288, "tokens per batch, over all ranks and micro-steps", 1, free=True, artifact=True)
     val_tokens_limit: int = knob(0, "score only the first N targets, labeled partial; 0: all", 0, free=True)
     eval_stride: int = knob(0, "targets per sliding window; 0: disjoint windows", 0, free=True, artifact=True)
     # -- Model
@@ -111,10 +111,10 @@ class Config:
     model_dim: int = knob(512, "width D of the residual stream", 2, artifact=True)
     num_heads: int = knob(8, "query heads H", 1, artifact=True)
     num_kv_heads: int = knob(4, "key-value heads K; must divide NUM_HEADS", 1, artifact=True)
-    mlp_mult: float = knob(2.0, "hidden width of the MLP over MODEL_DIM, rounded", 0.01, 1024, artifact=True)
+    mlp_mult: float = knob(2.0, "MLP hidden width, as a multiple of MODEL_DIM", 0.01, 1024, artifact=True)
     tie_embeddings: bool = knob(True, "the embedding is also the output projection", artifact=True)
     tied_embed_init_std: float = knob(0.005, "standard deviation of the initial tied embedding", 0)
-    logit_softcap: float = knob(30.0, "smooth limit of the logits", 1e-3, artifact=True)
+    logit_softcap: float = knob(30.0, "cap c of the logits: c * tanh(logits / c)", 1e-3, artifact=True)
     rope_base: float = knob(10_000.0, "base of the rotary frequencies", 1, artifact=True)
     qk_gain_init: float = knob(1.5, "initial gain of every query head")
     # -- Adam and Muon
@@ -130,16 +130,16 @@ class Config:
     muon_momentum_warmup_start: float = knob(0.92, "Muon momentum at step 0", 0, 0.99999)
     muon_momentum_warmup_steps: int = knob(1500, "steps of the linear momentum warmup", 0)
     muon_backend_steps: int = knob(5, "Newton-Schulz iterations", 1)
-    muon_weight_decay: float = knob(0.0, "weight decay of the matrices, times their learning rate", 0)
+    muon_weight_decay: float = knob(0.0, "decoupled weight decay of the matrices", 0)
     embed_weight_decay: float = knob(0.0, "AdamW weight decay of embedding and output projection", 0)
     scalar_weight_decay: float = knob(0.0, "AdamW weight decay of vectors, scales and gains", 0)
-    grad_clip_norm: float = knob(0.0, "limit of the global gradient norm, after reduction; 0: off", 0)
+    grad_clip_norm: float = knob(0.0, "clip the global gradient norm to this; 0: off", 0)
     # -- Schedule, average of the weights, and export
-    warmdown_frac: float = knob(0.3526, "final fraction of the run in which the learning rates fall to 0", 0, 1)
+    warmdown_frac: float = knob(0.3526, "final fraction of the run, with linear decay to 0", 0, 1)
     lr_floor: float = knob(0.0, "lower bound of the learning-rate scale in the warmdown", 0, 1)
-    ema_decay: float = knob(0.0, "decay of the average of the weights; 0: no average", 0, 1)
-    ema_share: float = knob(1.0, "weight of the average in the export; the last weights have the rest", 0, 1)
-    size_limit: int = knob(16_000_000, "limit of code plus artifact, in bytes", 1)
+    ema_decay: float = knob(0.0, "decay of the EMA of the weights; 0: no EMA", 0, 1)
+    ema_share: float = knob(1.0, "share of the EMA in the exported weights; the rest: final weights", 0, 1)
+    size_limit: int = knob(16_000_000, "limit on code plus artifact, in bytes", 1)
 
     vocab_padding = 127  # VOCAB_SIZE may exceed the tokenizer's size by this much, to be a multiple of 128
 
@@ -174,7 +174,7 @@ class Config:
         model_file = environ.get("MODEL_FILE", texts.get("MODEL_FILE"))
         if cls is Config and model_file:  # start over as the Config of that file
             return load_model_file(model_file).load(argv, environ, from_artifact)
-        knobs, check = cls.knobs(), tool("check", log=str)
+        knobs, check = cls.knobs(), tool("check")
         texts = check.drop_moved_knobs(texts, knobs) if check else texts
         for name in sorted(texts.keys() - knobs.keys()):
             raise UserError(f"{argv[0]}: {name} is not a knob: {check.nearest(name, knobs) if check else 'see --help'}")
@@ -186,7 +186,7 @@ class Config:
         return config
 
     def check(self):
-        """Raise if a value is out of bounds, or would fail later with an obscure message. tools/check.py finds more."""
+        """Raise if a value is out of bounds or does not fit another. tools/check.py checks more combinations."""
         for name, field in self.knobs().items():
             value, (low, high, choices) = getattr(self, field.name), field.metadata["allowed"]
             require(not choices or value in choices, f"{name}={value}: expected one of {', '.join(choices)}")
@@ -199,7 +199,7 @@ class Config:
         require(batch % T == 0, f"TRAIN_BATCH_TOKENS={batch} is not whole TRAIN_SEQ_LEN={T}: use {batch + -batch % T}")
 
     def as_env(self) -> dict[str, str]:
-        """{KNOB: text} of a FILE.env that repeats this run, without the knobs that belong to one call only."""
+        """{KNOB: text} of a FILE.env that repeats this run, without the knobs of one invocation."""
         once = ("RUN_ID", "MODE", "ARTIFACT", "RESUME", "RESUME_FORCE")
         values = {name: getattr(self, field.name) for name, field in self.knobs().items() if name not in once}
         return {name: str(int(value) if isinstance(value, bool) else value) for name, value in values.items()}
@@ -251,19 +251,19 @@ def read_env_file(path: Path) -> dict[str, str]:
 
 
 # ---------- Runtime ---------------------------------------------------------------------------------------------------
-# The device, the ranks with their collectives, the run folder with its log, and the one clock. Decisions that depend on
-# time are made by rank 0 and broadcast: two ranks never act on two clocks.
-class Runtime:  # this process: its rank among `world_size`, its device, its type of activations, its collectives
-    newton_schulz = None  # a kernel for Muon's iterations, if tools/kernels.py has one
+# The device, the ranks and their collectives, the run folder and its log, and the clock. Rank 0 makes all decisions
+# that depend on time and broadcasts them, so that ranks cannot disagree.
+class Runtime:  # of this process: rank, device, dtype of the activations, and collectives
+    newton_schulz = None  # a faster kernel for Muon's iterations, if tools/kernels.py sets one
 
     def __init__(self, config: Config, environ):
-        rank, size = environ.get("RANK", "0"), environ.get("WORLD_SIZE", "1")
-        if check := tool("check", log=str):
+        if check := tool("check"):
             check.check_launch(environ)
-        self.rank, self.world_size, self.is_master = int(rank), int(size), int(rank) == 0
-        gpus, kernels = torch.cuda.device_count(), tool("kernels", log=str)
+        self.rank, self.world_size = int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1))
+        self.is_master = self.rank == 0
+        gpus, kernels = torch.cuda.device_count(), tool("kernels")
         default = "cuda" if gpus else "cpu"
-        kind = kernels.choose_device(config, int(size)) if kernels else config.device.replace("auto", default)
+        kind = kernels.choose_device(config, self.world_size) if kernels else config.device.replace("auto", default)
         self.device = torch.device(kind)
         if kind == "cuda":
             self.device = torch.device(kind, int(environ.get("LOCAL_RANK", 0)) % gpus)
@@ -272,11 +272,11 @@ class Runtime:  # this process: its rank among `world_size`, its device, its typ
         self.dtype = getattr(torch, config.dtype.replace("auto", best))
         self.device_name = kernels.device_name(self.device) if kernels else kind
         if self.world_size > 1:
-            # NCCL needs a GPU for each rank. The timeout is long, since some ranks may compile longer than others.
-            own_gpu = kind == "cuda" and int(environ.get("LOCAL_WORLD_SIZE", size)) <= gpus
+            # NCCL needs a GPU for each rank. The timeout is long because compile times differ between ranks.
+            own_gpu = kind == "cuda" and int(environ.get("LOCAL_WORLD_SIZE", self.world_size)) <= gpus
             hour = datetime.timedelta(hours=1)
             options = {"rank": self.rank, "world_size": self.world_size, "timeout": hour}
-            store = check.meet(environ, hour) if check else None  # names the ranks that are late
+            store = check.meet(environ, hour) if check else None  # prints which ranks have not joined
             dist.init_process_group("nccl" if own_gpu else "gloo", store=store, **options)
             self.host_group = dist.new_group(backend="gloo", timeout=hour)  # does not wait for work queued on the GPU
 
@@ -304,7 +304,7 @@ class RunFolder:  # logs/<run_id>/, written by rank 0; tools/checkpoint.py adds 
 
     def choose(self, config: Config, stream: "TokenStream", sources: dict[str, bytes]):
         """Name the folder, which must be new. tools/checkpoint.py overrides this to find and check a checkpoint."""
-        stamp = time.strftime(f"%Y-%m-%d_%H-%M-%S_{int.from_bytes(os.urandom(3))}")  # containers share clocks
+        stamp = time.strftime(f"%Y-%m-%d_%H-%M-%S_{int.from_bytes(os.urandom(3))}")  # clocks may agree
         self.run_id = self.runtime.broadcast(config.run_id or stamp)
         self.path = Path(config.log_dir) / self.run_id
         new = config.resume in ("auto", "never") and not self.path.exists()
@@ -332,7 +332,7 @@ class RunFolder:  # logs/<run_id>/, written by rank 0; tools/checkpoint.py adds 
             with contextlib.suppress(OSError), open(self.path / name, "a", encoding="utf-8") as file:
                 file.writelines(f"{line}\n" for line in lines)
 
-    def write(self, name: str, data: bytes):  # atomic: it is complete, or as it was
+    def write(self, name: str, data: bytes):  # atomic: the file is either new or unchanged
         temporary = self.path / f".{name}.tmp"
         temporary.write_bytes(data)
         os.replace(temporary, self.path / name)
@@ -341,7 +341,7 @@ class RunFolder:  # logs/<run_id>/, written by rank 0; tools/checkpoint.py adds 
         self.append("train.log", *last_lines)
 
 
-class Stopwatch:  # seconds in each phase; one runs at a time, and the device is drained when it changes
+class Stopwatch:  # seconds per phase; a switch first waits for the device
     def __init__(self, synchronize):
         self.synchronize, self.phase, self.since = synchronize, "startup", time.perf_counter()
         self.seconds = dict.fromkeys(("startup", "compile", "training", "evaluation", "export"), 0.0)
@@ -357,7 +357,7 @@ class Stopwatch:  # seconds in each phase; one runs at a time, and the device is
 
 # ---------- Data ------------------------------------------------------------------------------------------------------
 # Shards of uint16 tokens form one long stream. A step takes the next TRAIN_BATCH_TOKENS of it, cut into sequences.
-# Ranks and micro-steps take consecutive slices of that list, so that their number does not change what a step sees.
+# Ranks and micro-steps take consecutive slices of it, so that the data of a step does not depend on how many there are.
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 
 
@@ -376,9 +376,9 @@ class TokenStream:  # the shards of one split as one sequence of tokens
         name = re.compile(rf"fineweb_{split}_(\d+)\.bin")  # a glob would also accept fineweb_train_000000_old.bin
         found = sorted((int(match[1]), path) for path in Path(folder).glob("*") if (match := name.fullmatch(path.name)))
         require(found, f"DATA_PATH={folder} holds no fineweb_{split}_NNNNNN.bin; {NO_DATA_HINT}")
-        first = found[0][0] if split == "train" else 0  # training may use some shards; a score needs the whole text
+        first = found[0][0] if split == "train" else 0  # training may use any range of shards, a score needs all
         for expected, (number, path) in enumerate(found, start=first):
-            require(number == expected, f"{path}: number {expected} is missing or there twice: fetch or remove one")
+            require(number == expected, f"{path}: shard {expected} is missing or duplicated: fetch or remove one")
         self.shards = [open_shard(path) for _, path in found]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
 
@@ -386,7 +386,7 @@ class TokenStream:  # the shards of one split as one sequence of tokens
         return int(self.ends[-1])
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """`count` uint16 tokens from position `start` on. Reading crosses shard borders and wraps at the end."""
+        """`count` uint16 tokens from position `start`, across shard boundaries and wrapping around at the end."""
         pieces = []
         while count > 0:
             start %= len(self)
@@ -435,7 +435,7 @@ class TrainLoader:
         return np.stack([self.stream.read(start, self.length + 1) for start in starts])
 
     def shuffled_start(self, position: int) -> int:
-        """Where in the text the sequence begins that stands at this position of the shuffled order."""
+        """Start in the text of the sequence at this position of the shuffled order."""
         epoch, index = divmod(position // self.length, self.pieces)
         if epoch != self.epoch:
             random = np.random.default_rng((self.shuffle_seed, epoch))
@@ -450,21 +450,21 @@ class TrainLoader:
 
 
 # ---------- Bytes -----------------------------------------------------------------------------------------------------
-# Bits per byte compares models with different tokenizers, and is only as good as its byte count. This section alone
+# Bits per byte compares models with different tokenizers, provided that bytes are counted correctly. Only this section
 # knows how many bytes a token stands for, and it checks itself: the first million validation tokens are decoded and
-# compared, and the total must agree with the dataset's manifest.json.
+# compared, and the total must equal the one in the dataset's manifest.json.
 NAMED_TOKENIZER = re.compile(r"\w+|(.*\W)?\w*byte_?260\w*(\.json)?")  # bytes, gpt2 (of tiktoken), */byte260.json
 AUDIT_TOKENS = 1_000_000  # tokens that are decoded and compared
 
 
-# Bytes of text per token of a SentencePiece .model; tools/tokenizers.py knows other vocabularies. A special token, or
-# an id beyond the tokenizer's own, has 0 bytes and is a boundary. A byte piece has 1 byte, any other the UTF-8 length
-# of its text with U+2581 as a space. A leading U+2581 after a boundary adds no byte if the tokenizer adds or strips a
-# space there.
+# Bytes of text per token of a SentencePiece .model; tools/tokenizers.py adds other vocabularies. A special token, or an
+# id beyond the tokenizer's own, has 0 bytes and is a boundary, after which a new text starts. A byte piece has 1 byte.
+# Any other piece has the UTF-8 length of its text, with U+2581 as a space. If the tokenizer adds or strips a space at
+# the start of a text, the leading U+2581 of a piece right after a boundary has 0 bytes.
 class TokenBytes:
     def __init__(self, path: str, vocab_size: int, padding: int = 127):
         self.path, self.strips_first_space = path, True
-        self.zero_bytes = []  # marks of capitals: tokens without bytes that are no boundaries
+        self.zero_bytes = []  # case marks: tokens without bytes that are not boundaries
         self.leading = set()  # tokens whose text begins with U+2581, which `pieces` leaves out
         self.byte_ids, self.unknown = set(), set()
         if named := NAMED_TOKENIZER.fullmatch(path):
@@ -483,18 +483,18 @@ class TokenBytes:
         self.leading_space = np.isin(np.arange(vocab_size), [*self.leading])
 
     def load_sentencepiece(self, path: str):
-        from sentencepiece import SentencePieceProcessor  # late: importing this script stays light
+        from sentencepiece import SentencePieceProcessor  # here, so that importing this script stays cheap
 
         require(Path(path).is_file(), f"TOKENIZER_PATH={path} does not exist; {NO_DATA_HINT}")
         try:
             model = SentencePieceProcessor(model_file=path)
         except (RuntimeError, OSError) as error:
-            raise UserError(f"TOKENIZER_PATH={path} is no SentencePiece model: make or fetch it again") from error
+            raise UserError(f"TOKENIZER_PATH={path} is not a SentencePiece model: make or fetch it again") from error
         self.model, self.start, self.encode = model, model.bos_id(), model.encode
         ids = range(model.vocab_size())
         texts = model.id_to_piece([*ids])
         require("\u2581" in texts, f"{path} has no piece for a single space (U+2581): use another")
-        # A model that puts a space before a text, or strips it, gives the first space no meaning.
+        # If the model adds or strips a space at the start of a text, that space is not part of the text.
         self.strips_first_space = model.normalize("a")[:1] == "\u2581" or model.normalize(" a")[:1] != "\u2581"
         self.unknown = {token for token in ids if model.is_unknown(token) or model.is_unused(token)}
         special, self.byte_ids = self.unknown | set(filter(model.is_control, ids)), set(filter(model.is_byte, ids))
@@ -502,7 +502,7 @@ class TokenBytes:
         self.pieces = [text.removeprefix("\u2581").replace("\u2581", " ").encode() for text in texts]
         for token in special | self.byte_ids:
             self.pieces[token] = None if token in special else bytes([int(texts[token][3:5], 16)])  # such as <0xE6>
-        if "\ue001" in texts:  # a mark of capitals: data/README.md
+        if "\ue001" in texts:  # a case mark: see data/README.md
             tool("tokenizers", required=True).use_case_marks(self, texts)
 
     def decode(self, tokens: list[int]) -> bytes:
@@ -550,11 +550,11 @@ def compare_spelling(token_bytes: TokenBytes, stream: TokenStream) -> str:
 
 
 def audit(token_bytes: TokenBytes, stream: TokenStream, data_path: str) -> tuple[str, dict]:
-    """Check the byte count of the validation text: a line for the log, and facts for result.json. A manifest proves it;
-    without one, tokens and byte counts come from one tokenizer, which could be wrong about both."""
+    """Check the byte count of the validation text. Returns a log line, and facts for result.json. Without a manifest
+    that states the true count, a faulty tokenizer could be wrong about both the tokens and their bytes."""
     name, total, largest, digest = stream.pattern, 0, 0, hashlib.sha256()
     for start in range(0, len(stream), 2**24):
-        tokens = stream.read(start, min(2**24 + 1, len(stream) - start))  # with the token before the next piece
+        tokens = stream.read(start, min(2**24 + 1, len(stream) - start))  # one token more, as context of the next read
         total, largest = total + token_bytes.count(tokens), max(largest, int(tokens.max()))
         digest.update(tokens[: 2**24].tobytes())
     require(largest < token_bytes.size, f"{name}: {token_bytes.path} has no token {largest}: use the shards' tokenizer")
@@ -576,13 +576,13 @@ def audit(token_bytes: TokenBytes, stream: TokenStream, data_path: str) -> tuple
 
 
 # ---------- Model -----------------------------------------------------------------------------------------------------
-# Precision is one rule: weights, RoPE tables, norms, softmax and loss are fp32; activations and matmuls have the type
-# `dtype`, to which weights and tables are cast where they are used. What happens to a parameter, from its first value
-# to the artifact, is one row of the table PARAMETERS.
+# Precision: weights, RoPE tables, norms, softmax and loss are fp32; activations and matmuls use `dtype`: weights and
+# tables are cast to it where they are used. Each row of the table PARAMETERS states how one kind of parameter is
+# initialized, optimized and exported.
 class ParameterRule(NamedTuple):  # how the parameters of one kind are initialized, optimized and exported
     init: object  # a value, the name of a knob, or a function (parameter, config, generator)
     group: str  # "matrix" is trained by Muon; "embed", "head" and "scalar" by AdamW
-    fp32: bool = False  # the artifact keeps it in fp32 where it is too small to be quantized
+    fp32: bool = False  # stored as fp32 instead of fp16 if it is too small to be quantized
 
 
 def uniform_init(p: Tensor, config: Config, generator: torch.Generator):
@@ -593,22 +593,22 @@ def embedding_init(p: Tensor, config: Config, generator: torch.Generator):
     p.normal_(std=config.tied_embed_init_std if config.tie_embeddings else 1.0, generator=generator)
 
 
-# What training, export and scoring need from a model. Your own provides PARAMETERS and `features`, which maps tokens
-# [B, T] to the input [B, T, D] of the output projection. The constructor (config, attend, dtype) does not initialize.
+# What training, export and scoring need from a model. Your own defines PARAMETERS and `features`, which maps tokens
+# [B, T] to the input [B, T, D] of the output projection. The constructor (config, attend, dtype) sets no values.
 class Model(nn.Module):
     PARAMETERS: dict[str, ParameterRule] = {}
     softcap = 30.0
     fused_loss = None  # a kernel that computes logits and losses at once, if tools/kernels.py has one
     graph_starts: tuple[float, ...] = (0.0,)  # values of progress at which the compiled graph changes
-    observe_every = 0  # targets that are scored between two calls of `observe`; 0: it is not called
+    observe_every = 0  # targets between two calls of `observe`; 0: never called
 
     # What the script calls, and when. Each does nothing here.
     def prepare(self, config: Config, runtime: Runtime): ...  # once, on the device, before it is compiled
-    def advance(self, progress: float): ...  # before a step: train what belongs to this fraction of the run
+    def advance(self, progress: float): ...  # before a step, to switch parts on as the run goes on
     def metrics(self) -> dict[str, Tensor | float]: ...  # after a step: more scalars to log
     def begin(self, targets: int, forward) -> str: ...  # before the final score; `forward` is this model, compiled
-    def observe(self, tokens: np.ndarray): ...  # text that has been scored: targets, and the token before the first
-    def flops_per_token(self, seq_len: int) -> int: ...  # of training; None: tools/kernels.py counts
+    def observe(self, tokens: np.ndarray): ...  # a scored chunk: its targets, after the token before them
+    def flops_per_token(self, seq_len: int) -> int: ...  # in training; None: tools/kernels.py counts them
     def end(self, score: "Score") -> str: ...  # after the final score; like `begin`, it may return a line for the log
 
     @classmethod
@@ -645,7 +645,7 @@ class Model(nn.Module):
         return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="none").view_as(targets_BT)
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None):
-        """Logits [B, T, V] without targets, else losses [B, T]; in training (losses, extra) if there are extra ones."""
+        """Logits [B, T, V] without targets, else losses [B, T]; in training (losses, extra) if a module set one."""
         modules = [*self.modules()] if self.training else []  # after `features` the compiler could not list them
         x_BTD = self.features(tokens_BT)
         if targets_BT is None:
@@ -661,7 +661,7 @@ class Model(nn.Module):
 
     def distributions(self, contexts_BT: Tensor, scored_BT: Tensor) -> Tensor:
         """Log-probabilities [n, V] of the token after each of the n positions in a mask, in row-major order, at least
-        fp32. A model that overrides this is scored by it; the losses of others are the same numbers."""
+        fp32. If a model overrides this, its score comes from here; otherwise from the losses, which are the same."""
         return torch.log_softmax(self(contexts_BT)[scored_BT], dim=-1)
 
     def optimizers(self, config: Config, runtime: Runtime) -> list[torch.optim.Optimizer]:
@@ -698,7 +698,7 @@ def grouped_attention(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    return F.rms_norm(x, (x.size(-1),), eps=2.0**-23)  # computed in fp32, whose own epsilon this is
+    return F.rms_norm(x, (x.size(-1),), eps=2.0**-23)  # eps is that of fp32, in which it is computed
 
 
 class Linear(nn.Linear):  # the fp32 master weight is cast to the type of the input where it is used
@@ -714,7 +714,7 @@ def rope_tables(length: int, width: int, base: float) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x_BTHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate dimension i with dimension i + r/2, for i < r/2, by cos and sin [T, 1, r/2]. Dimensions from r on stay."""
+    """Rotate dimensions i and i + r/2, for i < r/2, by cos and sin [T, 1, r/2]. Dimensions >= r are unchanged."""
     a, b, *rest = x_BTHd.split(cos.size(-1), dim=-1)
     return torch.cat([a * cos + b * sin, b * cos - a * sin, *rest], dim=-1)
 
@@ -722,7 +722,7 @@ def rotate(x_BTHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class RoPE(nn.Module):  # rotary positions (Su et al. 2021, RoFormer): queries and keys are rotated
     def __init__(self, config: Config, width: int = 0):
         super().__init__()
-        width = width or config.model_dim // config.num_heads  # of a head, that rotate
+        width = width or config.model_dim // config.num_heads  # dimensions of a head that rotate
         cos, sin = rope_tables(config.train_seq_len, width, config.rope_base)
         self.register_buffer("cos", cos[:, None], persistent=False)
         self.register_buffer("sin", sin[:, None], persistent=False)
@@ -764,7 +764,7 @@ class MLP(nn.Module):  # two matrices with a squared ReLU between them
 
 
 # Attention and MLP, each added to the stream with a learned scale per channel. Two learned vectors first mix the
-# input with the embedding x0. `parts` is the model, which names the classes of the parts.
+# input with the embedding x0. `parts` is the model, whose attributes name the classes to use.
 class Block(nn.Module):
     def __init__(self, config: Config, attend, layer: int, parts: "GPT"):
         super().__init__()
@@ -793,7 +793,7 @@ class GPT(Model):  # a U-net of blocks over a normalized embedding, which is als
         **dict.fromkeys([f"blocks.attn.c_{part}" for part in "qkv"], ParameterRule(uniform_init, "matrix")),
         "blocks.mlp.fc": ParameterRule(uniform_init, "matrix"),
     }
-    # A subclass replaces a part by naming its class here.
+    # A subclass swaps a part by overriding its class here.
     block_class, attention_class, mlp_class, positions_class = Block, Attention, MLP, RoPE
     norm_class = staticmethod(functools.partial(nn.RMSNorm, eps=2.0**-23, elementwise_affine=False))
 
@@ -805,7 +805,7 @@ class GPT(Model):  # a U-net of blocks over a normalized embedding, which is als
         self.positions = self.positions_class(config)
         self.blocks = nn.ModuleList(self.block_class(config, attend, layer, self) for layer in range(layers))
         self.norm = self.norm_class(D)
-        # A single block has no skips, and DDP waits for every gradient that is required.
+        # With one block this is empty and gets no gradient, for which DDP would wait.
         self.skip_weights = nn.Parameter(torch.empty(layers // 2, D), requires_grad=layers > 1)
         self.lm_head = None if config.tie_embeddings else Linear(D, config.vocab_size, bias=False)
 
@@ -814,7 +814,7 @@ class GPT(Model):  # a U-net of blocks over a normalized embedding, which is als
 
     def features(self, tokens_BT: Tensor) -> Tensor:
         """[B, T, D] in `dtype`. The first half of the blocks push their outputs; the second half pop and add them,
-        scaled by skip_weights. With an odd number the last block gets none."""
+        scaled by skip_weights. With an odd number of blocks the last one gets no skip."""
         rotate = self.positions.rotation(tokens_BT.size(1), self.dtype)
         x_BTD = x0_BTD = self.embed(tokens_BT)
         half = len(self.blocks) // 2
@@ -829,17 +829,17 @@ class GPT(Model):  # a U-net of blocks over a normalized embedding, which is als
 
 
 def build_model(config: Config, runtime: Runtime) -> tuple[Model, nn.Module, str]:
-    """The initialized model, the same model compiled if that works, and log lines on what was chosen and why."""
+    """The initialized model, the same model compiled (or itself), and log lines on the choices made."""
     attend, fused_loss, note = grouped_attention, None, "no tools/kernels.py"
     compile_options = {} if runtime.device.type == "cuda" and config.compile != "0" else None  # None: not compiled
-    if kernels := tool("kernels", log=str):
+    if kernels := tool("kernels", print if runtime.is_master else str):
         attend, fused_loss, compile_options, note = kernels.choose(config, runtime)
     model = config.model_class()(config, attend, runtime.dtype)
     model.init_weights(config)
     model.to(runtime.device)
     model.fused_loss = fused_loss
     model.prepare(config, runtime)
-    # DDP would split the graph, and then torch 2.8 corrupts the gradients of blocks that run more than once.
+    # Without this DDP splits the graph, and torch 2.8 then corrupts gradients of blocks that run more than once.
     torch._dynamo.config.optimize_ddp = False
     options = {"dynamic": False, "fullgraph": True} | (compile_options or {})
     compiled_model = model if compile_options is None else torch.compile(model, **options)
@@ -849,10 +849,10 @@ def build_model(config: Config, runtime: Runtime) -> tuple[Model, nn.Module, str
 
 # ---------- Optimizer and schedule ------------------------------------------------------------------------------------
 # Adam trains embeddings and vectors. Muon trains the matrices of the blocks: it orthogonalizes their momentum, so that
-# every direction of a matrix learns at the same speed (Keller Jordan et al. 2024). Progress is the fraction of the run
-# that is over; Model.lr_scale turns it into the learning rate.
+# all directions of a matrix get updates of similar size (Keller Jordan et al. 2024). Progress is the completed fraction
+# of the run; Model.lr_scale turns it into the factor of the learning rates.
 def newton_schulz(stack: Tensor, polynomials: list[tuple[float, float, float]]) -> Tensor:
-    """Bring the singular values s <= 1 of matrices [n, rows, cols] near 1, by a s + b s^3 + c s^5 in turn."""
+    """Move the singular values s <= 1 of matrices [n, rows, cols] toward 1, by s <- a s + b s^3 + c s^5 for each."""
     tall = stack.size(-2) > stack.size(-1)
     x = stack.mT if tall else stack
     for a, b, c in polynomials:
@@ -888,7 +888,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            params, mu = group["params"], group["momentum"]
+            params = group["params"]
             # One flat buffer holds all updates, for a single all_reduce; those of other ranks' matrices are 0 here.
             sizes, owned = [p.numel() for p in params], params[self.runtime.rank :: self.runtime.world_size]
             flat = torch.zeros(sum(sizes), device=params[0].device, dtype=self.runtime.dtype)
@@ -900,9 +900,9 @@ class Muon(torch.optim.Optimizer):
                     if p not in self.state:
                         self.state[p]["momentum_buffer"] = torch.zeros_like(p)
                 momenta, grads = [self.state[p]["momentum_buffer"] for p in same], [p.grad for p in same]
-                torch._foreach_mul_(momenta, mu)
+                torch._foreach_mul_(momenta, group["momentum"])
                 torch._foreach_add_(momenta, grads)
-                u = torch.stack(torch._foreach_add(grads, momenta, alpha=mu))
+                u = torch.stack(torch._foreach_add(grads, momenta, alpha=group["momentum"]))
                 torch._foreach_copy_([updates[p] for p in same], self.orthogonal(u, group).unbind())
             if self.runtime.world_size > 1:
                 dist.all_reduce(flat)
@@ -912,7 +912,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def progress_at(config: Config, step: int, elapsed: float) -> float:
-    """The fraction of the run that is over, by steps or by the training clock in seconds, whichever is further."""
+    """The completed fraction of the run, by steps or by seconds of the training clock, whichever is larger."""
     by_clock = elapsed / config.max_wallclock_seconds if config.max_wallclock_seconds else 0.0
     return min(max(step / config.iterations, by_clock), 1.0)
 
@@ -925,9 +925,9 @@ def muon_momentum(config: Config, step: int) -> float:
 
 
 # ---------- Evaluation ------------------------------------------------------------------------------------------------
-# Every target of the validation text is scored exactly once, and the program checks that it was. Losses are summed on
-# the device and added in float64 on the host. Bits per byte = nats / ln 2 / bytes does not depend on the tokenizer.
-class Score:  # nats per token and bits per byte; `label` marks a score of fewer targets than the text has
+# Every target of the validation text is scored exactly once, which the script verifies. Losses are summed on the device
+# per batch, then in float64 on the host. Bits per byte = nats / ln 2 / bytes is comparable across tokenizers.
+class Score:  # nats per token and bits per byte; `label` marks a score of only part of the text
     def __init__(self, nats: float, tokens: int, text_bytes: int, total: int, seconds: float):
         self.tokens, self.bytes, self.total, self.seconds = tokens, text_bytes, total, seconds
         self.loss, self.bpb = nats / tokens, nats / math.log(2) / text_bytes
@@ -952,7 +952,7 @@ class Evaluator:
 
     def batches(self, chunk: int, number: int):
         """This rank's batches of the windows that begin to score in chunk `number` of the text: inputs, targets, mask
-        of the scored, [batch, T] each, and the range of scored targets. Padding gives all batches one shape.
+        of scored targets, [batch, T] each, and the range of scored targets. Padding gives all batches one shape.
         With T = 4, S = 2 and 7 targets, the windows have targets 0123, 2345 and 4567 and score 0123, 45 and 6. A batch
         of two windows from index 1 on reads tokens 2 to 8, the last of which is padding, and scores range(4, 7)."""
         T, S, rank, ranks = self.length, self.stride, self.runtime.rank, self.runtime.world_size
@@ -987,9 +987,10 @@ class Evaluator:
                 if interrupted():
                     break
                 if type(model).distributions is Model.distributions:
-                    sums.append(torch.where(mask, forward(inputs, targets), 0.0).sum())  # still on the device
+                    nats = torch.where(mask, forward(inputs, targets), 0.0).sum()
                 else:
-                    sums.append(-model.distributions(inputs, mask).gather(1, targets[mask][:, None]).sum())
+                    nats = -model.distributions(inputs, mask).gather(1, targets[mask][:, None]).sum()
+                sums.append(torch.stack([nats, mask.sum()]))  # still on the device
                 count += len(scored)
                 text_bytes += self.token_bytes.count(self.stream.read(scored.start, len(scored) + 1))
                 done = count * self.runtime.world_size / self.targets
@@ -999,12 +1000,12 @@ class Evaluator:
             if number + 1 < chunks:
                 model.observe(self.stream.read(number * chunk, chunk + 1))
         model.train()
-        nats = sum(torch.stack(sums).tolist()) if sums else 0.0
+        nats, count = map(sum, zip(*torch.stack(sums).tolist(), strict=True)) if sums else (0.0, 0)
         nats, count, text_bytes, stop = self.runtime.all_reduce([nats, count, text_bytes, bool(interrupted())])
         if stop:
             return None
-        require(count == self.targets, f"scored {count:.0f} of {self.targets} targets: a fault of this script")
-        require(text_bytes > 0, f"{self.stream.pattern}: targets of no bytes: raise VAL_TOKENS_LIMIT")
+        require(count == self.targets, f"scored {count:.0f} of {self.targets} targets: a bug in this script")
+        require(text_bytes > 0, f"{self.stream.pattern}: the scored targets have no bytes: raise VAL_TOKENS_LIMIT")
         require(math.isfinite(nats), f"the validation loss is {nats}, the run diverged: lower learning rates")
         score = Score(nats, int(count), int(text_bytes), self.total, time.perf_counter() - begun)
         if final and (line := model.end(score)):
@@ -1013,21 +1014,21 @@ class Evaluator:
 
 
 # ---------- Export ----------------------------------------------------------------------------------------------------
-# The artifact: matrices as int8 with an fp16 scale per row, compressed by zlib, with a checksum at the end. The score
-# of record is the one of this file as read back from the disk.
+# The artifact: matrices as int8 with an fp16 scale per row, compressed by zlib, with a checksum at the end. The final
+# score is that of this file as read back from disk.
 INT8_FORMAT, INT8_CLIP_QUANTILE = "int8_clean_per_row_v1", 0.9999984
 INT8_MIN_NUMEL = 65_536  # tensors of up to this many elements are kept as floats
 
 
 def quantize_rows(w: Tensor, clip: Tensor, qmax: int = 127) -> tuple[Tensor, Tensor]:
     """int8 values [rows, cols] in +-qmax and fp16 scales [rows] of an fp32 matrix that is clipped at `clip` [rows].
-    Rounding uses the scale as it is stored, so an error within the clip is at most half of it."""
+    Rounding uses the stored fp16 scale, so the error within the clip is at most scale / 2."""
     scale = (clip / qmax).clamp(min=2.0**-24).where(clip > 0, 1.0).half()  # at least the smallest fp16
     return (w / scale.float()[:, None]).round().clamp(-qmax, qmax).to(torch.int8), scale
 
 
 # Turns the weights into the bytes of the artifact and back, in the int8+zlib format of the public reference. The
-# artifact also holds the knobs and names the model file, so that it explains itself.
+# artifact also holds the knobs and names the model file, so that it is self-describing.
 class Coder:
     file = "final_model.int8.ptz"
     tag = "int8+zlib"  # names the artifact in log lines
@@ -1047,8 +1048,7 @@ class Coder:
 
     def quantize(self, state: dict[str, Tensor]) -> dict:
         """The object that is serialized. Large tensors are quantized; small ones and integers are kept."""
-        fields = [field for field in dataclasses.fields(self.config) if field.metadata["artifact"]]
-        knobs = {field.name: getattr(self.config, field.name) for field in fields}
+        knobs = {f.name: getattr(self.config, f.name) for f in self.config.knobs().values() if f.metadata["artifact"]}
         artifact = {"__quant_format__": INT8_FORMAT, "config": knobs}
         if type(self.config) is not Config:
             path = Path(inspect.getfile(type(self.config)))
@@ -1095,7 +1095,7 @@ class Coder:
         return self.pack(self.quantize(state))
 
     def decode(self, blob: bytes) -> dict[str, Tensor]:
-        """The state dict in a file that `encode` made. tools/evaluate.py also reads files of others."""
+        """The state dict in a file written by `encode`. tools/evaluate.py also reads other formats."""
         stream, checksum = blob[:-32], blob[-32:]
         require(hashlib.sha256(stream).digest() == checksum, "the artifact and its checksum differ: check the disk")
         return self.dequantize(torch.load(io.BytesIO(zlib.decompress(stream)), weights_only=True))
@@ -1105,7 +1105,7 @@ def export(state: dict[str, Tensor], coder: Coder, folder: RunFolder, code_bytes
     """Write final_model.pt and the artifact, log their sizes, and return them for result.json."""
     torch.save(state, buffer := io.BytesIO())
     raw = buffer.getvalue()
-    folder.write("final_model.pt", raw)  # first: whatever fails after this, the weights are saved
+    folder.write("final_model.pt", raw)  # first, so that a failed export does not lose the weights
     blob, facts = coder.encode(state, code_bytes)
     folder.write(coder.file, blob)
     payload, raw_torch = facts.pop("payload"), facts.pop("raw_torch")  # logged; the rest goes to result.json, too
@@ -1124,10 +1124,10 @@ size_verdict:{verdict} limit:{limit} spare:{limit - total}{extra}""")
 
 
 # ---------- Training --------------------------------------------------------------------------------------------------
-# One step function serves the compilation warmup and the run. The loop is flat: plan, validate, step, log. The host
-# never waits for the device in order to log: on a GPU the numbers of a step are read while the next one runs.
+# Compilation warmup and training use the same step function. The loop is flat: plan, validate, step, log. Logging never
+# makes the host wait for the device: on a GPU the metrics of a step are read while the next step runs.
 # Model, optimizers and data of one run, and the loop over them. The subclass in tools/checkpoint.py saves, resumes,
-# listens to signals, and fits the micro-batch to the memory.
+# handles signals, and fits the micro-batch into memory.
 class Trainer:
     resumed_at: tuple[int, ...] = ()  # steps at which the run was resumed
 
@@ -1147,21 +1147,21 @@ class Trainer:
             group["base_lr"] = group["lr"]  # the schedule scales this
         self.average = [p.detach().float().clone() for p in self.model.parameters()] if config.ema_decay else []
         self.coder = config.coder_class()(config)
-        torch.manual_seed(config.seed + runtime.rank)  # for dropout and the like
+        torch.manual_seed(config.seed + runtime.rank)  # for dropout
         self.steps = 0
         self.reserve = 0.0  # seconds of the training clock that calibration of the export needs
         self.finished = False  # all steps are done and the last checkpoint is saved
-        self.exporting = False  # the weights are the average; training cannot go on with them
-        # Steps whose numbers are not read yet, seconds of the last steps, and the clock when the last of them ended.
+        self.exporting = False  # the weights are now those to export; no more training
+        # Steps whose metrics are not read yet; seconds of the last 20 steps; training clock at the end of the last one.
         self.queue, self.step_seconds, self.last_time = deque(), deque(maxlen=20), 0.0
 
     def step(self, lr_scale: float, momentum: float) -> dict[str, Tensor | float]:
         """One optimizer step. Returns named numbers to log, which may still be on the device."""
-        (inputs, targets), ranks = self.loader.next_step(), self.runtime.world_size
+        inputs, targets = self.loader.next_step()
         losses = torch.zeros(len(inputs), device=inputs.device)
         for micro, (x, y) in enumerate(zip(inputs, targets, strict=True)):
-            # DDP reduces gradients in every backward unless told not to: the last micro-step is enough.
-            skip_sync = ranks > 1 and micro + 1 < len(inputs)
+            # DDP all-reduces gradients in every backward, unless no_sync: only the last micro-step needs it.
+            skip_sync = self.runtime.world_size > 1 and micro + 1 < len(inputs)
             with self.train_model.no_sync() if skip_sync else contextlib.nullcontext():
                 output = self.train_model(x, y)
                 token_losses, *extra = output if isinstance(output, tuple) else (output,)
@@ -1169,9 +1169,9 @@ class Trainer:
                 (loss + sum(extra) / len(inputs)).backward()
             losses[micro] = loss.detach()
         metrics = {"train_loss": losses.sum(), "lr_scale": lr_scale}
-        if ranks > 1:
+        if self.runtime.world_size > 1:
             dist.all_reduce(metrics["train_loss"])
-            metrics["train_loss"] /= ranks
+            metrics["train_loss"] /= self.runtime.world_size
         if self.config.grad_clip_norm:
             metrics["grad_norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip_norm)
         for optimizer in self.optimizers:
@@ -1218,7 +1218,7 @@ class Trainer:
         scale = self.model.lr_scale(self.config, self.steps, progress)
         return self.runtime.broadcast((scale, 1.0 if stop else progress, stop))
 
-    def interrupted(self) -> bool: ...  # asked during a validation; if a rank says yes, there is no score
+    def interrupted(self) -> bool: ...  # polled in a validation; if true on any rank, there is no score
     def save(self): ...  # a checkpoint, when all steps are done
 
     def train(self, evaluator: Evaluator) -> Score:
@@ -1237,7 +1237,7 @@ class Trainer:
                 if stop:
                     return score
             metrics = self.step(scale, muon_momentum(self.config, self.steps))
-            if self.average:  # EMA in fp32, with a smaller decay in the first steps
+            if self.average:  # EMA in fp32; a smaller decay at first forgets the initial weights
                 decay = min(self.config.ema_decay, (self.steps + 1) / (self.steps + 10))
                 torch._foreach_lerp_(self.average, [p.detach().float() for p in self.model.parameters()], 1 - decay)
             self.steps += 1
@@ -1284,12 +1284,12 @@ class Trainer:
             if every and (step <= 10 or step % every == 0):
                 line = f"step:{step}/{self.config.iterations} train_loss:{loss:.4f} {times(step, clock)}"
                 more = [f" {name}:{metrics[name]:.4f}" for name in metrics if name not in ("train_loss", "lr_scale")]
-                speed = kernels.speed(self) if (kernels := tool("kernels", log=str)) else ""
+                speed = kernels.speed(self) if (kernels := tool("kernels")) else ""
                 self.folder.log(f"{line}{speed}{''.join(more)}")
             self.folder.append("metrics.jsonl", json.dumps({"step": step, **metrics, "train_seconds": round(clock, 4)}))
 
     def validate(self, evaluator: Evaluator) -> Score | None:
-        """The Score, logged, while the training clock stands still; None if a signal interrupted it."""
+        """Score and log, with the training clock paused; None if a signal interrupted it."""
         self.log_steps()
         self.stopwatch.switch("evaluation")
         score = evaluator.score(self.model, self.compiled_model, self.folder.log, self.interrupted)
@@ -1317,11 +1317,11 @@ TOOLS = {  # name: what is lost without tools/NAME.py
     "cpu_kernels": "attention, loss and Muon are torch's",
     "steptime": "no prediction of step times on other machines",
 }
-SUBMISSION_TOOLS = ("tokenizers",)  # part of the submission when they are used: they say how many bytes a token has
+SUBMISSION_TOOLS = ("tokenizers",)  # submission code if used, since it determines byte counts
 
 
-def tool(name: str, log=print, required: bool = False):
-    """The module tools/NAME.py next to this script, loaded by its path; None, after a warning, if it is missing."""
+def tool(name: str, log=lambda line: None, required: bool = False):
+    """The module tools/NAME.py next to this script, loaded by its path. If missing: None, and a warning to `log`."""
     key, folder = f"train_gpt.tools.{name}", Path(__file__).resolve().parent
     paths = [folder / "tools" / f"{name}.py"] + [folder / f"{name}.py"] * (name in SUBMISSION_TOOLS)
     path = next(filter(Path.is_file, paths), None)
@@ -1339,8 +1339,8 @@ def load_module(path: Path, key: str):
 
 
 def load_model_file(file: str) -> type[Config]:
-    """The class Config of a model file, whose folder becomes the first place it imports from. The path is relative to
-    the working directory, then to this script; last comes the bare name next to this script, as in a run folder."""
+    """The class Config of a model file, whose folder goes first on sys.path. The path is relative to the working
+    directory, then to this script, then by its bare name next to this script, as in a run folder."""
     here = Path(__file__).resolve().parent
     path = next(filter(Path.is_file, (Path(file), here / file, here / Path(file).name)), None)
     require(path, f"MODEL_FILE={file}: no such file here or in {here}: give one such as records/models/tiny.py")
@@ -1348,7 +1348,7 @@ def load_model_file(file: str) -> type[Config]:
     sys.path[:] = dict.fromkeys([str(path.resolve().parent), *sys.path])  # first, and once
     try:
         found = vars(sys.modules.get(key) or load_module(path.resolve(), key)).get("Config")
-    except Exception as error:  # whatever that program may raise
+    except Exception as error:  # a model file may raise anything
         sys.modules.pop(key, None)
         if isinstance(error, UserError):
             raise
@@ -1370,7 +1370,7 @@ def source_paths(config: Config) -> dict[str, Path]:
 
 
 # ---------- Modes -----------------------------------------------------------------------------------------------------
-# MODE=train, from the checks of what the user brought to result.json. Every other mode is a tool. main only connects.
+# MODE=train, from checking the inputs to writing result.json. Every other mode is a tool. main only dispatches.
 def open_text(config: Config, token_bytes: TokenBytes, folder: RunFolder) -> tuple[TokenStream, dict]:
     """The validation text, and what the audit found: facts for result.json, on rank 0 only."""
     stream, facts = TokenStream(config.data_path, "val", config.vocab_size), {}
@@ -1399,7 +1399,7 @@ def train(config: Config, folder: RunFolder, argv: list[str]):
     folder.log(f"train_loader:shards pattern={stream.pattern} tokens:{len(stream)}")
     stream.read(0, len(stream.shards[0]) if runtime.is_master else 1)  # checks the tokens of the first shard
     token_bytes = TokenBytes(config.tokenizer_path, config.vocab_size, config.vocab_padding)
-    config.coder_class()  # imports what it needs, so that its files are among the sources
+    config.coder_class()  # imports its modules now, so that source_paths finds them
     sources = {name: path.read_bytes() for name, path in source_paths(config).items()}
     folder.choose(config, stream, sources)
     val_stream, facts = open_text(config, token_bytes, folder)
@@ -1429,11 +1429,11 @@ def train(config: Config, folder: RunFolder, argv: list[str]):
         allocated, reserved = torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
         folder.log(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
 
-    artifact, coder = None, trainer.coder
+    coder = trainer.coder
     if runtime.is_master:
         facts |= export(trainer.model.state_dict(), coder, folder, sum(map(len, sources.values())))
-        artifact = (folder.path / coder.file).read_bytes()
-    # Rank 0 reads the file back and the others get its bytes: hosts need no common disk to score the artifact.
+    artifact = (folder.path / coder.file).read_bytes() if runtime.is_master else None
+    # Rank 0 reads the file back and broadcasts its bytes, so that no shared filesystem is needed.
     trainer.model.load_state_dict(coder.decode(runtime.broadcast(artifact)))
     stopwatch.switch("evaluation")
     after = evaluator.score(trainer.model, trainer.compiled_model, folder.log, final=True)
@@ -1467,12 +1467,12 @@ def main(argv: list[str] | None = None) -> int:
     """Run the mode that the configuration names. Returns the exit code."""
     argv, folder, message = sys.argv[1:] if argv is None else argv, None, ""
     with contextlib.suppress(AttributeError):  # a replaced stdout may lack this
-        sys.stdout.reconfigure(errors="replace")  # letters that the terminal lacks must not end the run
+        sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks must not end the run
     try:
         if argv in (["-h"], ["--help"]):
             return tool("check", required=True).explain()
         config = Config.load(argv, os.environ)
-        checkpoint = tool("checkpoint", log=str)
+        checkpoint = tool("checkpoint")
         folder = (checkpoint.RunFolder if checkpoint else RunFolder)(Runtime(config, os.environ))
         name = {"eval": "evaluate"}.get(config.mode, config.mode)
         mode = train if name == "train" else tool(name, required=True).main
@@ -1480,15 +1480,15 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, OSError) as error:
         message, code = f"error: {error}", 2
     except (RuntimeError, KeyboardInterrupt) as error:
-        check = tool("check", log=str)
+        check = tool("check")
         if not check:
             raise
-        message, code = check.explain_error(error, folder)  # raises again what is no mistake of the user
+        message, code = check.explain_error(error, folder)  # re-raises what is not a user error
     if message:
         print(message, file=sys.stderr, flush=True)
     if folder:
         folder.close(*filter(None, [message]))
-        if folder.runtime.world_size > 1:  # a tidy end would wait for ranks that may wait for this one
+        if folder.runtime.world_size > 1:  # a clean exit could deadlock: other ranks may wait for this one
             sys.stdout.flush()
             os._exit(code)
     return code

@@ -588,7 +588,7 @@ def test_wrong_vocab_size_and_the_advice_works(lossless, vocab_size):
 def test_file_that_is_no_model(tmp_path, data):
     path = tmp_path / "tok.model"
     path.write_bytes(data)
-    with pytest.raises(UserError, match=r"TOKENIZER_PATH=.*tok.model is no SentencePiece model: .*again"):
+    with pytest.raises(UserError, match=r"TOKENIZER_PATH=.*tok.model is not a SentencePiece model: .*again"):
         TokenBytes(str(path), 1024)
 
 

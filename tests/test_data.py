@@ -102,7 +102,7 @@ def test_missing_shard_in_the_middle(tmp_path):
     write_split(tmp_path, [3] * 6)
     (tmp_path / "fineweb_train_000003.bin").unlink()
     (tmp_path / "fineweb_train_000000.bin").unlink()  # published sets may begin at 1
-    with pytest.raises(UserError, match=r"number 3 is missing .*: fetch"):
+    with pytest.raises(UserError, match=r"shard 3 is missing .*: fetch"):
         TokenStream(str(tmp_path), "train", 65536)
     write_shard(tmp_path / "fineweb_train_000003.bin", [1])
     assert len(TokenStream(str(tmp_path), "train", 65536)) == 3 * 4 + 1
@@ -113,7 +113,7 @@ def test_validation_text_must_have_its_beginning(tmp_path):
     for split in ("train", "val"):
         write_shard(tmp_path / f"fineweb_{split}_000003.bin", [1, 2])
     assert len(TokenStream(str(tmp_path), "train", 100)) == 2
-    with pytest.raises(UserError, match="number 0 is missing"):
+    with pytest.raises(UserError, match="shard 0 is missing"):
         TokenStream(str(tmp_path), "val", 100)
 
 
