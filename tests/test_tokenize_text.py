@@ -464,7 +464,7 @@ def test_encoding_is_the_models_own_and_the_trainer_weighs_alike(tokenizers, nam
     assert tokenizer.exact == (name in EXACT) and tokenizer.case_marks == (name == "case marks")
     if data is not None:
         tokens = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), min_size=1))
-        assert tokenizer.spell(np.array(tokens))[2].sum() == tokenizer.table.weigh(np.array([tokenizer.start, *tokens]))
+        assert tokenizer.spell(np.array(tokens))[2].sum() == tokenizer.table.count(np.array([tokenizer.start, *tokens]))
     if tokenizer.exact:  # these are spelled in bytes on purpose
         assert tokenizer.encode([" a"])[0][0] == tokenizer.sp.piece_to_id("<0x20>") or tokenizer.case_marks
         text = text.replace(MARK, "").lstrip(" ")
@@ -513,7 +513,7 @@ def test_the_trainer_reads_shards_of_modded_nanogpt_and_llm_c_as_they_are(tmp_pa
     tokens, header = np.array([50256, 15496, 995], "<u2"), np.array([20240520, 1, 3, *[0] * 253], "<i4")
     (tmp_path / "fineweb_val_000000.bin").write_bytes(header.tobytes() + tokens.tobytes())
     stream = train_gpt.TokenStream(str(tmp_path), "val", 50_304)
-    assert train_gpt.TokenBytes("gpt2", 50_304).weigh(stream.read(0, 3)) == len("Hello world")
+    assert train_gpt.TokenBytes("gpt2", 50_304).count(stream.read(0, 3)) == len("Hello world")
 
 
 @pytest.mark.parametrize("fault", ["absent", "changed", "no network"])
