@@ -323,7 +323,12 @@ SHARDS = [
         At(lambda path: path.rename(path.with_name("fineweb_val_000001.bin"))),
         ["shard 0 is missing", "fetch"],
     ),
-    ("twice", VAL, At(lambda path: shutil.copy(path, path.with_name("fineweb_val_0.bin"))), ["duplicated", "remove one"]),
+    (
+        "twice",
+        VAL,
+        At(lambda path: shutil.copy(path, path.with_name("fineweb_val_0.bin"))),
+        ["duplicated", "remove one"],
+    ),
     ("no validation text", VAL, At(Path.unlink), ["holds no fineweb_val_", "prepare_shakespeare"]),
     ("one token", VAL, shard_of(1), ["holds 1 tokens", "2 are needed"]),
     ("tokens that weigh nothing", VAL, shard_of(1, 1, 1), ["stand for no bytes", AGAIN]),

@@ -501,3 +501,17 @@ def test_a_model_that_learns_as_it_is_scored_gets_the_score_of_its_formula_on_an
         fake.all_reduce = lambda values: parts.append(values) or [1.0, limit, 1, 0]
         evaluate(fake, EVAL_STRIDE=stride, VAL_TOKENS_LIMIT=limit).score(*twice(model), final=True)
     assert sum(part[0] for part in parts) == pytest.approx(nats, rel=1e-6) and min(part[1] for part in parts) > 100
+
+
+def test_a_mask_that_skips_targets_is_found_by_the_script(make_config, runtime, tmp_path):
+    """The count of targets is that of the mask, which decides whose losses count."""
+
+    class Skipping(Evaluator):
+        def batches(self, chunk, number):
+            for inputs, targets, mask, scored in super().batches(chunk, number):
+                yield inputs, targets, mask & (targets % 2 == 0), scored
+
+    config = dataclasses.replace(make_config(), train_seq_len=4, eval_stride=0, val_batch_size=8, val_tokens_limit=0)
+    evaluator = Skipping(counting_stream(tmp_path, 20), POSITIONS, config, runtime)
+    with pytest.raises(UserError, match="scored 10 of 20 targets"):
+        evaluator.score(*twice(FromFunction(lambda inputs, targets: targets.double())))

@@ -153,7 +153,7 @@ def test_check_of_a_wrong_tokenizer(checked, corpus, tmp_path):
     code, _, problems, _ = checked(VOCAB_SIZE=2048)
     assert code == 1 and f"has {size} pieces: set that" in problems[0]
     code, _, problems, _ = checked(TOKENIZER_PATH=corpus / "data" / "fineweb_val_000000.bin")
-    assert code == 1 and "no SentencePiece model" in problems[0]
+    assert code == 1 and "not a SentencePiece model" in problems[0]
     code, _, problems, _ = checked(TOKENIZER_PATH=tmp_path / "nowhere.model")
     assert code == 1 and "prepare_shakespeare" in problems[0]
 

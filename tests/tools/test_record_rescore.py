@@ -159,12 +159,15 @@ BROKEN = {
         [('reduction="none").view_as(targets_BT)', 'reduction="none").view_as(targets_BT) / 2')],
         {"normalisation"},
     ),
-    "half of the targets": ([("fresh & (target < end)", "fresh & (target % 2 == 0)")], {"each target once"}),
+    "half of the targets": (  # and the script's own count of them
+        [("fresh & (target < end)", "fresh & (target % 2 == 0)"), ("mask.sum()]", "torch.tensor(len(scored))]")],
+        {"each target once"},
+    ),
     "the easy targets": (
         [
             (
-                "sums.append(torch.where(mask, forward(inputs, targets), 0.0).sum())",
-                "sums.append(torch.where(mask, forward(inputs, targets), 0.0).clamp(max=3.0).sum())",
+                "nats = torch.where(mask, forward(inputs, targets), 0.0).sum()",
+                "nats = torch.where(mask, forward(inputs, targets), 0.0).clamp(max=3.0).sum()",
             )
         ],
         {"each target once"},
