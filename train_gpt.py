@@ -1362,10 +1362,10 @@ def source_paths(config: Config) -> dict[str, Path]:
     """{name in the run folder: path} of this script, SUBMISSION_TOOLS, and a model file with what it imports."""
     script, folder = Path(__file__).resolve(), Path(inspect.getfile(type(config))).resolve().parent
     files = {key: getattr(module, "__file__", None) for key, module in list(sys.modules.items())}
-    loaded = {key: Path(file).resolve() for key, file in files.items() if file and Path(file).is_file()}
-    paths = [loaded[key] for name in SUBMISSION_TOOLS if (key := f"train_gpt.tools.{name}") in loaded]
-    if type(config) is not Config:
-        paths += [path for path in loaded.values() if path.parent == folder and path != script]
+    paths = [Path(files[key]) for name in SUBMISSION_TOOLS if (key := f"train_gpt.tools.{name}") in files]
+    if type(config) is not Config:  # only then, since to resolve thousands of paths takes a while
+        loaded = [Path(file).resolve() for file in files.values() if file and Path(file).is_file()]
+        paths += [path for path in loaded if path.parent == folder and path != script]
     return {"train_gpt.py": script} | {path.name: path for path in paths}
 
 
