@@ -450,9 +450,8 @@ class TrainLoader:
 
 
 # ---------- Bytes -----------------------------------------------------------------------------------------------------
-# Bits per byte compares models with different tokenizers, provided that bytes are counted correctly. Only this section
-# knows how many bytes a token stands for, and it checks itself: the first million validation tokens are decoded and
-# compared, and the total must equal the one in the dataset's manifest.json.
+# Bits per byte compares models with different tokenizers, if bytes are counted correctly. So the first million tokens
+# of the validation text are decoded and compared, and the total must equal the one in the dataset's manifest.json.
 NAMED_TOKENIZER = re.compile(r"\w+|(.*\W)?\w*byte_?260\w*(\.json)?")  # bytes, gpt2 (of tiktoken), */byte260.json
 AUDIT_TOKENS = 1_000_000  # tokens that are decoded and compared
 
@@ -849,8 +848,7 @@ def build_model(config: Config, runtime: Runtime) -> tuple[Model, nn.Module, str
 
 # ---------- Optimizer and schedule ------------------------------------------------------------------------------------
 # Adam trains embeddings and vectors. Muon trains the matrices of the blocks: it orthogonalizes their momentum, so that
-# all directions of a matrix get updates of similar size (Keller Jordan et al. 2024). Progress is the completed fraction
-# of the run; Model.lr_scale turns it into the factor of the learning rates.
+# all directions of a matrix get updates of similar size (Keller Jordan et al. 2024). Model.lr_scale is the schedule.
 def newton_schulz(stack: Tensor, polynomials: list[tuple[float, float, float]]) -> Tensor:
     """Move the singular values s <= 1 of matrices [n, rows, cols] toward 1, by s <- a s + b s^3 + c s^5 for each."""
     tall = stack.size(-2) > stack.size(-1)
@@ -1364,8 +1362,10 @@ def source_paths(config: Config) -> dict[str, Path]:
     files = {key: getattr(module, "__file__", None) for key, module in list(sys.modules.items())}
     paths = [Path(files[key]) for name in SUBMISSION_TOOLS if (key := f"train_gpt.tools.{name}") in files]
     if type(config) is not Config:  # only then, since to resolve thousands of paths takes a while
-        loaded = [Path(file).resolve() for file in files.values() if file and Path(file).is_file()]
-        paths += [path for path in loaded if path.parent == folder and path != script]
+        loaded = {key: Path(file).resolve() for key, file in files.items() if file and Path(file).is_file()}
+        paths += [path for path in loaded.values() if path.parent == folder and path != script]
+        nested = [p for key, p in loaded.items() if p.parent != folder and p.is_relative_to(folder / key.split(".")[0])]
+        require(not nested, f"MODEL_FILE imports {' '.join(map(str, nested))}: put it next to it, where it is counted")
     return {"train_gpt.py": script} | {path.name: path for path in paths}
 
 

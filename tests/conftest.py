@@ -17,6 +17,7 @@ if hasattr(signal, "SIGHUP"):
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+pytest.register_assert_rewrite("models", "oracle", "runs")  # whose asserts tell what they compared
 import models  # noqa: E402
 
 import train_gpt  # noqa: E402

@@ -3,8 +3,7 @@
 import pytest
 import torch
 from models import new_model
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from oracle import counted_flops
 
 import train_gpt
 from train_gpt import Config
@@ -20,15 +19,6 @@ SHAPE = {
     "train_seq_len": 24,
     "train_batch_tokens": 24,
 }
-
-
-def counted(model, config, rows=2) -> float:
-    """Per token, forward and backward, by torch's own counter, which counts matrix products alone; attention by plain
-    ones, of which none is left out because a mask hides what it gives."""
-    tokens = torch.randint(config.vocab_size, (rows, config.train_seq_len))
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(tokens, tokens).mean().backward()
-    return counter.get_total_flops() / tokens.numel()
 
 
 @pytest.mark.parametrize(
@@ -47,7 +37,7 @@ def counted(model, config, rows=2) -> float:
 def test_flops_per_token_are_those_that_torch_counts(knobs):
     config = Config(**SHAPE | knobs)
     model = new_model(config, kernels.expanded_attention)
-    assert kernels.flops_per_token(model, config.train_seq_len) == counted(model, config)
+    assert kernels.flops_per_token(model, config.train_seq_len) == counted_flops(model, config)
 
 
 def test_the_default_model_takes_what_its_parameters_and_its_attention_say():

@@ -2,15 +2,11 @@
 resumed run, two ranks, and an artifact that needs to be told nothing. Runs are made in this process by main(), except
 those of several ranks."""
 
-import json
-import os
-import re
-import signal
-from pathlib import Path
 from types import SimpleNamespace
 
 import models
 import pytest
+import runs
 import torch
 
 import train_gpt
@@ -46,27 +42,10 @@ def all_kernels():
         getattr(torch.backends.cuda, f"enable_{switch}_sdp")(True)
 
 
-def read_run(path: Path):
-    metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    result = path / "result.json"
-    return SimpleNamespace(
-        path=path,
-        log=(path / "train.log").read_text(),
-        losses=[m["train_loss"] for m in metrics if "train_loss" in m],
-        result=json.loads(result.read_text()) if result.is_file() else None,
-    )
-
-
 @pytest.fixture
 def go(corpus, tmp_path):
-    """Function: a short run with these knobs; the exit code and what its folder holds."""
-
-    def start(code=0, **overrides):
-        values = models.tiny_settings(corpus, **{"LOG_DIR": tmp_path / "logs", "VAL_TOKENS_LIMIT": 200} | overrides)
-        assert models.call_main(values) == code
-        return read_run(tmp_path / "logs" / values["RUN_ID"])
-
-    return start
+    """Function: a short run with these knobs; what its folder holds."""
+    return runs.starter(corpus, tmp_path)
 
 
 @pytest.fixture
@@ -97,18 +76,7 @@ def raw_weights(monkeypatch):
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """The graphs that were made of the model, in order; they run as they are."""
-    made, compile_model = [], torch.compile
-
-    def backend(graph, examples):
-        made.append(graph)
-        return graph.forward
-
-    torch._dynamo.reset()
-    monkeypatch.setattr(train_gpt.torch, "compile", lambda model, **how: compile_model(model, backend=backend, **how))
-    monkeypatch.setattr(kernels, "choose_compile", lambda config, runtime: (True, "counted"))
-    yield made
-    torch._dynamo.reset()
+    yield from runs.counted_graphs(monkeypatch)
 
 
 # A model that changes in the middle of the run: from then on its second block runs, too.
@@ -269,70 +237,21 @@ def test_bad_values_are_user_errors_that_name_the_knob(make_config, name, value)
 # An artifact, a resumed run, ranks
 
 
-def score_again(corpus, folder, artifact, capsys, **knobs) -> list[str]:
-    """Loss and bits per byte that MODE=eval prints."""
-    values = models.machine_settings(
-        corpus, MODE="eval", ARTIFACT=artifact, LOG_DIR=folder, VAL_TOKENS_LIMIT=200, **knobs
-    )
-    capsys.readouterr()
-    assert models.call_main(values) == 0
-    (found,) = re.findall(r"^final_\w+_exact val_loss:(\S+) val_bpb:(\S+)", capsys.readouterr().out, re.MULTILINE)
-    return list(found)
-
-
 def test_an_artifact_of_everything_is_scored_again_without_being_told(go, corpus, tmp_path, capsys, monkeypatch):
-    """The final validation sees what is exported: the average."""
     monkeypatch.setattr(train_gpt, "INT8_MIN_NUMEL", 500)  # so that small tensors are rounded
-    defaults = {name: field.default for name, field in train_gpt.Config.knobs().items()}
-    assert all(value != defaults[name] for name, value in EVERYTHING.items()), "a default would prove nothing"
+    runs.assert_no_defaults(EVERYTHING, train_gpt.Config)
     run = go(**EVERYTHING)
-    artifact = run.path / "final_model.int8.ptz"
-    assert run.result["val_loss"] != run.result["pre_quant_val_loss"]
-    again = score_again(corpus, tmp_path / "again", artifact, capsys)
-    assert again == [f"{run.result[key]:.8f}" for key in ("val_loss", "val_bpb")]
     given = models.tiny_settings(corpus) | EVERYTHING
     shape = {name: given[name] for name in models.artifact_knobs() if name in given}
-    again = score_again(corpus, tmp_path / "again", run.path / "final_model.pt", capsys, **shape)
-    assert again == [f"{run.result[key]:.8f}" for key in ("pre_quant_val_loss", "pre_quant_val_bpb")]
-    values = models.machine_settings(corpus, MODE="sample", ARTIFACT=artifact, LOG_DIR=tmp_path, SAMPLE_PROMPT="the")
-    assert models.call_main(values | {"SAMPLE_TOKENS": "8"}) == 0
+    runs.assert_scored_again(run, run.path / "final_model.int8.ptz", corpus, tmp_path, capsys, shape)
 
 
 def test_a_run_of_everything_goes_on_as_if_it_had_not_been_stopped(go, monkeypatch):
-    """Early and late, twice in one run."""
-    monkeypatch.setattr(train_gpt, "INT8_MIN_NUMEL", 500)
-    knobs = EVERYTHING | {"ITERATIONS": 8, "VAL_LOSS_EVERY": 3}
-    whole, step, cuts = go(RUN_ID="whole", **knobs), Trainer.step, [2, 6]
-
-    def disturbed(self, *args):
-        if self.checkpoints.in_training and cuts and self.steps + 1 == cuts[0]:
-            cuts.pop(0)
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, *args)
-
-    monkeypatch.setattr(Trainer, "step", disturbed)
-    for _ in range(2):
-        go(RUN_ID="cut", code=143, **knobs)
-    run = go(RUN_ID="cut", **knobs)
-    assert run.result["resumed_at"] == [2, 6] and run.losses == whole.losses
-    for name in ("val_loss", "val_bpb", "pre_quant_val_loss", "sha256_artifact"):
-        assert run.result[name] == whole.result[name], name
-    one, other = (torch.load(r.path / "final_model.pt", weights_only=True) for r in (run, whole))
-    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    runs.assert_goes_on_as_if_it_had_not_been_stopped(go, monkeypatch, EVERYTHING)
 
 
 def test_two_ranks_train_everything_as_one_process(go, launch, corpus, tmp_path):
-    """The reduction over ranks waits for the gradient of every parameter."""
-    values = models.tiny_settings(
-        corpus,
-        **EVERYTHING | {"LOG_DIR": tmp_path / "logs", "ITERATIONS": 6, "WARMUP_STEPS": 1, "VAL_TOKENS_LIMIT": 200},
-    )
-    done = launch(ranks=2, **values | {"RUN_ID": "two"})
-    assert done.returncode == 0, done.stderr
-    two, one = read_run(tmp_path / "logs" / "two"), go(RUN_ID="one", **EVERYTHING | {"ITERATIONS": 6})
-    assert len(two.losses) == 6 and two.losses == pytest.approx(one.losses, abs=1e-4)
-    for name in ("val_loss", "val_bpb", "pre_quant_val_loss"):
-        assert two.result[name] == pytest.approx(one.result[name], abs=1e-4), name
+    runs.assert_two_ranks_train_as_one(go, launch, corpus, tmp_path, EVERYTHING)
 
 
 # The clock that a calibration of the export needs

@@ -2,20 +2,20 @@
 forward and backward; causality; one graph for the compiler; and that the default model is, bit for bit, what it was in
 the first release. The techniques of records/models/frontier.py are tested in tests/models/."""
 
-import functools
 import hashlib
-import math
 import shutil
 
+import oracle
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import artifact_knobs, new_model, parameter_groups
+from oracle import ATTENTIONS, assert_equals_the_reference, label, random_tokens, scatter
 
 import train_gpt
-from train_gpt import Config, UserError, rope_tables
+from train_gpt import Config, UserError
 
 kernels = train_gpt.tool("kernels")
 
@@ -53,122 +53,10 @@ CASES = [
     {"LOGIT_SOFTCAP": 4},
     EVERYTHING,
 ]
-# A short sequence has several blocks.
-ATTENTIONS = [functools.partial(kernels.blocked_attention, block=4), kernels.expanded_attention]
-
-
-def label(value):
-    return " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else None
 
 
 def config_of(**knobs) -> Config:
     return Config.load([], {name: str(value) for name, value in (SMALL | knobs).items()})
-
-
-def scatter(model, seed=0):
-    """Random values in every parameter: at their initial ones half of the knobs do nothing."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            noise = torch.randn(p.shape, generator=generator)
-            if name.endswith(("tok_emb.weight", "lm_head.weight")):
-                p.copy_(0.4 * noise)
-            elif name.endswith(".weight"):
-                p.copy_(noise * p.size(1) ** -0.5)
-            else:
-                p.copy_(0.8 + 0.4 * noise)
-    return model
-
-
-def random_tokens(config, batch, length, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(config.vocab_size, (batch, length), generator=generator)
-
-
-# The reference: the formulas in float64, one sequence, one head and one token at a time.
-
-
-def norm(x):
-    return x / (x.square().mean(-1, keepdim=True) + 2.0**-23).sqrt()
-
-
-def turn(x_Td, base):
-    """RoPE: dimensions i and i + d/2 are the parts of a complex number that turns by -t * f.
-
-    By the model's own tables, which are fp32: test_rope_tables_are_those_of_float64 looks after them."""
-    d = x_Td.size(1)
-    cos, sin = (table.double() for table in rope_tables(len(x_Td), d, base))
-    rows = []
-    for t, x in enumerate(x_Td):
-        z = torch.complex(x[: d // 2], x[d // 2 :]) * torch.complex(cos[t], -sin[t])
-        rows.append(torch.cat([z.real, z.imag]))
-    return torch.stack(rows)
-
-
-def slow_attention(w, u_TD, config):
-    d, group = config.model_dim // config.num_heads, config.num_heads // config.num_kv_heads
-    heads = []
-    for h in range(config.num_heads):
-        kv = slice(h // group * d, (h // group + 1) * d)
-        q = turn(norm(u_TD @ w["attn.c_q.weight"][h * d : (h + 1) * d].T), config.rope_base)
-        k = turn(norm(u_TD @ w["attn.c_k.weight"][kv].T), config.rope_base)
-        q, v = q * w["attn.q_gain"][h], u_TD @ w["attn.c_v.weight"][kv].T
-        rows = []
-        for t in range(len(u_TD)):
-            e = torch.exp(k[: t + 1] @ q[t] / math.sqrt(d))
-            rows.append(e / e.sum() @ v[: t + 1])
-        heads.append(torch.stack(rows))
-    return torch.cat(heads, dim=1) @ w["attn.proj.weight"].T
-
-
-def slow_mlp(w, u, config):
-    hidden = u @ w["mlp.fc.weight"].T
-    assert hidden.size(-1) == round(config.mlp_mult * config.model_dim)
-    return hidden.clamp(min=0) ** 2 @ w["mlp.proj.weight"].T
-
-
-def slow_block(w, layer, x, x0, config):
-    b = {name.removeprefix(f"blocks.{layer}."): p for name, p in w.items() if name.startswith(f"blocks.{layer}.")}
-    x = b["resid_mix"][0] * x + b["resid_mix"][1] * x0
-    x = x + b["attn_scale"] * slow_attention(b, norm(x), config)
-    return x + b["mlp_scale"] * slow_mlp(b, norm(x), config)
-
-
-def slow_logits(w, tokens_T, config):
-    x = x0 = norm(w["tok_emb.weight"][tokens_T])
-    pushed, pops, half = [], 0, config.num_layers // 2
-    for layer in range(config.num_layers):
-        if layer >= half and pushed:
-            x = x + w["skip_weights"][pops] * pushed.pop()
-            pops += 1
-        x = slow_block(w, layer, x, x0, config)
-        if layer < half:
-            pushed.append(x)
-    assert not pushed
-    z = norm(x) @ (w["tok_emb.weight"] if config.tie_embeddings else w["lm_head.weight"]).T
-    return config.logit_softcap * torch.tanh(z / config.logit_softcap)
-
-
-def assert_equals_the_reference(config, attend, seed=0, length=9):
-    """In float64 on both sides, so that nothing but a fault can make a difference, however badly conditioned."""
-    model = scatter(new_model(config, attend, torch.float64).double(), seed)
-    tokens = random_tokens(config, 2, length + 1, seed)
-    inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    w = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
-    logits = torch.stack([slow_logits(w, row, config) for row in inputs])
-    losses = torch.logsumexp(logits, dim=-1) - logits.gather(-1, targets[..., None])[..., 0]
-    losses.mean().backward()
-    ours = model(inputs, targets)
-    ours.mean().backward()
-    assert ours.dtype == torch.float64
-    torch.testing.assert_close(model(inputs), logits, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(ours, losses, rtol=1e-9, atol=1e-9)
-    for name, p in model.named_parameters():
-        if p.numel():  # one layer has no skips
-            assert p.grad is not None, f"{name} has no gradient"
-            scale = w[name].grad.abs().max()
-            assert scale > 0, f"the reference does not use {name}"
-            assert (p.grad - w[name].grad).abs().max() <= 1e-9 * scale, name
 
 
 @pytest.mark.parametrize("attend", ATTENTIONS, ids=["blocked", "expanded"])
@@ -198,24 +86,12 @@ def knob_sets(draw):
 @settings(max_examples=40)
 @given(knobs=knob_sets(), seed=st.integers(0, 9), attend=st.sampled_from(ATTENTIONS))
 def test_any_combination_of_knobs_equals_the_slow_reference(knobs, seed, attend):
-    assert_equals_the_reference(config_of(**knobs), attend, seed, length=6)
+    assert_equals_the_reference(config_of(**knobs), attend, seed=seed, length=6)
 
 
 @pytest.mark.parametrize("knobs", [{}, {"NUM_LAYERS": 5, "MLP_MULT": 1.7, "TIE_EMBEDDINGS": 0}], ids=label)
 def test_bf16_is_close_to_float32_and_parameters_and_gradients_stay_fp32(knobs):
-    config = config_of(**knobs)
-    tokens, losses, grads = random_tokens(config, 8, 17), [], []
-    for dtype in (torch.float32, torch.bfloat16):
-        model = scatter(new_model(config, kernels.expanded_attention, dtype))
-        losses.append(model(tokens[:, :-1], tokens[:, 1:]))
-        losses[-1].mean().backward()
-        grads.append({name: p.grad for name, p in model.named_parameters()})
-        assert {p.dtype for p in model.parameters()} == {g.dtype for g in grads[-1].values()} == {torch.float32}
-        assert losses[-1].dtype == torch.float32
-    assert 0 < (losses[0] - losses[1]).abs().max() < 0.2  # not 0: bf16 was really used
-    assert losses[0].mean().item() == pytest.approx(losses[1].mean().item(), abs=0.01)
-    for name, grad in grads[0].items():
-        assert F.cosine_similarity(grad.flatten(), grads[1][name].flatten(), dim=0) > 0.99, name
+    oracle.assert_bf16_is_close(config_of(**knobs))
 
 
 # Causality
@@ -224,76 +100,27 @@ def test_bf16_is_close_to_float32_and_parameters_and_gradients_stay_fp32(knobs):
 @pytest.mark.parametrize("attend", ATTENTIONS, ids=["blocked", "expanded"])
 @pytest.mark.parametrize("knobs", CASES, ids=label)
 def test_a_changed_token_moves_no_earlier_logit(knobs, attend):
-    config, length = config_of(**knobs), 10
-    model = scatter(new_model(config, attend))
-    tokens = random_tokens(config, 2, length)
-    with torch.no_grad():
-        before = model(tokens)
-        for t in range(length):
-            changed = tokens.clone()
-            changed[0, t] = (changed[0, t] + 7) % config.vocab_size
-            after = model(changed)
-            assert torch.equal(after[0, :t], before[0, :t]) and torch.equal(after[1], before[1])
-            assert (after[0, t] != before[0, t]).any(), "the present must see it"
+    oracle.assert_causal(config_of(**knobs), attend)
 
 
 @pytest.mark.parametrize("knobs", [{}, EVERYTHING], ids=["default", "everything"])
 def test_no_gradient_comes_from_the_future(knobs):
-    config, length = config_of(**knobs), 10
-    model, seen = scatter(new_model(config, ATTENTIONS[0])), []
-    model.tok_emb.register_forward_hook(lambda module, args, output: seen.append(output))
-    logits = model(random_tokens(config, 1, length))
-    for t in range(length):
-        (grad,) = torch.autograd.grad(logits[0, t].square().sum(), seen[0], retain_graph=True)
-        reached = (grad[0].abs().sum(-1) > 0).tolist()
-        assert reached[t] and not any(reached[t + 1 :])
-        assert all(reached[: t + 1]), "all the past is seen"
+    oracle.assert_no_gradient_from_the_future(config_of(**knobs))
 
 
 # One graph
 
 
-def graphs_of(model):
-    """(model compiled without code generation, its list of graphs)."""
-    graphs = []
-
-    def backend(graph, examples):
-        graphs.append(graph)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, examples)
-
-    torch._dynamo.reset()
-    return torch.compile(model, backend=backend, fullgraph=True, dynamic=False), graphs
-
-
-def losses_and_gradients(run, model, tokens):
-    model.zero_grad()
-    losses = run(tokens[:, :-1], tokens[:, 1:])
-    losses.mean().backward()
-    return losses.detach(), [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
-
-
 @pytest.mark.parametrize("knobs", [{}, EVERYTHING], ids=["default", "everything"])
 def test_a_model_traces_into_one_graph_with_equal_losses_and_gradients(knobs):
-    config = config_of(**knobs | {"NUM_LAYERS": 3})
-    model = scatter(new_model(config))
-    compiled, graphs = graphs_of(model)
-    for seed in (1, 2):
-        tokens = random_tokens(config, 2, 17, seed)
-        eager, traced = (losses_and_gradients(run, model, tokens) for run in (model, compiled))
-        torch.testing.assert_close(traced, eager, rtol=1e-5, atol=1e-6)
-    assert len(graphs) == 1
+    oracle.assert_one_graph(config_of(**knobs | {"NUM_LAYERS": 3}))
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="needs a C++ compiler")
 @pytest.mark.parametrize("knobs", [{"NUM_LAYERS": 1}, EVERYTHING | {"NUM_LAYERS": 2}])
 def test_inductor_gives_the_losses_and_gradients_of_combinations(knobs):
     """In few layers, since each of its kernels takes a C++ compiler a third of a second."""
-    config = config_of(**knobs)
-    model, tokens = scatter(new_model(config)), random_tokens(config, 2, 17)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, dynamic=False)
-    eager, fused = (losses_and_gradients(run, model, tokens) for run in (model, compiled))
-    torch.testing.assert_close(fused, eager, rtol=1e-5, atol=2e-6)
+    oracle.assert_inductor_agrees(config_of(**knobs))
 
 
 # The parameters

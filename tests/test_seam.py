@@ -436,6 +436,27 @@ def test_what_it_imports_from_its_own_folder_is_a_source_too(flat, corpus, tmp_p
     assert same(again, made) and again.result["sources"] == made.result["sources"]
 
 
+@pytest.mark.parametrize("packaged", [True, False], ids=["package", "namespace"])
+def test_what_it_imports_from_a_folder_below_its_own_is_refused(corpus, tmp_path, packaged):
+    """A run folder is flat: such a file would be neither copied nor counted. A folder of libraries may lie there."""
+    model_file = tmp_path / "own" / "tiny.py"
+    for folder in ("package", ".venv"):
+        (model_file.parent / folder).mkdir(parents=True)
+    (model_file.parent / "package" / "big.py").write_text("from torch import nn\n")
+    (model_file.parent / ".venv" / "library.py").write_text("")
+    if packaged:
+        (model_file.parent / "package" / "__init__.py").write_text("")
+    text = MODEL_FILE.read_text().replace("import train_gpt\n", "import library\nimport train_gpt\n", 1)
+    model_file.write_text(text)
+    environ = settings(corpus, tmp_path / "logs", ITERATIONS=1, MODEL_FILE=model_file)
+    environ |= {"PYTHONPATH": str(model_file.parent / ".venv")}
+    assert set(run(environ, tmp_path).result["sources"]) == {"train_gpt.py", "tiny.py"}
+    model_file.write_text(text.replace("import library\n", "import package.big\n"))
+    done = models.process(environ | {"RUN_ID": "refused"}, tmp_path)
+    assert done.returncode == 2 and not (tmp_path / "logs" / "refused").exists()
+    assert "big.py" in done.stderr.decode() and "put it next to it" in done.stderr.decode()
+
+
 def test_check_and_help_know_it(corpus, tmp_path):
     environ = settings(corpus, tmp_path / "logs", MODE="check", DROPOU=1)
     done = process(environ, tmp_path)

@@ -430,11 +430,12 @@ def bits_per_weight(columns: int, qmax: int = 127, clip: float = 0.0) -> float:
     return 2.047 + math.log2(qmax / k) + 0.060 * (k / qmax) ** 2
 
 
-def projected_bytes(coder, model) -> int:
-    """Bytes of the int8+zlib artifact of this model once it is trained, when its rows are about Gaussian.
+def projected_bytes(coder, model, bits_of=lambda name, columns: bits_per_weight(columns), overhead: float = 0.0) -> int:
+    """Bytes of the artifact of this model once it is trained, when its rows are about Gaussian.
 
-    The artifact of an untrained model says nothing. A coder of another format has its own projected_size, which may use
-    bits_per_weight.
+    The artifact of an untrained model says nothing. A coder of another format calls this from its own projected_size:
+    `bits_of` is the entropy of the weights of a tensor (name, columns), and `overhead` the size by its entropy coder
+    over the entropy; 0 stands for zlib.
     """
     bits = 0.0
     rest = 4096
@@ -446,8 +447,8 @@ def projected_bytes(coder, model) -> int:
             rest += tensor.numel() * (4 if wide else 2 * FP16_UNDER_ZLIB)
         else:
             rest += 2 * tensor.shape[0]  # the scales
-            entropy = bits_per_weight(tensor.shape[-1])
-            bits += tensor.numel() * entropy * np.interp(entropy, ZLIB_ENTROPIES, ZLIB_FACTORS)
+            entropy = bits_of(name, tensor.shape[-1])
+            bits += tensor.numel() * entropy * (overhead or np.interp(entropy, ZLIB_ENTROPIES, ZLIB_FACTORS))
     return round(bits / 8 + rest)
 
 

@@ -199,20 +199,11 @@ class FrontierCoder(train_gpt.Coder):
     def size_by_law(self, model: train_gpt.Model, clip_multiplier: float) -> int:
         """Bytes of the artifact if the rows of all matrices are Gaussian, as they about are after training."""
         check = train_gpt.tool("check", required=True)
-        bits = 0.0
-        rest = 4096
-        for name, tensor in model.state_dict().items():
-            if not tensor.is_floating_point():
-                rest += tensor.nbytes
-            elif tensor.numel() <= train_gpt.INT8_MIN_NUMEL:
-                wide = self.control_fp32 and self.rule(name).fp32
-                rest += tensor.numel() * (4 if wide else 2 * check.FP16_UNDER_ZLIB)
-            else:
-                rest += 2 * tensor.shape[0]  # the scales
-                entropy = check.bits_per_weight(tensor.shape[-1], self.qmax(name), clip_multiplier * self.clip(name))
-                zlib_factor = np.interp(entropy, check.ZLIB_ENTROPIES, check.ZLIB_FACTORS)
-                bits += tensor.numel() * entropy * (1.001 if self.config.codec == "rans" else zlib_factor)
-        return round(bits / 8 + rest)
+
+        def bits_of(name: str, columns: int) -> float:
+            return check.bits_per_weight(columns, self.qmax(name), clip_multiplier * self.clip(name))
+
+        return check.projected_bytes(self, model, bits_of, 1.001 if self.config.codec == "rans" else 0.0)
 
 
 # ---------- GPTQ: Hessians from a few training batches, and rounding that makes up for its own errors -----------------

@@ -240,13 +240,13 @@ def test_fitting_needs_clips(coder_of):
 @pytest.mark.parametrize("knobs", [{}, {"CODEC": "rans"}, {"CLIP_ATTN": 0, "CLIP_MLP": 0, "CLIP_EMBED": 0}], ids=str)
 def test_the_projected_size_is_that_of_gaussian_weights(coder_of, knobs):
     made, state = coder_of(**CLIPS | {"FIT_SIZE": 0} | knobs), large_state()
-    model = SimpleNamespace(state_dict=lambda: state)
+    model = SimpleNamespace(state_dict=lambda: state, rule=frontier.GPT.rule)
     assert made.projected_size(model) == pytest.approx(len(made.encode(state, 0)[0]), rel=0.015)
 
 
 def test_with_fit_size_the_projected_size_is_what_the_limit_leaves(coder_of):
     state = large_state()
-    model = SimpleNamespace(state_dict=lambda: state)
+    model = SimpleNamespace(state_dict=lambda: state, rule=frontier.GPT.rule)
     code = sum(path.stat().st_size for path in train_gpt.source_paths(coder_of(**CLIPS).config).values())
     for free in (180_000, 250_000, 10**7, 1000):
         made = coder_of(CODEC="rans", SIZE_LIMIT=code + free, **CLIPS)

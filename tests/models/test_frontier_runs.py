@@ -2,16 +2,12 @@
 resumed run, two ranks, an artifact that needs to be told nothing, and the clock that GPTQ needs. Runs are made in this
 process by main(), except those of several ranks."""
 
-import json
-import os
 import re
-import signal
-from pathlib import Path
 from types import SimpleNamespace
 
 import models
 import pytest
-import torch
+import runs
 
 import train_gpt
 from train_gpt import Evaluator, Trainer
@@ -53,28 +49,10 @@ EVERYTHING = {
 }
 
 
-def read_run(path: Path):
-    metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    result = path / "result.json"
-    return SimpleNamespace(
-        path=path,
-        log=(path / "train.log").read_text(),
-        losses=[m["train_loss"] for m in metrics if "train_loss" in m],
-        result=json.loads(result.read_text()) if result.is_file() else None,
-    )
-
-
 @pytest.fixture
 def go(corpus, tmp_path):
-    """Function: a short run of the frontier with these knobs; the exit code and what its folder holds."""
-
-    def start(code=0, **overrides):
-        base = {"MODEL_FILE": models.FRONTIER, "LOG_DIR": tmp_path / "logs", "VAL_TOKENS_LIMIT": 200}
-        values = models.tiny_settings(corpus, **base | overrides)
-        assert models.call_main(values) == code
-        return read_run(tmp_path / "logs" / values["RUN_ID"])
-
-    return start
+    """Function: a short run of the frontier with these knobs; what its folder holds."""
+    return runs.starter(corpus, tmp_path, MODEL_FILE=models.FRONTIER)
 
 
 # Depth recurrence
@@ -135,18 +113,7 @@ def test_without_the_recurrence_nothing_is_switched_and_warmed_up_twice(go, swit
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """The graphs that were made of the model, in order; they run as they are."""
-    made, compile_model = [], torch.compile
-
-    def backend(graph, examples):
-        made.append(graph)
-        return graph.forward
-
-    torch._dynamo.reset()
-    monkeypatch.setattr(train_gpt.torch, "compile", lambda model, **how: compile_model(model, backend=backend, **how))
-    monkeypatch.setattr(kernels, "choose_compile", lambda config, runtime: (True, "counted"))
-    yield made
-    torch._dynamo.reset()
+    yield from runs.counted_graphs(monkeypatch)
 
 
 @pytest.mark.parametrize("learns", [{}, {"TTT_CHUNK": 64, "TTT_BATCH_TOKENS": 64}], ids=["fixed", "learns"])
@@ -177,71 +144,30 @@ def test_all_graphs_are_compiled_before_the_clock_starts(go, graphs, monkeypatch
 # An artifact, a resumed run, ranks
 
 
-def score_again(corpus, folder, artifact, capsys, **knobs) -> list[str]:
-    """Loss and bits per byte that MODE=eval prints."""
-    values = models.machine_settings(
-        corpus, MODE="eval", ARTIFACT=artifact, LOG_DIR=folder, VAL_TOKENS_LIMIT=200, **knobs
-    )
-    capsys.readouterr()
-    assert models.call_main(values) == 0
-    (found,) = re.findall(r"^final_\w+_exact val_loss:(\S+) val_bpb:(\S+)", capsys.readouterr().out, re.MULTILINE)
-    return list(found)
-
-
-def test_an_artifact_of_everything_is_scored_again_without_being_told(go, corpus, tmp_path, capsys, monkeypatch):
-    """The final validation sees what is exported: the average, and with the recurrence, even if it never began."""
+@pytest.mark.parametrize("knobs", [{}, {"LOOP_START": 1}], ids=["begun", "never begun"])
+def test_an_artifact_of_everything_is_scored_again_without_being_told(go, corpus, tmp_path, capsys, monkeypatch, knobs):
+    """With the recurrence, even if it never began."""
     monkeypatch.setattr(train_gpt, "INT8_MIN_NUMEL", 500)  # so that small tensors are rounded
-    defaults = {name: field.default for name, field in FrontierConfig.knobs().items()}
-    assert all(value != defaults[name] for name, value in EVERYTHING.items()), "a default would prove nothing"
-    for name, knobs in {"begun": {}, "never": {"LOOP_START": 1}}.items():
-        run = go(RUN_ID=name, **EVERYTHING | knobs)
-        (artifact,) = run.path.glob("final_model.*.ptz")
-        assert artifact.name == "final_model.rans.ptz" and run.result["val_loss"] != run.result["pre_quant_val_loss"]
-        assert "\nfinal_int6_rans_roundtrip_exact val_loss:" in run.log
-        again = score_again(corpus, tmp_path / "again", artifact, capsys)
-        assert again == [f"{run.result[key]:.8f}" for key in ("val_loss", "val_bpb")]
-        told = models.artifact_knobs(FrontierConfig) - {"CODEC", "WEIGHT_BITS"}
-        given = models.tiny_settings(corpus) | EVERYTHING | {"MODEL_FILE": models.FRONTIER}
-        shape = {name: given[name] for name in [*told, "MODEL_FILE"] if name in given}
-        again = score_again(corpus, tmp_path / "again", run.path / "final_model.pt", capsys, **shape)
-        assert again == [f"{run.result[key]:.8f}" for key in ("pre_quant_val_loss", "pre_quant_val_bpb")]
-    values = models.machine_settings(corpus, MODE="sample", ARTIFACT=artifact, LOG_DIR=tmp_path, SAMPLE_PROMPT="the")
-    assert models.call_main(values | {"SAMPLE_TOKENS": "8"}) == 0
+    runs.assert_no_defaults(EVERYTHING, FrontierConfig)
+    run = go(**EVERYTHING | knobs)
+    (artifact,) = run.path.glob("final_model.*.ptz")
+    assert artifact.name == "final_model.rans.ptz"
+    assert "\nfinal_int6_rans_roundtrip_exact val_loss:" in run.log
+    told = models.artifact_knobs(FrontierConfig) - {"CODEC", "WEIGHT_BITS"}
+    given = models.tiny_settings(corpus) | EVERYTHING | {"MODEL_FILE": models.FRONTIER}
+    shape = {name: given[name] for name in [*told, "MODEL_FILE"] if name in given}
+    runs.assert_scored_again(run, artifact, corpus, tmp_path, capsys, shape)
 
 
 def test_a_run_of_everything_goes_on_as_if_it_had_not_been_stopped(go, monkeypatch):
-    """Before and after the recurrence begins (at step 4 of 8), twice in one run."""
-    monkeypatch.setattr(train_gpt, "INT8_MIN_NUMEL", 500)
-    knobs = EVERYTHING | {"ITERATIONS": 8, "VAL_LOSS_EVERY": 3}
-    whole, step, cuts = go(RUN_ID="whole", **knobs), Trainer.step, [2, 6]
-
-    def disturbed(self, *args):
-        if self.checkpoints.in_training and cuts and self.steps + 1 == cuts[0]:
-            cuts.pop(0)
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, *args)
-
-    monkeypatch.setattr(Trainer, "step", disturbed)
-    for _ in range(2):
-        go(RUN_ID="cut", code=143, **knobs)
-    run = go(RUN_ID="cut", **knobs)
-    assert run.result["resumed_at"] == [2, 6] and run.losses == whole.losses
-    for name in ("val_loss", "val_bpb", "pre_quant_val_loss", "sha256_artifact"):
-        assert run.result[name] == whole.result[name], name
-    one, other = (torch.load(r.path / "final_model.pt", weights_only=True) for r in (run, whole))
-    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    """Before and after the recurrence begins, at step 4 of 8."""
+    runs.assert_goes_on_as_if_it_had_not_been_stopped(go, monkeypatch, EVERYTHING)
 
 
 def test_two_ranks_train_everything_as_one_process(go, launch, corpus, tmp_path):
-    """The reduction over ranks waits for the gradient of every parameter, before and after the recurrence begins."""
-    knobs = EVERYTHING | {"MODEL_FILE": models.FRONTIER, "LOG_DIR": tmp_path / "logs", "ITERATIONS": 6}
-    values = models.tiny_settings(corpus, **knobs | {"WARMUP_STEPS": 1, "VAL_TOKENS_LIMIT": 200})
-    done = launch(ranks=2, **values | {"RUN_ID": "two"})
-    assert done.returncode == 0, done.stderr
-    two, one = read_run(tmp_path / "logs" / "two"), go(RUN_ID="one", **EVERYTHING | {"ITERATIONS": 6})
-    assert len(two.losses) == 6 and two.losses == pytest.approx(one.losses, abs=1e-4)
-    for name in ("val_loss", "val_bpb", "pre_quant_val_loss"):
-        assert two.result[name] == pytest.approx(one.result[name], abs=1e-4), name
+    """Before and after the recurrence begins."""
+    knobs = EVERYTHING | {"MODEL_FILE": models.FRONTIER}
+    runs.assert_two_ranks_train_as_one(go, launch, corpus, tmp_path, knobs)
 
 
 def test_config_env_repeats_a_run_of_everything(go, tmp_path):
@@ -250,7 +176,7 @@ def test_config_env_repeats_a_run_of_everything(go, tmp_path):
     run = go(RUN_ID="first", **knobs)
     values = {"LOG_DIR": str(tmp_path / "logs"), "RUN_ID": "again"}
     assert models.call_main(values, run.path / "config.env") == 0
-    again = read_run(tmp_path / "logs" / "again")
+    again = runs.read_run(tmp_path / "logs" / "again")
     assert again.losses == run.losses and again.result["val_loss"] == run.result["val_loss"]
 
 

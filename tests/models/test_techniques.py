@@ -3,22 +3,30 @@ of the formulas, forward and backward; causality; one graph for the compiler, wh
 what their parameters start as and who trains them; FLOPs; and Muon's options."""
 
 import copy
-import functools
-import math
 import shutil
 
 import models
+import oracle
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import new_model, parameter_groups
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from oracle import (
+    ATTENTIONS,
+    assert_equals_the_reference,
+    counted_flops,
+    graphs_of,
+    label,
+    layer_order,
+    losses_and_gradients,
+    random_tokens,
+    scatter,
+    slow_logits,
+)
 
 import train_gpt
-from train_gpt import UserError, rope_tables
+from train_gpt import UserError
 
 FrontierConfig, frontier = models.model_file("frontier")
 kernels = train_gpt.tool("kernels")
@@ -96,161 +104,10 @@ CASES = [
     EVERYTHING_ELSE,
 ]
 LOOPED = [case for case in CASES if "LOOP_LAYERS" in case]
-# A short sequence has several blocks.
-ATTENTIONS = [functools.partial(kernels.blocked_attention, block=4), kernels.expanded_attention]
-
-
-def label(value):
-    return " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else None
 
 
 def config_of(**knobs) -> FrontierConfig:
     return FrontierConfig.load([], {name: str(value) for name, value in (SMALL | knobs).items()})
-
-
-def scatter(model, seed=0):
-    """Random values in every parameter: at their initial ones half of the knobs do nothing."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            noise = torch.randn(p.shape, generator=generator)
-            if name.endswith(("tok_emb.weight", "lm_head.weight")):
-                p.copy_(0.4 * noise)
-            elif name.endswith((".gate", "skip_gates", "smear")):
-                p.copy_(0.6 * noise)
-            elif name.endswith(".weight"):
-                p.copy_(noise * p.size(1) ** -0.5)
-            else:
-                p.copy_(0.8 + 0.4 * noise)
-    return model
-
-
-def random_tokens(config, batch, length, seed=0):
-    """A third of them begin a document, so that the smear gate meets starts of every kind: first, in a row, last."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(config.vocab_size, (batch, length), generator=generator)
-    return torch.where(torch.rand(batch, length, generator=generator) < 1 / 3, config.start_token, tokens)
-
-
-# The reference: the formulas in float64, one sequence, one head and one token at a time.
-
-
-def norm(x):
-    return x / (x.square().mean(-1, keepdim=True) + 2.0**-23).sqrt()
-
-
-def sigmoid(x):
-    return 1 / (1 + torch.exp(-x))
-
-
-def turn(x_Td, dims, base):
-    """RoPE on the first `dims` dimensions: i and i + dims/2 are the parts of a complex number that turns by -t * f.
-
-    By the model's own tables, which are fp32: test_rope_tables_are_those_of_float64 looks after them."""
-    cos, sin = (table.double() for table in rope_tables(len(x_Td), dims, base))
-    rows = []
-    for t, x in enumerate(x_Td):
-        z = torch.complex(x[: dims // 2], x[dims // 2 : dims]) * torch.complex(cos[t], -sin[t])
-        rows.append(torch.cat([z.real, z.imag, x[dims:]]))
-    return torch.stack(rows)
-
-
-def slow_attention(w, u_TD, config, layer):
-    d, group = config.model_dim // config.num_heads, config.num_heads // config.num_kv_heads
-    turned, heads = config.rope_dims or d, []
-    for h in range(config.num_heads):
-        kv = slice(h // group * d, (h // group + 1) * d)
-        q = turn(norm(u_TD @ w["attn.c_q.weight"][h * d : (h + 1) * d].T), turned, config.rope_base)
-        k = turn(norm(u_TD @ w["attn.c_k.weight"][kv].T), turned, config.rope_base)
-        q, v = q * w["attn.q_gain"][h], u_TD @ w["attn.c_v.weight"][kv].T
-        rows = []
-        for t, u in enumerate(u_TD):
-            e = torch.exp(k[: t + 1] @ q[t] / math.sqrt(d))
-            y = e / e.sum() @ v[: t + 1]
-            if layer >= config.num_layers - config.xsa_layers:
-                y = y - (y @ v[t]) / (v[t] @ v[t]) * v[t]
-            if config.attn_gate:
-                y = y * 2 * sigmoid(w["attn.gate"][h] @ u[:12])
-            rows.append(y)
-        heads.append(torch.stack(rows))
-    return torch.cat(heads, dim=1) @ w["attn.proj.weight"].T
-
-
-def slow_mlp(w, u, config):
-    hidden = u @ w["mlp.fc.weight"].T
-    assert hidden.size(-1) == round(config.mlp_mult * config.model_dim)
-    return torch.where(hidden > 0, hidden, config.mlp_slope * hidden) ** 2 @ w["mlp.proj.weight"].T
-
-
-def slow_block(w, layer, x, x0, config):
-    b = {name.removeprefix(f"blocks.{layer}."): p for name, p in w.items() if name.startswith(f"blocks.{layer}.")}
-    scale = 1 / math.sqrt(layer + 1) if config.ln_scale else 1.0
-    if config.x0_mix:
-        x = b["resid_mix"][0] * x + b["resid_mix"][1] * x0
-    attended = b["attn_scale"] * slow_attention(b, scale * norm(x), config, layer)
-    if 0 <= config.parallel_from <= layer:
-        return x + attended + b["mlp_scale"] * slow_mlp(b, scale * norm(x), config)
-    x = x + attended
-    return x + b["mlp_scale"] * slow_mlp(b, scale * norm(x), config)
-
-
-def layer_order(config, looping) -> list[int]:
-    layers = list(range(config.num_layers))
-    if not (looping and config.loop_layers):
-        return layers
-    a, b = map(int, config.loop_layers.split("-"))
-    return layers[: b + 1] + layers[a : b + 1] * (config.loop_passes - 1) + layers[b + 1 :]
-
-
-def slow_logits(w, tokens_T, config, looping=True):
-    x = norm(w["tok_emb.weight"][tokens_T])
-    if config.smear_gate:
-        rows = [x[0]]
-        for t in range(1, len(x)):
-            gate = w["smear"][0] * sigmoid(w["smear"][1:] @ x[t, :12])
-            rows.append(x[t] if tokens_T[t] == config.start_token else x[t] + gate * x[t - 1])
-        x = torch.stack(rows)
-    x0, pushed, pops, order = x, [], 0, layer_order(config, looping)
-    for position, layer in enumerate(order):
-        if position >= len(order) // 2 and pushed:
-            skip = w["skip_weights"][pops] * pushed.pop()
-            if config.gated_skips:
-                s = sigmoid(w["skip_gates"][pops])
-                x = (1 - s) * skip + s * x
-            else:
-                x = x + skip
-            pops += 1
-        x = slow_block(w, layer, x, x0, config)
-        if position < len(order) // 2:
-            pushed.append(x)
-    assert not pushed
-    z = norm(x) @ (w["tok_emb.weight"] if config.tie_embeddings else w["lm_head.weight"]).T
-    return config.logit_softcap * torch.tanh(z / config.logit_softcap)
-
-
-def assert_equals_the_reference(config, attend, looping=True, seed=0, length=9):
-    """In float64 on both sides, so that nothing but a fault can make a difference, however badly conditioned."""
-    model = scatter(new_model(config, attend, torch.float64).double(), seed)
-    tokens = random_tokens(config, 2, length + 1, seed)
-    if config.loop_layers:
-        model.looping = looping
-    inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    w = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
-    logits = torch.stack([slow_logits(w, row, config, looping) for row in inputs])
-    losses = torch.logsumexp(logits, dim=-1) - logits.gather(-1, targets[..., None])[..., 0]
-    losses.mean().backward()
-    ours = model(inputs, targets)
-    ours.mean().backward()
-    assert ours.dtype == torch.float64
-    torch.testing.assert_close(model(inputs), logits, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(ours, losses, rtol=1e-9, atol=1e-9)
-    for name, p in model.named_parameters():
-        if p.numel():  # one layer has no skips
-            # The last row of what the looped order needs may rest while the plain order runs.
-            assert p.grad is not None, f"{name} has no gradient"
-            scale = w[name].grad.abs().max()
-            assert scale > 0 or name in ("skip_weights", "skip_gates"), f"the reference does not use {name}"
-            assert (p.grad - w[name].grad).abs().max() <= 1e-9 * scale, name
 
 
 @pytest.mark.parametrize("attend", ATTENTIONS, ids=["blocked", "expanded"])
@@ -354,19 +211,7 @@ def test_rope_dims_of_the_whole_head_and_of_none_given_are_the_same():
 
 @pytest.mark.parametrize("knobs", [EVERYTHING, EVERYTHING_ELSE], ids=["everything", "everything else"])
 def test_bf16_is_close_to_float32_and_new_parameters_and_gradients_stay_fp32(knobs):
-    config = config_of(**knobs)
-    tokens, losses, grads = random_tokens(config, 8, 17), [], []
-    for dtype in (torch.float32, torch.bfloat16):
-        model = scatter(new_model(config, kernels.expanded_attention, dtype))
-        losses.append(model(tokens[:, :-1], tokens[:, 1:]))
-        losses[-1].mean().backward()
-        grads.append({name: p.grad for name, p in model.named_parameters()})
-        assert {p.dtype for p in model.parameters()} == {g.dtype for g in grads[-1].values()} == {torch.float32}
-        assert losses[-1].dtype == torch.float32
-    assert 0 < (losses[0] - losses[1]).abs().max() < 0.2  # not 0: bf16 was really used
-    assert losses[0].mean().item() == pytest.approx(losses[1].mean().item(), abs=0.01)
-    for name, grad in grads[0].items():
-        assert F.cosine_similarity(grad.flatten(), grads[1][name].flatten(), dim=0) > 0.99, name
+    oracle.assert_bf16_is_close(config_of(**knobs))
 
 
 # Causality
@@ -392,31 +237,12 @@ def test_bf16_is_close_to_float32_and_new_parameters_and_gradients_stay_fp32(kno
     ids=label,
 )
 def test_a_changed_token_moves_no_earlier_logit(knobs, attend):
-    config, length = config_of(**knobs), 10
-    model = scatter(new_model(config, attend))
-    tokens = random_tokens(config, 2, length)
-    with torch.no_grad():
-        before = model(tokens)
-        for t in range(length):
-            for new in {config.start_token, (int(tokens[0, t]) + 7) % config.vocab_size} - {int(tokens[0, t])}:
-                changed = tokens.clone()
-                changed[0, t] = new
-                after = model(changed)
-                assert torch.equal(after[0, :t], before[0, :t]) and torch.equal(after[1], before[1])
-                assert (after[0, t] != before[0, t]).any(), "the present must see it"
+    oracle.assert_causal(config_of(**knobs), attend)
 
 
 @pytest.mark.parametrize("knobs", [EVERYTHING, EVERYTHING_ELSE], ids=["everything", "everything else"])
 def test_no_gradient_comes_from_the_future(knobs):
-    config, length = config_of(**knobs), 10
-    model, seen = scatter(new_model(config, ATTENTIONS[0])), []
-    model.tok_emb.register_forward_hook(lambda module, args, output: seen.append(output))
-    logits = model(random_tokens(config, 1, length))
-    for t in range(length):
-        (grad,) = torch.autograd.grad(logits[0, t].square().sum(), seen[0], retain_graph=True)
-        reached = (grad[0].abs().sum(-1) > 0).tolist()
-        assert reached[t] and not any(reached[t + 1 :])
-        assert all(reached[: t + 1]), "all the past is seen"
+    oracle.assert_no_gradient_from_the_future(config_of(**knobs))
 
 
 @pytest.mark.parametrize("start", [0, 3, 39])
@@ -440,33 +266,8 @@ def test_the_smear_reaches_one_token_on_and_never_into_another_document(start):
 # One graph
 
 
-def graphs_of(model):
-    """(model compiled without code generation, its list of graphs)."""
-    graphs = []
-
-    def backend(graph, examples):
-        graphs.append(graph)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, examples)
-
-    torch._dynamo.reset()
-    return torch.compile(model, backend=backend, fullgraph=True, dynamic=False), graphs
-
-
-def losses_and_gradients(run, model, tokens):
-    model.zero_grad()
-    losses = run(tokens[:, :-1], tokens[:, 1:])
-    losses.mean().backward()
-    return losses.detach(), [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
-
-
 def test_a_model_without_mix_traces_into_one_graph_with_equal_losses_and_gradients():
-    model = scatter(new_model(config_of(X0_MIX=0, NUM_LAYERS=2)))
-    compiled, graphs = graphs_of(model)
-    for seed in (1, 2):
-        tokens = random_tokens(config_of(), 2, 17, seed)
-        eager, traced = (losses_and_gradients(run, model, tokens) for run in (model, compiled))
-        torch.testing.assert_close(traced, eager, rtol=1e-5, atol=1e-6)
-    assert len(graphs) == 1
+    oracle.assert_one_graph(config_of(X0_MIX=0, NUM_LAYERS=2))
 
 
 def test_the_compiled_model_of_everything_follows_the_switch_of_the_recurrence():
@@ -495,12 +296,7 @@ def test_the_compiled_model_of_everything_follows_the_switch_of_the_recurrence()
 )
 def test_inductor_gives_the_losses_and_gradients_of_combinations(knobs):
     """In few layers, since each of its kernels takes a C++ compiler a third of a second."""
-    config = config_of(**knobs)
-    model, tokens = scatter(new_model(config)), random_tokens(config, 2, 17)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, dynamic=False)
-    eager, fused = (losses_and_gradients(run, model, tokens) for run in (model, compiled))
-    torch.testing.assert_close(fused, eager, rtol=1e-5, atol=2e-6)
+    oracle.assert_inductor_agrees(config_of(**knobs))
 
 
 # The parameters
@@ -701,15 +497,6 @@ def test_an_artifact_records_all_knobs_of_the_model():
 
 
 # FLOPs
-
-
-def counted_flops(model, config, rows=2) -> float:
-    """Per token, forward and backward, by torch's own counter, which counts matmuls alone; attention by plain ones, of
-    which none is left out because a mask hides its result."""
-    tokens = torch.randint(config.vocab_size, (rows, config.train_seq_len))
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(tokens, tokens).mean().backward()
-    return counter.get_total_flops() / tokens.numel()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,117 @@
+"""Whole runs for tests, in this process by main() or under torchrun, and what must hold for those of any model."""
+
+import json
+import os
+import re
+import signal
+from types import SimpleNamespace
+
+import models
+import pytest
+import torch
+
+import train_gpt
+from train_gpt import Trainer
+
+
+def read_run(path):
+    """What a run folder holds."""
+    metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    result = path / "result.json"
+    return SimpleNamespace(
+        path=path,
+        log=(path / "train.log").read_text(),
+        losses=[m["train_loss"] for m in metrics if "train_loss" in m],
+        result=json.loads(result.read_text()) if result.is_file() else None,
+    )
+
+
+def starter(corpus, tmp_path, **base):
+    """A function that makes a short run with some knobs, by default these, and reads its folder."""
+
+    def start(code=0, **overrides):
+        knobs = {"LOG_DIR": tmp_path / "logs", "VAL_TOKENS_LIMIT": 200} | base | overrides
+        values = models.tiny_settings(corpus, **knobs)
+        assert models.call_main(values) == code
+        return read_run(tmp_path / "logs" / values["RUN_ID"])
+
+    return start
+
+
+def counted_graphs(monkeypatch):
+    """Yields the list of the graphs that are made of a model, in order; they run as they are."""
+    made, compile_model = [], torch.compile
+
+    def backend(graph, examples):
+        made.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    kernels = train_gpt.tool("kernels")
+    monkeypatch.setattr(train_gpt.torch, "compile", lambda model, **how: compile_model(model, backend=backend, **how))
+    monkeypatch.setattr(kernels, "choose_compile", lambda config, runtime: (True, "counted"))
+    yield made
+    torch._dynamo.reset()
+
+
+def score_again(corpus, folder, artifact, capsys, **knobs) -> list[str]:
+    """Loss and bits per byte that MODE=eval prints."""
+    values = models.machine_settings(
+        corpus, MODE="eval", ARTIFACT=artifact, LOG_DIR=folder, VAL_TOKENS_LIMIT=200, **knobs
+    )
+    capsys.readouterr()
+    assert models.call_main(values) == 0
+    (found,) = re.findall(r"^final_\w+_exact val_loss:(\S+) val_bpb:(\S+)", capsys.readouterr().out, re.MULTILINE)
+    return list(found)
+
+
+def assert_no_defaults(knobs, config_class):
+    """A knob at its default would prove nothing."""
+    defaults = {name: field.default for name, field in config_class.knobs().items()}
+    assert all(value != defaults[name] for name, value in knobs.items())
+
+
+def assert_scored_again(run, artifact, corpus, tmp_path, capsys, shape):
+    """MODE=eval gives the digits of the run: of the artifact alone, and of the .pt with the knobs of its shape. The
+    final validation sees what is exported: the average. MODE=sample takes the artifact, too."""
+    assert run.result["val_loss"] != run.result["pre_quant_val_loss"]
+    again = score_again(corpus, tmp_path / "again", artifact, capsys)
+    assert again == [f"{run.result[key]:.8f}" for key in ("val_loss", "val_bpb")]
+    again = score_again(corpus, tmp_path / "again", run.path / "final_model.pt", capsys, **shape)
+    assert again == [f"{run.result[key]:.8f}" for key in ("pre_quant_val_loss", "pre_quant_val_bpb")]
+    values = models.machine_settings(corpus, MODE="sample", ARTIFACT=artifact, LOG_DIR=tmp_path, SAMPLE_PROMPT="the")
+    assert models.call_main(values | {"SAMPLE_TOKENS": "8"}) == 0
+
+
+def assert_goes_on_as_if_it_had_not_been_stopped(go, monkeypatch, knobs):
+    """A run of 8 steps that is stopped twice, early and late, equals one that is not."""
+    monkeypatch.setattr(train_gpt, "INT8_MIN_NUMEL", 500)
+    knobs = knobs | {"ITERATIONS": 8, "VAL_LOSS_EVERY": 3}
+    whole, step, cuts = go(RUN_ID="whole", **knobs), Trainer.step, [2, 6]
+
+    def disturbed(self, *args):
+        if self.checkpoints.in_training and cuts and self.steps + 1 == cuts[0]:
+            cuts.pop(0)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args)
+
+    monkeypatch.setattr(Trainer, "step", disturbed)
+    for _ in range(2):
+        go(RUN_ID="cut", code=143, **knobs)
+    run = go(RUN_ID="cut", **knobs)
+    assert run.result["resumed_at"] == [2, 6] and run.losses == whole.losses
+    for name in ("val_loss", "val_bpb", "pre_quant_val_loss", "sha256_artifact"):
+        assert run.result[name] == whole.result[name], name
+    one, other = (torch.load(r.path / "final_model.pt", weights_only=True) for r in (run, whole))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def assert_two_ranks_train_as_one(go, launch, corpus, tmp_path, knobs):
+    """The reduction over ranks waits for the gradient of every parameter."""
+    more = {"LOG_DIR": tmp_path / "logs", "ITERATIONS": 6, "WARMUP_STEPS": 1, "VAL_TOKENS_LIMIT": 200}
+    done = launch(ranks=2, **models.tiny_settings(corpus, **knobs | more) | {"RUN_ID": "two"})
+    assert done.returncode == 0, done.stderr
+    two, one = read_run(tmp_path / "logs" / "two"), go(RUN_ID="one", **knobs | {"ITERATIONS": 6})
+    assert len(two.losses) == 6 and two.losses == pytest.approx(one.losses, abs=1e-4)
+    for name in ("val_loss", "val_bpb", "pre_quant_val_loss"):
+        assert two.result[name] == pytest.approx(one.result[name], abs=1e-4), name
