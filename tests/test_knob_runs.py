@@ -159,6 +159,20 @@ def test_a_model_advances_by_the_progress_of_the_clock(go, staged, stages, monke
     assert stages.steps == [False] * 5 + [True] * 4 and stages.scores == [True, True]  # a tenth would end at 10 s
 
 
+def test_a_run_that_the_clock_ends_early_exports_the_model_as_at_the_end(go, staged, stages, monkeypatch):
+    """A step that might not end in time is not begun: here not even the first, at a progress of 0."""
+    now, step = [0.0], Trainer.step
+
+    def timed(self, *args):
+        now[0] += 6.0
+        return step(self, *args)
+
+    monkeypatch.setattr(train_gpt.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(Trainer, "step", timed)
+    go(MODEL_FILE=staged, ITERATIONS=1000, MAX_WALLCLOCK_SECONDS=5, WARMUP_STEPS=2)
+    assert stages.steps == [] and stages.scores == [True, True]
+
+
 def test_all_graphs_are_compiled_before_the_clock_starts(go, staged, graphs, monkeypatch):
     """Not in the middle of the run, where a compilation would cost a part of the training time."""
     before, warm_up = [], Trainer.warm_up
