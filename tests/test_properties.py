@@ -375,6 +375,26 @@ def test_an_artifact_of_strange_parts(artifact, data):
     assert_a_model_or_refused(models.torch_bytes(data.draw(altered(artifact[1]))))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"__quant_format__": torch.ones(4, 4)},
+        {"__quant_format__": b"int8\nclean"},
+        {"__quant_format__": ["int8_clean_per_row_v1"]},
+        {"config": {"vocab_size": torch.ones(4, 4)}},
+        {"config": {"micro_batch_tokens": "au\nto"}},
+        {"config": {"two\nlines": 1}},
+    ],
+    ids=str,
+)
+def test_what_an_artifact_says_of_itself_is_one_line_of_a_message(artifact, changes):
+    """An error of one line, whatever the file holds in the place of a name."""
+    content = models.load(zlib.decompressobj().decompress(artifact[0]))
+    config = content["config"] | changes.get("config", {})
+    changed = models.seal(models.torch_bytes(content | changes | {"config": config}))
+    assert not assert_a_model_or_refused(changed)
+
+
 @pytest.fixture(scope="module")
 def saved():
     """(bytes, configuration, facts): of no training, but with everything in its place."""

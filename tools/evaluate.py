@@ -76,14 +76,19 @@ def unpack(blob: bytes, source) -> dict:
         return artifact
 
 
+def one_line(value) -> str:
+    """The beginning of what an untrusted file holds, for a message."""
+    return " ".join(repr(value).split())[:40]
+
+
 def dequantize(artifact: dict, config, source) -> dict[str, torch.Tensor]:
     """The state dict of an artifact by the coder of its Config, after a check of what the file claims."""
     coder = config.coder_class()(config)
     known = getattr(coder, "formats", (INT8_FORMAT,))
-    found = artifact["__quant_format__"]
+    found = artifact["__quant_format__"]  # of an untrusted file: anything
     require(
-        found in known,
-        f"{source} is of format {found!r:.40}, known are {', '.join(known)}: set MODEL_FILE to its model",
+        isinstance(found, str) and found in known,
+        f"{source} is of format {one_line(found)}, known are {', '.join(known)}: set MODEL_FILE to its model",
     )
     tensors = [value for value in tree_leaves(artifact) if isinstance(value, torch.Tensor)]
     contiguous = all(tensor.is_contiguous() for tensor in tensors)  # a stride of 0 makes much of little
@@ -126,8 +131,12 @@ def artifact_knobs(config_class) -> list[str]:
 
 def recorded_knobs(artifact: dict, source, config_class: type) -> dict[str, str]:
     """{KNOB: text} that an artifact records, without knobs that moved to a model file and are off."""
+    recorded = artifact.get("config", {})
+    words = [word for pair in recorded.items() for word in pair if isinstance(word, str)]
+    odd = [one_line(word) for word in words if not word.isprintable()]
+    require(not odd, f"{source} records {', '.join(odd[:3])}, which no knob is called or set to: get the file again")
     plain = {bool: int, int: int, float: float, str: str}  # of any other type only its name is kept
-    texts = {name.upper(): str(plain.get(type(v), type)(v)) for name, v in artifact.get("config", {}).items()}
+    texts = {name.upper(): str(plain.get(type(v), type)(v)) for name, v in recorded.items()}
     check = train_gpt.tool("check", log=str)
     if check:
         texts = check.drop_moved_knobs(texts, config_class.knobs())
