@@ -456,9 +456,9 @@ NAMED_TOKENIZER = re.compile(r"\w+|(.*\W)?\w*byte_?260\w*(\.json)?")  # bytes, g
 AUDIT_TOKENS = 1_000_000  # tokens that are decoded and compared
 
 
-# Bytes of text per token of a SentencePiece .model; tools/tokenizers.py adds other vocabularies. A special token, or an
-# id beyond the tokenizer's own, has 0 bytes and is a boundary, after which a new text starts. A byte piece has 1 byte.
-# Any other piece has the UTF-8 length of its text, with U+2581 as a space. If the tokenizer adds or strips a space at
+# Bytes of text per token of a SentencePiece .model; tools/vocabularies.py adds others. A special token, or an id beyond
+# the tokenizer's own, has 0 bytes and is a boundary, after which a new text starts. A byte piece has 1 byte. Any other
+# piece has the UTF-8 length of its text, with U+2581 as a space. If the tokenizer adds or strips a space at
 # the start of a text, the leading U+2581 of a piece right after a boundary has 0 bytes.
 class TokenBytes:
     def __init__(self, path: str, vocab_size: int, padding: int = 127):
@@ -467,7 +467,7 @@ class TokenBytes:
         self.leading = set()  # tokens whose text begins with U+2581, which `pieces` leaves out
         self.byte_ids, self.unknown = set(), set()
         if named := NAMED_TOKENIZER.fullmatch(path):
-            tool("tokenizers", required=True).load(self)
+            tool("vocabularies", required=True).load(self)
         else:
             self.load_sentencepiece(path)
         self.size = len(self.pieces)  # `pieces` has the bytes of each token; None for a special token
@@ -502,12 +502,12 @@ class TokenBytes:
         for token in special | self.byte_ids:
             self.pieces[token] = None if token in special else bytes([int(texts[token][3:5], 16)])  # such as <0xE6>
         if "\ue001" in texts:  # a case mark: see data/README.md
-            tool("tokenizers", required=True).use_case_marks(self, texts)
+            tool("vocabularies", required=True).use_case_marks(self, texts)
 
     def decode(self, tokens: list[int]) -> bytes:
         return self.unmark(self.model.decode(tokens).encode())
 
-    def unmark(self, text: bytes) -> bytes:  # tools/tokenizers.py replaces this if there are marks of capitals
+    def unmark(self, text: bytes) -> bytes:  # tools/vocabularies.py replaces this if there are marks of capitals
         return text
 
     def count(self, tokens: np.ndarray) -> int:
@@ -1038,7 +1038,7 @@ class Coder:
     # What the script calls, and when. Each does nothing here.
     def warm_up(self, trainer: "Trainer") -> float: ...  # after compilation: seconds that `calibrate` will take
     def calibrate(self, trainer: "Trainer"): ...  # after the last step, on every rank, with the weights to export
-    def projected_size(self, model: Model) -> int: ...  # for MODE=check; None: tools/check.py knows int8+zlib
+    def projected_size(self, model: Model, check) -> int: ...  # by the laws of tools/check.py; None: int8+zlib
 
     def quantize_matrix(self, name: str, w: Tensor) -> tuple[Tensor, Tensor]:
         """int8 values and fp16 scales [rows] of an fp32 matrix. A row is clipped at a high quantile of magnitudes."""
@@ -1093,7 +1093,7 @@ class Coder:
         return self.pack(self.quantize(state))
 
     def decode(self, blob: bytes) -> dict[str, Tensor]:
-        """The state dict in a file written by `encode`. tools/evaluate.py also reads other formats."""
+        """The state dict in a file written by `encode`. tools/artifact.py also reads other formats."""
         stream, checksum = blob[:-32], blob[-32:]
         require(hashlib.sha256(stream).digest() == checksum, "the artifact and its checksum differ: check the disk")
         return self.dequantize(torch.load(io.BytesIO(zlib.decompress(stream)), weights_only=True))
@@ -1308,14 +1308,14 @@ def times(step: int, clock: float) -> str:
 # ---------- Files around the script -----------------------------------------------------------------------------------
 # Tools are optional: the script alone trains, exports and scores. A model file is part of the submission, with whatever
 # it imports from its own folder: those sources are hashed, copied into the run folder and counted in the code size.
-TOOLS = {  # name: what is lost without tools/NAME.py
-    "check": "contradictory and misspelled knobs are not found",
-    "checkpoint": "no checkpoints, no resuming, no fitting of micro-batches to the memory",
-    "kernels": "no choice of kernels, no speed in the log",
-    "cpu_kernels": "attention, loss and Muon are torch's",
-    "steptime": "no prediction of step times on other machines",
+TOOLS = {  # name: (what is lost without tools/NAME.py, whether it is submission code when used)
+    "check": ("contradictory and misspelled knobs are not found", False),
+    "checkpoint": ("no checkpoints, no resuming, no fitting of micro-batches to the memory", False),
+    "artifact": ("no MODE=eval and no MODE=sample", False),
+    "kernels": ("no choice of kernels, no speed in the log", False),
+    "vocabularies": ("no tokenizers but SentencePiece models without case marks", True),  # determines byte counts
 }
-SUBMISSION_TOOLS = ("tokenizers",)  # submission code if used, since it determines byte counts
+SUBMISSION_TOOLS = [name for name, (_, is_submission) in TOOLS.items() if is_submission]
 
 
 def tool(name: str, log=lambda line: None, required: bool = False):
@@ -1326,7 +1326,7 @@ def tool(name: str, log=lambda line: None, required: bool = False):
     if module := sys.modules.get(key) or (path and load_module(path, key)):
         return module
     require(not required, f"{paths[0]} is missing: take it from the repository")
-    log(f"warning: tools/{name}.py is missing: {TOOLS[name]}")
+    log(f"warning: tools/{name}.py is missing: {TOOLS[name][0]}")
 
 
 def load_module(path: Path, key: str):
@@ -1470,12 +1470,12 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks must not end the run
     try:
         if argv in (["-h"], ["--help"]):
-            return tool("check", required=True).explain()
+            return tool("check", required=True).explain(tool("artifact"))
         config = Config.load(argv, os.environ)
         checkpoint = tool("checkpoint")
         folder = (checkpoint.RunFolder if checkpoint else RunFolder)(Runtime(config, os.environ))
-        name = {"eval": "evaluate"}.get(config.mode, config.mode)
-        mode = train if name == "train" else tool(name, required=True).main
+        name = "check" if config.mode == "check" else "artifact"
+        mode = train if config.mode == "train" else tool(name, required=True).MODES[config.mode]
         code = mode(config, folder, argv) or 0
     except (UserError, OSError) as error:
         message, code = f"error: {error}", 2

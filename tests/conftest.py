@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads would onl
 if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and would be by every run of the tests
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), *(str(ROOT / "tools" / room) for room in ("records", "experiments"))]
 
 pytest.register_assert_rewrite("models", "oracle", "runs")  # whose asserts tell what they compared
 import models  # noqa: E402

@@ -112,7 +112,7 @@ def model_file(name: str):
 
 
 def probe_script(probe, config, model, runtime):
-    """A Script of tools/record_probe.py for a model of this process."""
+    """A Script of tools/records/record_probe.py for a model of this process."""
     script = object.__new__(probe.Script)
     script.module, script.second, script.config, script.runtime = train_gpt, True, config, runtime
     script.model = script.compiled_model = model

@@ -80,7 +80,7 @@ def test_the_script_alone_trains_exports_proves_its_bytes_and_writes_its_result(
     [
         ({}, "logs/run exists, or RESUME is set: choose another RUN_ID, or get tools/checkpoint.py"),
         ({"RUN_ID": "other", "RESUME": "logs/run"}, "RESUME is set: choose another RUN_ID, or get tools/checkpoint.py"),
-        ({"MODE": "eval", "ARTIFACT": "x"}, "tools/evaluate.py is missing: take it from the repository"),
+        ({"MODE": "eval", "ARTIFACT": "x"}, "tools/artifact.py is missing: take it from the repository"),
         ({"MODE": "check"}, "tools/check.py is missing: take it from the repository"),
         ({"ITERATIONS": "many"}, "ITERATIONS='many' is not a whole number"),
         ({"TOKENIZER_PATH": "bytes"}, "/tokenizers.py is missing: take it from the repository"),
@@ -111,10 +111,10 @@ def test_data_that_is_not_what_it_says_is_refused_by_the_script_alone(corpus, pr
 def hostile(tmp_path):
     """A working directory in which all that the script might import by a bare name is something else."""
     folder = tmp_path / "elsewhere"
-    for name in ("check", "tools", "evaluate"):
+    for name in ("check", "tools", "artifact"):
         (folder / name).mkdir(parents=True)
         (folder / name / "__init__.py").write_text("1 / 0\n")
-    for name in ("checkpoint", "sample", "kernels", "compress", "tokenizers", "train_gpt"):
+    for name in ("checkpoint", "kernels", "vocabularies", "sentencepiece_model", "train_gpt"):
         (folder / f"{name}.py").write_text("1 / 0\n")
     return folder
 
@@ -148,7 +148,7 @@ def test_a_tool_is_loaded_once_and_by_its_path(monkeypatch):
     check = train_gpt.tool("check")
     assert check is train_gpt.tool("check") and Path(check.__file__) == SCRIPT.parent / "tools" / "check.py"
     assert check.train_gpt is train_gpt
-    monkeypatch.setitem(train_gpt.TOOLS, "nothing", "no nothing")
+    monkeypatch.setitem(train_gpt.TOOLS, "nothing", ("no nothing", False))
     with pytest.raises(train_gpt.UserError, match=r"tools/nothing.py is missing: take it from the repository$"):
         train_gpt.tool("nothing", required=True)
     said = []

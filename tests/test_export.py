@@ -17,7 +17,7 @@ from train_gpt import Coder, RunFolder, UserError, export, quantize_rows
 
 kernels = train_gpt.tool("kernels")
 
-evaluate = train_gpt.tool("evaluate")
+evaluate = train_gpt.tool("artifact")
 # Kinds of parameters that odd tensors are given out for.
 A, B, C = "blocks.0.attn.c_q.weight", "blocks.0.mlp.fc.weight", "blocks.1.mlp.fc.weight"
 D, E = "blocks.0.mlp.proj.weight", "blocks.0.attn.c_k.weight"

@@ -1,6 +1,6 @@
 """Knobs of the model's shape: each of them, and random combinations, against a slow float64 reading of the formulas,
 forward and backward; causality; one graph for the compiler; and that the default model is, bit for bit, what it was in
-the first release. The techniques of records/models/frontier.py are tested in tests/models/."""
+the first release. The techniques of records/models/frontier.py are tested in tests/records/models/."""
 
 import hashlib
 import shutil

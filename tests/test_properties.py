@@ -20,7 +20,7 @@ from train_gpt import Config, UserError
 
 KNOBS = Config.knobs()
 checkpoint = train_gpt.tool("checkpoint")
-evaluate = train_gpt.tool("evaluate")
+evaluate = train_gpt.tool("artifact")
 
 CHECKED = settings(max_examples=150)
 

@@ -12,7 +12,7 @@ KNOBS = dict(Config.knobs())
 for file in sorted((ROOT / "records" / "models").glob("*.py")):
     if "class Config(" in file.read_text(encoding="utf-8"):
         KNOBS |= load_model_file(str(file)).knobs()
-KNOBS |= tool("sample").SampleKnobs.knobs()
+KNOBS |= tool("artifact").SampleKnobs.knobs()
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

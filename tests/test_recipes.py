@@ -57,7 +57,7 @@ def on_meta(config) -> train_gpt.Model:
 
 def projected_size(config, model) -> int:
     coder = config.coder_class()(config)
-    return coder.projected_size(model) or check.projected_bytes(coder, model)
+    return coder.projected_size(model, check) or check.projected_bytes(coder, model)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -26,7 +26,7 @@ RunFolder = checkpoint.RunFolder
 BOTH = pytest.mark.parametrize("kind", [train_gpt.RunFolder, RunFolder], ids=["the script alone", "with its tools"])
 ROOT = Path(train_gpt.__file__).resolve().parent
 SCRIPT = ROOT / "train_gpt.py"
-TOOLS = [ROOT / "tools" / f"{name}.py" for name in ("check", "checkpoint", "evaluate", "sample")]
+TOOLS = [ROOT / "tools" / f"{name}.py" for name in ("check", "checkpoint", "artifact")]
 
 # Runs in a process of its own. torch comes first: what it reads and prints is not ours.
 IMPORT_PROBE = """

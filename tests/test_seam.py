@@ -295,7 +295,7 @@ BROKEN_SHA256 = hashlib.sha256(BROKEN.encode()).hexdigest()
 )
 def test_an_artifact_that_names_no_model_is_refused(whole, tmp_path, source, said):
     """Only files beside it and in known folders are candidates, since a model file is a program that is run."""
-    evaluate = train_gpt.tool("evaluate")
+    evaluate = train_gpt.tool("artifact")
     place = tmp_path / "place"
     (place / "elsewhere").mkdir(parents=True)
     (place / "broken.py").write_text(BROKEN)
@@ -307,7 +307,7 @@ def test_an_artifact_that_names_no_model_is_refused(whole, tmp_path, source, sai
 
 
 def test_of_two_files_of_its_name_the_one_with_its_hash_is_taken(whole, tmp_path):
-    evaluate = train_gpt.tool("evaluate")
+    evaluate = train_gpt.tool("artifact")
     (tmp_path / "tiny.py").write_text(MODEL_FILE.read_text() + "# another one\n")
     digests = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in (MODEL_FILE, tmp_path / "tiny.py")}
     for path, digest in digests.items():
@@ -504,7 +504,7 @@ def test_a_package_that_is_called_like_a_tool_is_no_source(make_config, monkeypa
     package = SimpleNamespace(__file__=str(tmp_path / "__init__.py"))
     monkeypatch.setitem(sys.modules, "tokenizers", package)
     assert set(train_gpt.source_paths(make_config())) == {"train_gpt.py"}
-    train_gpt.tool("tokenizers")
+    train_gpt.tool("vocabularies")
     assert set(train_gpt.source_paths(make_config())) == {"train_gpt.py", "tokenizers.py"}
 
 

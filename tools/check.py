@@ -26,6 +26,7 @@ import shutil
 import signal
 import socket
 import statistics
+import sys
 import threading
 import time
 import traceback
@@ -73,7 +74,7 @@ MOVED = {
     "GPTQ_BATCHES": "0",
     "FIT_SIZE": "0",
 }
-SAMPLE_KNOBS = ("SAMPLE_PROMPT", "SAMPLE_TOKENS", "TEMPERATURE", "TOP_K")  # tools/sample.py reads them
+SAMPLE_KNOBS = ("SAMPLE_PROMPT", "SAMPLE_TOKENS", "TEMPERATURE", "TOP_K")  # tools/artifact.py reads them
 # Knobs of similar trainers, which would be ignored without a word.
 ELSEWHERE = {
     "WARMDOWN_ITERS": "set WARMDOWN_FRAC to this over the steps that the run will take",
@@ -119,7 +120,7 @@ def check_combinations(config):
 def is_moved_and_off(name: str, text: str) -> bool:
     """Whether this is no knob of the script any more, and has no effect at this value.
 
-    Numbers are compared as numbers: 0 is 0.0. A knob of tools/sample.py never has an effect on a run.
+    Numbers are compared as numbers: 0 is 0.0. A knob of tools/artifact.py never has an effect on a run.
     """
     off = MOVED.get(name)
     if name in SAMPLE_KNOBS or text == off:
@@ -242,16 +243,16 @@ def lines_by_model_file() -> dict[str, list[str]]:
     return groups
 
 
-def explain() -> int:
+def explain(artifact) -> int:
     """--help: every knob with its default and meaning, by group. Returns the exit code.
 
-    With MODEL_FILE in the environment these are the knobs of its Config.
+    With MODEL_FILE in the environment these are the knobs of its Config. `artifact` is tools/artifact.py, if present.
     """
     model_file = os.environ.get("MODEL_FILE")
     config_class = train_gpt.load_model_file(model_file) if model_file else train_gpt.Config
     groups = lines_by_heading(config_class)
-    if Path(__file__).with_name("sample.py").is_file():
-        groups |= lines_by_heading(train_gpt.tool("sample").SampleKnobs)
+    if artifact:
+        groups |= lines_by_heading(artifact.SampleKnobs)
     if not model_file:
         groups |= lines_by_model_file()
     print(train_gpt.__doc__)
@@ -480,7 +481,7 @@ def seconds_per_token(model, forward, tokens_BT, runtime) -> float:
     return 1 / steps / tokens_BT.numel()
 
 
-def model_and_step(config, runtime, problems: list[str], log) -> dict:
+def model_and_step(config, runtime, problems: list[str]) -> dict:
     """Build the model, run a micro-step of each graph, and estimate from that what a run takes.
 
     If other ranks than those at hand are to train, tools/steptime.py predicts the time of a step from public runs.
@@ -495,7 +496,7 @@ def model_and_step(config, runtime, problems: list[str], log) -> dict:
     model, compiled_model, kernels = train_gpt.build_model(config, runtime)
     params = sum(p.numel() for p in model.parameters())
     code = sum(len(path.read_bytes()) for path in train_gpt.source_paths(config).values())
-    projected = coder.projected_size(model) or projected_bytes(coder, model)
+    projected = coder.projected_size(model, sys.modules[__name__]) or projected_bytes(coder, model)
     # A GPU gets the whole micro-batch, compiled. A CPU gets a small one, eagerly unless it is to train with COMPILE=1
     # or autotune: to compile takes far longer than all the rest together.
     on_cpu = runtime.device.type == "cpu"
@@ -545,10 +546,8 @@ def model_and_step(config, runtime, problems: list[str], log) -> dict:
             "tokens_in_budget": count * config.train_batch_tokens,
             "step_time_rests_on": "micro-steps that ran here, forward and backward: without optimizers and reductions",
         }
-    elif steptime := train_gpt.tool("steptime", log):
-        facts |= steptime.predict(config, model, ranks)
     else:
-        facts |= {"seconds_per_step": None, "steps_in_budget": f"unknown: no {ranks} ranks of {kind} to measure on"}
+        facts |= train_gpt.tool("steptime", required=True).predict(config, model, ranks)
     seconds = facts["seconds_per_step"] or 0.0
     if seconds > (config.max_wallclock_seconds or math.inf):
         problems.append(
@@ -571,7 +570,7 @@ def check_disk(config, params: int) -> dict:
     return {"disk_free_mib": free >> 20, "disk_need_mib": need >> 20}
 
 
-def main(config, folder, argv: list[str]) -> int:
+def check_run(config, folder, argv: list[str]) -> int:
     """Print the report. Returns the exit code: 1 if there are problems."""
     runtime = folder.runtime
     problems = []
@@ -582,7 +581,7 @@ def main(config, folder, argv: list[str]) -> int:
         lambda: check_host_name(config, runtime),
         lambda: training_data(config),
         lambda: validation_data(config, folder),
-        lambda: model_and_step(config, runtime, problems, folder.log),
+        lambda: model_and_step(config, runtime, problems),
         lambda: check_disk(config, facts.get("model_params", 0)),
     )
     for part in parts:
@@ -599,3 +598,6 @@ def main(config, folder, argv: list[str]) -> int:
             print(*lines, sep="\n")
             print("check_json:" + json.dumps(facts | {"problems": problems}), flush=True)
     return 1 if problems else 0
+
+
+MODES = {"check": check_run}

@@ -71,7 +71,7 @@ def read_checkpoint(file: Path | bytes, source, config, facts: dict[str, str]) -
     intact = matches_checksum(file)
     remedy = "resume from another, or remove it to start again"
     require(intact, f"{source} is damaged: it does not match its checksum: {remedy}")
-    evaluate = train_gpt.tool("evaluate", required=True)
+    evaluate = train_gpt.tool("artifact", required=True)
     with evaluate.reading(source):
         state = evaluate.load_tensors(file, source)
         require(state["format"] == CHECKPOINT_FORMAT, f"{source} is no checkpoint of format {CHECKPOINT_FORMAT}")
@@ -410,7 +410,7 @@ class Checkpoints:
         with torch.random.fork_rng([trainer.runtime.device] if trainer.runtime.device.type == "cuda" else []):
             fit_memory(trainer)
         if self.found:
-            with train_gpt.tool("evaluate", required=True).reading(self.source):
+            with train_gpt.tool("artifact", required=True).reading(self.source):
                 self.restore(trainer, self.found)
             finished = " finished" if trainer.finished else ""
             differences = "; ".join(["", *self.differences])

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 import train_gpt
 from train_gpt import Linear, Model, UserError, at_least_fp32, grouped_attention, require, tool
 
-cpu_kernels = tool("cpu_kernels", log=str)
+cpu_kernels = tool("cpu/cpu_kernels")
 
 # Peak of dense bf16 matmuls in TFLOP/s, by a part of the GPU's name (NVIDIA's data sheets).
 PEAK_TFLOPS = {
@@ -164,7 +164,7 @@ def blocked_attention(q_BHTd, k_BKTd, v_BKTd, block: int = 128):
 
 
 def fused_attention(q_BHTd, k_BKTd, v_BKTd):
-    """By tools/cpu_kernels.py where it takes the shape. The sequences of a sample have every length."""
+    """By tools/cpu/cpu_kernels.py where it takes the shape. The sequences of a sample have every length."""
     if cpu_kernels.takes_attention(*q_BHTd.shape[2:], q_BHTd.dtype):
         return cpu_kernels.fused_attention(q_BHTd, k_BKTd, v_BKTd)
     return blocked_attention(q_BHTd, k_BKTd, v_BKTd)
@@ -358,7 +358,7 @@ def choose_loss(config, runtime):
 
 
 def fused_newton_schulz(stack, polynomials: list[tuple[float, float, float]]):
-    """Muon's iterations by tools/cpu_kernels.cpp where it takes these matrices."""
+    """Muon's iterations by tools/cpu/cpu_kernels.cpp where it takes these matrices."""
     takes = cpu_kernels.takes_newton_schulz(stack)
     return (cpu_kernels if takes else train_gpt).newton_schulz(stack, polynomials)
 

@@ -186,19 +186,18 @@ class FrontierCoder(train_gpt.Coder):
             values[name] = torch.from_numpy(q.view(np.int8)).view(shape)
         return artifact | {"__quant_format__": INT8_FORMAT, "quantized": values}
 
-    def projected_size(self, model: train_gpt.Model) -> int:
+    def projected_size(self, model: train_gpt.Model, check) -> int:
         """Bytes of the artifact of this model once it is trained. With FIT_SIZE its clips are fitted to SIZE_LIMIT."""
         if not self.config.fit_size:
-            return self.size_by_law(model, 1.0)
+            return self.size_by_law(model, check, 1.0)
         narrowest, widest = CLIP_MULTIPLIERS
         limit = self.config.size_limit
         code = sum(path.stat().st_size for path in train_gpt.source_paths(self.config).values())
         fitted = round(limit - code - SIZE_SLACK / 2 * limit)
-        return min(max(fitted, self.size_by_law(model, widest)), self.size_by_law(model, narrowest))
+        return min(max(fitted, self.size_by_law(model, check, widest)), self.size_by_law(model, check, narrowest))
 
-    def size_by_law(self, model: train_gpt.Model, clip_multiplier: float) -> int:
+    def size_by_law(self, model: train_gpt.Model, check, clip_multiplier: float) -> int:
         """Bytes of the artifact if the rows of all matrices are Gaussian, as they about are after training."""
-        check = train_gpt.tool("check", required=True)
 
         def bits_of(name: str, columns: int) -> float:
             return check.bits_per_weight(columns, self.qmax(name), clip_multiplier * self.clip(name))

@@ -58,7 +58,7 @@ def main():
     coder = config.coder_class()(config)
     rans = sys.modules[type(coder).__module__]
     if options.model:
-        state = train_gpt.tool("evaluate").load_tensors(options.model, options.model)
+        state = train_gpt.tool("artifact").load_tensors(options.model, options.model)
     else:
         state = gaussian_state(int(options.gaussian))
     plain = coder.quantize(state)

@@ -39,7 +39,7 @@ def main():
     coding = sys.modules[config.coder_class().__module__]
     runtime = tg.Runtime(config, {})
     model, scorer, note = tg.build_model(config, runtime)
-    state = tg.tool("evaluate").load_tensors(Path(model_file), model_file)
+    state = tg.tool("artifact").load_tensors(Path(model_file), model_file)
     model.load_state_dict(state)
     accum_steps = config.accumulation_steps(1, runtime.device.type)
     loader = tg.TrainLoader(tg.TokenStream(config.data_path, "train", config.vocab_size), config, runtime, accum_steps)

@@ -303,15 +303,6 @@ def test_a_rank_that_waits_for_another_says_for_whom(store, monkeypatch, capsys)
     assert capsys.readouterr().out == "rank 0 of 2 waits at node-17:29500 for rank 1\n" and not late
 
 
-def test_check_without_the_tool_that_predicts(checked, monkeypatch):
-    tool = train_gpt.tool
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(train_gpt, "tool", lambda name, *r, **o: None if name == "steptime" else tool(name, *r, **o))
-    code, facts, _, _ = checked(TARGET_WORLD_SIZE=8, TRAIN_BATCH_TOKENS=1024)
-    assert code == 0 and facts["seconds_per_step"] is None
-    assert facts["steps_in_budget"] == "unknown: no 8 ranks of cuda to measure on"
-
-
 def test_a_cpu_does_not_compile_what_gpus_elsewhere_are_to_train(checked, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     code, facts, _, _ = checked(TARGET_WORLD_SIZE=8, TRAIN_BATCH_TOKENS=1024, COMPILE=1)
@@ -630,7 +621,7 @@ def test_the_size_is_asked_of_the_coder(checked, tmp_path):
         "import train_gpt\n\n\n"
         "class Coder(train_gpt.Coder):\n"
         "    tag = 'dots'\n\n"
-        "    def projected_size(self, model):\n"
+        "    def projected_size(self, model, check):\n"
         "        return 10**9\n\n\n"
         "class Config(train_gpt.Config):\n"
         "    @classmethod\n"

@@ -20,8 +20,8 @@ import train_gpt
 from train_gpt import GPT, Config, TokenBytes
 
 kernels = train_gpt.tool("kernels")
-evaluate = train_gpt.tool("evaluate")
-sample = train_gpt.tool("sample")
+evaluate = train_gpt.tool("artifact")
+sample = train_gpt.tool("artifact")
 SampleKnobs = sample.SampleKnobs
 CHECKED = settings()  # those of the profile that conftest.py loads
 SHORT = Config(train_seq_len=32, train_batch_tokens=32)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[2] / "tools"))  # first, so that no package named ladder takes its place
+sys.path.insert(0, str(HERE.parents[2] / "tools" / "experiments"))  # before any other package named ladder
 import ladder  # noqa: E402
 from ladder import ROOT  # noqa: E402
 
@@ -77,7 +77,7 @@ def prepare() -> str:
     so its score says nothing.
     """
     name, text = read_text()
-    tokenizer = train_gpt.tool("tokenizers", required=True).load_tiktoken("gpt2", ladder.gpt2_files())
+    tokenizer = train_gpt.tool("vocabularies", required=True).load_tiktoken("gpt2", ladder.gpt2_files())
     tokens = tokenizer.encode_ordinary(text)[:TOKENS]
     if len(tokens) < TOKENS:
         sys.exit(f"error: the text has {len(tokens)} tokens, tiny Shakespeare has {TOKENS}")

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[2] / "tools"))  # first, so that no package named ladder takes its place
+sys.path.insert(0, str(HERE.parents[2] / "tools" / "experiments"))  # before any other package named ladder
 import ladder  # noqa: E402
 
 del sys.path[0]  # other files there have names of packages
@@ -61,7 +61,7 @@ def look(folder: Path) -> dict:
     shares = loads / loads.mean(1, keepdim=True)  # 1 is even
     token_bytes = train_gpt.TokenBytes(config.tokenizer_path, config.vocab_size, config.vocab_padding)
     model.eval()
-    sample = train_gpt.tool("sample", required=True)
+    sample = train_gpt.tool("artifact", required=True)
     texts = []
     for prompt in PROMPTS:
         knobs = sample.SampleKnobs(sample_prompt=prompt, sample_tokens=60)

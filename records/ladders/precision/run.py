@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[2] / "tools"))  # first, so that no package named ladder takes its place
+sys.path.insert(0, str(HERE.parents[2] / "tools" / "experiments"))  # before any other package named ladder
 import ladder  # noqa: E402
 from ladder import ROOT  # noqa: E402
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import fmean
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[2] / "tools"))  # first, so that no package named ladder takes its place
+sys.path.insert(0, str(HERE.parents[2] / "tools" / "experiments"))  # before any other package named ladder
 import ladder  # noqa: E402
 
 del sys.path[0]  # other files there have names of packages

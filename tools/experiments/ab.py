@@ -1,0 +1,191 @@
+"""Two configurations or scripts in alternating pairs on this machine: what is faster, smaller, better, and how surely.
+
+    python tools/experiments/ab.py old.env new.env --pairs 5
+    python tools/experiments/ab.py train_gpt.py,a.env other/train_gpt.py --pairs 5   any script with such log lines
+
+A and B run one after the other, A first in one pair and B first in the next, so that a machine whose speed drifts is
+not taken for a difference. Both runs of a pair have the seed of the pair. The first pair warms up (compiled kernels,
+files in memory) and does not count. Ratios are B over A; their geometric mean comes with a 95% bootstrap interval over
+the pairs. Finished runs are kept in the work folder: the same command goes on where it was stopped.
+"""
+
+import argparse
+import hashlib
+import json
+import re
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import launcher
+import numpy as np
+from record_read import Run, UserError, read_json
+from scipy import stats
+
+FEW = 3  # pairs; with fewer a bootstrap says nothing
+RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One run. step_ms is the mean after the first ten logged steps, which are slower. memory is the device's peak
+    where the log states one, else the process's."""
+
+    step_ms: float | None
+    tokens_per_second: float | None
+    memory_mib: float
+    val_bpb: float | None
+    bytes_total: int | None
+
+
+def steady_step_ms(run: Run) -> float | None:
+    """Mean step time from step 10 on; of a shorter run, over all of it."""
+    lines = re.findall(r"^step: ?(\d+)/\d+ train_loss.*?train_time: ?(\d+)ms", run.log.text, re.MULTILINE)
+    pairs = [(int(step), int(ms)) for step, ms in lines]
+    late = [pair for pair in pairs if pair[0] >= 10]
+    if len(late) > 1 and late[-1][0] > late[0][0]:
+        return (late[-1][1] - late[0][1]) / (late[-1][0] - late[0][0])
+    return run.step_ms
+
+
+def measure(folder: Path, run_id: str, resident_mib: float) -> Measured:
+    run = launcher.read_finished(folder, run_id)
+    step = steady_step_ms(run)
+    device = run.log.last(r"^peak memory allocated: ?(\d+) MiB", float)
+    tokens = run.tokens_per_step
+    return Measured(
+        step, 1000 * tokens / step if step and tokens else None, device or resident_mib, run.val_bpb, run.bytes_total
+    )
+
+
+def run_once(target: launcher.Target, folder: Path, run_id: str, seed: int) -> Measured:
+    """Run, unless it was run before."""
+    kept = folder / f"{run_id}.json"
+    if kept.is_file():
+        return Measured(**read_json(kept))
+    if (folder / run_id).exists():  # stopped in the middle: half a run measures nothing
+        (folder / run_id).rename(folder / f"{run_id}_stopped_{len(list(folder.glob(f'{run_id}_stopped_*')))}")
+    process = launcher.start(target, {"SEED": str(seed), "RUN_ID": run_id}, folder)
+    code, resident = launcher.wait(process)
+    if code:
+        raise UserError(
+            f"{run_id} ended with exit code {code}: {launcher.last_words(folder, run_id)}\n"
+            f"its output is {folder / run_id}.out; the same command goes on from here"
+        )
+    found = measure(folder, run_id, resident)
+    kept.write_text(json.dumps(asdict(found)), encoding="utf-8")
+    return found
+
+
+def ratio(a: list[float], b: list[float]) -> dict | None:
+    """Geometric mean of B / A over pairs with its 95% interval by scipy's BCa bootstrap; None without numbers."""
+    pairs = [(x, y) for x, y in zip(a, b, strict=True) if x and y]
+    if not pairs:
+        return None
+    logs = np.log([y / x for x, y in pairs])
+    low = high = None
+    if len(logs) >= FEW:
+        if np.ptp(logs) == 0:
+            low = high = float(np.exp(logs[0]))
+        else:
+            interval = stats.bootstrap((logs,), np.mean, n_resamples=RESAMPLES, rng=0).confidence_interval
+            low, high = float(np.exp(interval.low)), float(np.exp(interval.high))
+    return {"ratio": float(np.exp(logs.mean())), "low": low, "high": high, "pairs": np.exp(logs).tolist()}
+
+
+def open_folder(folder: Path, targets: list[launcher.Target], seed: int):
+    """Pin what is compared: a work folder holds pairs of two unchanged files."""
+    files = [path for target in targets for path in (target.script, target.config) if path]
+    told = {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files} | {"first seed": seed}
+    pinned = folder / "ab.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    if pinned.is_file() and read_json(pinned) != told:
+        raise UserError(
+            f"{folder} holds pairs of other files or seeds ({', '.join(read_json(pinned))}): choose "
+            "another --work, or remove it"
+        )
+    pinned.write_text(json.dumps(told), encoding="utf-8")
+
+
+def run_pairs(targets: list[launcher.Target], folder: Path, pairs: int, warm_up: int, seed: int):
+    """Yields (pair number from 1, A, B) as they are measured."""
+    for number in range(1 - warm_up, pairs + 1):
+        order = (0, 1) if number % 2 else (1, 0)
+        found = {}
+        for side in order:
+            name = f"pair{number}_{'ab'[side]}" if number > 0 else f"warm_up{1 - number}_{'ab'[side]}"
+            found[side] = run_once(targets[side], folder, name, seed + max(number - 1, 0))
+        if number > 0:
+            yield number, found[0], found[1]
+
+
+def describe_pair(number: int, a: Measured, b: Measured) -> str:
+    told = []
+    for key in Measured.__dataclass_fields__:
+        one, other = getattr(a, key), getattr(b, key)
+        if one and other:
+            told.append(f"{key} {one:,.6g} and {other:,.6g} ({other / one - 1:+.2%})")
+    return f"pair {number}: {'; '.join(told)}"
+
+
+def describe_ratio(key: str, found: dict | None) -> str:
+    if found is None:
+        return f"{key}: not in the logs"
+    sure = "no interval from so few pairs"
+    if found["low"] is not None:
+        sure = f"95% interval {found['low']:.4f} to {found['high']:.4f}"
+    return f"{key}: B / A = {found['ratio']:.4f}, {sure}, n = {len(found['pairs'])}"
+
+
+def compare(arguments: argparse.Namespace) -> dict:
+    targets = [launcher.parse_target(spec) for spec in (arguments.a, arguments.b)]
+    names = [(target.config or target.script).stem for target in targets]
+    folder = arguments.work or Path("logs") / f"ab_{names[0]}_{names[1]}"
+    open_folder(folder, targets, arguments.seed)
+    kept = []
+    for number, a, b in run_pairs(targets, folder, arguments.pairs, arguments.warm_up, arguments.seed):
+        kept.append((a, b))
+        print(describe_pair(number, a, b), flush=True)
+    return {
+        key: ratio(*[[getattr(pair[side], key) for pair in kept] for side in (0, 1)])
+        for key in Measured.__dataclass_fields__
+    }
+
+
+def at_least(least: int):
+    """The type of a whole number from `least` on, for argparse."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text}: expected a whole number from {least} on")
+        return int(text)
+
+    return parse
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for side in "ab":
+        parser.add_argument(side, metavar=side.upper(), help="FILE.env, SCRIPT.py, or SCRIPT.py,FILE.env")
+    parser.add_argument("--pairs", type=at_least(1), default=5)
+    parser.add_argument("--warm-up", type=at_least(0), default=1, help="pairs before those that count")
+    parser.add_argument("--seed", type=at_least(0), default=1337, help="of the first pair; the next has the next")
+    parser.add_argument("--work", type=Path, help="folder of the runs; default: logs/ab_<A>_<B>")
+    parser.add_argument("--json", action="store_true", help="also print all numbers as JSON, in the last line")
+    arguments = parser.parse_args(argv)
+    try:
+        found = compare(arguments)
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on from here", file=sys.stderr)
+        return 130
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(*[describe_ratio(key, value) for key, value in found.items()], sep="\n")
+    if arguments.json:
+        print(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

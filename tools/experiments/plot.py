@@ -1,0 +1,165 @@
+"""Pictures of runs and of tracks.
+
+    python tools/experiments/plot.py logs/a logs/b                         one color each; writes runs.png
+    python tools/experiments/plot.py "logs/wide_*" logs/c,logs/d -o x.svg  a glob or commas: one group, its mean and std
+    python tools/experiments/plot.py records/track_10min_16mb              a track: its records, and size against score
+
+Runs: train_loss, val_bpb and the learning rate's scale against steps, tokens and training seconds, from metrics.jsonl;
+runs may be going on. Colors are those of Okabe and Ito, which color-blind readers tell apart.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import launcher  # first: it knows where the other tools are  # noqa: F401
+import numpy as np
+from pictures import COLORS, STYLE, draw_track, ladder_rows, plt, save
+from record_folder import open_record
+from record_read import Run, UserError, is_record, read_group
+
+DASHES = ("-", "--", "-.", ":")
+AXES = {"steps": "steps", "tokens": "training tokens (millions)", "seconds": "training time (s)"}
+ROWS = {
+    "train_loss": "train_loss (nats per token)",
+    "val_bpb": "val_bpb (bits per byte)",
+    "lr_scale": "learning rate (share of the full)",
+}
+SMOOTH = 0.02  # of a run: the running mean of its noisy train_loss
+
+
+def curves(run: Run) -> dict[str, dict[str, np.ndarray]]:
+    """{train_loss, val_bpb, lr_scale: {value, steps, tokens, seconds}} of a run."""
+    lines, found = run.metrics(), {}
+    clock = {m["step"]: m["train_seconds"] for m in lines if "train_seconds" in m} | {0: 0.0}
+    for key in ROWS:
+        rows = [(m["step"], m[key], clock.get(m["step"], np.nan)) for m in lines if key in m]
+        if rows:
+            steps, values, seconds = np.array(rows, float).T
+            tokens = steps * (run.tokens_per_step or np.nan) / 1e6
+            found[key] = {"value": values, "steps": steps, "tokens": tokens, "seconds": seconds}
+    return found
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """Running mean over the past; shorter at the start."""
+    width = max(1, round(SMOOTH * len(values)))
+    total = np.cumsum(np.concatenate([[0.0], values]))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - width, 0)
+    return (total[ends] - total[starts]) / (ends - starts)
+
+
+def mean_and_spread(series: list[tuple[np.ndarray, np.ndarray, np.ndarray]]):
+    """(x, mean, sample standard deviation) of curves (share of the run, x, y), point by point of that share: runs by
+    the clock differ in their steps, and runs by steps in their time, but all of them begin and end."""
+    if len(series) == 1:
+        return series[0][1], series[0][2], np.zeros(len(series[0][2]))
+    shares = np.unique(np.concatenate([share for share, _, _ in series]))
+    x, y = (np.stack([np.interp(shares, each[0], each[i]) for each in series]) for i in (1, 2))
+    return x.mean(0), y.mean(0), y.std(0, ddof=1)
+
+
+def draw_group(axes: np.ndarray, label: str, runs: list[Run], color: str, dash: str):
+    found = [curves(run) for run in runs]
+    name = label + (f" (mean ± std, n = {len(runs)})" if len(runs) > 1 else "")
+    for row, key in enumerate(ROWS):
+        for column, by in enumerate(AXES):
+            series = [
+                (
+                    c[key]["steps"] / c[key]["steps"][-1],
+                    c[key][by],
+                    smooth(c[key]["value"]) if key == "train_loss" else c[key]["value"],
+                )
+                for c in found
+                if key in c and np.isfinite(c[key][by]).all() and c[key]["steps"][-1]
+            ]
+            if not series:
+                continue
+            x, mean, deviation = mean_and_spread(series)
+            marker = {"marker": "o", "markersize": 3} if key == "val_bpb" else {}
+            axes[row, column].plot(x, mean, dash, color=color, label=name, linewidth=1.4, **marker)
+            axes[row, column].fill_between(x, mean - deviation, mean + deviation, color=color, alpha=0.2, linewidth=0)
+            if key == "train_loss" and len(runs) == 1:
+                axes[row, column].plot(x, found[0][key]["value"], color=color, alpha=0.2, linewidth=0.6)
+            if key == "val_bpb":
+                finals = [run.val_bpb for run in runs if run.result]
+                star = {"color": color, "markersize": 10, "markeredgecolor": "w"}
+                axes[row, column].plot(x[-1:] if finals else [], [np.mean(finals)] if finals else [], "*", **star)
+
+
+def draw_runs(groups: dict[str, list[Run]]):
+    """A figure of 3 x 3 panels; the star is the score of the artifact."""
+    figure, axes = plt.subplots(len(ROWS), len(AXES), figsize=(11, 8.5), sharex="col", sharey="row", squeeze=False)
+    for index, (label, runs) in enumerate(groups.items()):
+        dash = DASHES[index // len(COLORS) % len(DASHES)]
+        draw_group(axes, label, runs, COLORS[index % len(COLORS)], dash)
+    for row, text in enumerate(ROWS.values()):
+        axes[row, 0].set_ylabel(text)
+    for column, text in enumerate(AXES.values()):
+        axes[-1, column].set_xlabel(text)
+    losses = [
+        curve["value"]
+        for runs in groups.values()
+        for run in runs
+        for k, curve in curves(run).items()
+        if k == "train_loss"
+    ]
+    if losses:  # the first steps would squeeze the rest
+        tops = [np.quantile(loss, 0.97) for loss in losses]
+        axes[0, 0].set_ylim(min(loss.min() for loss in losses) - 0.05, max(tops) + 0.05)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(3, len(labels)) or 1, frameon=False)
+    axes[1, 0].set_title("star: the artifact's score", fontsize=8, loc="right")
+    return figure
+
+
+def label_of(spec: str) -> str:
+    return Path(spec.rstrip("/")).name if "," not in spec else ",".join(Path(part).name for part in spec.split(","))
+
+
+def readable(groups: dict[str, list[Run]]) -> dict[str, list[Run]]:
+    """The groups without runs that have nothing to draw yet, which are named."""
+    kept = {label: [run for run in runs if curves(run)] for label, runs in groups.items()}
+    names = [run.name for label, runs in groups.items() for run in runs if run not in kept[label]]
+    told = f"{', '.join(names)} has no numbers yet: its metrics.jsonl is empty or not there"
+    if names and not any(kept.values()):
+        raise UserError(told)
+    if names:
+        print(told, file=sys.stderr)
+    return {label: runs for label, runs in kept.items() if runs}
+
+
+def picture(specs: list[str]):
+    tracks = [Path(spec) for spec in specs if Path(spec).name.startswith("track_") and not is_record(Path(spec))]
+    if not tracks:
+        return draw_runs(readable({label_of(spec): read_group(spec) for spec in specs}))
+    if len(specs) > 1:
+        raise UserError(f"{', '.join(specs)}: one track at a time")
+    records = [open_record(path) for path in sorted(tracks[0].glob("*")) if is_record(path)]
+    if not any(ladder_rows([record]) for record in records):
+        raise UserError(f"{tracks[0]} holds no record: make one with `python tools/records/record.py new`")
+    return draw_track(records)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("specs", nargs="+", metavar="LOG_FOLDER", help="run folders, groups of them, records, a track")
+    parser.add_argument("-o", "--output", type=Path, default=Path("runs.png"), help="a .png, .svg or .pdf")
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.output.suffix not in (".png", ".svg", ".pdf"):
+            raise UserError(f"-o {arguments.output}: expected a .png, .svg or .pdf")
+        if not arguments.output.parent.is_dir():
+            raise UserError(f"-o {arguments.output}: there is no folder {arguments.output.parent}: make it first")
+        with plt.rc_context(STYLE):
+            save(picture(arguments.specs), arguments.output)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {arguments.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,397 @@
+"""Searches over knobs, by optuna: its samplers, its median pruner fed while a run goes on, its storage.
+
+    python tools/experiments/sweep.py space.toml             starts or continues; several workers may run at once
+    python tools/experiments/sweep.py space.toml --show      the table so far
+
+space.toml:
+    name = "rates"
+    trials = 30                                      # in all, over every worker
+    config = "records/recipes/demo_cpu.env"          # optional; script = "train_gpt.py" is the default
+    objective = "val_bpb"                            # of result.json; lower is better
+    storage = "sqlite:///logs/rates/study.db"        # the default; see below
+    sampler = "TPESampler"                           # any of optuna.samplers that needs no arguments
+    seed = 1                                         # of the sampler, for one worker; several want none
+    [fixed]
+    SEED = 1337
+    [space]
+    MATRIX_LR = {low = 0.01, high = 0.1, log = true}
+    NUM_LAYERS = {low = 3, high = 6}                 # whole numbers
+    MLP_SLOPE = [0, 0.5]                             # a choice
+    [pruner]
+    startup_trials = 5                               # that run to their end before any is stopped
+    after = 0.2                                      # share of a run before which none is stopped; off = true: never
+
+A trial is a process of the script with its knobs as environment, in logs/<name>/. While it runs, its train_loss from
+metrics.jsonl, averaged over each 5% of the run, goes to the median pruner, which stops what is worse than the median of
+the others there. A trial that fails is kept with its error. A worker that was killed leaves a trial without an end: the
+next start on its machine gives those knobs to a new trial.
+
+Several machines: one study in one database (storage = "postgresql://..." or "mysql://...", with its driver installed),
+or a journal on a disk that all see (storage = "/shared/rates.journal"); start the same command on each. SQLite is for
+the workers of one machine. `optuna-dashboard <storage>` (a package of its own) shows a study while it grows.
+"""
+
+import argparse
+import contextlib
+import os
+import re
+import socket
+import sys
+import time
+import tomllib
+import warnings
+from pathlib import Path
+
+import launcher
+from record_read import Run, UserError, is_number, read_env
+
+try:
+    import optuna
+    from optuna.trial import TrialState
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"error: {missing}: pip install optuna (it is in requirements-dev.txt)") from None
+
+KEYS = {
+    "name": str,
+    "trials": int,
+    "config": str,
+    "script": str,
+    "objective": str,
+    "storage": str,
+    "sampler": str,
+    "seed": int,
+    "fixed": dict,
+    "space": dict,
+    "pruner": dict,
+}
+SAID = {str: "a text", int: "a whole number", dict: "a table"}
+OWN = {"RUN_ID", "LOG_DIR"}  # knobs that a trial gets from here
+PRUNER = {
+    "startup_trials": lambda n: type(n) is int and n >= 0,
+    "after": lambda x: is_number(x) and 0 <= x <= 1,
+    "off": lambda x: isinstance(x, bool),
+}
+STAGES = 20  # of a run, at each of which the pruner is asked
+POLL_SECONDS = 0.5
+
+
+def read_space(path: Path) -> dict:
+    try:
+        space = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {error}: see `python tools/experiments/sweep.py --help` for its form") from error
+    odd = space.keys() - KEYS.keys()
+    if odd or not space.get("space"):
+        raise UserError(f"{path}: {f'unknown keys {sorted(odd)}' if odd else 'no [space]'}: expected {sorted(KEYS)}")
+    if problem := fault(space):
+        raise UserError(f"{path}: {problem}")
+    return {"name": path.stem, "trials": 20, "objective": "val_bpb", "fixed": {}, "pruner": {}} | space
+
+
+def fault(space: dict) -> str:
+    """What is wrong with a space.toml, the first of it, or nothing."""
+    for key, value in space.items():
+        kind = KEYS[key]
+        if type(value) is not kind or (kind is int and value < (key == "trials")):
+            return f"{key} = {value!r}: expected {SAID[kind]}{' over 0' if key == 'trials' else ''}"
+    if not re.fullmatch(r"\w[\w.-]*", space.get("name", "x")):
+        return f"name = {space['name']!r}: expected letters, digits, dots, - and _, as it names a folder"
+    fixed, searched = space.get("fixed", {}), space["space"]
+    if both := sorted(fixed.keys() & searched.keys()):
+        return f"both fixed and searched: {', '.join(both)}: leave out one"
+    if own := sorted((fixed.keys() | searched.keys()) & OWN):
+        return f"{', '.join(own)}: leave it out, as each trial gets its own"
+    for name, value in fixed.items():
+        if not isinstance(value, str | int | float):
+            return f"fixed.{name} = {value!r}: expected a text, a number, true or false"
+    for name, value in space.get("pruner", {}).items():
+        if not PRUNER.get(name, lambda _: False)(value):
+            return (
+                f"pruner.{name} = {value!r}: expected startup_trials (a whole number), after (a share of a run, "
+                "0 to 1) or off (true or false)"
+            )
+    for knob, form in searched.items():
+        try:
+            distribution(form)
+        except (ValueError, TypeError, OverflowError) as error:
+            return f"{knob} = {form}: {error}: expected {{low = ..., high = ...}} or a list of choices"
+    return ""
+
+
+def distribution(form):
+    """What a knob is drawn from: a choice, or by its bounds. Whole bounds make whole numbers."""
+    if isinstance(form, list):
+        if not form or not all(isinstance(choice, str | int | float) for choice in form):
+            raise ValueError("no choices, or choices that are no text, number, true or false")
+        return optuna.distributions.CategoricalDistribution(form)
+    if not isinstance(form, dict) or not {"low", "high"} <= form.keys() <= {"low", "high", "log", "step"}:
+        raise ValueError("not low and high, with log and step where wanted")
+    bounds = [form[name] for name in ("low", "high", "step") if name in form]
+    if not all(map(is_number, bounds)) or not isinstance(form.get("log", False), bool):
+        raise ValueError("bounds are finite numbers, and log is true or false")
+    whole = all(isinstance(bound, int) for bound in bounds)
+    kind = optuna.distributions.IntDistribution if whole else optuna.distributions.FloatDistribution
+    return kind(**form)
+
+
+def open_storage(where: str):
+    """A database by its URL, or a journal by the path of a file."""
+    if "://" in where:
+        if where.startswith("sqlite:///"):
+            Path(where.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+            # Two workers may write at once: wait for the other instead of failing.
+            return optuna.storages.RDBStorage(where, engine_kwargs={"connect_args": {"timeout": 60}})
+        return optuna.storages.RDBStorage(where)
+    Path(where).parent.mkdir(parents=True, exist_ok=True)
+    return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(where))
+
+
+def open_study(space: dict) -> optuna.Study:
+    name, options = space.get("sampler", "TPESampler"), {"seed": space["seed"]} if "seed" in space else {}
+    try:
+        sampler = getattr(optuna.samplers, name)(**options)
+        if not isinstance(sampler, optuna.samplers.BaseSampler):
+            raise TypeError("no sampler")
+    except (AttributeError, TypeError, ImportError) as error:
+        raise UserError(
+            f"sampler = {name!r} {options}: {error}: expected one of optuna.samplers that needs no more, "
+            "like TPESampler, RandomSampler or BruteForceSampler (a grid)"
+        ) from error
+    options = space["pruner"]
+    pruner = (
+        optuna.pruners.NopPruner()
+        if options.get("off")
+        else optuna.pruners.MedianPruner(options.get("startup_trials", 5), round(STAGES * options.get("after", 0.2)))
+    )
+    where = space.get("storage", f"sqlite:///logs/{space['name']}/study.db")
+    for patience in range(10):  # two workers that begin at once may both try to make the tables
+        try:
+            return optuna.create_study(
+                storage=open_storage(where),
+                sampler=sampler,
+                pruner=pruner,
+                study_name=space["name"],
+                load_if_exists=True,
+            )
+        except Exception as error:
+            if patience == 9 or isinstance(error, ImportError | TypeError | IsADirectoryError):
+                raise UserError(f"storage = {where!r} cannot be opened: {error!r:.200}") from error
+            time.sleep(0.2 * (patience + 1))
+
+
+def check_same_space(study: optuna.Study, space: dict):
+    """A knob keeps its kind and its choices while a study goes on; bounds may be moved."""
+    for trial in study.get_trials(deepcopy=False):
+        for knob, old in trial.distributions.items():
+            try:
+                new = distribution(space["space"][knob]) if knob in space["space"] else old
+                optuna.distributions.check_distribution_compatibility(old, new)
+            except ValueError as error:
+                raise UserError(
+                    f"{knob} = {space['space'][knob]}: the study {space['name']!r} has trials with {old}: "
+                    "give the new search another name"
+                ) from error
+
+
+@contextlib.contextmanager
+def one_at_a_time(folder: Path):
+    """Of the workers on this machine: a grid would give the same values to two that ask at once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "asking.lock", "w") as file:
+        if os.name != "nt":  # which has no fcntl
+            import fcntl
+
+            with contextlib.suppress(OSError):  # Lustre, SMB and some NFS have no such locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def suggest(trial: optuna.Trial, space: dict) -> dict[str, str]:
+    """{KNOB: text}"""
+    knobs = {}
+    with one_at_a_time(Path("logs") / space["name"]):
+        for name, form in space["space"].items():
+            if isinstance(form, list):
+                value = trial.suggest_categorical(name, form)
+            elif isinstance(distribution(form), optuna.distributions.IntDistribution):
+                value = trial.suggest_int(name, **form)
+            else:
+                value = trial.suggest_float(name, **form)
+            knobs[name] = text_of(value)
+    return {name: text_of(value) for name, value in space["fixed"].items()} | knobs
+
+
+def text_of(value) -> str:
+    return str(int(value) if isinstance(value, bool) else value)
+
+
+def stages(run: Run, config: dict[str, str]) -> dict[int, float]:
+    """{stage from 1: mean train_loss in it} of the stages that are over. Progress is by steps or by the clock, as the
+    script counts it, so that runs of different speeds are compared at equal shares of their budgets."""
+    iterations, clock = (float(config.get(name, 0)) for name in ("ITERATIONS", "MAX_WALLCLOCK_SECONDS"))
+    losses = {}
+    for line in run.metrics():
+        if "train_loss" in line:
+            by_clock = line.get("train_seconds", 0.0) / clock if clock else 0.0
+            progress = max(line["step"] / iterations if iterations else 0.0, by_clock)
+            losses.setdefault(min(int(progress * STAGES), STAGES), []).append(line["train_loss"])
+    return {stage + 1: sum(of) / len(of) for stage, of in losses.items() if stage < max(losses)}
+
+
+def watch(trial: optuna.Trial, process, folder: Path, run_id: str) -> bool:
+    """Report while the run goes on; whether the pruner stopped it."""
+    reported = 0
+    while process.poll() is None:
+        time.sleep(POLL_SECONDS)
+        config = folder / run_id / "config.env"
+        run = Run(run_id, metrics_path=folder / run_id / "metrics.jsonl")
+        for stage, loss in sorted(stages(run, read_env(config)).items() if config.is_file() else ()):
+            if stage > reported:
+                trial.report(loss, stage)
+                reported = stage
+                if trial.should_prune():
+                    launcher.stop(process)
+                    return True
+    return False
+
+
+class TrialFailed(Exception):
+    """A run that ended without a score."""
+
+
+def run_trial(trial: optuna.Trial, space: dict, target: launcher.Target) -> float:
+    """The objective: one run."""
+    knobs, run_id = suggest(trial, space), f"trial{trial.number:04d}"
+    folder = Path("logs") / space["name"]
+    # The host comes last: another worker may look in between, and asks for the process where the host is its own.
+    for name, value in (("pid", os.getpid()), ("run_id", run_id), ("host", socket.gethostname())):
+        trial.set_user_attr(name, value)
+    process = launcher.start(target, knobs | {"RUN_ID": run_id}, folder)
+    try:
+        pruned = watch(trial, process, folder, run_id)
+    except BaseException:
+        launcher.stop(process)
+        raise
+    if pruned:
+        raise optuna.TrialPruned
+    try:
+        run = launcher.read_finished(folder, run_id)
+    except UserError as error:
+        trial.set_user_attr("error", str(error))
+        raise TrialFailed from error
+    facts = {"step_ms": run.step_ms, "bytes_total": run.bytes_total, "steps": run.steps, "seconds": run.train_seconds}
+    for name, fact in facts.items():
+        trial.set_user_attr(name, fact)
+    value = (run.result or {}).get(space["objective"], getattr(run, space["objective"], None))
+    if process.returncode or not is_number(value):
+        why = launcher.last_words(folder, run_id)
+        trial.set_user_attr("error", why if process.returncode else f"no {space['objective']} in its result: {why}")
+        raise TrialFailed(why)
+    return value
+
+
+def search(study: optuna.Study, space: dict, target: launcher.Target):
+    """Trials until there are as many as asked for, over all workers, or the sampler has no more to try."""
+
+    def after(study: optuna.Study, trial):
+        print(f"trial {trial.number} {trial.state.name}: {begun(study)} of {space['trials']}", flush=True)
+        if begun(study) >= space["trials"]:
+            study.stop()
+
+    reclaim(study)
+    if begun(study) < space["trials"]:
+        study.optimize(lambda trial: run_trial(trial, space, target), callbacks=[after], catch=TrialFailed)
+
+
+def reclaim(study: optuna.Study):
+    """Give the knobs of trials whose worker on this machine is dead to new trials. What such a worker had started goes
+    on by itself, and is not waited for."""
+    for frozen in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        about = frozen.user_attrs
+        if about.get("host") == socket.gethostname() and not is_alive(about["pid"]):
+            try:
+                study.tell(frozen.number, state=TrialState.FAIL)
+            except (ValueError, RuntimeError):  # another worker was first
+                continue
+            study.enqueue_trial(frozen.params, user_attrs={"again": frozen.number}, skip_if_exists=False)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def begun(study: optuna.Study) -> int:
+    """Trials that count against the number asked for: all but those that wait, or whose worker died."""
+    trials = study.get_trials(deepcopy=False)
+    again = {trial.user_attrs.get("again") for trial in trials}
+    return sum(trial.state != TrialState.WAITING and trial.number not in again for trial in trials)
+
+
+def table(study: optuna.Study, objective: str) -> str:
+    """Markdown, the best first; then what was pruned, then what failed."""
+    trials = study.get_trials(deepcopy=False)
+    order = {TrialState.COMPLETE: 0, TrialState.PRUNED: 1, TrialState.FAIL: 2}
+    ranked = sorted(
+        (trial for trial in trials if trial.state in order),
+        key=lambda t: (order[t.state], t.value if t.value is not None else 0.0, t.number),
+    )
+    lines = [f"| rank | {objective} | trial | knobs | ms a step | steps | bytes | seconds |", "|" + "---|" * 8]
+    for rank, trial in enumerate(ranked, 1):
+        about, last = trial.user_attrs, max(trial.intermediate_values, default=0)
+        score = {
+            TrialState.COMPLETE: f"{trial.value:.5f}" if trial.value is not None else "",
+            TrialState.PRUNED: f"pruned at {last / STAGES:.0%}",
+            TrialState.FAIL: f"failed: {about.get('error', 'its worker died')}",
+        }[trial.state]
+        knobs = " ".join(
+            f"{name}={value:.5g}" if isinstance(value, float) else f"{name}={value}"
+            for name, value in trial.params.items()
+        )
+        seconds = about.get("seconds")
+        cells = [
+            rank if trial.state == TrialState.COMPLETE else "",
+            score,
+            trial.number,
+            f"`{knobs}`",
+            f"{about['step_ms']:.1f}" if about.get("step_ms") else "",
+            about.get("steps") or "",
+            f"{about['bytes_total']:,}" if about.get("bytes_total") else "",
+            f"{seconds:.1f}" if seconds else "",
+        ]
+        lines.append("| " + " | ".join(str(cell).replace("|", "/") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("space", type=Path, metavar="SPACE.toml")
+    parser.add_argument("--show", action="store_true", help="only the table")
+    arguments = parser.parse_args(argv)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # what fails is in the table
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    try:
+        space = read_space(arguments.space)
+        spec = ",".join(space[key] for key in ("script", "config") if key in space)
+        target = launcher.parse_target(spec) if spec else launcher.Target(launcher.REPOSITORY_SCRIPT, None)
+        study = open_study(space)
+        if not arguments.show:
+            check_same_space(study, space)
+            search(study, space, target)
+        print(table(study, space["objective"]))
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on", file=sys.stderr)
+        return 130
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
