@@ -12,11 +12,13 @@ import argparse
 import sys
 from pathlib import Path
 
-import launcher  # first: it knows where the other tools are  # noqa: F401
+import launcher  # first: it adds the folders of the other tools to sys.path
 import numpy as np
 from pictures import COLORS, STYLE, draw_track, ladder_rows, plt, save
 from record_folder import open_record
-from record_read import Run, UserError, is_record, read_group
+from record_read import Run, is_record, read_group
+
+from train_gpt import UserError
 
 DASHES = ("-", "--", "-.", ":")
 AXES = {"steps": "steps", "tokens": "training tokens (millions)", "seconds": "training time (s)"}
@@ -147,18 +149,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("specs", nargs="+", metavar="LOG_FOLDER", help="run folders, groups of them, records, a track")
     parser.add_argument("-o", "--output", type=Path, default=Path("runs.png"), help="a .png, .svg or .pdf")
     arguments = parser.parse_args(argv)
-    try:
+
+    def tool():
         if arguments.output.suffix not in (".png", ".svg", ".pdf"):
             raise UserError(f"-o {arguments.output}: expected a .png, .svg or .pdf")
         if not arguments.output.parent.is_dir():
             raise UserError(f"-o {arguments.output}: there is no folder {arguments.output.parent}: make it first")
         with plt.rc_context(STYLE):
             save(picture(arguments.specs), arguments.output)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"wrote {arguments.output}")
-    return 0
+        print(f"wrote {arguments.output}")
+
+    return launcher.run_tool(tool, f"{arguments.output} was not written")
 
 
 if __name__ == "__main__":

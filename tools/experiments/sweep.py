@@ -42,8 +42,10 @@ import tomllib
 import warnings
 from pathlib import Path
 
-import launcher
-from record_read import Run, UserError, is_number, read_env
+import launcher  # first: it adds the folders of the other tools to sys.path
+from record_read import Run, is_number
+
+from train_gpt import UserError, read_env_file
 
 try:
     import optuna
@@ -51,19 +53,8 @@ try:
 except ModuleNotFoundError as missing:
     raise SystemExit(f"error: {missing}: pip install optuna (it is in requirements-dev.txt)") from None
 
-KEYS = {
-    "name": str,
-    "trials": int,
-    "config": str,
-    "script": str,
-    "objective": str,
-    "storage": str,
-    "sampler": str,
-    "seed": int,
-    "fixed": dict,
-    "space": dict,
-    "pruner": dict,
-}
+KEYS = dict.fromkeys(["name", "config", "script", "objective", "storage", "sampler"], str)
+KEYS |= dict.fromkeys(["trials", "seed"], int) | dict.fromkeys(["fixed", "space", "pruner"], dict)
 SAID = {str: "a text", int: "a whole number", dict: "a table"}
 OWN = {"RUN_ID", "LOG_DIR"}  # knobs that a trial gets from here
 PRUNER = {
@@ -198,11 +189,7 @@ def one_at_a_time(folder: Path):
     """Of the workers on this machine: a grid would give the same values to two that ask at once."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "asking.lock", "w") as file:
-        if os.name != "nt":  # which has no fcntl
-            import fcntl
-
-            with contextlib.suppress(OSError):  # Lustre, SMB and some NFS have no such locks
-                fcntl.flock(file, fcntl.LOCK_EX)
+        launcher.lock(file, wait=True)
         yield
 
 
@@ -245,7 +232,7 @@ def watch(trial: optuna.Trial, process, folder: Path, run_id: str) -> bool:
         time.sleep(POLL_SECONDS)
         config = folder / run_id / "config.env"
         run = Run(run_id, metrics_path=folder / run_id / "metrics.jsonl")
-        for stage, loss in sorted(stages(run, read_env(config)).items() if config.is_file() else ()):
+        for stage, loss in sorted(stages(run, read_env_file(config)).items() if config.is_file() else ()):
             if stage > reported:
                 trial.report(loss, stage)
                 reported = stage
@@ -259,14 +246,14 @@ class TrialFailed(Exception):
     """A run that ended without a score."""
 
 
-def run_trial(trial: optuna.Trial, space: dict, target: launcher.Target) -> float:
+def run_trial(trial: optuna.Trial, space: dict, target: launcher.Target, ranks: int) -> float:
     """The objective: one run."""
     knobs, run_id = suggest(trial, space), f"trial{trial.number:04d}"
     folder = Path("logs") / space["name"]
     # The host comes last: another worker may look in between, and asks for the process where the host is its own.
     for name, value in (("pid", os.getpid()), ("run_id", run_id), ("host", socket.gethostname())):
         trial.set_user_attr(name, value)
-    process = launcher.start(target, knobs | {"RUN_ID": run_id}, folder)
+    process = launcher.start(target, knobs | {"RUN_ID": run_id}, folder, ranks)
     try:
         pruned = watch(trial, process, folder, run_id)
     except BaseException:
@@ -284,13 +271,13 @@ def run_trial(trial: optuna.Trial, space: dict, target: launcher.Target) -> floa
         trial.set_user_attr(name, fact)
     value = (run.result or {}).get(space["objective"], getattr(run, space["objective"], None))
     if process.returncode or not is_number(value):
-        why = launcher.last_words(folder, run_id)
+        why = launcher.last_words(folder / f"{run_id}.out")
         trial.set_user_attr("error", why if process.returncode else f"no {space['objective']} in its result: {why}")
         raise TrialFailed(why)
     return value
 
 
-def search(study: optuna.Study, space: dict, target: launcher.Target):
+def search(study: optuna.Study, space: dict, target: launcher.Target, ranks: int):
     """Trials until there are as many as asked for, over all workers, or the sampler has no more to try."""
 
     def after(study: optuna.Study, trial):
@@ -300,12 +287,11 @@ def search(study: optuna.Study, space: dict, target: launcher.Target):
 
     reclaim(study)
     if begun(study) < space["trials"]:
-        study.optimize(lambda trial: run_trial(trial, space, target), callbacks=[after], catch=TrialFailed)
+        study.optimize(lambda trial: run_trial(trial, space, target, ranks), callbacks=[after], catch=TrialFailed)
 
 
 def reclaim(study: optuna.Study):
-    """Give the knobs of trials whose worker on this machine is dead to new trials. What such a worker had started goes
-    on by itself, and is not waited for."""
+    """Give the knobs of trials whose worker on this machine is dead to new trials."""
     for frozen in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         about = frozen.user_attrs
         if about.get("host") == socket.gethostname() and not is_alive(about["pid"]):
@@ -372,25 +358,22 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("space", type=Path, metavar="SPACE.toml")
     parser.add_argument("--show", action="store_true", help="only the table")
+    launcher.add_ranks(parser)
     arguments = parser.parse_args(argv)
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # what fails is in the table
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-    try:
+
+    def tool():
         space = read_space(arguments.space)
         spec = ",".join(space[key] for key in ("script", "config") if key in space)
         target = launcher.parse_target(spec) if spec else launcher.Target(launcher.REPOSITORY_SCRIPT, None)
         study = open_study(space)
         if not arguments.show:
             check_same_space(study, space)
-            search(study, space, target)
+            search(study, space, target, arguments.ranks)
         print(table(study, space["objective"]))
-    except KeyboardInterrupt:
-        print("stopped: the same command goes on", file=sys.stderr)
-        return 130
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return launcher.run_tool(tool, "the same command continues the search")
 
 
 if __name__ == "__main__":
