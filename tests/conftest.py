@@ -101,31 +101,7 @@ def corpus(tmp_path_factory):
 def tiny(corpus, tmp_path):
     """Function: the environment of a run that trains a two-layer model on the corpus, with overrides by knob."""
 
-    def settings(**overrides):
-        base = {
-            "DATA_PATH": corpus / "data",
-            "TOKENIZER_PATH": corpus / "tok.model",
-            "VOCAB_SIZE": (corpus / "vocab_size").read_text(),
-            "LOG_DIR": tmp_path / "logs",
-            "RUN_ID": "run",
-            "DEVICE": "cpu",
-            "DTYPE": "float32",
-            "COMPILE": "0",
-            "MAX_WALLCLOCK_SECONDS": "0",
-            "ITERATIONS": "5",
-            "NUM_LAYERS": "2",
-            "MODEL_DIM": "32",
-            "NUM_HEADS": "4",
-            "NUM_KV_HEADS": "2",
-            "TRAIN_SEQ_LEN": "32",
-            "TRAIN_BATCH_TOKENS": "256",
-            "VAL_BATCH_SIZE": "512",
-            "WARMUP_STEPS": "0",
-            "VAL_LOSS_EVERY": "0",
-        }
-        return {name: str(value) for name, value in (base | overrides).items()}
-
-    return settings
+    return lambda **overrides: models.run_settings(corpus, **{"LOG_DIR": tmp_path / "logs"} | overrides)
 
 
 @pytest.fixture
