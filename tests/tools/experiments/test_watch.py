@@ -70,7 +70,7 @@ def test_trackio_holds_two_runs_and_a_killed_watcher_goes_on(going, corpus, tmp_
     folder, finish, losses = going
     home = tmp_path / "trackio"
     environ = os.environ | {"TRACKIO_DIR": str(home)}
-    command = [sys.executable, watch.__file__, str(folder), "--project", "tests"]
+    command = [sys.executable, watch.__file__, "--project", "tests", str(folder)]
     first = subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not list(home.glob("*.db")):
