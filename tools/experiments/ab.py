@@ -22,7 +22,7 @@ import numpy as np
 from record_read import Run, read_json
 from scipy import stats
 
-from train_gpt import UserError
+from train_gpt import require
 
 FEW = 3  # pairs; with fewer a bootstrap says nothing
 RESAMPLES = 10_000
@@ -54,10 +54,8 @@ def measure(folder: Path, run_id: str, resident_mib: float) -> Measured:
     run = launcher.read_finished(folder, run_id)
     step = steady_step_ms(run)
     device = run.log.last(r"^peak memory allocated: ?(\d+) MiB", float)
-    tokens = run.tokens_per_step
-    return Measured(
-        step, 1000 * tokens / step if step and tokens else None, device or resident_mib, run.val_bpb, run.bytes_total
-    )
+    rate = 1000 * run.tokens_per_step / step if step and run.tokens_per_step else None
+    return Measured(step, rate, device or resident_mib, run.val_bpb, run.bytes_total)
 
 
 def run_once(target: launcher.Target, folder: Path, run_id: str, seed: int, ranks: int) -> Measured:
@@ -67,11 +65,8 @@ def run_once(target: launcher.Target, folder: Path, run_id: str, seed: int, rank
         return Measured(**read_json(kept))
     process = launcher.start(target, {"SEED": str(seed), "RUN_ID": run_id}, folder, ranks, anew=True)
     code, resident = launcher.wait(process)
-    if code:
-        raise UserError(
-            f"{run_id} ended with exit code {code}: {launcher.last_words(output)}\n"
-            f"its output is {output}; the same command continues from here"
-        )
+    failed = f"{run_id} ended with exit code {code}: {launcher.last_words(output)}"
+    require(not code, f"{failed}\nits output is {output}; the same command continues from here")
     found = measure(folder, run_id, resident)
     kept.write_text(json.dumps(asdict(found)), encoding="utf-8")
     return found
@@ -100,11 +95,9 @@ def open_folder(folder: Path, targets: list[launcher.Target], seed: int, ranks: 
     told |= {"ranks": ranks} if ranks > 1 else {}
     pinned = folder / "ab.json"
     folder.mkdir(parents=True, exist_ok=True)
-    if pinned.is_file() and read_json(pinned) != told:
-        raise UserError(
-            f"{folder} holds pairs of other files, seeds or ranks ({', '.join(read_json(pinned))}): choose "
-            "another --work, or remove it"
-        )
+    earlier = read_json(pinned) if pinned.is_file() else told
+    others = f"{folder} holds pairs of other files, seeds or ranks ({', '.join(earlier)})"
+    require(earlier == told, f"{others}: choose another --work, or remove it")
     pinned.write_text(json.dumps(told), encoding="utf-8")
 
 

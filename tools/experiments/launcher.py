@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # train_gpt
 from record_read import Run, parse_log, read_result
 
 import train_gpt
-from train_gpt import UserError
+from train_gpt import UserError, require
 
 ROOT = Path(__file__).resolve().parents[2]
 REPOSITORY_SCRIPT = ROOT / "train_gpt.py"
@@ -57,17 +57,15 @@ def is_model_file(path: Path) -> bool:
 def parse_target(spec: str) -> Target:
     """FILE.env (this repository's script), SCRIPT.py, or SCRIPT.py,FILE.env."""
     paths = [Path(part) for part in spec.split(",")]
+    expected = "expected FILE.env, SCRIPT.py or SCRIPT.py,FILE.env"
     missing = [str(path) for path in paths if not path.is_file()]
-    if missing:
-        raise UserError(f"{', '.join(missing)}: no such file: expected FILE.env, SCRIPT.py or SCRIPT.py,FILE.env")
+    require(not missing, f"{', '.join(missing)}: no such file: {expected}")
     scripts, configs = ([path for path in paths if path.suffix == end] for end in (".py", ".env"))
-    if len(scripts) > 1 or len(configs) > 1 or len(scripts) + len(configs) < len(paths):
-        raise UserError(f"{spec}: expected FILE.env, SCRIPT.py or SCRIPT.py,FILE.env")
+    one = len(scripts) <= 1 and len(configs) <= 1 and len(scripts) + len(configs) == len(paths)
+    require(one, f"{spec}: {expected}")
     script = scripts[0] if scripts else REPOSITORY_SCRIPT
-    if is_model_file(script):
-        raise UserError(
-            f"{script} is a model file and no program: put MODEL_FILE={script} into a FILE.env and give that"
-        )
+    remedy = f"put MODEL_FILE={script} into a FILE.env and give that"
+    require(not is_model_file(script), f"{script} is a model file and no program: {remedy}")
     return Target(script, configs[0] if configs else None)
 
 
@@ -96,10 +94,9 @@ def lock(file, wait: bool = False):
 
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise
-        except OSError:  # Lustre, SMB and some NFS have no such locks
-            pass
+        except OSError as error:  # Lustre, SMB and some NFS have no such locks
+            if isinstance(error, BlockingIOError):
+                raise
 
 
 def open_output(path: Path):
@@ -225,14 +222,9 @@ def add_ranks(parser: argparse.ArgumentParser):
 
 def read_finished(folder: Path, run_id: str) -> Run:
     """The files of a finished run: its output as the log, and result.json and metrics.jsonl if it writes them."""
-    result = folder / run_id / "result.json"
-    return Run(
-        run_id,
-        parse_log(folder / f"{run_id}.out"),
-        read_result(result) if result.is_file() else None,
-        result,
-        folder / run_id / "metrics.jsonl",
-    )
+    log, result = parse_log(folder / f"{run_id}.out"), folder / run_id / "result.json"
+    content = read_result(result) if result.is_file() else None
+    return Run(run_id, log, content, result, folder / run_id / "metrics.jsonl")
 
 
 def last_words(output: Path) -> str:

@@ -62,6 +62,7 @@ PRUNER = {
     "after": lambda x: is_number(x) and 0 <= x <= 1,
     "off": lambda x: isinstance(x, bool),
 }
+FACTS = {"step_ms": ".1f", "steps": "", "bytes_total": ",", "seconds": ".1f"}  # of a trial, in the table
 STAGES = 20  # of a run, at each of which the pruner is asked
 POLL_SECONDS = 0.5
 
@@ -71,9 +72,6 @@ def read_space(path: Path) -> dict:
         space = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: {error}: see `python tools/experiments/sweep.py --help` for its form") from error
-    odd = space.keys() - KEYS.keys()
-    if odd or not space.get("space"):
-        raise UserError(f"{path}: {f'unknown keys {sorted(odd)}' if odd else 'no [space]'}: expected {sorted(KEYS)}")
     if problem := fault(space):
         raise UserError(f"{path}: {problem}")
     return {"name": path.stem, "trials": 20, "objective": "val_bpb", "fixed": {}, "pruner": {}} | space
@@ -81,6 +79,9 @@ def read_space(path: Path) -> dict:
 
 def fault(space: dict) -> str:
     """What is wrong with a space.toml, the first of it, or nothing."""
+    odd = space.keys() - KEYS.keys()
+    if odd or not space.get("space"):
+        return f"{f'unknown keys {sorted(odd)}' if odd else 'no [space]'}: expected {sorted(KEYS)}"
     for key, value in space.items():
         kind = KEYS[key]
         if type(value) is not kind or (kind is int and value < (key == "trials")):
@@ -157,13 +158,8 @@ def open_study(space: dict) -> optuna.Study:
     where = space.get("storage", f"sqlite:///logs/{space['name']}/study.db")
     for patience in range(10):  # two workers that begin at once may both try to make the tables
         try:
-            return optuna.create_study(
-                storage=open_storage(where),
-                sampler=sampler,
-                pruner=pruner,
-                study_name=space["name"],
-                load_if_exists=True,
-            )
+            about = {"study_name": space["name"], "sampler": sampler, "pruner": pruner, "load_if_exists": True}
+            return optuna.create_study(storage=open_storage(where), **about)
         except Exception as error:
             if patience == 9 or isinstance(error, ImportError | TypeError | IsADirectoryError):
                 raise UserError(f"storage = {where!r} cannot be opened: {error!r:.200}") from error
@@ -178,10 +174,8 @@ def check_same_space(study: optuna.Study, space: dict):
                 new = distribution(space["space"][knob]) if knob in space["space"] else old
                 optuna.distributions.check_distribution_compatibility(old, new)
             except ValueError as error:
-                raise UserError(
-                    f"{knob} = {space['space'][knob]}: the study {space['name']!r} has trials with {old}: "
-                    "give the new search another name"
-                ) from error
+                changed = f"{knob} = {space['space'][knob]}: the study {space['name']!r} has trials with {old}"
+                raise UserError(f"{changed}: give the new search another name") from error
 
 
 @contextlib.contextmanager
@@ -266,9 +260,8 @@ def run_trial(trial: optuna.Trial, space: dict, target: launcher.Target, ranks: 
     except UserError as error:
         trial.set_user_attr("error", str(error))
         raise TrialFailed from error
-    facts = {"step_ms": run.step_ms, "bytes_total": run.bytes_total, "steps": run.steps, "seconds": run.train_seconds}
-    for name, fact in facts.items():
-        trial.set_user_attr(name, fact)
+    for name in FACTS:
+        trial.set_user_attr(name, run.train_seconds if name == "seconds" else getattr(run, name))
     value = (run.result or {}).get(space["objective"], getattr(run, space["objective"], None))
     if process.returncode or not is_number(value):
         why = launcher.last_words(folder / f"{run_id}.out")
@@ -305,10 +298,8 @@ def reclaim(study: optuna.Study):
 def is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
+    except OSError as error:
+        return isinstance(error, PermissionError)
     return True
 
 
@@ -335,21 +326,10 @@ def table(study: optuna.Study, objective: str) -> str:
             TrialState.PRUNED: f"pruned at {last / STAGES:.0%}",
             TrialState.FAIL: f"failed: {about.get('error', 'its worker died')}",
         }[trial.state]
-        knobs = " ".join(
-            f"{name}={value:.5g}" if isinstance(value, float) else f"{name}={value}"
-            for name, value in trial.params.items()
-        )
-        seconds = about.get("seconds")
-        cells = [
-            rank if trial.state == TrialState.COMPLETE else "",
-            score,
-            trial.number,
-            f"`{knobs}`",
-            f"{about['step_ms']:.1f}" if about.get("step_ms") else "",
-            about.get("steps") or "",
-            f"{about['bytes_total']:,}" if about.get("bytes_total") else "",
-            f"{seconds:.1f}" if seconds else "",
-        ]
+        values = {name: f"{value:.5g}" if isinstance(value, float) else value for name, value in trial.params.items()}
+        knobs = " ".join(f"{name}={value}" for name, value in values.items())
+        cells = [rank if trial.state == TrialState.COMPLETE else "", score, trial.number, f"`{knobs}`"]
+        cells += [format(about[name], form) if about.get(name) else "" for name, form in FACTS.items()]
         lines.append("| " + " | ".join(str(cell).replace("|", "/") for cell in cells) + " |")
     return "\n".join(lines)
 

@@ -24,10 +24,10 @@ from pathlib import Path
 import launcher  # first: it adds the folders of the other tools to sys.path
 from record_read import Run, read_result, read_run
 
-from train_gpt import UserError, read_env_file
+from train_gpt import read_env_file, require
 
 POLL_SECONDS = 2.0
-PACKAGES = {"trackio": "trackio", "wandb": "wandb", "tensorboard": "tensorboard"}
+SINKS = ("trackio", "wandb", "tensorboard")  # packages
 
 
 class Curves:
@@ -108,14 +108,14 @@ def follow(folder: Path, sink: str, project: str, once: bool):
 
 
 def check_package(sink: str):
-    if importlib.util.find_spec(PACKAGES[sink]) is None:
-        raise UserError(f"--to {sink} needs a package that is not installed: pip install {PACKAGES[sink]}")
+    missing = importlib.util.find_spec(sink) is None
+    require(not missing, f"--to {sink} needs a package that is not installed: pip install {sink}")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, metavar="LOG_FOLDER", help="run folders: logs/<run_id>")
-    parser.add_argument("--to", choices=PACKAGES, default="trackio", metavar="|".join(PACKAGES), dest="sink")
+    parser.add_argument("--to", choices=SINKS, default="trackio", metavar="|".join(SINKS), dest="sink")
     parser.add_argument("--project", default="train_gpt", help="a name for the page")
     parser.add_argument("--once", action="store_true", help="what is there now, and no more")
     arguments = parser.parse_args(argv)

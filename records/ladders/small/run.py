@@ -111,18 +111,11 @@ def table(found: dict[str, list[dict]]) -> str:
         ours = [[run["val"][step] for step in own.split(", ")] for run in runs]
         finals = [run["pre_quant_val_loss"] for run in runs]
         raw = [run["raw_val_loss"] for run in runs if "raw_val_loss" in run]
-        rows.append(
-            [
-                rung,
-                f"{runs[0]['model_params']:,}",
-                numbers(losses, 2),
-                published_ms,
-                numbers(map(fmean, zip(*ours, strict=True)), 3) + f" (steps {own})" * (own != usual),
-                f"{max(finals) - min(finals):.3f}" if len(runs) > 1 else "one seed",
-                numbers([fmean(raw)], 3) if raw else "",
-                f"{fmean(run['step_avg_ms'] for run in runs):.0f}",
-            ]
-        )
+        means = numbers(map(fmean, zip(*ours, strict=True)), 3) + f" (steps {own})" * (own != usual)
+        apart = f"{max(finals) - min(finals):.3f}" if len(runs) > 1 else "one seed"
+        ms = f"{fmean(run['step_avg_ms'] for run in runs):.0f}"
+        row = [rung, f"{runs[0]['model_params']:,}", numbers(losses, 2), published_ms, means, apart]
+        rows.append([*row, numbers([fmean(raw)], 3) if raw else "", ms])
         last |= {rung: fmean(finals)} if own == usual else {}
     published = {rung: PUBLISHED[rung][0][-1] for rung in last}
     pairs = [(a, b) for a, b in combinations(last, 2) if published[a] != published[b]]
