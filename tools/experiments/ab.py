@@ -156,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--seed", type=launcher.at_least(0), default=1337, help="of the first pair; the next has the next"
     )
-    launcher.add_ranks(parser)
+    parser.add_argument("--ranks", type=launcher.at_least(1), default=1, help="processes of a run, under torchrun")
     parser.add_argument("--work", type=Path, help="folder of the runs; default: logs/ab_<A>_<B>")
     parser.add_argument("--json", action="store_true", help="also print all numbers as JSON, in the last line")
     arguments = parser.parse_args(argv)

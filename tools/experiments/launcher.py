@@ -5,6 +5,7 @@ standard environment variables and log lines, from this repository or from the p
 """
 
 import argparse
+import itertools
 import os
 import re
 import signal
@@ -81,9 +82,9 @@ def spawn(command: list, environ: dict[str, str], stdout, cwd: Path | None = Non
     Keep it until the command has ended, and do not communicate(): both would close the guard's pipe.
     """
     guard = [sys.executable, "-I", "-S", Path(__file__).with_name("guard.py"), str(PATIENCE)]
-    errors, environ = stdout and subprocess.STDOUT, environ | {"PYTHONUNBUFFERED": "1"}
-    pipes = {"stdin": subprocess.PIPE, "stdout": stdout, "stderr": errors}
-    # In a session of its own Ctrl+C does not reach it, but this process alone, which then ends the run.
+    pipes = {"stdin": subprocess.PIPE, "stdout": stdout, "stderr": stdout and subprocess.STDOUT}
+    environ = environ | {"PYTHONUNBUFFERED": "1"}
+    # In a session of its own: Ctrl+C reaches this process alone, which then ends the run.
     return subprocess.Popen([*guard, *command], env=environ, cwd=cwd, start_new_session=True, **pipes)
 
 
@@ -106,7 +107,8 @@ def open_output(path: Path):
         if path.exists():
             with open(path, "ab") as earlier:
                 lock(earlier)
-            path.rename(path.with_suffix(f".{len(list(path.parent.glob(f'{path.stem}.*.out'))) + 1}.out"))
+            names = (path.with_suffix(f".{number}.out") for number in itertools.count(1))
+            path.rename(next(name for name in names if not name.exists()))
         output = open(path, "xb")
         lock(output)
     except (BlockingIOError, FileExistsError) as error:
@@ -141,8 +143,7 @@ def start(target: Target, knobs: dict[str, str], folder: Path, ranks: int = 1, a
 
 
 def wait(process: subprocess.Popen) -> tuple[int, float]:
-    """The exit code of a run, and the peak resident memory in MiB of its largest process. A tool that is stopped stops
-    its run."""
+    """The exit code of a run, and the peak memory in MiB of its largest process. A stopped tool stops its run."""
     try:
         _, status, usage = os.wait4(process.pid, 0)
     except BaseException:
@@ -158,7 +159,7 @@ def follow(process: subprocess.Popen, output: Path) -> Iterator[str]:
     try:
         with open(output, encoding="utf-8", errors="replace") as file:
             while True:
-                ended = process.poll() is not None
+                ended = process.poll() is not None  # asked first, so that nothing is missed
                 line += file.readline()
                 if line and (ended or line.endswith("\n")):
                     yield line
@@ -190,7 +191,7 @@ def run_tool(tool: Callable[[], int | None], advice: str) -> int:
     before = {number: signal.getsignal(number) for number in numbers}
     try:
         for number in numbers:
-            if before[number] != signal.SIG_IGN:  # as under nohup
+            if before[number] != signal.SIG_IGN:  # which nohup sets
                 signal.signal(number, leave)
         return tool() or 0
     except KeyboardInterrupt as stopped:
@@ -214,10 +215,6 @@ def at_least(least: int) -> Callable[[str], int]:
         return int(text)
 
     return parse
-
-
-def add_ranks(parser: argparse.ArgumentParser):
-    parser.add_argument("--ranks", type=at_least(1), default=1, help="processes of each run, started by torchrun")
 
 
 def read_finished(folder: Path, run_id: str) -> Run:

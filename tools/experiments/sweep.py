@@ -338,7 +338,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("space", type=Path, metavar="SPACE.toml")
     parser.add_argument("--show", action="store_true", help="only the table")
-    launcher.add_ranks(parser)
+    parser.add_argument("--ranks", type=launcher.at_least(1), default=1, help="processes of a run, under torchrun")
     arguments = parser.parse_args(argv)
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # what fails is in the table
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)

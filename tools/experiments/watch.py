@@ -125,8 +125,8 @@ def main(argv: list[str] | None = None) -> int:
         if len(arguments.folders) == 1:
             return follow(arguments.folders[0], arguments.sink, arguments.project, arguments.once)
         more = ["--to", arguments.sink, "--project", arguments.project] + ["--once"] * arguments.once
-        commands = [[sys.executable, __file__, folder, *more] for folder in arguments.folders]
-        children = [launcher.spawn(command, os.environ.copy(), None) for command in commands]
+        command, environ = [sys.executable, __file__, *more], os.environ.copy()
+        children = [launcher.spawn([*command, folder], environ, None) for folder in arguments.folders]
         try:
             return max(child.wait() for child in children)
         finally:
