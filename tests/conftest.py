@@ -3,7 +3,6 @@
 import os
 import random
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -122,21 +121,11 @@ def launch(tiny, tmp_path_factory):
     CompletedProcess."""
 
     def start(ranks=1, args=(), timeout=300, script=ROOT / "train_gpt.py", max_restarts=0, **overrides):
-        environ = {k: v for k, v in os.environ.items() if k not in train_gpt.Config.knobs()} | tiny(**overrides)
-        environ["TMPDIR"] = str(tmp_path_factory.mktemp("launch"))  # where torchrun leaves folders behind
-        torchrun = (
-            [
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                f"--nproc_per_node={ranks}",
-                f"--max-restarts={max_restarts}",
-            ]
-            if ranks > 1
-            else []
-        )
-        command = [sys.executable, *torchrun, str(script), *map(str, args)]
-        return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=timeout, check=False)
+        environ = tiny(**overrides) | {
+            "TMPDIR": str(tmp_path_factory.mktemp("launch"))
+        }  # torchrun leaves folders there
+        how = {"torchrun": [f"--max-restarts={max_restarts}"], "timeout": timeout, "text": True}
+        return models.process(environ, None, ranks, script, args, **how)
 
     return start
 

@@ -166,14 +166,15 @@ def run_audit(token_bytes, stream, stated: dict | None = None) -> tuple[str, dic
         return train_gpt.audit(token_bytes, stream, folder)
 
 
-def process(environ: dict[str, str], cwd: Path, ranks=1, script=SCRIPT, args=(), options=(), **more):
+def process(environ, cwd, ranks=1, script=SCRIPT, args=(), options=(), torchrun=(), timeout=300, text=False, **more):
     """A script in a process of its own, or under torchrun: its CompletedProcess. `options` are Python's."""
     others = {
-        name: text for name, text in os.environ.items() if name not in (*train_gpt.Config.knobs(), *SAMPLE, *LAUNCHER)
+        name: value for name, value in os.environ.items() if name not in (*train_gpt.Config.knobs(), *SAMPLE, *LAUNCHER)
     }
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    command = [sys.executable, *options, *launcher, str(script), *map(str, args)]
-    return subprocess.run(command, env=others | environ | more, cwd=cwd, capture_output=True, timeout=300, check=False)
+    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *torchrun] * (ranks > 1)
+    command = [sys.executable, *options, *several, str(script), *map(str, args)]
+    how = {"env": others | environ | more, "cwd": cwd, "capture_output": True, "timeout": timeout, "text": text}
+    return subprocess.run(command, check=False, **how)
 
 
 def exact_line(text: str, label="final_int8_zlib_roundtrip") -> str:

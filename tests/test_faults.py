@@ -15,7 +15,7 @@ def faults(corpus, tmp_path):
 
     def run(*arguments, **knobs):
         environ = models.machine_settings(corpus, TMPDIR=tmp_path, VOCAB_SIZE=(corpus / "vocab_size").read_text())
-        done = models.process(environ | knobs, tmp_path, script=FAULTS, args=["--rounds", "1", *arguments])
+        done = models.process(environ | knobs, tmp_path, script=FAULTS, args=["--rounds", "1", *arguments], timeout=500)
         return done.returncode, done.stdout.decode(), done.stderr.decode()
 
     return run
