@@ -88,6 +88,12 @@ def test_environment_beats_file_beats_default(env_file):
     assert config == dataclasses.replace(Config(), iterations=7, seed=9)
 
 
+def test_file_and_environment_beat_what_an_artifact_records(env_file):
+    told = {"EVAL_STRIDE": "64", "VAL_BATCH_SIZE": "8192", "NUM_LAYERS": "3"}
+    config = Config.load([env_file("EVAL_STRIDE=32\n")], {"VAL_BATCH_SIZE": "4096"}, told)
+    assert (config.eval_stride, config.val_batch_size, config.num_layers) == (32, 4096, 3)
+
+
 def test_the_environment_of_this_machine_is_not_read_by_load(monkeypatch):
     monkeypatch.setitem(os.environ, "ITERATIONS", "77")
     assert load().iterations == 20000
