@@ -22,6 +22,7 @@ def read_run(path):
     return SimpleNamespace(
         path=path,
         log=(path / "train.log").read_text(),
+        metrics=metrics,
         losses=[m["train_loss"] for m in metrics if "train_loss" in m],
         result=json.loads(result.read_text()) if result.is_file() else None,
     )
