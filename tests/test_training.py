@@ -1,5 +1,5 @@
-"""Training: one step against gradients computed by hand, warm-up without a trace, the clock, and what a run logs, writes
-and repeats. Runs are made in this process by main()."""
+"""Training: one step against gradients computed by hand, warm-up without a trace, the clock, and what a run logs,
+writes and repeats. Runs are made in this process by main()."""
 
 import contextlib
 import copy
@@ -159,23 +159,19 @@ def test_the_speed_is_that_of_the_last_steps(make_config, build, runtime, monkey
     assert kernels.speed(trainer) == " tok/s:683" + share.format(achieved / (1e8 * ranks))
 
 
-@pytest.mark.parametrize(
-    "name, dtype, tflops",
-    [
-        ("NVIDIA H100 80GB HBM3", torch.bfloat16, 989),
-        ("NVIDIA H100 PCIe", torch.bfloat16, 756),
-        ("NVIDIA L4", torch.bfloat16, 121),
-        ("NVIDIA L40S", torch.bfloat16, 362),
-        ("NVIDIA GeForce RTX 4090", torch.bfloat16, 165),
-        ("NVIDIA A100-SXM4-80GB", torch.bfloat16, 312),
-        ("NVIDIA H100 80GB HBM3", torch.float32, None),
-        ("Tesla T4", torch.bfloat16, None),
-    ],
-)
-def test_the_peak_of_a_gpu_is_told_by_its_name(name, dtype, tflops):
-    fake = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, device_name=name)
-    assert kernels.peak_flops(fake) == (tflops and 1e12 * tflops)
-    assert kernels.peak_flops(SimpleNamespace(device=torch.device("cpu"), dtype=dtype)) is None
+def test_the_peak_of_a_gpu_is_told_by_its_name():
+    h100, cuda = "NVIDIA H100 80GB HBM3", torch.device("cuda")
+    peaks = {h100: 989, "NVIDIA H100 PCIe": 756, "NVIDIA L4": 121, "NVIDIA L40S": 362, "NVIDIA GeForce RTX 4090": 165}
+    for name, tflops in (peaks | {"NVIDIA A100-SXM4-80GB": 312}).items():
+        fake = SimpleNamespace(device=cuda, dtype=torch.bfloat16, device_name=name)
+        assert kernels.peak_flops(fake) == 1e12 * tflops
+    for device, dtype, name in (
+        (cuda, torch.float32, h100),
+        (cuda, torch.bfloat16, "Tesla T4"),
+        ("cpu", torch.bfloat16, h100),
+    ):
+        fake = SimpleNamespace(device=torch.device(device), dtype=dtype, device_name=name)
+        assert kernels.peak_flops(fake) is None
 
 
 # The clock

@@ -1,8 +1,9 @@
 """The CPU's own attention, loss and Newton-Schulz iterations against the same mathematics in float64."""
 
-import dataclasses
+import contextlib
 import math
 import subprocess
+from dataclasses import replace
 
 import pytest
 import torch
@@ -29,32 +30,29 @@ def dtype(request):
     return request.param
 
 
+SHAPE = {
+    "vocab_size": 64,
+    "num_layers": 2,
+    "model_dim": 32,
+    "num_heads": 2,
+    "num_kv_heads": 1,
+    "train_seq_len": 64,
+    "train_batch_tokens": 128,
+}
+
+
 @pytest.fixture
 def config(dtype):
-    name = str(dtype).removeprefix("torch.")
-    return train_gpt.Config(
-        vocab_size=64,
-        num_layers=2,
-        model_dim=32,
-        num_heads=2,
-        num_kv_heads=1,
-        train_seq_len=64,
-        train_batch_tokens=128,
-        device="cpu",
-        dtype=name,
-        compile="0",
-    )
+    return train_gpt.Config(**SHAPE, device="cpu", dtype=str(dtype).removeprefix("torch."), compile="0")
 
 
-SHAPES = [
-    (2, 256, 4, 2, 64),
-    (3, 256, 4, 2, 40),
-    (1, 1024, 8, 4, 64),
-    (3, 64, 2, 1, 128),
-    (1, 320, 2, 2, 22),
-    (1, 128, 3, 1, 2),
-    (1, 576, 2, 1, 96),
-]
+@contextlib.contextmanager
+def threads_restored():
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def draw(dtype, B, T, H, K, d, seed=0):
@@ -76,8 +74,10 @@ def distance(found, exact) -> float:
     return float((found.double() - exact).norm() / exact.norm())
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_attention_and_its_gradients_err_no_more_than_plain_products(dtype, shape):
+@pytest.mark.parametrize(
+    "shape", [(3, 256, 4, 2, 40), (1, 1024, 8, 4, 64), (1, 320, 2, 2, 22), (1, 128, 3, 1, 2)], ids=str
+)
+def test_attention_and_its_gradients_err_no_more_than_plain_matmuls(dtype, shape):
     """In fp32 rounding is that of sums: those of one lane, in their order, where a library has several."""
     tensors, longer_sums = draw(dtype, *shape), 1.0 if dtype == torch.bfloat16 else 4.0
     exact = run(train_gpt.grouped_attention, tensors, torch.float64)
@@ -87,53 +87,42 @@ def test_attention_and_its_gradients_err_no_more_than_plain_products(dtype, shap
 
 
 def test_sharp_and_flat_attention(dtype):
-    """Scores of hundreds, where a sum of exponentials without their maximum would overflow, and scores of nothing."""
+    """Scores of hundreds, where a sum of exponentials without their maximum would overflow, and scores of 0."""
     for size in (30.0, 0.0):
         q, k, v, dy = draw(dtype, 1, 128, 2, 1, 32)
-        tensors = [q * size, k, v, dy]
-        exact = run(train_gpt.grouped_attention, tensors, torch.float64)
-        fused = run(cpu_kernels.fused_attention, tensors)
+        exact = run(train_gpt.grouped_attention, [q * size, k, v, dy], torch.float64)
+        fused = run(cpu_kernels.fused_attention, [q * size, k, v, dy])
         assert all(x.isfinite().all() for x in fused)
         assert distance(fused[0], exact[0]) < 0.02 and distance(fused[3], exact[3]) < 0.02
 
 
-def test_no_query_sees_a_later_key(dtype):
+def test_no_query_sees_a_later_key_and_no_key_gets_a_gradient_of_an_earlier_query(dtype):
     q, k, v, dy = draw(dtype, 1, 256, 2, 1, 32)
+    before = run(cpu_kernels.fused_attention, [q, k, v, dy])[0]
     for place in (1, 15, 16, 63, 64, 200, 255):
         later = [x.clone() for x in (k, v)]
         for x in later:
             x[:, place:] = 7.0
-        before, after = (run(cpu_kernels.fused_attention, [q, *pair, dy])[0] for pair in ((k, v), later))
+        after = run(cpu_kernels.fused_attention, [q, *later, dy])[0]
         assert torch.equal(before[:, :place], after[:, :place]) and not torch.equal(before, after)
-
-
-def test_the_gradient_of_a_key_comes_from_the_queries_that_see_it(dtype):
-    q, k, v, dy = draw(dtype, 1, 192, 2, 1, 16)
-    dy[:, :100] = 0
-    *_, dk, dv = run(cpu_kernels.fused_attention, [q, k, v, dy])
-    assert dv[:, :100].abs().sum() > 0  # later queries see earlier keys
-    dy[:, 100:] = 0
+    dy[:, :] = 0
     dy[:, 99] = 1
     *_, dk, dv = run(cpu_kernels.fused_attention, [q, k, v, dy])
     assert not dk[:, 100:].any() and not dv[:, 100:].any() and dv[:, :100].any(-1).all()
 
 
 def test_the_number_of_threads_and_the_layout_change_nothing(dtype):
-    tensors, threads = draw(dtype, 2, 128, 4, 2, 24), torch.get_num_threads()
-    results = []
-    try:
+    tensors, results = draw(dtype, 2, 128, 4, 2, 24), []
+    with threads_restored():
         for count in (1, 2):
             torch.set_num_threads(count)
             results.append(run(cpu_kernels.fused_attention, tensors))
-    finally:
-        torch.set_num_threads(threads)
     apart = [F.pad(x, (0, 8))[..., :-8] for x in tensors]  # rows that do not follow each other
-    results.append(run(cpu_kernels.fused_attention, apart))
-    for other in results[1:]:
+    for other in (results[1], run(cpu_kernels.fused_attention, apart)):
         assert all(map(torch.equal, results[0], other))
 
 
-def test_what_the_kernel_does_not_take_goes_to_plain_products():
+def test_what_the_kernel_does_not_take_goes_to_plain_matmuls():
     for T, dtype in ((100, torch.bfloat16), (100, torch.float32), (128, torch.float64)):
         tensors = draw(dtype, 1, T, 2, 1, 16)
         assert torch.equal(*(run(f, tensors)[0] for f in (kernels.fused_attention, kernels.blocked_attention)))
@@ -179,8 +168,7 @@ def assert_no_worse(fused, plain, exact):
 
 
 @pytest.mark.parametrize(
-    "N, D, V, softcap, size",
-    [(50, 32, 48, 30.0, 1.0), (7, 16, 1024, 30.0, 3.0), (64, 64, 2048, 15.0, 8.0), (3, 16, 16, 40.0, 0.01)],
+    "N, D, V, softcap, size", [(50, 32, 48, 30.0, 1.0), (64, 64, 2048, 15.0, 8.0), (3, 16, 16, 40.0, 0.01)]
 )
 def test_losses_and_gradients_are_those_of_the_softcapped_cross_entropy(dtype, N, D, V, softcap, size):
     generator = torch.Generator().manual_seed(N)
@@ -276,41 +264,32 @@ def normed(n, rows, columns):
 
 @BF16_ONLY
 @pytest.mark.parametrize("shape", [(2, 32, 32), (3, 64, 96), (2, 160, 64), (1, 96, 512), (1, 256, 256)], ids=str)
-@pytest.mark.parametrize("polynomials", [[(3.0, -4.0, 2.0)], [(4.0, -6.0, 3.0), (2.0, -1.5, 0.5), (1.9, -1.3, 0.4)]])
-def test_iterations_err_no_more_than_products_in_bf16(shape, polynomials):
+def test_iterations_err_no_more_than_matmuls_in_bf16(shape):
     stack = normed(*shape)
-    exact = train_gpt.newton_schulz(stack.double(), polynomials)
-    plain, ours = (tool.newton_schulz(stack, polynomials) for tool in (train_gpt, cpu_kernels))
-    assert ours.shape == stack.shape and ours.dtype == torch.bfloat16
-    assert distance(ours, exact) <= 1.02 * distance(plain, exact)  # sums in another order
-    assert torch.equal(stack, normed(*shape))  # as it was
+    for polynomials in ([(3.0, -4.0, 2.0)], [(4.0, -6.0, 3.0), (2.0, -1.5, 0.5), (1.9, -1.3, 0.4)]):
+        exact = train_gpt.newton_schulz(stack.double(), polynomials)
+        plain, ours = (tool.newton_schulz(stack, polynomials) for tool in (train_gpt, cpu_kernels))
+        assert ours.shape == stack.shape and ours.dtype == torch.bfloat16
+        assert distance(ours, exact) <= 1.02 * distance(plain, exact)  # sums in another order
+        assert torch.equal(stack, normed(*shape)), "the input is unchanged"
 
 
 @BF16_ONLY
-def test_one_iteration_of_each_matrix_of_a_stack_is_that_of_the_matrix_alone():
-    stack, threads = normed(5, 64, 32), torch.get_num_threads()
-    try:
+def test_each_matrix_of_a_stack_is_transformed_as_if_alone():
+    stack, steps = normed(5, 64, 32), [train_gpt.Muon.QUINTIC] * 3
+    with threads_restored():
         for count in (1, 2):
             torch.set_num_threads(count)
-            steps = [train_gpt.Muon.QUINTIC] * 3
             alone = torch.cat([cpu_kernels.newton_schulz(matrix[None], steps) for matrix in stack])
             assert torch.equal(cpu_kernels.newton_schulz(stack, steps), alone)
-    finally:
-        torch.set_num_threads(threads)
 
 
 @BF16_ONLY
 def test_matrices_that_do_not_fit_go_to_torch(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    for shape, takes in (
-        ((4, 32, 32), True),
-        ((3, 32, 32), True),
-        ((5, 32, 32), False),
-        ((4, 40, 32), False),
-        ((4, 32, 8), False),
-        ((0, 32, 32), False),
-    ):
-        assert cpu_kernels.takes_newton_schulz(torch.zeros(shape).bfloat16()) == takes, shape
+    takes, others = [(4, 32, 32), (3, 32, 32)], [(5, 32, 32), (4, 40, 32), (4, 32, 8), (0, 32, 32)]
+    for shape in takes + others:
+        assert cpu_kernels.takes_newton_schulz(torch.zeros(shape).bfloat16()) == (shape in takes), shape
     assert not cpu_kernels.takes_newton_schulz(torch.zeros(4, 32, 32))
     for stack in (normed(4, 40, 32), normed(4, 32, 32).float()):
         steps = [train_gpt.Muon.QUINTIC] * 2
@@ -339,7 +318,7 @@ def test_a_model_gets_both_and_trains_as_with_torch_but_for_rounding(config):
     runtime, results = train_gpt.Runtime(config, {}), []
     tokens = torch.randint(64, (2, 65), generator=torch.Generator().manual_seed(0))
     for attention in ("auto", "blocked"):
-        model, _, note = train_gpt.build_model(dataclasses.replace(config, attention=attention), runtime)
+        model, _, note = train_gpt.build_model(replace(config, attention=attention), runtime)
         if attention == "blocked":
             model.fused_loss = None
         else:
@@ -364,7 +343,7 @@ def test_compiled_as_a_whole_the_model_gives_the_same(config):
         loss, gradient = 1e-5, 1e-4
     torch._dynamo.utils.counters.clear()
     for switch in "01":
-        _, model, note = train_gpt.build_model(dataclasses.replace(config, compile=switch), runtime)
+        _, model, note = train_gpt.build_model(replace(config, compile=switch), runtime)
         assert f"\ncompile:{switch}" in note
         losses = model(tokens[:, :-1], tokens[:, 1:])
         losses.mean().backward()
@@ -379,22 +358,18 @@ def test_compiled_as_a_whole_the_model_gives_the_same(config):
         assert float((p - q).norm()) <= gradient * float(p.norm()) + 1e-5
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"train_seq_len": 32},
-        {"train_seq_len": 4096, "train_batch_tokens": 4096},
-        {"model_dim": 34, "num_heads": 34, "num_kv_heads": 34},
-    ],
-    ids=str,
-)
+WIDE = {"train_seq_len": 4096, "train_batch_tokens": 4096}
+ODD = {"model_dim": 34, "num_heads": 34, "num_kv_heads": 34}
+
+
+@pytest.mark.parametrize("change", [{"train_seq_len": 32}, WIDE, ODD], ids=str)
 def test_asked_for_where_it_does_not_fit_it_is_an_error_that_says_so(config, change):
-    config = dataclasses.replace(config, attention="fused", **change)
+    config = replace(config, attention="fused", **change)
     with pytest.raises(train_gpt.UserError, match="ATTENTION=fused wants .*: use ATTENTION=auto"):
         train_gpt.build_model(config, train_gpt.Runtime(config, {}))
 
 
-def test_without_a_compiler_torch_does_it_and_the_log_says_why(config, monkeypatch, tmp_path):
+def test_without_a_compiler_torch_does_it_and_the_log_says_why(config, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     cpu_kernels.library.cache_clear()
     try:
@@ -409,7 +384,7 @@ def test_without_a_compiler_torch_does_it_and_the_log_says_why(config, monkeypat
 
 @pytest.mark.parametrize("change", [{"vocab_size": 60}, {"logit_softcap": 50.0}], ids=str)
 def test_a_loss_that_does_not_fit_is_torchs(config, change):
-    config = dataclasses.replace(config, **change)
+    config = replace(config, **change)
     model, _, note = train_gpt.build_model(config, train_gpt.Runtime(config, {}))
     assert model.fused_loss is None and "\nloss:torch\n" in note
 
@@ -441,19 +416,14 @@ class Changed(Calling):
 
 class OfSilent(Silent):
     calls_fused_loss = True
-
-    def forward(self, tokens_BT, targets_BT=None):
-        return super().forward(tokens_BT, targets_BT)
+    forward = Calling.forward
 
 
 class Other(train_gpt.Model):
     pass
 
 
-@pytest.mark.parametrize(
-    "model_class, fused",
-    [(Plain, True), (Silent, False), (Calling, True), (Heir, True), (Changed, False), (OfSilent, False), (Other, True)],
-)
-def test_a_model_that_changes_the_loss_gets_the_kernel_only_if_each_change_says_that_it_calls_it(model_class, fused):
+def test_a_model_that_changes_the_loss_gets_the_kernel_only_if_each_change_says_that_it_calls_it():
     """A class states it in its own body: what it inherits was said of another computation."""
-    assert kernels.uses_fused_loss(model_class) == fused
+    classes = (Plain, Silent, Calling, Heir, Changed, OfSilent, Other)
+    assert [c for c in classes if kernels.uses_fused_loss(c)] == [Plain, Calling, Heir, Other]
