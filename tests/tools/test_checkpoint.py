@@ -269,43 +269,11 @@ def test_the_generators_of_cpu_and_gpu_are_restored(make_config, build, runtime,
     del state["rng"][0]["cuda"]  # and the other way round
     trainer.checkpoints.restore(trainer, state)
     assert len(given) == 1
-
-
-def test_each_rank_gets_its_own_generator_and_the_momenta_that_it_owns(make_config, build, runtime, monkeypatch):
-    """Saved by two ranks, neither of which knows all momenta; restored on one, two and three."""
-    alone = build(make_config())
-    for alone.steps in (1, 2, 3):
-        alone.step(1.0, 0.9)
-    whole = alone.checkpoints.state(alone)["optimizer"]
-    muon = {name for name, values in whole.items() if "momentum_buffer" in values}
-    assert len(muon) == 12 and len(whole) == len(list(alone.model.parameters()))
-    sent = {}
-    for rank in (1, 0):
-        fake, trainer, adam, optimizer = copy.copy(runtime), copy.copy(alone), *map(copy.copy, alone.optimizers)
-        fake.rank, fake.world_size, fake.is_master = rank, 2, rank == 0
-        optimizer.state = {p: optimizer.state[p] for p in optimizer.param_groups[0]["params"][rank::2]}
-        trainer.runtime, trainer.optimizers = fake, [adam, optimizer]
-        monkeypatch.setattr(checkpoint, "gather", lambda _, value, r=rank: sent.update({r: value}) or [value, sent[1]])
-        torch.manual_seed(rank)
-        state = trainer.checkpoints.state(trainer)
-        assert (state is None) == (rank == 1)
-    assert muon & sent[0]["optimizer"].keys() and sent[1]["optimizer"].keys() < muon, "rank 0 alone sends Adam's state"
-    assert_equal({name: state["optimizer"][name] for name in whole}, whole)
-    assert state["optimizer"].keys() == whole.keys()
-    assert len(state["rng"]) == 2 and not torch.equal(*(rng["cpu"] for rng in state["rng"]))
-    for world_size in (1, 2, 3):
-        held = []
-        for rank in range(world_size):
-            trainer, fake = build(make_config()), copy.copy(runtime)
-            fake.rank, fake.world_size = rank, world_size
-            trainer.runtime = trainer.optimizers[1].runtime = fake
-            trainer.checkpoints.restore(trainer, state)
-            assert torch.equal(torch.get_rng_state(), state["rng"][rank % 2]["cpu"])
-            values = {key[1:]: value for key, value in all_of(trainer).items() if key[0] in ("AdamW", "Muon")}
-            assert_equal(values, {(name, key): whole[name][key] for name, key in values})
-            held += [name for name, key in values if key == "momentum_buffer"]
-            assert {name for name, _ in values} - muon == whole.keys() - muon
-        assert sorted(held) == sorted(muon), "each matrix has one owner"
+    # Each rank gets its own, as far as there are some.
+    state["rng"] = [{"cpu": torch.Generator().manual_seed(seed).get_state()} for seed in (1, 2)]
+    for runtime.rank in (0, 1, 2):
+        trainer.checkpoints.restore(trainer, state | {"optimizer": {}, "steps": 0})
+        assert torch.equal(torch.get_rng_state(), state["rng"][runtime.rank % 2]["cpu"])
 
 
 def test_the_step_count_of_adam_stays_exact_beside_bf16_moments(make_config, build):
@@ -431,19 +399,6 @@ def test_a_run_that_is_killed_after_its_training_resumes_there(go, whole, monkey
     assert len(re.findall(r"^resumed: step:6 from .* finished$", run.log, re.MULTILINE)) == 3
     assert run.result["resumed_at"] == [6]
     assert {path.name for path in run.path.iterdir()} == {path.name for path in whole.path.iterdir()}
-
-
-def test_a_run_with_a_result_is_left_as_it_is(go, whole, tmp_path):
-    path = shutil.copytree(whole.path, tmp_path / "logs" / "run")
-    before = tree(path)
-    run = go()
-    assert run.code == 2 and run.err.count("error:") == 1
-    assert f"the run in {path} is finished: choose another RUN_ID" in run.err
-    assert f"RESUME={path / 'checkpoint.pt'}" in run.err, "what resumes from it"
-    assert tree(path) == before
-    again = go(RUN_ID="scored", RESUME=path)  # a folder works, too
-    assert_ended_well(again, like=whole)
-    assert not trained(again)
 
 
 @pytest.mark.parametrize(
@@ -597,12 +552,11 @@ def test_the_checkpoint_in_its_own_folder_goes_before_that_of_resume(go, whole, 
 EMB, FC = "tok_emb.weight", "blocks.0.mlp.fc.weight"
 KEYS = "format knobs model average optimizer rng position steps train_seconds finished resumed_at recent".split()
 BROKEN = [
-    *(lambda state, key=key: state.pop(key) for key in KEYS),
-    lambda state: state.update(average="x"),
+    lambda state: state.pop("average"),
+    lambda state: state.pop("recent"),
     lambda state: state.update(average=[torch.ones(1)]),
     lambda state: state.update(recent="x"),
     lambda state: state.update(train_seconds=1),
-    lambda state: state["model"].pop(EMB),
     # Regression: missing state was taken for zeros, or found missing by the optimizer in the first step.
     lambda state: state["optimizer"].pop(EMB),
     lambda state: state["optimizer"].update({FC: {}}),
