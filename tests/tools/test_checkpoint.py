@@ -21,7 +21,7 @@ import models
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, write_shard
+from conftest import write_shard
 from models import open_checkpoint, tree
 from runs import fake_clock
 
@@ -501,16 +501,6 @@ def test_an_average_that_begins_or_ends_by_force(go, stopped, tmp_path):
     assert ended.code == 0 and "; EMA_DECAY was 0.9, is 0.0\n" in ended.log
 
 
-def test_another_script_is_noticed(go, stopped, monkeypatch, tmp_path):
-    other = tmp_path / "train_gpt.py"
-    other.write_bytes((ROOT / "train_gpt.py").read_bytes() + b"# one more line\n")
-    digests = [train_gpt.hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in (ROOT / "train_gpt.py", other)]
-    monkeypatch.setattr(train_gpt, "__file__", str(other))
-    assert_one_line(go(), "of another run: train_gpt.py was {}, is {}: ".format(*digests))
-    run = go(RESUME_FORCE=1)
-    assert run.code == 0 and "; train_gpt.py was {}, is {}\n".format(*digests) in run.log
-
-
 def test_other_training_data_is_noticed(go, stopped, whole, corpus, tmp_path):
     """Regression: as many tokens were taken for the same tokens."""
     data = shutil.copytree(corpus / "data", tmp_path / "data")
@@ -583,31 +573,27 @@ def test_an_incomplete_checkpoint_is_refused_although_its_checksum_is_right(go, 
 # Writing
 
 
-@pytest.mark.parametrize("failing", ["fsync", "replace"])
-def test_a_disk_that_fails_costs_the_checkpoint_and_not_the_run(go, whole, monkeypatch, failing):
-    real, count = getattr(os, failing), itertools.count(1)
+@pytest.mark.parametrize(
+    "owner, failing, others", [(os, "fsync", 2), (os, "replace", 2), (checkpoint, "matches_checksum", 0)]
+)
+def test_a_disk_that_fails_costs_the_checkpoint_and_not_the_run(go, whole, monkeypatch, owner, failing, others):
+    """Or one that stores something else. Two other files are written before."""
+    real, count = getattr(owner, failing), itertools.count(1 - others)
 
     def fail(*args):
-        if next(count) in (2 + 3, 2 + 4, 2 + 7):  # the checkpoints of steps 2, 3 and 6
+        if next(count) not in (3, 4, 7):  # the checkpoints of steps 2, 3 and 6
+            return real(*args)
+        if owner is os:
             raise OSError(28, "No space left on device")
-        return real(*args)
 
-    monkeypatch.setattr(os, failing, fail)
+    monkeypatch.setattr(owner, failing, fail)
     run = go(**EVERY_STEP)
     assert_ended_well(run, like=whole)
-    warnings = re.findall(r"^warning: no checkpoint of step (\d) \(.*No space left.*\): the one before", run.log, re.M)
+    reason = ".*No space left.*" if owner is os else "it does not hold what was written to it: check the disk"
+    warnings = re.findall(rf"^warning: no checkpoint of step (\d) \({reason}\): the one before", run.log, re.M)
     assert warnings == ["2", "3", "6"] and re.findall("saved step:(.)", run.log) == ["0", "1", "4", "5"]
     state = open_checkpoint(run.checkpoint)
     assert state["steps"] == 5 and not state["finished"] and not [*run.path.glob(".*")]
-
-
-def test_a_checkpoint_that_the_disk_stores_otherwise_does_not_replace_the_previous_one(go, whole, monkeypatch):
-    matches, count = checkpoint.matches_checksum, itertools.count(1)
-    monkeypatch.setattr(checkpoint, "matches_checksum", lambda file: matches(file) and next(count) != 7)
-    run = go(**EVERY_STEP)
-    assert_ended_well(run, like=whole)
-    assert "\nwarning: no checkpoint of step 6 (it does not hold what was written to it: check the disk)" in run.log
-    assert open_checkpoint(run.checkpoint)["steps"] == 5
 
 
 @pytest.mark.parametrize("where, value", [("weights", math.nan), ("weights", math.inf), ("loss", math.inf)])
@@ -803,17 +789,13 @@ def test_a_micro_batch_that_was_asked_for_is_not_changed(go, small_memory):
     assert_one_line(go(RUN_ID="none", **TWELVE), "error: out of memory with micro-steps of 32 tokens")
 
 
-def test_all_ranks_halve_if_one_of_them_lacks_memory(make_config, build, runtime):
-    trainer, said = build(make_config()), iter([[1.0], [0.0]])
-    runtime.all_reduce = lambda values: next(said)
-    checkpoint.fit_memory(trainer)
-    assert trainer.loader.accum_steps == 2 and next(said, None) is None
-
-
-def test_the_trial_leaves_nothing_behind_and_hides_no_other_error(make_config, build, small_memory):
-    trainer = build(make_config())
+def test_the_trial_leaves_nothing_behind_and_hides_no_other_error(make_config, build, runtime, small_memory):
+    """All ranks halve the micro-batch if one of them lacks memory."""
+    trainer, lacking = build(make_config()), iter([[1.0], [0.0]])
     before, rng = all_of(trainer), torch.get_rng_state()
+    runtime.all_reduce = lambda values: next(lacking)
     checkpoint.fit_memory(trainer)
+    assert trainer.loader.accum_steps == 2 and next(lacking, None) is None
     assert_equal(all_of(trainer), before)
     assert all(p.grad is None for p in trainer.model.parameters()) and torch.equal(rng, torch.get_rng_state())
     small_memory(1, "no kernel for this")
