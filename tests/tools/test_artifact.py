@@ -231,17 +231,14 @@ def test_a_model_file_is_looked_for_in_a_few_places_alone(artifact, small, bare,
         assert code == 2 and "is a model of trap.py, which is neither" in err
 
 
-def test_knobs_that_have_moved_to_a_model_file_may_be_off(trained, tmp_path, bare, call):
-    """In an old artifact. The names of the parameters are the same, so its score is, too."""
+def test_an_old_artifact_may_hold_knobs_that_moved_to_a_model_file_and_are_off(trained, tmp_path, bare, call):
     artifact = Path(shutil.copy(trained / "final_model.int8.ptz", tmp_path))
-    told = models.open_artifact(artifact)["config"]
-    off = {"xsa_layers": 0, "mlp_slope": 0.0, "attn_gate": False, "x0_mix": True, "loop_layers": "", "codec": "zlib"}
-    changed(artifact, config=told | off | {"mlp_slope": 0.5})
-    code, _, err = call(bare(MODE="eval", ARTIFACT=artifact))
+    told = models.open_artifact(artifact)["config"] | {"xsa_layers": 0, "x0_mix": True, "loop_layers": ""}
+    changed(artifact, config=told | {"mlp_slope": 0.5})
     hint = "a knob of a model file: set MODEL_FILE=records/models/frontier.py"
-    assert (code, err) == (2, f"error: {artifact} records MLP_SLOPE=0.5, {hint}\n")
-    changed(artifact, config=told | off)
-    for more in ({}, {"MODEL_FILE": ROOT / models.FRONTIER}):
+    assert call(bare(MODE="eval", ARTIFACT=artifact))[::2] == (2, f"error: {artifact} records MLP_SLOPE=0.5, {hint}\n")
+    changed(artifact, config=told | {"mlp_slope": 0.0})
+    for more in ({}, {"MODEL_FILE": ROOT / models.FRONTIER}):  # whose parameters have the same names
         code, out, err = call(bare(MODE="eval", ARTIFACT=artifact, **more))
         assert code == 0 and exact_line(out) == logged(trained), err
 
@@ -417,23 +414,17 @@ def test_what_is_streamed_has_capitals_for_case_marks(marked, texts):
         assert both == prompt + text
 
 
-def test_it_ends_with_the_document_or_after_so_many_tokens(words):
-    king = words.model.encode("the king")
-    for end in ("<s>", "</s>", "<unk>"):
-        pieces, script = say(words, [*king, words.model.piece_to_id(end), *king], "night")
-        assert "".join(pieces) == "nightthe king" and len(script.got) == len(king) + 1
-    pieces, script = say(words, words.model.encode("e"), count=7)
-    assert "".join(pieces) == 7 * "e" and len(script.got) == 7
-
-
 @pytest.mark.parametrize("prompt, length", [("the king\nof", 160), (LONG, 32), ("", 32)], ids=lambda value: "")
-def test_the_model_gets_the_start_the_prompt_and_at_most_its_length(words, prompt, length):
+def test_the_model_gets_at_most_its_length_until_the_document_or_the_sample_ends(words, prompt, length):
     (token,) = words.model.encode("e")
-    _, script = say(words, [token], prompt, length=length, count=3)
-    assert len(script.got) == 3
+    pieces, script = say(words, [token], prompt, length=length, count=7)
+    assert "".join(pieces) == prompt + 7 * "e" and len(script.got) == 7
     for number, got in enumerate(script.got):
         past = [words.model.bos_id(), *words.model.encode(prompt), *[token] * number][-length:]
         assert got[: len(past)] == past and len(got) <= length
+    for end in ("<s>", "</s>", "<unk>"):
+        pieces, script = say(words, [token, words.model.piece_to_id(end), token], prompt, length)
+        assert "".join(pieces) == prompt + "e" and len(script.got) == 2
 
 
 def test_without_a_start_token_a_document_begins_with_another_boundary(words):

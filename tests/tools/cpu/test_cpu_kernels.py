@@ -131,84 +131,6 @@ def test_what_the_kernel_does_not_take_goes_to_plain_matmuls():
 # The loss
 
 
-def torch_losses(x, weight, targets, softcap):
-    return F.cross_entropy(softcap * torch.tanh(x @ weight.mT / softcap), targets, reduction="none")
-
-
-def losses_as_the_model_has_them(x, weight, targets, softcap):
-    logits = softcap * torch.tanh((x @ weight.mT).float() / softcap)
-    return F.cross_entropy(logits, targets, reduction="none")
-
-
-def model_of(weight, softcap):
-    model = train_gpt.Model()
-    model.tok_emb, model.softcap = torch.nn.Embedding(*weight.shape), softcap
-    del model.tok_emb.weight
-    model.tok_emb.weight = weight
-    return model
-
-
-def fused_losses(x, weight, targets, softcap):
-    return cpu_kernels.fused_loss(model_of(weight, softcap), x[None], targets[None])[0]
-
-
-def losses_and_gradients(function, x, weight, targets, softcap, dtype):
-    x, weight = (tensor.detach().to(dtype).requires_grad_() for tensor in (x, weight))
-    losses = function(x, weight, targets, softcap)
-    scale = torch.linspace(0.5, 2.0, len(losses), dtype=losses.dtype)
-    (losses * scale).sum().backward()
-    return losses.detach(), x.grad, weight.grad
-
-
-def assert_no_worse(fused, plain, exact):
-    """Than the model's own way, and a rounding more where the loss's own gradient comes in."""
-    for name, ours, theirs, true in zip(("loss", "dx", "dweight"), fused, plain, exact, strict=True):
-        once_more = 1e-6 if name == "loss" or ours.dtype == torch.float32 else 2.0**-9
-        assert distance(ours, true) <= 1.1 * distance(theirs, true) + once_more, name
-
-
-@pytest.mark.parametrize(
-    "N, D, V, softcap, size", [(50, 32, 48, 30.0, 1.0), (64, 64, 2048, 15.0, 8.0), (3, 16, 16, 40.0, 0.01)]
-)
-def test_losses_and_gradients_are_those_of_the_softcapped_cross_entropy(dtype, N, D, V, softcap, size):
-    generator = torch.Generator().manual_seed(N)
-    x, weight = (size * torch.randn(rows, D, generator=generator).to(dtype) for rows in (N, V))
-    targets = torch.randint(V, (N,), generator=generator)
-    exact = losses_and_gradients(torch_losses, x, weight, targets, softcap, torch.float64)
-    fused = losses_and_gradients(fused_losses, x, weight, targets, softcap, dtype)
-    plain = losses_and_gradients(losses_as_the_model_has_them, x, weight, targets, softcap, dtype)
-    assert fused[0].dtype == torch.float32
-    assert_no_worse(fused, plain, exact)
-    with torch.no_grad():
-        assert torch.equal(fused_losses(x, weight, targets, softcap), fused[0])
-
-
-def test_logits_far_beyond_the_cap_give_finite_losses(dtype):
-    x, weight = torch.full((2, 16), 100.0, dtype=dtype), torch.ones(32, 16, dtype=dtype)
-    weight[1:] = -1.0  # logits of 1,600 and -1,600
-    targets = torch.tensor([0, 5])
-    losses, dx, dweight = losses_and_gradients(fused_losses, x, weight, targets, 40.0, dtype)
-    exact = losses_and_gradients(torch_losses, x, weight, targets, 40.0, torch.float64)
-    assert torch.allclose(losses.double(), exact[0], atol=1e-4)  # 0 and 80
-    assert dx.isfinite().all() and dweight.isfinite().all()
-
-
-@pytest.mark.parametrize("masked", [False, True])
-def test_what_is_no_number_stays_none(dtype, masked):
-    """Regression: a model that had diverged scored as one that knows nothing, and the run went on."""
-    generator, targets = torch.Generator().manual_seed(0), torch.tensor([0, 5])
-    x, weight = (torch.randn(rows, 16, generator=generator).to(dtype) for rows in (2, 32))
-    x[1, 3] = math.nan
-    model = model_of(weight, 30.0)
-    model.mask = Masked(32)
-    losses = cpu_kernels.fused_loss(model, x[None], targets[None], targets[None] if masked else None)[0]
-    assert losses.isnan().tolist() == [False, True]
-    q, k, v, dy = draw(dtype, 1, 64, 1, 1, 16)
-    q[0, 7, 0, 0] = k[0, 60, 0, 1] = math.nan
-    y = cpu_kernels.fused_attention(*(tensor.transpose(1, 2) for tensor in (q, k, v)))[0, 0]
-    assert y.isnan().any(-1).nonzero().flatten().tolist() == [7, 60, 61, 62, 63]
-
-
 class Masked:
     """Like the Mask of records/models/canonical.py, of a random table in which each token may follow itself."""
 
@@ -222,36 +144,84 @@ class Masked:
         return logits.masked_fill(~self.allowed[tokens], -math.inf)
 
 
-@pytest.mark.parametrize("N, D, V, excluded", [(50, 32, 48, False), (40, 16, 1024, False), (30, 16, 2048, True)])
-def test_under_a_mask_too(dtype, N, D, V, excluded):
-    """A target that it excludes is infinite in a score; in training it counts nothing, and has no gradient."""
+def plain_losses(x, weight, targets, softcap, mask=None, before=None):
+    """As the model has them. A target that the mask excludes counts 0 in training, without a gradient."""
+    logits = softcap * torch.tanh(train_gpt.at_least_fp32(x @ weight.mT) / softcap)
+    losses = F.cross_entropy(mask(logits, before) if mask else logits, targets, reduction="none")
+    return losses.masked_fill(losses == math.inf, 0.0) if mask else losses
+
+
+def fused_losses(x, weight, targets, softcap, mask=None, before=None):
+    model = train_gpt.Model()
+    model.tok_emb, model.softcap, model.mask = torch.nn.Embedding(*weight.shape), softcap, mask
+    del model.tok_emb.weight
+    model.tok_emb.weight = weight
+    return cpu_kernels.fused_loss(model, x[None], targets[None], before[None] if mask else None)[0]
+
+
+def losses_and_gradients(function, dtype, x, weight, *more):
+    x, weight = (tensor.detach().to(dtype).requires_grad_() for tensor in (x, weight))
+    losses = function(x, weight, *more)
+    scale = torch.linspace(0.5, 2.0, len(losses), dtype=losses.dtype)
+    (losses * scale).sum().backward()
+    return losses.detach(), x.grad, weight.grad
+
+
+@pytest.mark.parametrize(
+    "N, D, V, softcap, size, masked",
+    [
+        (50, 32, 48, 30.0, 1.0, ""),
+        (64, 64, 2048, 15.0, 8.0, ""),
+        (3, 16, 16, 40.0, 0.01, ""),
+        (50, 32, 48, 30.0, 1.0, "all targets allowed"),
+        (30, 16, 2048, 30.0, 1.0, "some excluded"),
+    ],
+)
+def test_losses_and_gradients_are_those_of_the_softcapped_cross_entropy(dtype, N, D, V, softcap, size, masked):
+    """No worse than the model's own way, and one rounding more where the loss's own gradient comes in."""
     generator, mask = torch.Generator().manual_seed(N), Masked(V)
-    x, weight = (torch.randn(rows, D, generator=generator).to(dtype) for rows in (N, V))
-    before = torch.randint(V, (N,), generator=generator)
-    targets = before.clone()
-    targets[1::2] = torch.randint(V, (N // 2,), generator=generator)
-    out = ~mask.allowed[before, targets]
-    targets = targets if excluded else torch.where(out, before, targets)
-    assert excluded == bool((~mask.allowed[before, targets]).any())
-
-    def as_the_model_has_them(x, weight, targets, softcap):
-        logits = softcap * torch.tanh(train_gpt.at_least_fp32(x @ weight.mT) / softcap)
-        losses = F.cross_entropy(mask(logits, before), targets, reduction="none")
-        return losses.masked_fill(losses == math.inf, 0.0)
-
-    def fused(x, weight, targets, softcap):
-        model = model_of(weight, softcap)
-        model.mask = mask
-        return cpu_kernels.fused_loss(model, x[None], targets[None], before[None])[0]
-
-    exact = losses_and_gradients(as_the_model_has_them, x, weight, targets, 30.0, torch.float64)
-    plain = losses_and_gradients(as_the_model_has_them, x, weight, targets, 30.0, dtype)
-    ours = losses_and_gradients(fused, x, weight, targets, 30.0, dtype)
-    assert_no_worse(ours, plain, exact)
+    x, weight = (size * torch.randn(rows, D, generator=generator).to(dtype) for rows in (N, V))
+    before, targets = (torch.randint(V, (N,), generator=generator) for _ in range(2))
+    if masked.startswith("all"):
+        targets = torch.where(mask.allowed[before, targets], targets, before)
+    excluded = ~mask.allowed[before, targets] if masked else torch.zeros(N, dtype=torch.bool)
+    assert bool(excluded.any()) == masked.startswith("some")
+    inputs = x, weight, targets, softcap, *([mask, before] if masked else [])
+    exact = losses_and_gradients(plain_losses, torch.float64, *inputs)
+    plain, fused = (losses_and_gradients(function, dtype, *inputs) for function in (plain_losses, fused_losses))
+    assert fused[0].dtype == torch.float32
+    for name, ours, theirs, true in zip(("loss", "dx", "dweight"), fused, plain, exact, strict=True):
+        once_more = 1e-6 if name == "loss" or ours.dtype == torch.float32 else 2.0**-9
+        assert distance(ours, true) <= 1.1 * distance(theirs, true) + once_more, name
     with torch.no_grad():
-        scored = fused(x, weight, targets, 30.0)
-    assert torch.equal(scored == math.inf, ~mask.allowed[before, targets])
-    assert torch.equal(scored[scored < math.inf], ours[0][scored < math.inf])
+        scored = fused_losses(*inputs)
+    assert torch.equal(scored == math.inf, excluded) and torch.equal(scored[~excluded], fused[0][~excluded])
+
+
+def test_logits_far_beyond_the_cap_give_finite_losses(dtype):
+    x, weight = torch.full((2, 16), 100.0, dtype=dtype), torch.ones(32, 16, dtype=dtype)
+    weight[1:] = -1.0  # logits of 1,600 and -1,600
+    inputs = x, weight, torch.tensor([0, 5]), 40.0
+    losses, dx, dweight = losses_and_gradients(fused_losses, dtype, *inputs)
+    exact = losses_and_gradients(plain_losses, torch.float64, *inputs)
+    assert torch.allclose(losses.double(), exact[0], atol=1e-4)  # 0 and 80
+    assert dx.isfinite().all() and dweight.isfinite().all()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_is_no_number_stays_none(dtype, masked):
+    """Regression: a model that had diverged scored as one that knows nothing, and the run went on."""
+    generator, targets = torch.Generator().manual_seed(0), torch.tensor([0, 5])
+    x, weight = (torch.randn(rows, 16, generator=generator).to(dtype) for rows in (2, 32))
+    x[1, 3] = math.nan
+    assert fused_losses(x, weight, targets, 30.0, Masked(32) if masked else None, targets).isnan().tolist() == [
+        False,
+        True,
+    ]
+    q, k, v, dy = draw(dtype, 1, 64, 1, 1, 16)
+    q[0, 7, 0, 0] = k[0, 60, 0, 1] = math.nan
+    y = cpu_kernels.fused_attention(*(tensor.transpose(1, 2) for tensor in (q, k, v)))[0, 0]
+    assert y.isnan().any(-1).nonzero().flatten().tolist() == [7, 60, 61, 62, 63]
 
 
 # Newton-Schulz
