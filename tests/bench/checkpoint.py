@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from common import build_trainer, parse, random_stream, spread, take_turns, train_gpt  # noqa: E402
+from bench_tools import build_trainer, parse, random_stream, spread, take_turns, train_gpt  # noqa: E402
 
 INTERVAL = 60.0  # CHECKPOINT_EVERY_SECONDS of a run of 600 s
 

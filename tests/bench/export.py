@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from common import FRONTIER, RANS, entropy, random_weights, timed, train_gpt  # noqa: E402
+from bench_tools import FRONTIER, RANS, entropy, random_weights, timed, train_gpt  # noqa: E402
 
 
 def gaussian_state(weights: int) -> dict[str, torch.Tensor]:

@@ -14,8 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from common import FRONTIER, entropy  # noqa: E402
-from common import train_gpt as tg  # noqa: E402
+from bench_tools import FRONTIER, entropy  # noqa: E402
+from bench_tools import train_gpt as tg  # noqa: E402
 
 CLIPS = {4: 5.0, 5: 8.5, 6: 12.85, 7: 15.0, 8: 20.0}  # standard deviations
 

@@ -34,7 +34,7 @@ from typing import NamedTuple
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from common import ROOT, parse  # noqa: E402
+from bench_tools import ROOT, parse  # noqa: E402
 
 # {data set: (its tokenizer, the command that makes both)}
 SHAKESPEARE = "data/prepare_shakespeare.py --vocab-size"

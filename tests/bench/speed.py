@@ -33,7 +33,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import plain  # noqa: E402
-from common import (  # noqa: E402
+from bench_tools import (  # noqa: E402
     FRONTIER,
     RANS,
     build_trainer,
