@@ -48,6 +48,14 @@ def no_source_of_another_run():
         sys.modules.pop(f"train_gpt.tools.{name}", None)
 
 
+@pytest.fixture(autouse=True)
+def all_attention_kernels():
+    """A run pins torch's global attention switches: the tests after it need all kernels again."""
+    yield
+    for switch in ("flash", "cudnn", "mem_efficient", "math"):
+        getattr(train_gpt.torch.backends.cuda, f"enable_{switch}_sdp")(True)
+
+
 WORDS = "the king of sea and na\u00efve caf\u00e9 night \u6d77 love sleeps".split() + ["  indented", "\n"]
 
 

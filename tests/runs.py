@@ -1,5 +1,6 @@
 """Whole runs for tests, in this process by main() or under torchrun, and what must hold for those of any model."""
 
+import itertools
 import json
 import os
 import re
@@ -21,6 +22,7 @@ def read_run(path):
     return SimpleNamespace(
         path=path,
         log=(path / "train.log").read_text(),
+        metrics=metrics,
         losses=[m["train_loss"] for m in metrics if "train_loss" in m],
         result=json.loads(result.read_text()) if result.is_file() else None,
     )
@@ -36,6 +38,35 @@ def starter(corpus, tmp_path, **base):
         return read_run(tmp_path / "logs" / values["RUN_ID"])
 
     return start
+
+
+def fake_clock(monkeypatch):
+    """A clock that only steps (1 s, or as `steps` says), evaluations (100 s) and calls that are made `slow` move."""
+    clock = SimpleNamespace(now=0.0, steps=itertools.repeat(1.0))
+    score = train_gpt.Evaluator.score
+
+    def slow(owner, name, seconds=None):
+        real = getattr(owner, name)
+
+        def delayed(*args, **options):
+            clock.now += next(clock.steps) if seconds is None else seconds
+            return real(*args, **options)
+
+        monkeypatch.setattr(owner, name, delayed)
+
+    def timed_score(self, model, *args, **options):
+        def first_batch(*_):
+            clock.now += 100.0
+            handle.remove()
+
+        handle = model.register_forward_pre_hook(first_batch)
+        return score(self, model, *args, **options)
+
+    monkeypatch.setattr(train_gpt.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(train_gpt.Evaluator, "score", timed_score)
+    slow(Trainer, "step")
+    clock.slow = slow
+    return clock
 
 
 def counted_graphs(monkeypatch):
