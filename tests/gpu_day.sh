@@ -57,7 +57,7 @@ figure() {
     last "$log" '^peak memory' 'allocated: [0-9]+ MiB'
     last "$log" '^(clock|size)_verdict:.*NOT A VALID' '^[a-z]+_verdict:.*NOT A VALID'
     grep -c '^warning' "$log" | sed '/^0$/d; s/$/ warnings/'
-  } | tr '\n' ' '
+  } | paste -sd ' '
 }
 
 # Workers of torchrun have sessions of their own and may survive it. They would slow down the next part.
@@ -88,15 +88,15 @@ part() {
   case $code in
     0) ;;
     3) said="unavailable: $(sed -n 's/^unavailable: //p' "$log" | sed 's/.*failed: //' | cut -c1-100)" ;;
-    124 | 137) said="STOPPED after $limit s. $said" ;;
-    *) said="FAILED: $(tail -1 "$log" | cut -c1-100) $said" ;;
+    124 | 137) said="STOPPED after $limit s; $said" ;;
+    *) said="FAILED: $({ tail -1 "$log"; grep -E '^error:|Error' "$log"; } | tail -1 | cut -c1-120); $said" ;;
   esac
   ((code == 0 || code == 3)) || failed=1
   row "$name" "$code" "$((SECONDS - began))" "$said"
 }
 
 finish() {
-  [[ -n ${monitor:-} ]] && kill "$monitor" 2>/dev/null
+  [[ -n ${monitor:-} ]] && { kill "$monitor" && wait "$monitor"; } 2>/dev/null
   printf '\n%s: %s, %s s\n' "$folder" "$( ((failed)) && echo 'SOME PARTS FAILED' || echo 'all parts passed')" "$SECONDS" |
     tee -a "$summary"
 }
@@ -151,9 +151,10 @@ fi
 # The smallest thing that compiles and runs a real step, so that what breaks first is seen first.
 part steps 90 "$python" tests/bench/profile_step.py --trace "$folder/trace.json.gz"
 
-# pytest-xdist is not needed: without addopts all runs in one process.
+# pytest-xdist is not needed: without addopts all runs in one process. At its limit pytest still reports what failed.
+pytest='import signal, sys, pytest; signal.signal(signal.SIGTERM, signal.default_int_handler); sys.exit(pytest.main())'
 mapfile -t gpu_tests < <(grep -lE 'mark[.]gpu' tests/test_*.py)
-part tests 140 "$python" -m pytest -o addopts= -m gpu -v --durations=10 "${gpu_tests[@]}"
+part tests 140 "$python" -c "$pytest" -o addopts= -m gpu -v --durations=10 "${gpu_tests[@]}"
 
 # A batch is 96 sequences, so that five or seven GPUs cannot share it.
 ranks=$gpus
@@ -162,7 +163,8 @@ launcher=("$python")
 ((ranks > 1)) && launcher+=(-m torch.distributed.run --standalone "--nproc_per_node=$ranks")
 
 # A fixed number of targets keeps the validation short on one GPU; the score is labeled partial.
-part defaults 120 env RUN_ID=defaults MAX_WALLCLOCK_SECONDS=60 WARMUP_STEPS=5 VAL_TOKENS_LIMIT=1048576 \
+export MAX_WALLCLOCK_SECONDS=60 TRAIN_LOG_EVERY=10
+part defaults 120 env RUN_ID=defaults WARMUP_STEPS=5 VAL_TOKENS_LIMIT=1048576 \
   "${launcher[@]}" train_gpt.py
 
 recipe=frontier_sp1024
@@ -173,8 +175,8 @@ elif compgen -G "data/datasets/fineweb10B_sp8192/fineweb_val_*.bin" >/dev/null; 
   recipe=frontier_sp8192
   other_data=(-u DATA_PATH -u TOKENIZER_PATH -u VOCAB_SIZE)
 fi
-part frontier 160 env "${other_data[@]}" RUN_ID=frontier MAX_WALLCLOCK_SECONDS=60 WARMUP_STEPS=2 \
-  VAL_TOKENS_LIMIT=131072 "${launcher[@]}" train_gpt.py records/recipes/$recipe.env
+part frontier 160 env "${other_data[@]}" RUN_ID=frontier WARMUP_STEPS=2 VAL_TOKENS_LIMIT=131072 \
+  "${launcher[@]}" train_gpt.py records/recipes/$recipe.env
 
 for attention in flash cudnn efficient flash3 math; do
   part "attention_$attention" 28 env ATTENTION=$attention "$python" tests/bench/profile_step.py --profile 0 --seconds 3
