@@ -9,7 +9,8 @@
 #
 # Data: DATA_PATH and TOKENIZER_PATH if set, else ./data/datasets/fineweb10B_sp1024, else made here from the sources and
 # documents of this checkout. With data of 8,192 pieces (VOCAB_SIZE=8192, or ./data/datasets/fineweb10B_sp8192) the
-# frontier is that of 8,192 pieces. PYTHON names the interpreter. LIMIT_<part>=SECONDS replaces the limit of a part.
+# frontier is that of 8,192 pieces. PYTHON names the interpreter. LIMIT_<part>=SECONDS replaces the limit of a part,
+# TOTAL=SECONDS that of all.
 set -u
 
 python=${PYTHON:-python3}
@@ -37,7 +38,7 @@ export PYTHONUNBUFFERED=1 TORCH_LOGS=${TORCH_LOGS:-recompiles} LOG_DIR=$folder
 summary=$folder/summary.txt
 failed=0
 deadline=0 # of the current part, in seconds since the start: what a part leaves over is for the later ones
-total=710  # the rest of the 12 minutes is for processes that do not end when they are asked to
+total=${TOTAL:-710} # the rest of the 12 minutes is for processes that do not end when they are asked to
 
 row() { printf '%-20s %4s %7s  %s\n' "$@" | tee -a "$summary"; }
 
@@ -118,7 +119,7 @@ if command -v nvidia-smi >/dev/null; then
   monitor=$!
 fi
 
-part environment 20 bash -c '
+part environment 15 bash -c '
   git log -1 --format="commit %H %cd %s"; git status --short | head
   uname -srm; nproc; free -g; df -h .
   nvidia-smi; nvidia-smi topo -m
@@ -141,7 +142,7 @@ END' "$python"
 # The data.
 [[ ${DATA_PATH:-} == *sp8192* ]] && export VOCAB_SIZE=${VOCAB_SIZE:-8192}
 if [[ -z ${DATA_PATH:-} ]] && ! compgen -G "data/datasets/fineweb10B_sp1024/fineweb_val_*.bin" >/dev/null; then
-  part data 40 bash -c '
+  part data 30 bash -c '
     find README.md train_gpt.py data records tests tools \( -name "*.py" -o -name "*.md" \) -type f -not -path "*/datasets/*" |
       sort | xargs cat | "$0" data/tokenize_text.py - --format txt --document-bytes 4096 --val-share 0.1 \
       --tokenizer train:sp1024 --name gpu_day_sp1024 --out "$1"' "$python" "$folder/data"
@@ -149,7 +150,7 @@ if [[ -z ${DATA_PATH:-} ]] && ! compgen -G "data/datasets/fineweb10B_sp1024/fine
 fi
 
 # The smallest thing that compiles and runs a real step, so that what breaks first is seen first.
-part steps 90 "$python" tests/bench/profile_step.py --trace "$folder/trace.json.gz"
+part steps 80 "$python" tests/bench/profile_step.py --trace "$folder/trace.json.gz"
 
 # pytest-xdist is not needed: without addopts all runs in one process. At its limit pytest still reports what failed.
 pytest='import signal, sys, pytest; signal.signal(signal.SIGTERM, signal.default_int_handler); sys.exit(pytest.main())'
@@ -164,7 +165,7 @@ launcher=("$python")
 
 # A fixed number of targets keeps the validation short on one GPU; the score is labeled partial.
 export MAX_WALLCLOCK_SECONDS=60 TRAIN_LOG_EVERY=10
-part defaults 120 env RUN_ID=defaults WARMUP_STEPS=5 VAL_TOKENS_LIMIT=1048576 \
+part defaults 110 env RUN_ID=defaults WARMUP_STEPS=5 VAL_TOKENS_LIMIT=1048576 \
   "${launcher[@]}" train_gpt.py
 
 recipe=frontier_sp1024
@@ -175,11 +176,14 @@ elif compgen -G "data/datasets/fineweb10B_sp8192/fineweb_val_*.bin" >/dev/null; 
   recipe=frontier_sp8192
   other_data=(-u DATA_PATH -u TOKENIZER_PATH -u VOCAB_SIZE)
 fi
-part frontier 160 env "${other_data[@]}" RUN_ID=frontier WARMUP_STEPS=2 VAL_TOKENS_LIMIT=131072 \
-  "${launcher[@]}" train_gpt.py records/recipes/$recipe.env
+# All contexts and loops from the start: one graph to compile instead of three, which would take minutes.
+part frontier 210 env "${other_data[@]}" RUN_ID=frontier WARMUP_STEPS=2 VAL_TOKENS_LIMIT=65536 \
+  CONTEXTS=2048@0 LOOP_START=0 "${launcher[@]}" train_gpt.py records/recipes/$recipe.env
 
+# With three layers, which compile in a third of the time.
 for attention in flash cudnn efficient flash3 math; do
-  part "attention_$attention" 28 env ATTENTION=$attention "$python" tests/bench/profile_step.py --profile 0 --seconds 3
+  part "attention_$attention" 25 env ATTENTION=$attention NUM_LAYERS=3 \
+    "$python" tests/bench/profile_step.py --profile 0 --seconds 3
 done
 
 finish
