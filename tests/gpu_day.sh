@@ -83,13 +83,14 @@ part() {
     code=$?
   else
     code=124
+    limit=0
   fi
   end_leftovers
   said=$(figure "$log")
   case $code in
     0) ;;
     3) said="unavailable: $(sed -n 's/^unavailable: //p' "$log" | sed 's/.*failed: //' | cut -c1-100)" ;;
-    124 | 137) said="STOPPED after $limit s; $said" ;;
+    124 | 137) said="$( ((limit)) && echo "STOPPED after $limit s" || echo "no time left"); $said" ;;
     *) said="FAILED: $({ tail -1 "$log"; grep -E '^error:|Error' "$log"; } | tail -1 | cut -c1-120); $said" ;;
   esac
   ((code == 0 || code == 3)) || failed=1
@@ -103,6 +104,7 @@ finish() {
 }
 
 interrupted() {
+  exec 2>/dev/null # the shell's own words on what is killed
   end_leftovers
   row interrupted 130 "" "only the parts above are done"
   failed=1
