@@ -20,7 +20,7 @@ for name in DATA_PATH TOKENIZER_PATH; do
 done
 cd "$(dirname "$0")/.." || exit 2
 
-gpus=$("$python" -c "import torch; print(torch.cuda.device_count())" 2>&1 | tail -1)
+gpus=$(timeout 60 "$python" -c "import torch; print(torch.cuda.device_count())" 2>&1 | tail -1)
 if ! [[ $gpus =~ ^[1-9][0-9]*$ ]]; then
   echo "gpu_day: no CUDA GPU: torch.cuda.device_count() in $python gives: ${gpus:-nothing}" >&2
   exit 2
@@ -37,7 +37,7 @@ export PYTHONUNBUFFERED=1 TORCH_LOGS=${TORCH_LOGS:-recompiles} LOG_DIR=$folder
 
 summary=$folder/summary.txt
 failed=0
-deadline=0 # of the current part, in seconds since the start: what a part leaves over is for the later ones
+deadline=$SECONDS # of the current part, since the start of the script: what a part leaves over is for the later ones
 total=${TOTAL:-710} # the rest of the 12 minutes is for processes that do not end when they are asked to
 
 row() { printf '%-20s %4s %7s  %s\n' "$@" | tee -a "$summary"; }
@@ -69,6 +69,12 @@ end_leftovers() {
   done
 }
 
+# The first error in a log, else its last line. torchrun's own error comes last and says nothing.
+error_in() {
+  local pattern='^(error:|[A-Za-z_.]*(Error|Exception): )'
+  { grep -E "$pattern" "$1" | grep -v ChildFailedError || tail -1 "$1"; } | head -1 | cut -c1-120
+}
+
 # part NAME SECONDS COMMAND...: run it into its own log and write its row of the summary.
 part() {
   local name=$1 log=$folder/$1.log began=$SECONDS given=LIMIT_$1 limit code said
@@ -87,13 +93,16 @@ part() {
   fi
   end_leftovers
   said=$(figure "$log")
-  case $code in
-    0) ;;
-    3) said="unavailable: $(sed -n 's/^unavailable: //p' "$log" | sed 's/.*failed: //' | cut -c1-100)" ;;
-    124 | 137) said="$( ((limit)) && echo "STOPPED after $limit s" || echo "no time left"); $said" ;;
-    *) said="FAILED: $({ tail -1 "$log"; grep -E '^error:|Error' "$log"; } | tail -1 | cut -c1-120); $said" ;;
-  esac
-  ((code == 0 || code == 3)) || failed=1
+  if ((code == 3)) && grep -q '^unavailable: ' "$log"; then
+    said="unavailable: $(sed -n 's/^unavailable: //p' "$log" | sed 's/.*failed: //' | cut -c1-100)"
+  elif ((code)); then
+    failed=1
+    case $code in
+      124) said="$( ((limit)) && echo "STOPPED after $limit s" || echo "no time left"); $said" ;;
+      137) said="KILLED, at the limit of $limit s or for memory; $said" ;;
+      *) said="FAILED: $(error_in "$log"); $said" ;;
+    esac
+  fi
   row "$name" "$code" "$((SECONDS - began))" "$said"
 }
 

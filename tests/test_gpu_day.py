@@ -16,7 +16,7 @@ import train_gpt
 TESTS = Path(__file__).resolve().parent
 
 # What the parts call, with a part that passes, fails, hangs, and one whose kernel is missing.
-PYTHON = """#!/bin/bash
+PYTHON = r"""#!/bin/bash
 case "$*" in
   *device_count*) echo "$GPUS" ;;
   -) echo 'figure: 2 x a GPU' ;;
@@ -28,7 +28,7 @@ case "$*" in
     echo 'final_int8_zlib_roundtrip val_loss:2 val_bpb:1.25 eval_time:9ms' ;;
   *profile_step.py*)
     case "${ATTENTION:-}" in
-      cudnn) echo 'a crash'; exit 1 ;;
+      cudnn) printf 'RuntimeError: a crash\n\nx.ChildFailedError: \n===\n'; exit 1 ;;
       flash3) echo 'unavailable: ATTENTION=flash3 does not run on cuda; flash3 failed: no package'; exit 3 ;;
     esac
     echo "figure: 5 ms a step ${ATTENTION:-auto}" ;;
@@ -69,7 +69,7 @@ def test_a_part_that_fails_or_hangs_does_not_stop_the_others(gpu_day, tmp_path):
         "defaults": (0, run),
         "frontier": (0, run),
         "attention_flash": (0, "5 ms a step flash"),
-        "attention_cudnn": (1, "FAILED: a crash; "),
+        "attention_cudnn": (1, "FAILED: RuntimeError: a crash; "),
         "attention_efficient": (0, "5 ms a step efficient"),
         "attention_flash3": (3, "unavailable: no package"),
         "attention_math": (0, "5 ms a step math"),
