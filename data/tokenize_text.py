@@ -29,15 +29,7 @@ import numpy as np
 from common import DATA_ROOT, hash_file, say
 from texts import BLOCK_BYTES, MAX_DOCUMENT_BYTES, SUFFIXES, Document, TextFile, find_files, plain_name, read_documents
 from tqdm import tqdm
-from vocab import (
-    MARKS_OPTIONS,
-    TOKENIZER_OPTIONS,
-    UNLEARNED,
-    SentencePiece,
-    Tokenizer,
-    choose_tokenizer,
-    train_tokenizer,
-)
+from vocab import UNLEARNED, SentencePiece, Tokenizer, choose_tokenizer, tokenizer_options, train_tokenizer
 
 from train_gpt import SHARD_HEADER_BYTES, SHARD_MAGIC, SHARD_VERSION, UserError
 
@@ -123,8 +115,8 @@ def learn(size: int, sample: list[bytes], work: Path, args: argparse.Namespace) 
     if reserved := sum(raw.count(char.encode()) for raw in sample for char in UNLEARNED):
         about["reserved_characters"] = reserved
         say(f"not learned, but spelled in bytes: {reserved:,} characters U+2581 and U+2585, which SentencePiece keeps")
-    option, options = f"--tokenizer {args.tokenizer}", MARKS_OPTIONS if args.case_marks else TOKENIZER_OPTIONS
-    return train_tokenizer(sample, size, option, options, work), about
+    options = tokenizer_options(args.case_marks)
+    return train_tokenizer(sample, size, f"--tokenizer {args.tokenizer}", options, work), about
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -354,17 +346,7 @@ def record_command(args: argparse.Namespace) -> str:
     parts = ["python", "data/tokenize_text.py", *args.inputs, "--tokenizer", args.tokenizer]
     cut = args.separator.decode("utf-8", "replace").replace("\\", "\\\\")
     cut = cut.replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
-    names = (
-        "val_docs",
-        "val_share",
-        "field",
-        "separator",
-        "document_bytes",
-        "format",
-        "name",
-        "shard_tokens",
-        "train_bytes",
-    )
+    names = "val_docs val_share field separator document_bytes format name shard_tokens train_bytes".split()
     values = {name: getattr(args, name) for name in names} | {"separator": cut}
     # As one word, since a value may begin with a dash.
     parts += [f"--{name.replace('_', '-')}={value}" for name, value in values.items() if value]
@@ -374,11 +356,11 @@ def record_command(args: argparse.Namespace) -> str:
 def check_split(split: str, documents: int, counts: Counter) -> None:
     if not documents:
         found = counts["train"] + counts["val"] + counts["duplicates"]
-        raise UserError(
-            f"the {split} split would be empty, as the input has {found:,} documents; give more text, cut "
-            "it into documents (--separator, --document-bytes), or choose another --val, --val-docs or "
-            "--val-share"
+        remedy = (
+            "cut it into documents (--separator, --document-bytes), or choose another --val, --val-docs or --val-share"
         )
+        remedy = f"give more text, {remedy}"
+        raise UserError(f"the {split} split would be empty, as the input has {found:,} documents; {remedy}")
 
 
 def make_splits(
@@ -397,10 +379,8 @@ def make_splits(
     for name, it in splits.items():
         check_split(name, it["documents"], split.counts)
         if it["lossy_documents"] and not args.tokenizer.endswith(".model"):
-            raise UserError(
-                f"{name}: {it['lossy_documents']} documents do not come back from their tokens, a fault of "
-                f"this script or of {args.tokenizer}; choose another tokenizer"
-            )
+            fault = f"a fault of this script or of {args.tokenizer}; choose another tokenizer"
+            raise UserError(f"{name}: {it['lossy_documents']} documents do not come back from their tokens, {fault}")
     dropped = {"duplicates_of_validation": split.counts["duplicates"], "empty": split.counts["empty"]}
     return below, {"dropped": dropped, "splits": splits}
 
@@ -408,11 +388,8 @@ def make_splits(
 def report(manifest: dict) -> None:
     for why, count in manifest["corpus"].get("left_out", {}).items():
         say(f"left out of the input: {count:,} files or folders ({why})")
-    dropped = manifest["dropped"]
-    say(
-        f"dropped {dropped['duplicates_of_validation']:,} training documents that validation has, skipped "
-        f"{dropped['empty']:,} empty texts"
-    )
+    duplicates, empty = manifest["dropped"]["duplicates_of_validation"], manifest["dropped"]["empty"]
+    say(f"dropped {duplicates:,} training documents that validation has, skipped {empty:,} empty texts")
     for split, it in manifest["splits"].items():
         counts = f"{it['documents']:,} documents, {it['bytes']:,} bytes, {it['tokens']:,} tokens"
         say(f"{split}: {counts}, {it['bytes'] / it['tokens']:.4f} bytes per token")
@@ -420,10 +397,8 @@ def report(manifest: dict) -> None:
             say(f"{split}: lossless, the tokens of every document spell its exact bytes")
         else:
             off = it["token_bytes"] - it["bytes"]
-            say(
-                f"{split}: LOSSY, {it['lossy_documents']:,} documents are not spelled exactly; the tokens stand for "
-                f"{it['token_bytes']:,} bytes, {off:+,} ({off / it['bytes']:+.4%})"
-            )
+            tokens = f"the tokens stand for {it['token_bytes']:,} bytes, {off:+,} ({off / it['bytes']:+.4%})"
+            say(f"{split}: LOSSY, {it['lossy_documents']:,} documents are not spelled exactly; {tokens}")
 
 
 def make_dataset(
@@ -433,7 +408,7 @@ def make_dataset(
     left_out = Counter()
     files = find_input(args, work, left_out)
     if isinstance(tokenizer, int):
-        options = {"options": MARKS_OPTIONS if args.case_marks else TOKENIZER_OPTIONS, "train_bytes": args.train_bytes}
+        options = {"options": tokenizer_options(args.case_marks), "train_bytes": args.train_bytes}
         about = {"kind": "sentencepiece", "file": model.name, "vocab_size": tokenizer} | options
     else:
         about = tokenizer.about | ({"file": model.name} if model else {})

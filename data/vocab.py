@@ -45,6 +45,10 @@ MARKS = [vocabularies.T, vocabularies.A, vocabularies.M, vocabularies.E]
 MARKS_OPTIONS = TOKENIZER_OPTIONS | {"user_defined_symbols": MARKS}
 
 
+def tokenizer_options(case_marks: bool) -> dict:
+    return MARKS_OPTIONS if case_marks else TOKENIZER_OPTIONS
+
+
 def cut_parts(text: str) -> Iterator[str]:
     """A long text in parts, which bounds the memory of encoding it. The cuts are where a space follows what is no
     whitespace: no token of GPT-2, and none of a model that splits by whitespace, reaches across. Where there is no such
@@ -71,10 +75,8 @@ class Tokenizer:
         except UserError as error:
             raise UserError(f"{label}: {str(error).replace('TOKENIZER_PATH=', '')}") from None
         self.size, self.start = self.table.size, self.table.start
-        require(
-            self.size <= MAX_VOCAB,
-            f"{label}: {self.size:,} tokens, but tokens are uint16; expected at most {MAX_VOCAB:,}",
-        )
+        limit = f"tokens are uint16; expected at most {MAX_VOCAB:,}"
+        require(self.size <= MAX_VOCAB, f"{label}: {self.size:,} tokens, but {limit}")
 
     def encode_batch(self, texts: list[str], threads: int) -> list[np.ndarray]:
         """Tokens of every text, by the library's own batch."""
