@@ -20,7 +20,6 @@ import train_gpt
 from train_gpt import TokenBytes, TokenStream, UserError
 
 CHECKED = settings()  # those of the profile that conftest.py loads
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # piece types of sentencepiece_model.proto
 
 DOCUMENTS = [
     "the king of night",
@@ -395,41 +394,13 @@ def test_a_whole_text_scored_by_other_bytes_than_the_audit_counted_is_no_result(
 # Tokenizers that cannot be used
 
 
-def varint(value: int) -> bytes:
-    low, rest = value & 0x7F, value >> 7
-    return bytes([low | 0x80]) + varint(rest) if rest else bytes([low])
-
-
-def read_varint(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        value, shift, at = value | (data[at] & 0x7F) << shift, shift + 7, at + 1
-        if data[at - 1] < 0x80:
-            return value, at
-
-
-def change_piece(path, piece: str, text: str | None = None, kind: int = NORMAL) -> bytes:
-    """The model with one piece renamed or of another kind. A model is a protocol buffer whose field 1, repeated, is a
-    piece (1: text, 2: score, 3: kind); the last value of a field counts, so a changed one is appended."""
-    data, out, at, changed = Path(path).read_bytes(), b"", 0, 0
-    while at < len(data):
-        tag, body = read_varint(data, at)
-        assert tag & 7 == 2  # every field of a model is a message
-        length, body = read_varint(data, body)
-        message = data[body : body + length]
-        if tag == 0x0A and message.startswith(b"\x0a" + varint(len(piece.encode())) + piece.encode()):
-            name = (text or piece).encode()
-            message, changed = message + b"\x0a" + varint(len(name)) + name + b"\x18" + varint(kind), changed + 1
-        out, at = out + data[at : at + 1] + varint(len(message)) + message, body + length
-    assert changed == 1
-    return out
-
-
 def test_unused_pieces_weigh_nothing(lossless, tmp_path):
-    path = tmp_path / "tok.model"
-    path.write_bytes(change_piece(lossless.path, MARK + "the", kind=UNUSED))
-    token = lossless.model.piece_to_id(MARK + "the")
-    table = TokenBytes(str(path), lossless.size)
+    """A piece is a message of a protocol buffer: its length, its text, its score; the appended field says UNUSED."""
+    data, name = Path(lossless.path).read_bytes(), f"{MARK}the".encode()
+    at = data.index(b"\x0a" + bytes([len(name)]) + name + b"\x15")
+    end = at + data[at - 1]
+    data = data[: at - 1] + bytes([end - at + 2]) + data[at:end] + b"\x18\x05" + data[end:]
+    token, table = lossless.model.piece_to_id(MARK + "the"), load(tmp_path / "tok.model", data).table
     assert table.model.is_unused(token) and table.boundary[token] and not table.leading_space[token]
     assert table.byte_count[token] == 0 and lossless.table.byte_count[token] == 3
     ids = table.model.encode("of the king")
@@ -439,7 +410,7 @@ def test_unused_pieces_weigh_nothing(lossless, tmp_path):
 def test_a_tokenizer_that_cannot_be_used_is_named(lossless, tmp_path):
     path, whole = tmp_path / "tok.model", Path(lossless.path).read_bytes()
     for data, words in (
-        (change_piece(lossless.path, MARK, "\u2582"), "has no piece for a single space (U+2581): use another"),
+        (train_model(["\u6d77" * 9], 300, **PLAIN), "has no piece for a single space (U+2581): use another"),
         (whole[:-100], "is not a SentencePiece model: make or fetch it again"),
         (b"", "is not a SentencePiece model"),
         (b"not a model", "is not a SentencePiece model"),

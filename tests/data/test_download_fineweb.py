@@ -203,19 +203,6 @@ def run(script, hub, root, tmp_path, monkeypatch, capfd):
     return start
 
 
-@pytest.fixture
-def launch(hub, root, tmp_path):
-    """Function: the script as its users run it, in a process of its own; what `run` gives."""
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "MATCHED_"))}
-    inherited |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "*", "PYTHONUTF8": "1"}
-
-    def start(**environ):
-        command, how = [sys.executable, str(SCRIPT), "--out", str(root)], {"encoding": "utf-8", "timeout": 120}
-        return subprocess.run(command, env=inherited | environ, capture_output=True, check=False, **how)
-
-    return start
-
-
 def expected_files(hub: Hub, train: int = 3) -> dict[str, bytes]:
     """Local path -> content after a download of sp1024."""
     files = {path.removeprefix("datasets/"): data for path, data in hub.files.items()}
@@ -250,8 +237,8 @@ def assert_error(done, *words):
 # A download
 
 
-def test_a_fresh_download_is_what_the_hub_has_and_the_trainer_reads_it(hub, launch, root, tmp_path):
-    done = launch()
+def test_a_fresh_download_is_what_the_hub_has_and_the_trainer_reads_it(hub, run, root):
+    done = run()
     knobs = f"DATA_PATH={root}/datasets/{NAME} TOKENIZER_PATH={root}/tokenizers/fineweb_1024_bpe.model VOCAB_SIZE=1024"
     said = ["3 of 3 training shards, all 2 of validation (--train-shards 80 is more than there are)"]
     said += [f"{REPO} at commit {hub.commit}", "0 of 7 files are in place", f"next: {knobs} python train_gpt.py"]
@@ -261,7 +248,7 @@ def test_a_fresh_download_is_what_the_hub_has_and_the_trainer_reads_it(hub, laun
         stream = TokenStream(str(root / "datasets" / NAME), split, 1024)
         published = [data[1024:] for path, data in sorted(hub.files.items()) if f"{NAME}/fineweb_{split}" in path]
         assert stream.read(0, len(stream)).tobytes() == b"".join(published)
-    kept = [path for path in (tmp_path / "hf", root / "downloads") for path in path.rglob("*") if path.is_file()]
+    kept = [path for path in (root / "downloads").rglob("*") if path.is_file()]
     assert all(path.stat().st_size < 10_000 for path in kept), "stored a second time"
 
 
@@ -524,10 +511,15 @@ def test_a_refusal_is_one_message_that_says_what_to_do(hub, run, root, change, o
     assert before.items() <= snapshot(root).items() and not [*root.rglob(Path(FIRST).name)]
 
 
-def test_without_the_library_or_with_variables_that_it_cannot_read(launch, tmp_path):
-    assert_error(launch(HF_HUB_DOWNLOAD_TIMEOUT="long"), "'long'", "HF_HUB_DOWNLOAD_TIMEOUT")
+def test_without_the_library_or_with_variables_that_it_cannot_read(tmp_path):
     (tmp_path / "huggingface_hub.py").write_text("")  # a version without what is needed
-    assert_error(launch(PYTHONPATH=str(tmp_path)), "huggingface-hub", "pip install -r requirements.txt")
+    for name, value, *words in (
+        ("HF_HUB_DOWNLOAD_TIMEOUT", "long", "'long'", "HF_HUB_DOWNLOAD_TIMEOUT"),
+        ("PYTHONPATH", str(tmp_path), "huggingface-hub", "pip install -r requirements.txt"),
+    ):
+        command = [sys.executable, str(SCRIPT), "--out", str(tmp_path)]
+        done = subprocess.run(command, env=os.environ | {name: value}, capture_output=True, text=True, check=False)
+        assert_error(done, *words)
 
 
 # A repository that means harm

@@ -166,8 +166,8 @@ FAULTS = {  # file: its content, None where it is missing; what the message says
     "empty.jsonl.xz": (b"", ["empty.jsonl.xz", "cut short"]),
     "second.txt.xz": (lzma.compress(b"a") + b"no xz at all", ["second.txt.xz", "damaged"]),
     "no.parquet": (b"PAR1 no more", ["no.parquet", "cannot be read"]),
-    "other.parquet": ({"content": ["a"]}, ["other.parquet: no column 'text', but content", "--field"]),
-    "numbers.parquet": ({"text": [1, 2]}, ["numbers.parquet: row 1: 'text' is int", "--field"]),
+    "other.parquet": ({"content": ["a"]}, ["other.parquet: no column 'text', but content; choose one with --field\n"]),
+    "numbers.parquet": ({"text": [1, 2]}, ["numbers.parquet: row 1: 'text' is int", "choose a column with --field\n"]),
     "cut.bin": (shard_bytes([1, 104])[:-1], ["shard", "cut.bin", "make or fetch it again"]),
 }
 for name, (line, *words) in BAD_LINES.items():
@@ -406,25 +406,10 @@ def test_tokens_of_another_tool_become_documents(tokenizers, tmp_path, kind, as_
         assert_one_line(capsys, "train.bin", "name the tokenizer that made it")
 
 
-@pytest.mark.parametrize("fault", ["missing", "changed", "no network"])
-def test_gpt2_that_cannot_be_loaded_says_what_to_do(tmp_path, fault, monkeypatch, capsys):
-    import tiktoken.load
-
-    def refuse(path):
-        raise ConnectionError("no route to host")
-
-    words = ["GPT2_BPE_DIR", "TIKTOKEN_CACHE_DIR", "no route" if fault == "no network" else str(tmp_path)]
+def test_gpt2_that_cannot_be_loaded_says_what_to_do(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("GPT2_BPE_DIR", str(tmp_path))
-    if fault == "no network":
-        monkeypatch.setattr(tiktoken.load, "read_file", refuse)
-        monkeypatch.delenv("GPT2_BPE_DIR")
-        monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
-    elif fault == "changed" and GPT2_FOLDER:
-        (tmp_path / "vocab.bpe").write_bytes((GPT2_FOLDER / "vocab.bpe").read_bytes())
-        (tmp_path / "encoder.json").write_text("{}")
-        words += ["encoder.json", "Hash mismatch"]
     assert run(tmp_path / "out", write_jsonl(tmp_path / "a.jsonl", ["a", "b"]), "--tokenizer", "gpt2") == 2
-    assert_one_line(capsys, *words)
+    assert_one_line(capsys, "--tokenizer gpt2: gpt2", str(tmp_path), "GPT2_BPE_DIR", "TIKTOKEN_CACHE_DIR")
 
 
 def test_a_vocabulary_beyond_uint16_is_refused(tmp_path, monkeypatch, capsys):
@@ -675,21 +660,6 @@ def is_whole(root: Path) -> bool:
     return common.is_complete(only_folder(root), None, manifest_of(root))
 
 
-@needs_fork
-def test_a_race_for_one_name_has_one_winner(tmp_path):
-    running = []
-    for language, words in {"en": "alpha beta", "de": "omega psi"}.items():
-        (tmp_path / language).mkdir()
-        source = write_jsonl(tmp_path / language / "train.jsonl", [f"{words} {i} " * 50 for i in range(3000)])
-        running.append(forked(source, *BYTES, "--out", tmp_path / "out"))
-    for process in running:
-        process.join()
-    assert sorted(process.exitcode for process in running) == [0, 2]
-    winner = "alpha" if running[0].exitcode == 0 else "omega"
-    assert all(winner in text for text in read_bytes_split(tmp_path / "out", "train"))
-    assert is_whole(tmp_path / "out")
-
-
 @pytest.mark.parametrize("terminal", ["closed pipe", "ascii"])
 def test_a_printed_line_never_ends_a_run(tmp_path, terminal):
     source = write_jsonl(tmp_path / f"{EMOJI}.jsonl", make_documents(20, seed=1))
@@ -705,16 +675,16 @@ def test_a_printed_line_never_ends_a_run(tmp_path, terminal):
 
 
 SHARD = "fineweb_train_000000.bin"
-DAMAGES = {
-    "nothing": lambda folder, model: None,
-    "a changed bit": lambda folder, model: (folder / SHARD).write_bytes((folder / SHARD).read_bytes()[:-1] + b"x"),
-    "a lost shard": lambda folder, model: (folder / "fineweb_val_000000.bin").unlink(),
-    "a shard too many": lambda folder, model: (folder / "fineweb_train_000099.bin").write_bytes(b"x"),
-    "a lost tokenizer": lambda folder, model: model.unlink(),
-    "a changed tokenizer": lambda folder, model: model.write_bytes(b"x"),
-    "a lost manifest": lambda folder, model: (folder / "manifest.json").unlink(),
-    "half a manifest": lambda folder, model: (folder / "manifest.json").write_text('{"splits":'),
-    "another manifest": lambda folder, model: (folder / "manifest.json").write_text('{"splits": {}}'),
+DAMAGES = {  # file: what it becomes, None where it is lost; by default nothing happens
+    "nothing": (),
+    "a changed bit": (SHARD, lambda data: data[:-1] + b"x"),
+    "a lost shard": ("fineweb_val_000000.bin", None),
+    "a shard too many": ("fineweb_train_000099.bin", lambda data: b"x"),
+    "a lost tokenizer": ("tokenizer", None),
+    "a changed tokenizer": ("tokenizer", lambda data: b"x"),
+    "a lost manifest": ("manifest.json", None),
+    "half a manifest": ("manifest.json", lambda data: data[: len(data) // 2]),
+    "another manifest": ("manifest.json", lambda data: b'{"splits": {}}'),
 }
 
 
@@ -723,7 +693,9 @@ def test_damage_is_repaired_and_a_second_run_changes_nothing(tmp_path, source, w
     """Where no manifest says whose the files are, only with --overwrite."""
     assert run(tmp_path / "out", source, *LEARNED) == 0
     whole, before, folder = snapshot(tmp_path / "out"), shards.times(tmp_path / "out"), only_folder(tmp_path / "out")
-    DAMAGES[what](folder, tmp_path / "out" / "tokenizers" / f"{folder.name}.model")
+    for name, change in [DAMAGES[what]] if DAMAGES[what] else []:
+        path = tmp_path / "out" / "tokenizers" / f"{folder.name}.model" if name == "tokenizer" else folder / name
+        path.write_bytes(change(path.read_bytes() if path.exists() else b"")) if change else path.unlink()
     capsys.readouterr()
     if what == "nothing":
         monkeypatch.setattr(tt, "take_sample", None)

@@ -208,6 +208,15 @@ def test_an_encoding_that_cannot_be_loaded_is_one_clear_line(monkeypatch, tmp_pa
     assert re.fullmatch(message, str(caught.value)) and str(tmp_path / folder) * bool(folder) in str(caught.value)
 
 
+@needs_gpt2
+def test_a_changed_vocabulary_of_gpt2_is_refused(monkeypatch, tmp_path):
+    for name, data in {"vocab.bpe": (GPT2_FOLDER / "vocab.bpe").read_bytes(), "encoder.json": b"{}"}.items():
+        (tmp_path / name).write_bytes(data)
+    monkeypatch.setenv("GPT2_BPE_DIR", str(tmp_path))
+    with pytest.raises(UserError, match=r"\(ValueError: Hash mismatch for data .*encoder.json.*TIKTOKEN_CACHE_DIR"):
+        TokenBytes("gpt2", 50_304)
+
+
 @kinds
 def test_a_run_on_each_is_scored_over_the_true_bytes(kind, made, tmp_path, tiny, capsys):
     knobs, size = made[kind]
