@@ -246,9 +246,10 @@ def epochs_of(starts, T) -> list[list[int]]:
     return epochs
 
 
-@pytest.mark.parametrize(
-    "lengths, T", [([500], 5), ([61, 1, 200, 47], 7), ([1000, 24], 16), ([97], 4), ([64], 1), ([40], 7), ([83, 5], 9)]
-)
+TEXTS = [([500], 5), ([61, 1, 200, 47], 7), ([1000, 24], 16), ([97], 4), ([64], 1), ([40], 7), ([83, 5], 9)]
+
+
+@pytest.mark.parametrize("lengths, T", TEXTS)
 def test_an_epoch_of_shuffled_sequences_has_each_exactly_once(tmp_path, lengths, T):
     stream, total = write_distinct(tmp_path, lengths), sum(lengths)
     steps = 4 * total // (3 * T)
