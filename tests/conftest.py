@@ -59,10 +59,15 @@ def all_attention_kernels():
 WORDS = "the king of sea and na\u00efve caf\u00e9 night \u6d77 love sleeps".split() + ["  indented", "\n"]
 
 
-def write_shard(path, tokens):
+def shard_bytes(tokens, magic=20240520, version=1, count=None) -> bytes:
+    """A shard, written without the code under test; `count` is the number of tokens that the header states."""
     header = np.zeros(256, dtype="<i4")
-    header[:3] = (train_gpt.SHARD_MAGIC, train_gpt.SHARD_VERSION, len(tokens))
-    path.write_bytes(header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes())
+    header[:3] = magic, version, len(tokens) if count is None else count
+    return header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes()
+
+
+def write_shard(path, tokens):
+    path.write_bytes(shard_bytes(tokens))
 
 
 def make_documents(count, seed, words=60):
