@@ -19,8 +19,10 @@ from pathlib import Path
 
 import launcher
 import numpy as np
-from record_read import Run, UserError, read_json
+from record_read import Run, read_json
 from scipy import stats
+
+from train_gpt import UserError
 
 FEW = 3  # pairs; with fewer a bootstrap says nothing
 RESAMPLES = 10_000

@@ -15,7 +15,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools" / "records")]  # train_gpt, and the readers of runs
 
-from record_read import Run, UserError, parse_log, read_env, read_result  # noqa: E402
+from record_read import Run, parse_log, read_result  # noqa: E402
+
+from train_gpt import UserError, read_env_file  # noqa: E402
 
 REPOSITORY_SCRIPT = ROOT / "train_gpt.py"
 
@@ -75,7 +77,7 @@ def start(target: Target, knobs: dict[str, str], folder: Path) -> subprocess.Pop
     if target.ours:
         command += [str(target.config.resolve())] if target.config else []
     else:
-        environ = (read_env(target.config) if target.config else {}) | environ
+        environ = (read_env_file(target.config) if target.config else {}) | environ
         for name in ("DATA_PATH", "TOKENIZER_PATH"):
             if "/" in environ.get(name, ""):
                 environ[name] = str(Path(environ[name]).resolve())

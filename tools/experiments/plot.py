@@ -16,7 +16,9 @@ import launcher  # first: it knows where the other tools are  # noqa: F401
 import numpy as np
 from pictures import COLORS, STYLE, draw_track, ladder_rows, plt, save
 from record_folder import open_record
-from record_read import Run, UserError, is_record, read_group
+from record_read import Run, is_record, read_group
+
+from train_gpt import UserError
 
 DASHES = ("-", "--", "-.", ":")
 AXES = {"steps": "steps", "tokens": "training tokens (millions)", "seconds": "training time (s)"}

@@ -43,7 +43,9 @@ import warnings
 from pathlib import Path
 
 import launcher
-from record_read import Run, UserError, is_number, read_env
+from record_read import Run, is_number
+
+from train_gpt import UserError, read_env_file
 
 try:
     import optuna
@@ -245,7 +247,7 @@ def watch(trial: optuna.Trial, process, folder: Path, run_id: str) -> bool:
         time.sleep(POLL_SECONDS)
         config = folder / run_id / "config.env"
         run = Run(run_id, metrics_path=folder / run_id / "metrics.jsonl")
-        for stage, loss in sorted(stages(run, read_env(config)).items() if config.is_file() else ()):
+        for stage, loss in sorted(stages(run, read_env_file(config)).items() if config.is_file() else ()):
             if stage > reported:
                 trial.report(loss, stage)
                 reported = stage

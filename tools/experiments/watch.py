@@ -22,7 +22,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import launcher  # first: it knows where the other tools are  # noqa: F401
-from record_read import Run, UserError, read_env, read_result, read_run
+from record_read import Run, read_result, read_run
+
+from train_gpt import UserError, read_env_file
 
 POLL_SECONDS = 2.0
 PACKAGES = {"trackio": "trackio", "wandb": "wandb", "tensorboard": "tensorboard"}
@@ -95,7 +97,7 @@ def follow(folder: Path, sink: str, project: str, once: bool):
     while not waited_for.is_file() and not once:
         time.sleep(POLL_SECONDS)
     read_run(folder)  # names what is no run folder
-    to = (TensorBoard if sink == "tensorboard" else Curves)(sink, project, folder.name, read_env(waited_for))
+    to = (TensorBoard if sink == "tensorboard" else Curves)(sink, project, folder.name, read_env_file(waited_for))
     try:
         while True:
             result = folder / "result.json"  # written last

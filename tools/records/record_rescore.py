@@ -22,7 +22,9 @@ from pathlib import Path
 import record_data
 from record_check import show
 from record_folder import Finding, Record, open_record, sha256
-from record_read import ROOT, UserError
+from record_read import ROOT, read_run
+
+from train_gpt import UserError, require
 
 PLACES = 64
 SAME = 1e-8  # tolerance in BPB: the same device, ranks, kernels and torch repeat every digit
@@ -40,10 +42,8 @@ def without_network() -> list[str]:
 
 def validation_only(data: Path, folder: Path) -> Path:
     """A data folder with links to the validation shards and the manifest of another."""
-    shards = record_data.shards(data, "val")
-    if not shards:
-        raise UserError(f"{data} holds no validation shards: give --data FOLDER")
-    for path in [*shards, *data.glob("manifest.json")]:
+    require(any(data.glob("fineweb_val_*.bin")), f"{data} holds no validation shards: give --data FOLDER")
+    for path in [*record_data.shards(data, "val"), *data.glob("manifest.json")]:
         (folder / path.name).symlink_to(path.resolve())
     return folder
 
@@ -62,11 +62,9 @@ def probe(record: Record, artifact: Path, data: Path, tokenizer: str, timeout: f
             str(PLACES),
         ]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=timeout, cwd=temporary)
-    if done.returncode or not done.stdout.strip():
-        raise UserError(
-            f"the record's script ended with exit code {done.returncode}, see above: it needs "
-            "train_gpt.py, every other source, config.env and the artifact of one run"
-        )
+    needs = "it needs train_gpt.py, every other source, config.env and the artifact of one run"
+    ended = f"the record's script ended with exit code {done.returncode}, see above"
+    require(not done.returncode and done.stdout.strip(), f"{ended}: {needs}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -152,18 +150,13 @@ def main(arguments: argparse.Namespace) -> int:
     """The exit code: 1 if there are findings."""
     record = open_record(arguments.folder)
     if (record.folder / "train.log").is_file() and not record.ours:  # a run folder
-        from record_read import read_run
-
         record = Record(record.folder, [read_run(record.folder)])
     missing = [name for name in ("train_gpt.py", "config.env") if not (record.folder / name).is_file()]
-    if missing:
-        raise UserError(
-            f"{record.folder} has no {', '.join(missing)}: only records and runs of train_gpt.py can be "
-            "scored again; those of other scripts are read by `record.py check`"
-        )
+    told = "only records and runs of train_gpt.py can be scored again; those of other scripts are read by"
+    require(not missing, f"{record.folder} has no {', '.join(missing)}: {told} `record.py check`")
     artifacts = [arguments.artifact] if arguments.artifact else sorted(record.folder.glob("final_model.*.ptz"))
-    if not artifacts or not artifacts[0].is_file():
-        raise UserError(f"{record.folder} has no final_model.*.ptz: give --artifact FILE, or pack with --artifact")
+    found = artifacts and artifacts[0].is_file()
+    require(found, f"{record.folder} has no final_model.*.ptz: give --artifact FILE, or pack with --artifact")
     data = arguments.data or ROOT / record.config.get("DATA_PATH", "")
     tokenizer = arguments.tokenizer or record.config.get("TOKENIZER_PATH", "")
     tokenizer = str((ROOT / tokenizer).resolve()) if (ROOT / tokenizer).is_file() else tokenizer
@@ -172,12 +165,8 @@ def main(arguments: argparse.Namespace) -> int:
     except subprocess.TimeoutExpired as error:
         raise UserError(f"no answer within {error.timeout:.0f} s: give a longer --timeout") from error
     findings, passed, skipped = judge(record, artifacts[0], found)
-    report = {
-        "folder": str(record.folder),
-        "findings": [asdict(f) for f in findings],
-        "passed": list(passed),
-        "not_checked": skipped,
-    }
+    report = {"folder": str(record.folder), "findings": [asdict(finding) for finding in findings]}
+    report |= {"passed": list(passed), "not_checked": skipped}
     if arguments.json:
         print(json.dumps(report | {"numbers": passed, "measured": found}, indent=1))
     else:
