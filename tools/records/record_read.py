@@ -84,13 +84,13 @@ class Log:
         found = re.findall(pattern, self.body, re.MULTILINE)
         return kind(found[-1]) if found else None
 
+    def last_of(self, *patterns: str) -> int | None:
+        """The number of the first pattern that is found."""
+        return next(filter(None, map(self.last, patterns)), None)
+
     @cached_property
     def tokens(self) -> int | None:
-        return (
-            self.last(r"^val_loader:.*\btokens: ?(\d+)")
-            or self.last(r"target_tokens: ?(\d+)")
-            or self.last(r"^val_tokens: ?(\d+)")
-        )
+        return self.last_of(r"^val_loader:.*\btokens: ?(\d+)", r"target_tokens: ?(\d+)", r"^val_tokens: ?(\d+)")
 
     @cached_property
     def train_ms(self) -> float | None:
@@ -113,11 +113,7 @@ class Log:
 
     @cached_property
     def steps(self) -> int | None:
-        return (
-            self.last(r"^stopping_early:.*step: ?(\d+)")
-            or self.last(r"^step: ?(\d+)/")
-            or self.last(r"^(\d+)/\d+ (?:train|val)_loss")
-        )
+        return self.last_of(r"^stopping_early:.*step: ?(\d+)", r"^step: ?(\d+)/", r"^(\d+)/\d+ (?:train|val)_loss")
 
     @cached_property
     def code_bytes(self) -> set[int]:
