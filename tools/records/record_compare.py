@@ -27,16 +27,16 @@ class Comparison:
 
     n_a: int
     n_b: int
-    mean_a: float
-    mean_b: float
-    std_a: float | None
-    std_b: float | None
-    margin: float
-    difference: float
-    p: float | None
-    low: float | None
-    high: float | None
-    seeds_needed: int | None  # on each side
+    mean_a: float | None = None
+    mean_b: float | None = None
+    std_a: float | None = None
+    std_b: float | None = None
+    margin: float | None = None
+    difference: float | None = None
+    p: float | None = None
+    low: float | None = None
+    high: float | None = None
+    seeds_needed: int | None = None  # on each side
     problem: str = ""
 
 
@@ -81,8 +81,7 @@ def record_test(a: list[Run], b: list[Run]) -> Comparison:
     tokens nats do not compare: then bits per byte do, with the margin that 0.005 nats are in A's tokens."""
     a, b = ([run for run in runs if run.val_bpb and run.val_loss] for runs in (a, b))
     if not a or not b:
-        nothing = [math.nan] * 2 + [None] * 2 + [0, math.nan] + [None] * 4
-        return Comparison(len(a), len(b), *nothing, problem="no scores")
+        return Comparison(len(a), len(b), problem="no scores")
     texts = [statistics.median(run.implied_bytes or 0 for run in runs) for runs in (a, b)]
     same_text = not all(texts) or math.isclose(*texts, rel_tol=1.5e-3)
     same_tokens = math.isclose(nats_per_bpb(a), nats_per_bpb(b), rel_tol=1e-4)

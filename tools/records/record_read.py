@@ -130,10 +130,6 @@ class Log:
         return self.last(r"^Serialized model \S[^:\n]*: ?(\d+)")
 
     @cached_property
-    def world_size(self) -> int | None:
-        return self.last(r"^\s*world_size: ?(\d+)")
-
-    @cached_property
     def source(self) -> str | None:
         """The script, which the public reference writes into its log in front of a line of equals signs."""
         head, ruler, _ = self.text.partition("\n" + "=" * 100)

@@ -1,6 +1,8 @@
 """record.py check: a sound record passes, and each of many sabotages is found by its own check and by no other."""
 
+import functools
 import json
+import operator
 import re
 import shutil
 import subprocess
@@ -420,16 +422,12 @@ def quick(monkeypatch):
 def test_no_value_of_a_wrong_kind_breaks_the_check(name, copy, quick):
     """Each value in turn is missing, or of another kind: every time there is an answer."""
     whole = copy.path(name).read_text()
-    for number, path in enumerate(places(json.loads(whole))):
-        for odd in (ODD[number % len(ODD)], ODD[(number + 3) % len(ODD)], KeyError):
+    for number, (*way, last) in enumerate(places(json.loads(whole))):
+        for odd in ({last: ODD[number % len(ODD)]}, {last: ODD[(number + 3) % len(ODD)]}, {}):
             value = json.loads(whole)
-            inner = value
-            for key in path[:-1]:
-                inner = inner[key]
-            if odd is KeyError:
-                del inner[path[-1]]
-            else:
-                inner[path[-1]] = odd
+            inner = functools.reduce(operator.getitem, way, value)
+            del inner[last]
+            inner.update(odd)
             copy.path(name).write_text(json.dumps(value))
             assert isinstance(record_check.examine(copy.folder)["findings"], list)
 

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ import record_pack
 import record_probe
 import record_rescore
 import tiny_runs
-import torch
 from record_read import read_run
 
 RULES = {"causality", "normalisation", "each target once"}
@@ -163,12 +161,9 @@ TRAINING_TEXT = """    import socket
         socket.create_connection(('127.0.0.1', 9))
 """
 OBSERVED = "                if type(model).distributions is Model.distributions:"
-LEARNED = """                with torch.enable_grad():
-                    forward(inputs, targets).mean().backward()
-                with torch.no_grad():
+LEARNED = """                with torch.no_grad():  # without gradients, which are noticed by themselves
                     for p in model.parameters():
-                        p -= 0.1 * p.grad if p.grad is not None else 0.0
-                        p.grad = None
+                        p *= 1 + 1e-4 * targets.float().mean()
 """
 RETURNED = "    return stream, facts"
 BROKEN = {
@@ -206,35 +201,6 @@ def test_what_breaks_a_rule_is_found_by_name(name, copy, capsys):
     if name == "learning before scoring":
         assert report["measured"]["score"]["learned"] and "which learns" in findings["causality"]
         assert max(report["measured"]["moved"]) == 0.0  # the model alone is sound
-
-
-MODEL_FILE = '''"""A model of one's own: the script's, with smaller logits."""
-
-import train_gpt
-
-
-class Smooth(train_gpt.GPT):
-    def logits(self, x_BTD):
-        return super().logits(x_BTD) * 0.9
-
-
-class Config(train_gpt.Config):
-    @classmethod
-    def model_class(cls):
-        return Smooth
-'''
-
-
-def test_a_model_on_the_seam_is_packed_and_scored_again(corpus, tmp_path, capsys):
-    (tmp_path / "smooth.py").write_text(MODEL_FILE)
-    run = run_once(corpus, tmp_path / "logs", RUN_ID="smooth", MODEL_FILE=tmp_path / "smooth.py")
-    arguments = ["--track", "track_cpu_1min_16mb", "--slug", "smooth", "--author", "A", "--github-id", "a"]
-    arguments += ["--artifact", "--records", str(tmp_path / "records"), "--date", "2026-01-01"]
-    assert record.main(["new", str(run), *arguments]) == 0, capsys.readouterr().out
-    folder = tmp_path / "records" / "track_cpu_1min_16mb" / "2026-01-01_smooth"
-    said = (folder / "README.md").read_text()
-    assert "python train_gpt.py config.env" in said and (folder / "smooth.py").is_file()
-    assert_sound(folder, capsys)
 
 
 def test_the_sources_of_a_record_are_compared_with_those_of_the_repository_wherever_they_are(tmp_path):
@@ -328,58 +294,34 @@ def counting_run(corpus):
     return run_once(corpus, tiny_runs.work() / "logs", MODEL_FILE=tiny_runs.work() / "counting.py", RUN_ID="counting")
 
 
+def test_a_model_on_the_seam_is_packed_and_scored_again_by_its_own_distributions(corpus, tmp_path, capsys):
+    """Losses are never asked for."""
+    arguments = ["--track", "track_cpu_1min_16mb", "--slug", "counting", "--author", "A", "--github-id", "a"]
+    arguments += ["--artifact", "--records", str(tmp_path / "records"), "--date", "2026-01-01"]
+    assert record.main(["new", str(counting_run(corpus)), *arguments]) == 0, capsys.readouterr().out
+    folder = tmp_path / "records" / "track_cpu_1min_16mb" / "2026-01-01_counting"
+    said = (folder / "README.md").read_text()
+    assert "python train_gpt.py config.env" in said and (folder / "counting.py").is_file()
+    score = assert_sound(folder, capsys)["measured"]["score"]
+    assert score["learned"], "it observed what was scored"
+
+
 OWN = "own = super().distributions(contexts_BT, scored_BT)"
 CHEATS = {
-    "honest": (set(), []),
-    "no probability": ({"normalisation"}, [("- 0.7,", "- 0.1,")]),
-    "the future": ({"causality"}, [(OWN, f"{OWN} + contexts_BT[:, -1].sum() % 2 * 1e-3")]),
+    "no probability": ("normalisation", "- 0.7,", "- 0.1,"),
+    "the future": ("causality", OWN, f"{OWN} + contexts_BT[:, -1].sum() % 2 * 1e-3"),
 }
 
 
 @pytest.mark.parametrize("name", CHEATS)
 def test_distributions_of_a_models_own_are_held_to_the_rules(name, corpus, tmp_path, capsys):
-    """They are what scores: losses are never asked for."""
     folder = shutil.copytree(counting_run(corpus), tmp_path / "run")
-    expected, replacements = CHEATS[name]
-    replace_in(folder / "counting.py", *replacements)
+    expected, *replacement = CHEATS[name]
+    replace_in(folder / "counting.py", replacement)
     code, findings, report = rescore(folder, capsys)
-    score, result = report["measured"]["score"], result_of(folder)
-    assert findings.keys() - {"score"} == expected and code == bool(findings)
-    assert score["once"] == result["val_tokens"] and score["wrong"] == 0
-    assert score["learned"], "it observed what was scored"
-    if name == "honest":
-        assert score["val_bpb"] == result["val_bpb"] and set(report["passed"]) == RULES | {"score"}
-
-
-def test_what_moves_its_weights_without_gradients_has_learned():
-    """A warm-up before the first batch has not."""
-    model = torch.nn.Linear(1, 1)
-
-    class Evaluator:
-        targets = 4
-
-        def batch_at(self, index):
-            return None, None, torch.zeros(1, 4) > 0, range(0)
-
-    evaluator = Evaluator()
-    stream = SimpleNamespace(read=lambda start, count: np.zeros(count))
-
-    class Forward:
-        parameters = model.parameters
-
-        def __call__(self, inputs, targets):
-            return torch.zeros(1, 4)
-
-    script = SimpleNamespace(second=False, own_distributions=False)
-    recorder = record_probe.Recorder(script, Forward(), evaluator, stream, keep=False)
-    zeros = torch.zeros(1, 4)
-    with torch.no_grad():
-        for moved, noted, learned in ((1, False, False), (1, True, False), (0, True, False), (1e-3, True, True)):
-            model.weight += moved
-            if noted:
-                evaluator.batch_at(0)
-            recorder(zeros, zeros)
-            assert recorder.learned is learned
+    score = report["measured"]["score"]
+    assert code == 1 and findings.keys() - {"score"} == {expected}
+    assert score["once"] == result_of(folder)["val_tokens"] and score["wrong"] == 0
 
 
 def test_another_device_gets_the_wider_tolerance_and_another_artifact_none(corpus):
