@@ -11,28 +11,26 @@ from record_read import digits, read_manifest
 
 from train_gpt import TokenStream, open_shard
 
-# Targets of FineWeb's validation text (its first 50,000 documents) by tokenizer, and the bytes of that text. The set of
-# the challenge's launch day was larger; its bytes are those that the score of the naive baseline was divided by.
+# Bytes of FineWeb's validation text (its first 50,000 documents). The set of the challenge's launch day was larger; its
+# bytes are those that the score of the naive baseline was divided by.
 FINEWEB_BYTES, LAUNCH_BYTES = 151_080_363, 155_769_746
-FINEWEB_TARGETS = {
-    62_021_632: "1,024 pieces",
-    45_514_752: "4,096 pieces",
-    40_540_160: "8,192 pieces",
-    47_851_520: "8,192 pieces with case marks",
+KNOWN_TEXTS = {  # {targets: bytes}
+    62_021_632: FINEWEB_BYTES,  # 1,024 pieces
+    45_514_752: FINEWEB_BYTES,  # 4,096 pieces
+    40_540_160: FINEWEB_BYTES,  # 8,192 pieces
+    47_851_520: FINEWEB_BYTES,  # 8,192 pieces with case marks
+    63_779_840: LAUNCH_BYTES,  # launch day, 1,024 pieces
 }
-LAUNCH_TARGETS = 63_779_840
 # Scripts drop the ragged end in their own ways: up to a sequence or a batch per rank.
 RAGGED = 1.5e-3
 CHUNK = 2**24
 SHORTEST = 32  # tokens of a document that is compared; shorter ones repeat by chance
 
 
-def known_text(tokens: int) -> tuple[str, int] | None:
-    """(name, bytes) of the FineWeb text with about this many targets."""
-    for targets, name in (FINEWEB_TARGETS | {LAUNCH_TARGETS: "launch day, 1,024 pieces"}).items():
-        if math.isclose(tokens, targets, rel_tol=RAGGED):
-            return name, LAUNCH_BYTES if targets == LAUNCH_TARGETS else FINEWEB_BYTES
-    return None
+def known_bytes(targets: int) -> int | None:
+    """The bytes of the FineWeb text with about this many targets."""
+    near = (known for known in KNOWN_TEXTS if math.isclose(targets, known, rel_tol=RAGGED))
+    return KNOWN_TEXTS.get(next(near, None))
 
 
 def rounding(loss: Decimal, bpb: Decimal) -> float:

@@ -153,11 +153,11 @@ def check_validation(record: Record) -> Iterator[Fault | Skip]:
             problem = "scored a part of the validation text"
         elif tokens and stated:
             problem = f"scored {tokens} targets, the data has {stated - 1}" if tokens != stated - 1 else ""
-        elif tokens and not record_data.known_text(tokens) and fineweb_by(run, KNOWN_TOKENIZERS):
+        elif tokens and not record_data.known_bytes(tokens) and fineweb_by(run, KNOWN_TOKENIZERS):
             problem = f"scored {tokens} targets, which is no known FineWeb validation text with this tokenizer"
         if problem:
             yield Fault(run.name, problem, "score the whole validation text: VAL_TOKENS_LIMIT=0, every shard there")
-        judged |= bool(problem or (tokens and (stated or record_data.known_text(tokens))))
+        judged |= bool(problem or (tokens and (stated or record_data.known_bytes(tokens))))
     if not judged:
         yield Skip("no number of targets, or a text that is not known and has no data_manifest.json")
 
@@ -179,11 +179,11 @@ def check_bytes(record: Record) -> Iterator[Fault | Skip]:
         if implied is None or run.partial or run.contradictions:
             continue
         error = record_data.rounding(final.loss, final.bpb) if final else 1e-7
-        known = record_data.known_text(run.tokens)
+        known = record_data.known_bytes(run.tokens)
         if true and run.tokens + 1 == split.get("tokens"):
             expected, slack = true, error
         elif not true and known:
-            expected, slack = known[1], error + record_data.RAGGED
+            expected, slack = known, error + record_data.RAGGED
         elif not true and fineweb_by(run, ANY_TOKENIZER) and not fineweb_by(run, KNOWN_TOKENIZERS):
             expected, slack = record_data.FINEWEB_BYTES, error + record_data.RAGGED
         else:

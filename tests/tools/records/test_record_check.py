@@ -383,11 +383,12 @@ def test_a_mistake_gets_one_line_and_exit_code_2(arguments, said, corpus, tmp_pa
     assert not (tmp_path / "records").exists()
 
 
+OTHER = {"train_gpt.py": {"sha256": "0" * 64, "bytes": 1}}
 NOT_PACKED = [  # (what is done to a copy of a run folder, what the message says)
     (lambda s: None, "each seed once"),
     (lambda s: s.path("metrics.jsonl").unlink(), "has no metrics.jsonl"),
     (lambda s: s.edit("result.json", {"seed": 9, "partial": True}), "scored a part of the validation text"),
-    (lambda s: s.edit("result.json", {"seed": 9, "sources": {}}), "ran other code"),
+    (lambda s: s.edit("result.json", {"seed": 9, "sources": OTHER}), "ran other code"),
 ]
 
 
