@@ -193,6 +193,12 @@ def larger_than_the_limit(s):
     s.grow(artifact=16_500_000)
 
 
+def wrong_sum(s):
+    s.edit("result_seed2.json", lambda value: value.update(bytes_total=value["bytes_total"] - 9))
+    s.sub(LOG2, r"^(Total submission size int8\+zlib: )(\d+)", lambda match: match[1] + str(int(match[2]) - 9))
+    s.readme()
+
+
 LOG2, EXACT = "train_seed2.log", r"(_exact val_loss:\S+ val_bpb:)\S+"
 FOURTH = [(f"{name}_seed3.{end}", f"{name}_seed4.{end}") for name, end in (("train", "log"), ("metrics", "jsonl"))]
 SABOTAGES = {  # name: (the check that must find it, what is done to the folder)
@@ -229,6 +235,7 @@ SABOTAGES = {  # name: (the check that must find it, what is done to the folder)
     "code bytes of the claim": ("code", lambda s: s.claim({"bytes_code": 40_000})),
     "code bytes of every file": ("code", lambda s: s.grow(code=-1000)),
     "doubled bytes": ("size", lambda s: s.claim(lambda v: v.update(bytes_total=2 * v["bytes_total"]))),
+    "a total that is no sum": ("size", wrong_sum),
     "MiB for MB": ("size", larger_than_the_limit),
     "size in the log": ("size", lambda s: s.sub(LOG2, r"^(Total submission size int8\+zlib: )\d+", r"\g<1>99999")),
     "artifact of another run": ("artifact", lambda s: s.path("final_model.int8.ptz").write_bytes(b"another")),

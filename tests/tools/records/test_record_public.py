@@ -210,6 +210,12 @@ def test_a_track_without_a_clock_asks_for_none(write):
     assert report["findings"] == [] and "no clock" in report["not_checked"]["clock"]
 
 
+def test_a_text_that_is_not_known_is_not_judged(write):
+    log = march_log(tokens=1000, text_bytes=2400).replace("fineweb10B_sp1024", "other")
+    report = record_check.examine(write(core(), log))
+    assert report["findings"] == [] and {"validation", "bytes"} <= report["not_checked"].keys()
+
+
 def test_lines_of_each_dialect_are_read(write):
     march = open_record(write(core(1.2), GOOD)).runs[0]
     assert (march.seed, march.steps, march.train_seconds, march.eval_seconds) == (1339, 8508, 599.92, 2.098)
