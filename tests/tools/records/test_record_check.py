@@ -129,11 +129,11 @@ class Saboteur:
 
         self.claim(drop)
 
-    def leak(self):
+    def leak(self, shard="fineweb_train_000001.bin"):
         """Train on the validation text too, by another copy of the data."""
         data = open_record(self.folder).config["DATA_PATH"]
         leaky = shutil.copytree(data, self.folder / "leaky")
-        write_shard(leaky / "fineweb_train_000002.bin", open_shard(leaky / "fineweb_val_000000.bin"))
+        write_shard(leaky / shard, [*open_shard(leaky / shard), *open_shard(leaky / "fineweb_val_000000.bin")])
         self.sub("config.env", re.escape(data), str(leaky))
 
     def rewrite_script(self, text):
@@ -163,6 +163,11 @@ def row(seed, **fields):
 
 def best_seed_as_the_mean(value):
     value["val_bpb"] = min(row["val_bpb"] for row in value["seed_results"].values())
+
+
+def population_deviation(value):
+    """That of a population is smaller than that of a sample."""
+    value["val_bpb_std"] = np.std([row["val_bpb"] for row in value["seed_results"].values()])
 
 
 def before_export(value):
@@ -205,6 +210,7 @@ SABOTAGES = {  # name: (the check that must find it, what is done to the folder)
     "edited score": ("score", lambda s: s.claim({"val_bpb": 0.9})),
     "edited loss": ("score", lambda s: s.claim({"val_loss": 1.9})),
     "edited deviation": ("score", lambda s: s.claim({"val_bpb_std": 0.001})),
+    "deviation of a population": ("score", lambda s: s.claim(population_deviation)),
     "edited score of a seed": ("score", lambda s: s.claim(row("2", val_bpb=0.9))),
     "best seed as the mean": (
         "score",
@@ -250,6 +256,7 @@ SABOTAGES = {  # name: (the check that must find it, what is done to the folder)
     "tokenizer of one seed": ("tokenizer", lambda s: s.edit("result_seed3.json", {"sha256_tokenizer": "0" * 64})),
     "changed tokenizer": ("tokenizer", lambda s: s.edit_results({"sha256_tokenizer": "0" * 64})),
     "validation documents in training": ("leak", lambda s: s.leak()),
+    "validation documents in the first shard": ("leak", lambda s: s.leak("fineweb_train_000000.bin")),
     "edited table": ("readme", lambda s: s.sub("README.md", r"^\| 1 \| 0\.\d+", "| 1 | 0.80000")),
     "beats no record": ("significance", lambda s: s.claim({"base": "2025-01-01_none"})),
 }
