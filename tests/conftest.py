@@ -17,7 +17,7 @@ if hasattr(signal, "SIGHUP"):
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), *(str(ROOT / "tools" / room) for room in ("records", "experiments"))]
 
-pytest.register_assert_rewrite("models", "oracle", "runs")  # whose asserts tell what they compared
+pytest.register_assert_rewrite("contract", "models", "oracle", "runs")  # whose asserts tell what they compared
 import models  # noqa: E402
 
 import train_gpt  # noqa: E402
@@ -47,6 +47,14 @@ def no_source_of_another_run():
     """A run counts the tools that it has loaded as its sources, and runs of several tests share this process."""
     for name in train_gpt.SUBMISSION_TOOLS:
         sys.modules.pop(f"train_gpt.tools.{name}", None)
+
+
+@pytest.fixture(autouse=True)
+def all_attention_kernels():
+    """A run pins torch's global attention switches: the tests after it need all kernels again."""
+    yield
+    for switch in ("flash", "cudnn", "mem_efficient", "math"):
+        getattr(train_gpt.torch.backends.cuda, f"enable_{switch}_sdp")(True)
 
 
 WORDS = "the king of sea and na\u00efve caf\u00e9 night \u6d77 love sleeps".split() + ["  indented", "\n"]

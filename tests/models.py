@@ -132,6 +132,30 @@ def no_siblings():
         yield
 
 
+@contextlib.contextmanager
+def fresh_model_files():
+    """As in a new process, no model file is loaded, nor is anything that lies next to one."""
+    folder = str(SCRIPT.parent / "records")
+
+    def loaded():
+        return {
+            key: module
+            for key, module in sys.modules.items()
+            if key.startswith("model_file_") or str(getattr(module, "__file__", "")).startswith(folder)
+        }
+
+    before, path = loaded(), list(sys.path)
+    for key in before:
+        del sys.modules[key]
+    try:
+        yield
+    finally:
+        for key in loaded():
+            del sys.modules[key]
+        sys.modules.update(before)
+        sys.path[:] = path
+
+
 def artifact_knobs(config_class=train_gpt.Config) -> set[str]:
     """The knobs that an artifact records."""
     return {name for name, field in config_class.knobs().items() if field.metadata["artifact"]}

@@ -72,19 +72,22 @@ def assert_no_defaults(knobs, config_class):
 
 
 def assert_scored_again(run, artifact, corpus, tmp_path, capsys, shape):
-    """MODE=eval gives the digits of the run: of the artifact alone, and of the .pt with the knobs of its shape. The
-    final validation sees what is exported: the average. MODE=sample takes the artifact, too."""
+    """MODE=eval gives the digits of the run: of the artifact alone in another process, and of the .pt with the knobs of
+    its shape. The final validation sees what is exported: the average. MODE=sample takes the artifact, too."""
     assert run.result["val_loss"] != run.result["pre_quant_val_loss"]
-    again = score_again(corpus, tmp_path / "again", artifact, capsys)
-    assert again == [f"{run.result[key]:.8f}" for key in ("val_loss", "val_bpb")]
+    machine = models.machine_settings(corpus, MODE="eval", ARTIFACT=artifact, VAL_TOKENS_LIMIT=200)
+    done = models.process(machine, tmp_path)
+    assert done.returncode == 0, done.stderr.decode()
+    (again,) = re.findall(r"^final_\w+_exact val_loss:(\S+) val_bpb:(\S+)", done.stdout.decode(), re.MULTILINE)
+    assert list(again) == [f"{run.result[key]:.8f}" for key in ("val_loss", "val_bpb")]
     again = score_again(corpus, tmp_path / "again", run.path / "final_model.pt", capsys, **shape)
     assert again == [f"{run.result[key]:.8f}" for key in ("pre_quant_val_loss", "pre_quant_val_bpb")]
     values = models.machine_settings(corpus, MODE="sample", ARTIFACT=artifact, LOG_DIR=tmp_path, SAMPLE_PROMPT="the")
-    assert models.call_main(values | {"SAMPLE_TOKENS": "8"}) == 0
+    assert models.call_main(values | {"SAMPLE_TOKENS": "8"}) == 0 and capsys.readouterr().out.startswith("the")
 
 
 def assert_goes_on_as_if_it_had_not_been_stopped(go, monkeypatch, knobs):
-    """A run of 8 steps that is stopped twice, early and late, equals one that is not."""
+    """A run of 8 steps that is stopped twice, early and late, equals one that is not, which is returned."""
     monkeypatch.setattr(train_gpt, "INT8_MIN_NUMEL", 500)
     knobs = knobs | {"ITERATIONS": 8, "VAL_LOSS_EVERY": 3}
     whole, step, cuts = go(RUN_ID="whole", **knobs), Trainer.step, [2, 6]
@@ -104,6 +107,7 @@ def assert_goes_on_as_if_it_had_not_been_stopped(go, monkeypatch, knobs):
         assert run.result[name] == whole.result[name], name
     one, other = (torch.load(r.path / "final_model.pt", weights_only=True) for r in (run, whole))
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    return whole
 
 
 def assert_two_ranks_train_as_one(go, launch, corpus, tmp_path, knobs):
