@@ -205,11 +205,11 @@ def losses_and_gradients(run, model, tokens):
     return losses.detach(), [part.detach() for part in extra], grads
 
 
-def assert_bf16_is_close(config):
+def assert_bf16_is_close(config, attend=kernels.expanded_attention):
     """Losses and gradients in bf16 are close to those in fp32; parameters and gradients stay fp32."""
     tokens, losses, grads = random_tokens(config, 8, 17), [], []
     for dtype in (torch.float32, torch.bfloat16):
-        model = prepared(config, kernels.expanded_attention, dtype)
+        model = prepared(config, attend, dtype)
         losses.append(losses_and_gradients(model, model, tokens)[0])
         grads.append({name: p.grad for name, p in model.named_parameters() if p.numel()})
         assert {p.dtype for p in model.parameters()} == {g.dtype for g in grads[-1].values()} == {torch.float32}
