@@ -24,6 +24,7 @@ OFF = {
     "mlp_slope": 0.0,
     "rope_dims": 0,
     "xsa_layers": 0,
+    "xsa_gate": False,
     "attn_gate": False,
     "x0_mix": True,
     "ln_scale": False,
@@ -97,7 +98,8 @@ def slow_attention(w, u_TD, config, layer):
             e = torch.exp(k[: t + 1] @ q[t] / math.sqrt(d))
             y = e / e.sum() @ v[: t + 1]
             if layer >= config.num_layers - config.xsa_layers:
-                y = y - (y @ v[t]) / (v[t] @ v[t]) * v[t]
+                share = torch.tanh(w["attn.attend.gate"][h]) if config.xsa_gate else 1
+                y = y - share * (y @ v[t]) / (v[t] @ v[t]) * v[t]
             if config.attn_gate:
                 y = y * 2 * sigmoid(w["attn.gate"][h] @ u[:12])
             rows.append(y)
