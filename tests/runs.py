@@ -1,5 +1,6 @@
 """Whole runs for tests, in this process by main() or under torchrun, and what must hold for those of any model."""
 
+import contextlib
 import json
 import os
 import re
@@ -86,21 +87,29 @@ def assert_scored_again(run, artifact, corpus, tmp_path, capsys, shape):
     assert models.call_main(values | {"SAMPLE_TOKENS": "8"}) == 0 and capsys.readouterr().out.startswith("the")
 
 
+@contextlib.contextmanager
+def stopped_at(step: int):
+    """A SIGTERM arrives while this step runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        whole = Trainer.step
+
+        def interrupted(self, *args):
+            if self.checkpoints.in_training and self.steps + 1 == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return whole(self, *args)
+
+        patch.setattr(Trainer, "step", interrupted)
+        yield
+
+
 def assert_goes_on_as_if_it_had_not_been_stopped(go, monkeypatch, knobs):
     """A run of 8 steps that is stopped twice, early and late, equals one that is not, which is returned."""
     monkeypatch.setattr(train_gpt, "INT8_MIN_NUMEL", 500)
     knobs = knobs | {"ITERATIONS": 8, "VAL_LOSS_EVERY": 3}
-    whole, step, cuts = go(RUN_ID="whole", **knobs), Trainer.step, [2, 6]
-
-    def disturbed(self, *args):
-        if self.checkpoints.in_training and cuts and self.steps + 1 == cuts[0]:
-            cuts.pop(0)
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, *args)
-
-    monkeypatch.setattr(Trainer, "step", disturbed)
-    for _ in range(2):
-        go(RUN_ID="cut", code=143, **knobs)
+    whole = go(RUN_ID="whole", **knobs)
+    for step in (2, 6):
+        with stopped_at(step):
+            go(RUN_ID="cut", code=143, **knobs)
     run = go(RUN_ID="cut", **knobs)
     assert run.result["resumed_at"] == [2, 6] and run.losses == whole.losses
     for name in ("val_loss", "val_bpb", "pre_quant_val_loss", "sha256_artifact"):
