@@ -1,6 +1,7 @@
 """The script's GPT and that of records/models/frontier.py in float64, one sequence, one head and one token at a time;
 and checks of a model without a run, for any model file."""
 
+import copy
 import dataclasses
 import functools
 import math
@@ -325,3 +326,41 @@ def assert_parameters(config):
     model.mystery = torch.nn.Parameter(torch.zeros(3))
     with pytest.raises(train_gpt.UserError, match="PARAMETERS has no rule mystery for mystery: add one"):
         model.init_weights(config)
+
+
+def scored_losses(model, evaluator, stream):
+    """The loss of each target of this text, in order, in a final score."""
+    pending, found, batches = [], [], train_gpt.Evaluator.batches
+
+    def watched(*args):
+        for batch in batches(evaluator, *args):
+            pending.append(batch[2])
+            yield batch
+
+    def forward(inputs, targets):
+        losses = model(inputs, targets)
+        if pending:
+            found.append(losses[pending.pop()].detach())
+        return losses
+
+    evaluator.batches, evaluator.stream = watched, stream
+    score = evaluator.score(model, forward, final=True)
+    losses = torch.cat(found)
+    assert len(losses) == score.tokens and losses.double().mean().item() == pytest.approx(score.loss, rel=1e-6)
+    return losses
+
+
+def moved_before_a_changed_token(model, evaluator, places) -> list[float]:
+    """By how much the losses of the targets before each of these tokens change in a final score if it does."""
+    stream, moved = evaluator.stream, []
+    before = scored_losses(model, evaluator, stream)
+    for place in places:
+        tokens = stream.read(0, len(stream))
+        tokens[place] = 1  # which begins a document, and which the canonical mask allows everywhere
+        changed = copy.copy(stream)
+        changed.read = lambda start, count, tokens=tokens: tokens[start : start + count].copy()
+        after = scored_losses(model, evaluator, changed)
+        assert not torch.equal(after[place - 1 :], before[place - 1 :]), "the text was really changed"
+        moved.append((after[: place - 1] - before[: place - 1]).abs().max().item())
+    evaluator.stream = stream
+    return moved

@@ -10,7 +10,6 @@ import models
 import numpy as np
 import oracle
 import pytest
-import record_probe as probe
 import torch
 
 import train_gpt
@@ -155,22 +154,28 @@ def test_it_learns(make):
 @pytest.mark.parametrize("knobs", [{}, {"EVAL_STRIDE": 20}], ids=str)
 def test_each_target_is_scored_once_and_before_it_is_learned(make, monkeypatch, knobs):
     config, model, evaluator, stream = make(**knobs)
-    script = models.probe_script(probe, config, model, evaluator.runtime)
-    recorder = probe.Recorder(script, model, evaluator, stream, keep=True)
+    scored, batches = [0], Evaluator.batches
+
+    def watched_batches(*args):
+        for batch in batches(evaluator, *args):
+            assert batch[3].start == scored[-1], "each target once, in order"
+            scored.append(batch[3].stop)
+            yield batch
+
+    evaluator.batches = watched_batches
     trainer_class, learned = sys.modules[mixin_of(model).__module__].TestTimeTrainer, []
     train = trainer_class.train
 
     def watched(self, tokens):
         begin = len(learned) * config.ttt_chunk
         assert (stream.read(begin, len(tokens)) == tokens).all() and len(tokens) == config.ttt_chunk + 1
-        assert recorder.counts[: begin + config.ttt_chunk].all(), "token j + 1 is target j"
+        assert begin + config.ttt_chunk <= scored[-1], "token j + 1 is target j"
         learned.append(begin)
         train(self, tokens)
 
     monkeypatch.setattr(trainer_class, "train", watched)
-    found = script.score(evaluator, recorder)
-    assert (recorder.counts == 1).all() and recorder.wrong == 0 and recorder.learned
-    assert recorder.nats / found.tokens == pytest.approx(found.loss, rel=1e-6)
+    score(model, evaluator)
+    assert scored[-1] == evaluator.targets
     assert len(learned) == (evaluator.targets - 1) // config.ttt_chunk, "all chunks but the last"
 
 
@@ -181,28 +186,22 @@ KINDS["another model"] = (BothConfig, {"EVAL_STRIDE": 16})
 @pytest.mark.parametrize("config_class, knobs", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("honest", [True, False], ids=["honest", "peeking"])
 def test_no_score_knows_tokens_to_come_unless_it_peeks(make, monkeypatch, config_class, knobs, honest):
-    """The flip test of `record.py rescore`, through the whole evaluation."""
-    config, model, evaluator, stream = make(config_class, **knobs)
-    script = models.probe_script(probe, config, model, evaluator.runtime)
-    begin, texts = mixin_of(model).begin, []
-    script.evaluator = lambda text, *args, **changes: (
-        texts.append(text) or probe.Script.evaluator(script, text, *args, **changes)
-    )
+    _, model, evaluator, _ = make(config_class, **knobs)
+    begin, chunk = mixin_of(model).begin, model.config.ttt_chunk
 
     def peeking(self, targets, forward):
         """A saboteur trains on the text before it is scored."""
         line = begin(self, targets, forward)
-        for start in range(0, targets, config.ttt_chunk):
+        for start in range(0, targets, chunk):
             self.trainer.trained = 0
-            self.trainer.train(texts[-1].read(start, config.ttt_chunk + 1))
+            self.trainer.train(evaluator.stream.read(start, chunk + 1))
         self.trainer.trained = 0
         return line
 
     if not honest:
         monkeypatch.setattr(mixin_of(model), "begin", peeking)
-    rng = np.random.default_rng(0)
-    moved = probe.flips_in_evaluation(script, stream, evaluator.token_bytes, 4, rng, learns=True)
-    assert len(moved) == 4 and (max(moved) == 0.0 if honest else max(moved) > 1e-3)
+    moved = oracle.moved_before_a_changed_token(model, evaluator, (200, 400, 650))
+    assert max(moved) == 0.0 if honest else max(moved) > 1e-3
 
 
 # What stays
