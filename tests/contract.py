@@ -9,59 +9,29 @@ import runs
 
 import train_gpt
 
-GPT = {
-    "NUM_LAYERS": 3,
-    "MLP_MULT": 1.7,
-    "ROPE_BASE": 900,
-    "LOGIT_SOFTCAP": 25,
-    "TIE_EMBEDDINGS": 0,
-    "EVAL_STRIDE": 12,
-    "LR_FLOOR": 0.1,
-    "EMBED_WEIGHT_DECAY": 0.1,
-    "SCALAR_WEIGHT_DECAY": 0.1,
-    "MUON_WEIGHT_DECAY": 0.1,
-    "EMA_DECAY": 0.9,
-    "EMA_SHARE": 0.7,
-    "LOADER": "shuffle",
-    "GRAD_CLIP_NORM": 0.3,
-}
-TTT = {"TTT_CHUNK": 64, "TTT_LR": 0.05, "TTT_BATCH_TOKENS": 64}
-FRONTIER = {
-    **GPT,
-    **TTT,
-    "MLP_SLOPE": 0.5,
-    "ROPE_DIMS": 4,
-    "XSA_LAYERS": 2,
-    "XSA_GATE": 1,
-    "ATTN_GATE": 1,
-    "FUSE_QKV": 1,
-    "X0_MIX": 0,
-    "LN_SCALE": 1,
-    "PARALLEL_FROM": 2,
-    "GATED_SKIPS": 1,
-    "FOLD_SCALES": 1,
-    "SMEAR_GATE": 1,
-    "LOOP_LAYERS": "0-1",
-    "LOOP_PASSES": 2,
-    "LOOP_START": 0.5,
-    "CONTEXTS": "8@0,16@0.3,32@0.6",
-    "PREFIX_LOSS": 0.5,
-    "CANONICAL": 1,
-    "CANONICAL_TRAIN": 1,
-    "MUON_ROW_NORM": 1,
-    "MUON_HEADS": 1,
-    "POLAR_EXPRESS": 1,
-    "CODEC": "rans",
-    "WEIGHT_BITS": 6,
-    "EMBED_BITS": 7,
-    "CLIP_ATTN": 13,
-    "CLIP_MLP": 12,
-    "CLIP_EMBED": 15,
-    "GPTQ_BATCHES": 3,
-}
-SMALL = {"NUM_KV_HEADS": 4, "FF_DIM": 24, "LR_WARMUP_STEPS": 2}
-LATENT = {"NUM_KV_HEADS": 4, "ROPE_DIMS": 4, "KV_LATENT": 12, "Q_LATENT": 10, "PLACES": 40, "EXPERTS": 5}
-LATENT |= {"EXPERT_DIM": 24, "LEARNING_RATE": 0.01, "LR_WARMUP_STEPS": 2, "BALANCE_RATE": 0.05}
+GPT = models.knobs(
+    "NUM_LAYERS=3 MLP_MULT=1.7 ROPE_BASE=900 LOGIT_SOFTCAP=25 TIE_EMBEDDINGS=0 EVAL_STRIDE=12 LR_FLOOR=0.1 "
+    "EMBED_WEIGHT_DECAY=0.1 SCALAR_WEIGHT_DECAY=0.1 MUON_WEIGHT_DECAY=0.1 EMA_DECAY=0.9 EMA_SHARE=0.7 "
+    "LOADER=shuffle GRAD_CLIP_NORM=0.3"
+)
+TTT = models.knobs("TTT_CHUNK=64 TTT_LR=0.05 TTT_BATCH_TOKENS=64")
+TECHNIQUES = models.knobs(
+    "MLP_SLOPE=0.5 ROPE_DIMS=4 XSA_LAYERS=2 XSA_GATE=1 ATTN_GATE=1 FUSE_QKV=1 X0_MIX=0 LN_SCALE=1 PARALLEL_FROM=2 "
+    "GATED_SKIPS=1 FOLD_SCALES=1 SMEAR_GATE=1 LOOP_LAYERS=0-1 LOOP_PASSES=2 LOOP_START=0.5 PREFIX_LOSS=0.5 "
+    "CONTEXTS=8@0,16@0.3,32@0.6 CANONICAL=1 CANONICAL_TRAIN=1 MUON_ROW_NORM=1 MUON_HEADS=1 POLAR_EXPRESS=1 CODEC=rans "
+    "WEIGHT_BITS=6 EMBED_BITS=7 CLIP_ATTN=13 CLIP_MLP=12 CLIP_EMBED=15 GPTQ_BATCHES=3"
+)
+FRONTIER = GPT | TTT | TECHNIQUES
+SMALL = models.knobs("NUM_KV_HEADS=4 FF_DIM=24 LR_WARMUP_STEPS=2")
+LATER = SMALL | models.knobs(
+    "FEED_FORWARD=swiglu POSITIONS=learned PRE_NORM=1 OPTIMIZER=adam LEARNING_RATE=0.01 COSINE=1 WEIGHT_DECAY=0.1 "
+    "EMA_DECAY=0.9"
+)
+LATENT = models.knobs(
+    "NUM_KV_HEADS=4 ROPE_DIMS=4 KV_LATENT=12 Q_LATENT=10 PLACES=40 EXPERTS=5 EXPERT_DIM=24 LEARNING_RATE=0.01 "
+    "LR_WARMUP_STEPS=2 BALANCE_RATE=0.05"
+)
+NO_DROPOUT = {"DROPOUT": 0}
 
 
 class Case(NamedTuple):
@@ -75,6 +45,7 @@ class Case(NamedTuple):
     ranks: bool = False  # also trained on two ranks, which takes a while
 
 
+LADDERS = "records/ladders"
 MODELS = {
     "gpt": Case("", GPT, (), ranks=True),
     "frontier": Case(
@@ -85,22 +56,15 @@ MODELS = {
         ranks=True,
     ),
     "score_first": Case("records/models/score_first.py", TTT, ("score_first.py",)),
-    "tiny": Case("records/models/tiny.py", {"HIDDEN": 40, "DROPOUT": 0.2}, ("tiny.py",), {"DROPOUT": 0}),
-    "small": Case("records/ladders/small/small.py", SMALL, ("small.py",), {"DROPOUT": 0}),
-    "small, later rungs": Case(
-        "records/ladders/small/small.py",
-        SMALL
-        | {"FEED_FORWARD": "swiglu", "POSITIONS": "learned", "PRE_NORM": 1, "OPTIMIZER": "adam", "COSINE": 1}
-        | {"LEARNING_RATE": 0.01, "EMA_DECAY": 0.9, "WEIGHT_DECAY": 0.1},
-        ("small.py",),
-        {"DROPOUT": 0},
-    ),
-    "gpt2": Case("records/ladders/gpt2/model.py", {"NUM_KV_HEADS": 4, "CONTEXT": 40, "LR_WARMUP": 3}, ("model.py",)),
+    "tiny": Case("records/models/tiny.py", {"HIDDEN": 40, "DROPOUT": 0.2}, ("tiny.py",), NO_DROPOUT),
+    "small": Case(f"{LADDERS}/small/small.py", SMALL, ("small.py",), NO_DROPOUT),
+    "small, later rungs": Case(f"{LADDERS}/small/small.py", LATER, ("small.py",), NO_DROPOUT),
+    "gpt2": Case(f"{LADDERS}/gpt2/model.py", {"NUM_KV_HEADS": 4, "CONTEXT": 40, "LR_WARMUP": 3}, ("model.py",)),
     "latent_moe": Case(
-        "records/ladders/latent_moe/latent_moe.py",
+        f"{LADDERS}/latent_moe/latent_moe.py",
         LATENT,
         ("latent_moe.py",),
-        {"DROPOUT": 0},
+        NO_DROPOUT,
         smooth={"EXPERTS_PER_TOKEN": 5},  # the choice of experts jumps
         rounding=1e-5,  # the size of an expert's matmul depends on all tokens
         ranks=True,

@@ -54,6 +54,11 @@ def tiny_settings(corpus: Path, **overrides) -> dict[str, str]:
     return {name: str(value) for name, value in (base | overrides).items()}
 
 
+def knobs(text: str) -> dict[str, str]:
+    """{KNOB: value} of a text such as "NUM_LAYERS=3 LOOP_LAYERS=0-1"."""
+    return dict(pair.split("=") for pair in text.split())
+
+
 def machine_settings(corpus: Path, **overrides) -> dict[str, str]:
     """Of `tiny_settings`, what is left for MODE=eval and MODE=sample."""
     return {name: text for name, text in tiny_settings(corpus).items() if name in MACHINE} | {

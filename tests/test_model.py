@@ -15,7 +15,7 @@ from models import new_model
 from oracle import random_tokens, scatter
 
 import train_gpt
-from train_gpt import UserError, grouped_attention, rope_tables, rotate
+from train_gpt import UserError, grouped_attention, rope_tables
 
 kernels = train_gpt.tool("kernels")
 
@@ -58,12 +58,6 @@ def test_losses_are_those_of_a_probability_distribution(make_config):
     torch.testing.assert_close(total, torch.ones(6, dtype=torch.float64), rtol=0, atol=1e-5)
 
 
-def test_shorter_sequences_than_the_tables_give_the_same_prefix(make_config):
-    config = make_config()
-    model, tokens = scatter(new_model(config)), random_tokens(config, 2, 32)
-    torch.testing.assert_close(model(tokens[:, :7]), model(tokens)[:, :7], rtol=1e-5, atol=1e-5)
-
-
 def test_rope_tables_are_float64_to_fp32_rounding_and_tell_all_positions_apart():
     cos, sin = rope_tables(4096, 64, 10_000.0)
     assert cos.shape == sin.shape == (4096, 32) and cos.dtype == sin.dtype == torch.float32
@@ -82,20 +76,6 @@ def test_a_bf16_model_keeps_its_rope_tables_in_fp32(make_config):
     cos, sin = rope_tables(1024, 8, 10_000.0)
     tables = model.positions
     assert torch.equal(tables.cos.view_as(cos), cos) and torch.equal(tables.sin.view_as(sin), sin)
-
-
-def test_rotation_keeps_norms_and_makes_products_depend_on_the_distance_only():
-    d, T = 16, 40
-    cos, sin = (table.double()[:, None] for table in rope_tables(T, d, 100.0))
-    q, k = torch.randn(2, d, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    rotated_q, rotated_k = (rotate(x.expand(T, 1, d), cos, sin)[:, 0] for x in (q, k))
-    torch.testing.assert_close(rotated_q.norm(dim=-1), q.norm().expand(T), rtol=1e-6, atol=0)
-    products = rotated_q @ rotated_k.T
-    for distance in range(-T + 2, T - 1):
-        diagonal = products.diagonal(distance)
-        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=0, atol=1e-4)
-    first = products[0]
-    assert (first[1:] - first[:-1]).abs().min() > 1e-3, "different distances must give different products"
 
 
 @pytest.mark.parametrize("attend", ATTENTIONS)

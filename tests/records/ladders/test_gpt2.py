@@ -17,21 +17,10 @@ import train_gpt
 
 gpt2 = seam.load("gpt2/model.py")
 RECIPES = sorted(path for ladder in ("gpt2", "precision") for path in (seam.LADDERS / ladder).glob("*.env"))
-TINY = {
-    "VOCAB_SIZE": "260",
-    "TOKENIZER_PATH": "bytes",
-    "NUM_LAYERS": "2",
-    "MODEL_DIM": "32",
-    "NUM_HEADS": "4",
-    "NUM_KV_HEADS": "4",
-    "TRAIN_SEQ_LEN": "16",
-    "CONTEXT": "24",
-    "TRAIN_BATCH_TOKENS": "64",
-    "ITERATIONS": "6",
-    "DEVICE": "cpu",
-    "DTYPE": "float32",
-    "COMPILE": "0",
-}
+TINY = models.knobs(
+    "VOCAB_SIZE=260 TOKENIZER_PATH=bytes NUM_LAYERS=2 MODEL_DIM=32 NUM_HEADS=4 NUM_KV_HEADS=4 TRAIN_SEQ_LEN=16 "
+    "CONTEXT=24 TRAIN_BATCH_TOKENS=64 ITERATIONS=6 DEVICE=cpu DTYPE=float32 COMPILE=0"
+)
 
 
 def tiny(**overrides):

@@ -20,24 +20,11 @@ import torch.nn.functional as F
 import train_gpt
 
 latent_moe = seam.load("latent_moe/latent_moe.py")
-TINY = {
-    "NUM_LAYERS": 2,
-    "MODEL_DIM": 32,
-    "NUM_HEADS": 2,
-    "NUM_KV_HEADS": 2,
-    "ROPE_DIMS": 8,
-    "KV_LATENT": 12,
-    "Q_LATENT": 10,
-    "PLACES": 32,
-    "EXPERTS": 5,
-    "EXPERT_DIM": 24,
-    "TRAIN_SEQ_LEN": 16,
-    "TRAIN_BATCH_TOKENS": 64,
-    "VAL_BATCH_SIZE": 128,
-    "ITERATIONS": 5,
-    "LR_WARMUP_STEPS": 2,
-    "LEARNING_RATE": 0.01,
-}
+TINY = models.knobs(
+    "NUM_LAYERS=2 MODEL_DIM=32 NUM_HEADS=2 NUM_KV_HEADS=2 ROPE_DIMS=8 KV_LATENT=12 Q_LATENT=10 PLACES=32 EXPERTS=5 "
+    "EXPERT_DIM=24 TRAIN_SEQ_LEN=16 TRAIN_BATCH_TOKENS=64 VAL_BATCH_SIZE=128 ITERATIONS=5 LR_WARMUP_STEPS=2 "
+    "LEARNING_RATE=0.01"
+)
 TOKENS = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(1))
 
 

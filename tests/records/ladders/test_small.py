@@ -14,16 +14,10 @@ import train_gpt
 
 small = seam.load("small/small.py")
 RUNGS = seam.LADDERS / "small"
-TINY = {
-    "NUM_LAYERS": 2,
-    "MODEL_DIM": 16,
-    "FF_DIM": 24,
-    "TRAIN_SEQ_LEN": 16,
-    "TRAIN_BATCH_TOKENS": 64,
-    "VAL_BATCH_SIZE": 128,
-    "ITERATIONS": 5,
-    "LR_WARMUP_STEPS": 0,
-}
+TINY = models.knobs(
+    "NUM_LAYERS=2 MODEL_DIM=16 FF_DIM=24 TRAIN_SEQ_LEN=16 TRAIN_BATCH_TOKENS=64 VAL_BATCH_SIZE=128 ITERATIONS=5 "
+    "LR_WARMUP_STEPS=0"
+)
 COUNTS = {
     "01_sgd": 1_863_025,
     "02_adam": 1_863_025,

@@ -350,39 +350,6 @@ def test_no_score_knows_tokens_to_come(config_of, runtime, token_bytes, stride, 
 
 
 @pytest.fixture
-def switch(monkeypatch):
-    """The state of the switch in each step of the training and in each validation."""
-    seen, step, warm_up, score = SimpleNamespace(), Trainer.step, Trainer.warm_up, Evaluator.score
-    seen.steps, seen.warm, seen.scores = [], [], []
-
-    def watched_step(self, *args):
-        seen.steps.append(self.model.looping)
-        return step(self, *args)
-
-    def watched_warm_up(self, *args):
-        warm_up(self, *args)
-        seen.warm, seen.steps = seen.steps, []
-
-    def watched_score(self, model, *args, **options):
-        seen.scores.append(model.looping)
-        return score(self, model, *args, **options)
-
-    monkeypatch.setattr(Trainer, "step", watched_step)
-    monkeypatch.setattr(Trainer, "warm_up", watched_warm_up)
-    monkeypatch.setattr(Evaluator, "score", watched_score)
-    return seen
-
-
-@pytest.mark.parametrize("start, plain_steps", [(0, 0), (0.45, 5), (1, 10)])
-def test_the_recurrence_begins_at_its_share_of_the_steps(go, switch, start, plain_steps):
-    go(ITERATIONS=10, LOOP_LAYERS="0-1", LOOP_START=start, WARMUP_STEPS=2, VAL_LOSS_EVERY=2)
-    assert switch.steps == [False] * plain_steps + [True] * (10 - plain_steps)
-    assert switch.warm == [False] * 2 * (start > 0) + [True] * 2, "each graph that will run is warmed up"
-    # Validations after 0, 2, 4, 6, 8 and 10 steps and of the artifact; the exported model always recurs.
-    assert switch.scores == [2 * i >= plain_steps for i in range(5)] + [True, True]
-
-
-@pytest.fixture
 def graphs(monkeypatch):
     yield from runs.counted_graphs(monkeypatch)
 
@@ -418,15 +385,6 @@ def test_an_artifact_recurs_even_if_the_run_never_did(go, corpus, tmp_path, caps
     again = runs.score_again(corpus, tmp_path / "again", run.path / "final_model.rans.ptz", capsys)
     assert again == [f"{run.result[key]:.8f}" for key in ("val_loss", "val_bpb")]
     assert "\nfinal_int6_rans_roundtrip_exact val_loss:" in run.log
-
-
-def test_config_env_repeats_a_run_of_everything(go, tmp_path):
-    """Also LOOP_LAYERS and CONTEXTS, which are texts."""
-    run = go(RUN_ID="first", SEED=7, **contract.FRONTIER)
-    values = {"LOG_DIR": str(tmp_path / "logs"), "RUN_ID": "again"}
-    assert models.call_main(values, run.path / "config.env") == 0
-    again = runs.read_run(tmp_path / "logs" / "again")
-    assert again.losses == run.losses and again.result["val_loss"] == run.result["val_loss"]
 
 
 # The clock that GPTQ needs
