@@ -135,6 +135,12 @@ def test_environment_beats_file_beats_default(env_file):
     assert (config.iterations, config.seed, config.num_layers) == (7, 9, 9)
 
 
+def test_file_and_environment_beat_what_an_artifact_records(env_file):
+    told = {"EVAL_STRIDE": "64", "VAL_BATCH_SIZE": "8192", "NUM_LAYERS": "3"}
+    config = Config.load([env_file("EVAL_STRIDE=32\n")], {"VAL_BATCH_SIZE": "4096"}, told)
+    assert (config.eval_stride, config.val_batch_size, config.num_layers) == (32, 4096, 3)
+
+
 def test_environment_beats_a_file_that_holds_a_bad_value(env_file):
     assert load([env_file("ITERATIONS=abc\n")], ITERATIONS="3").iterations == 3
 

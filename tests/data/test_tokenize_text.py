@@ -651,8 +651,11 @@ def test_at_least_one_document_is_validation(tmp_path, tokenizer):
     smallest = min(documents, key=digest)
     options = [write_jsonl(tmp_path / "a.jsonl", [*documents, smallest]), *tokenizer, "--val-share", "0.000001"]
     assert run(tmp_path / "out", *options) == 0
-    splits, before = manifest_of(tmp_path / "out")["splits"], snapshot(tmp_path / "out")
+    manifest, before = manifest_of(tmp_path / "out"), snapshot(tmp_path / "out")
+    splits = manifest["splits"]
     assert (splits["train"]["documents"], splits["val"]["documents"]) == (11, 2)
+    if tokenizer == LEARNED:
+        assert manifest["tokenizer"]["trained_on"]["documents"] == 11, "it has learned nothing from validation"
     assert splits["val"]["bytes"] == 2 * len(smallest.encode())
     assert run(tmp_path / "out", *options) == 0 and snapshot(tmp_path / "out") == before
 

@@ -136,6 +136,14 @@ class Saboteur:
         self.edit("submission.json", claim)
         self.readme()
 
+    def claim_population_deviation(self):
+        """That of a population is smaller than that of a sample."""
+
+        def claim(value):
+            value["val_bpb_std"] = float(np.std([row["val_bpb"] for row in value["seed_results"].values()]))
+
+        self.edit("submission.json", claim)
+
     def drop_seed_three(self):
         """Keep the best two, with their own mean and deviation."""
 
@@ -149,18 +157,16 @@ class Saboteur:
 
         self.edit("submission.json", drop)
 
-    def leak(self, tmp_path):
+    def leak(self, tmp_path, shard="train_000001"):
         """Train on the validation text too, by another copy of the data."""
         env = self.path("config.env").read_text()
         data = re.search(r'DATA_PATH="(.*)"', env)[1]
         leaky = tmp_path / "leaky"
         shutil.copytree(data, leaky)
-        train, val = (
-            np.fromfile(leaky / f"fineweb_{s}.bin", "<u2", offset=1024) for s in ("train_000001", "val_000000")
-        )
-        header = np.fromfile(leaky / "fineweb_train_000001.bin", "<i4", 256)
+        train, val = (np.fromfile(leaky / f"fineweb_{s}.bin", "<u2", offset=1024) for s in (shard, "val_000000"))
+        header = np.fromfile(leaky / f"fineweb_{shard}.bin", "<i4", 256)
         header[2] = len(train) + len(val)
-        (leaky / "fineweb_train_000001.bin").write_bytes(header.tobytes() + train.tobytes() + val.tobytes())
+        (leaky / f"fineweb_{shard}.bin").write_bytes(header.tobytes() + train.tobytes() + val.tobytes())
         self.path("config.env").write_text(env.replace(data, str(leaky)))
 
     def rewrite_script(self, text):
@@ -212,6 +218,7 @@ SABOTAGES = {
     "edited score": (lambda s, _: s.submission(val_bpb=0.9), "score"),
     "edited loss": (lambda s, _: s.submission(val_loss=1.9), "score"),
     "edited deviation": (lambda s, _: s.submission(val_bpb_std=0.001), "score"),
+    "deviation of a population": (lambda s, _: s.claim_population_deviation(), "score"),
     "edited score of a seed": (lambda s, _: s.edit("submission.json", replace_row("2", val_bpb=0.9)), "score"),
     "best seed as the mean": (
         lambda s, _: s.submission(val_bpb=json.loads(s.path("result_seed1.json").read_text())["val_bpb"]),
@@ -288,6 +295,7 @@ SABOTAGES = {
     "tokenizer of one seed": (edit_result(3, sha256_tokenizer="0" * 64), "tokenizer"),
     "changed tokenizer": (edit_all_results(sha256_tokenizer="0" * 64), "tokenizer"),
     "validation documents in training": (lambda s, tmp_path: s.leak(tmp_path), "leak"),
+    "validation documents in the first shard": (lambda s, tmp_path: s.leak(tmp_path, "train_000000"), "leak"),
     "edited table": (lambda s, _: s.sub("README.md", r"^\| 1 \| 0\.\d+", "| 1 | 0.80000"), "readme"),
     "beats no record": (lambda s, _: s.submission(base="2025-01-01_none"), "significance"),
 }
