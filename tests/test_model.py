@@ -285,12 +285,9 @@ def test_the_fastest_attention_of_those_that_are_proved_is_taken_and_all_times_a
     assert list(dict.fromkeys(tried)) == ["flash3", "cudnn", "flash", "efficient"], "math keeps all scores"
 
 
-def test_where_nothing_else_runs_it_is_plain_products(gpu):
+def test_ranks_choose_the_attention_that_all_of_them_have_and_that_is_the_fastest_for_all(gpu):
     note = gpu("fastest", {"math": 0.5}, capability=(8, 0))[1]
     assert note.startswith(f"attention:math by grouped_attention{TIMES}math 500; flash grouped_attention failed")
-
-
-def test_ranks_choose_the_attention_that_all_of_them_have_and_that_is_the_fastest_for_all(gpu):
     ours = {"flash3": 0.001, "cudnn": 0.002, "flash": 0.003, "efficient": 0.004}
     note = gpu("fastest", ours, others={"cudnn": 0.009, "flash": 0.003, "efficient": 0.004})[1]
     assert note == f"attention:flash by grouped_attention{TIMES}flash 3, efficient 4, cudnn 5.5"
