@@ -3,7 +3,6 @@
 import os
 import random
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -109,31 +108,7 @@ def corpus(tmp_path_factory):
 def tiny(corpus, tmp_path):
     """Function: the environment of a run that trains a two-layer model on the corpus, with overrides by knob."""
 
-    def settings(**overrides):
-        base = {
-            "DATA_PATH": corpus / "data",
-            "TOKENIZER_PATH": corpus / "tok.model",
-            "VOCAB_SIZE": (corpus / "vocab_size").read_text(),
-            "LOG_DIR": tmp_path / "logs",
-            "RUN_ID": "run",
-            "DEVICE": "cpu",
-            "DTYPE": "float32",
-            "COMPILE": "0",
-            "MAX_WALLCLOCK_SECONDS": "0",
-            "ITERATIONS": "5",
-            "NUM_LAYERS": "2",
-            "MODEL_DIM": "32",
-            "NUM_HEADS": "4",
-            "NUM_KV_HEADS": "2",
-            "TRAIN_SEQ_LEN": "32",
-            "TRAIN_BATCH_TOKENS": "256",
-            "VAL_BATCH_SIZE": "512",
-            "WARMUP_STEPS": "0",
-            "VAL_LOSS_EVERY": "0",
-        }
-        return {name: str(value) for name, value in (base | overrides).items()}
-
-    return settings
+    return lambda **overrides: models.run_settings(corpus, **{"LOG_DIR": tmp_path / "logs"} | overrides)
 
 
 @pytest.fixture
@@ -154,21 +129,11 @@ def launch(tiny, tmp_path_factory):
     CompletedProcess."""
 
     def start(ranks=1, args=(), timeout=300, script=ROOT / "train_gpt.py", max_restarts=0, **overrides):
-        environ = {k: v for k, v in os.environ.items() if k not in train_gpt.Config.knobs()} | tiny(**overrides)
-        environ["TMPDIR"] = str(tmp_path_factory.mktemp("launch"))  # where torchrun leaves folders behind
-        torchrun = (
-            [
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                f"--nproc_per_node={ranks}",
-                f"--max-restarts={max_restarts}",
-            ]
-            if ranks > 1
-            else []
-        )
-        command = [sys.executable, *torchrun, str(script), *map(str, args)]
-        return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=timeout, check=False)
+        environ = tiny(**overrides) | {
+            "TMPDIR": str(tmp_path_factory.mktemp("launch"))
+        }  # torchrun leaves folders there
+        how = {"torchrun": [f"--max-restarts={max_restarts}"], "timeout": timeout, "text": True}
+        return models.process(environ, None, ranks, script, args, **how)
 
     return start
 

@@ -14,14 +14,12 @@ from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
 
+from train_gpt import UserError
+
 ROOT = Path(__file__).resolve().parents[2]
 LOG_SUFFIXES = (".log", ".txt", ".out")
 # Labels of scores of weights that are not those of the artifact, in the logs of the public challenge.
 BEFORE_EXPORT = re.compile(r"pre.?quant|post.?ema|post.?swa|unquantized|raw.?(model|weights)", re.IGNORECASE)
-
-
-class UserError(ValueError):
-    """A mistake that the user can mend: shown as one line, exit code 2."""
 
 
 def is_number(value) -> bool:

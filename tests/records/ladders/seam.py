@@ -5,6 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import models
 import pytest
 import torch
 
@@ -44,20 +45,8 @@ def load_run(folder: Path, name: str):
 
 
 def settings(corpus: Path, logs: Path, **overrides) -> dict[str, str]:
-    """The environment of a short run on the corpus, without a model."""
-    base = {
-        "DATA_PATH": corpus / "data",
-        "TOKENIZER_PATH": corpus / "tok.model",
-        "LOG_DIR": logs,
-        "RUN_ID": "run",
-        "VOCAB_SIZE": int((corpus / "vocab_size").read_text()) + 4,
-        "DEVICE": "cpu",
-        "DTYPE": "float32",
-        "COMPILE": 0,
-        "MAX_WALLCLOCK_SECONDS": 0,
-        "WARMUP_STEPS": 0,
-        "VAL_LOSS_EVERY": 0,
-        "VAL_TOKENS_LIMIT": 400,
-        "CHECKPOINT_EVERY_SECONDS": 0,
-    }
-    return {name: str(value) for name, value in (base | overrides).items()}
+    """The environment of a short run on the corpus. The numbers of heads are the model's own."""
+    vocab_size = int((corpus / "vocab_size").read_text()) + 4
+    more = {"LOG_DIR": logs, "VOCAB_SIZE": vocab_size, "VAL_TOKENS_LIMIT": 400, "CHECKPOINT_EVERY_SECONDS": 0}
+    values = models.run_settings(corpus, **more | overrides)
+    return {name: text for name, text in values.items() if "_HEADS" not in name or name in overrides}

@@ -219,9 +219,9 @@ def test_the_full_shape_is_stopped_resumed_and_stopped_again(ladder, monkeypatch
     shutil.rmtree(ladder.ladder.run_folder(ladder.environment("full")))
     monkeypatch.setenv("ITERATIONS", "2")  # over before the SIGTERM
     monkeypatch.setenv("LR_WARMUP_STEPS", "1")
-    with pytest.raises(SystemExit, match="full ended with exit code 0; 143 and a checkpoint were expected"):
+    with pytest.raises(train_gpt.UserError, match="full ended with exit code 0; 143 and a checkpoint were expected"):
         ladder.run_full()
-    with pytest.raises(SystemExit, match="no rung bais: there are bias, loss, "):
+    with pytest.raises(train_gpt.UserError, match="no rung bais: there are bias, loss, "):
         ladder.main(["bais"])
 
 

@@ -180,7 +180,7 @@ def test_a_rung_is_validated_at_thirds_of_its_steps_and_kept(ladder, monkeypatch
     for steps, every in (("900", "300"), ("1000", "334"), ("50", "17")):
         monkeypatch.setenv("ITERATIONS", steps)
         assert ladder.thirds() == {"VAL_LOSS_EVERY": every}
-    with pytest.raises(SystemExit, match="no rung 6_ema: there are 01_sgd, "):
+    with pytest.raises(train_gpt.UserError, match="no rung 6_ema: there are 01_sgd, "):
         ladder.main(["6_ema"])
 
 
