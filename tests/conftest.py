@@ -16,7 +16,7 @@ if hasattr(signal, "SIGHUP"):
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), *(str(ROOT / "tools" / room) for room in ("records", "experiments"))]
 
-pytest.register_assert_rewrite("models", "oracle", "runs")  # whose asserts tell what they compared
+pytest.register_assert_rewrite("contract", "models", "oracle", "runs")  # whose asserts tell what they compared
 import models  # noqa: E402
 
 import train_gpt  # noqa: E402
