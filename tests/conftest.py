@@ -16,7 +16,7 @@ if hasattr(signal, "SIGHUP"):
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), *(str(ROOT / "tools" / room) for room in ("records", "experiments"))]
 
-pytest.register_assert_rewrite("models", "oracle", "runs")  # whose asserts tell what they compared
+pytest.register_assert_rewrite("contract", "models", "oracle", "runs")  # whose asserts tell what they compared
 import models  # noqa: E402
 
 import train_gpt  # noqa: E402
@@ -48,13 +48,26 @@ def no_source_of_another_run():
         sys.modules.pop(f"train_gpt.tools.{name}", None)
 
 
+@pytest.fixture(autouse=True)
+def all_attention_kernels():
+    """A run pins torch's global attention switches: the tests after it need all kernels again."""
+    yield
+    for switch in ("flash", "cudnn", "mem_efficient", "math"):
+        getattr(train_gpt.torch.backends.cuda, f"enable_{switch}_sdp")(True)
+
+
 WORDS = "the king of sea and na\u00efve caf\u00e9 night \u6d77 love sleeps".split() + ["  indented", "\n"]
 
 
-def write_shard(path, tokens):
+def shard_bytes(tokens, magic=20240520, version=1, count=None) -> bytes:
+    """A shard, written without the code under test; `count` is the number of tokens that the header states."""
     header = np.zeros(256, dtype="<i4")
-    header[:3] = (train_gpt.SHARD_MAGIC, train_gpt.SHARD_VERSION, len(tokens))
-    path.write_bytes(header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes())
+    header[:3] = magic, version, len(tokens) if count is None else count
+    return header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes()
+
+
+def write_shard(path, tokens):
+    path.write_bytes(shard_bytes(tokens))
 
 
 def make_documents(count, seed, words=60):

@@ -52,6 +52,11 @@ def run_settings(corpus: Path, **overrides) -> dict[str, str]:
     return {name: str(value) for name, value in (base | overrides).items()}
 
 
+def knobs(text: str) -> dict[str, str]:
+    """{KNOB: value} of a text such as "NUM_LAYERS=3 LOOP_LAYERS=0-1"."""
+    return dict(pair.split("=") for pair in text.split())
+
+
 def tiny_settings(corpus: Path, **overrides) -> dict[str, str]:
     """Settings of a run whose artifact must record some knobs, since they are not at their defaults."""
     return run_settings(corpus, **{"ITERATIONS": 4, "ROPE_BASE": 5000, "LOGIT_SOFTCAP": 20} | overrides)
@@ -133,6 +138,30 @@ def no_siblings():
         for key in keys:
             patch.delitem(sys.modules, key)
         yield
+
+
+@contextlib.contextmanager
+def fresh_model_files():
+    """As in a new process, no model file is loaded, nor is anything that lies next to one."""
+    folder = str(SCRIPT.parent / "records")
+
+    def loaded():
+        return {
+            key: module
+            for key, module in sys.modules.items()
+            if key.startswith("model_file_") or str(getattr(module, "__file__", "")).startswith(folder)
+        }
+
+    before, path = loaded(), list(sys.path)
+    for key in before:
+        del sys.modules[key]
+    try:
+        yield
+    finally:
+        for key in loaded():
+            del sys.modules[key]
+        sys.modules.update(before)
+        sys.path[:] = path
 
 
 def artifact_knobs(config_class=train_gpt.Config) -> set[str]:

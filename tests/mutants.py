@@ -156,7 +156,7 @@ gptq_order: GPTQ puts the columns of a matrix back in the wrong order
 - return q[order.argsort()].mT.contiguous()
 + return q[order].mT.contiguous()
 
-records/models/frontier.py <- tests/records/models/test_frontier.py::test_a_gate_of_0_is_no_xsa_and_a_large_one_is_xsa
+records/models/frontier.py <- tests/records/models/test_techniques.py::test_losses_logits_and_gradients_equal_float64
 frontier_groups: XSA pairs query heads with the wrong key-value heads
 - y_BTKGd = y_BTHd.unflatten(2, (v_BTKd.size(2), -1))
 -             v_BTK1d = F.normalize(v_BTKd, dim=-1).unsqueeze(3)

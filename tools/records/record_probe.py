@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-HERE = Path(__file__).parent
+TOOLS = Path(__file__).resolve().parents[1]
 OPENED = []  # training shards that were opened
 REFUSED = []  # connections that were tried
 LARGEST = 1e4  # nats, in place of infinity
@@ -82,15 +82,15 @@ class Script:
         A script of another time may not fit those of today. It then uses what it has by itself, and its score differs
         by rounding.
         """
-        names = [f"train_gpt.tools.{name}" for name in ("cpu_kernels", "kernels")]
+        names = ("cpu/cpu_kernels", "kernels")
         try:
             for name in names:
-                load(name, HERE / f"{name.rpartition('.')[2]}.py")
+                load(f"train_gpt.tools.{name}", TOOLS / f"{name}.py")
             self.build_with_what_is_loaded()
         except Exception as error:  # whatever the one lacks of the other
             print(f"scored without tools/kernels.py, which this script does not fit: {error!r:.120}", flush=True)
             for name in names:
-                sys.modules.pop(name, None)
+                sys.modules.pop(f"train_gpt.tools.{name}", None)
             self.build_with_what_is_loaded()
 
     def build_with_what_is_loaded(self):
@@ -150,13 +150,13 @@ class Script:
 
 def load_tokenizers():
     """Today's tools/vocabularies.py, as a script of the first generation calls it."""
-    tokenizers = load("train_gpt.tools.tokenizers", HERE / "tokenizers.py")
+    vocabularies = load("train_gpt.tools.tokenizers", TOOLS / "vocabularies.py")
 
     def use_case_marks(table):
-        table.unmark = tokenizers.unmark
-        table.encode = lambda text: table.model.encode(tokenizers.mark(text))
+        table.unmark = vocabularies.unmark
+        table.encode = lambda text: table.model.encode(vocabularies.mark(text))
 
-    tokenizers.use_case_marks = use_case_marks
+    vocabularies.use_case_marks = use_case_marks
 
 
 class Patched:

@@ -22,7 +22,9 @@ from pathlib import Path
 import record_data
 from record_check import show
 from record_folder import Finding, Record, open_record, sha256
-from record_read import ROOT, UserError
+from record_read import ROOT, read_run
+
+from train_gpt import UserError, require
 
 PLACES = 64
 SAME = 1e-8  # tolerance in BPB: the same device, ranks, kernels and torch repeat every digit
@@ -40,10 +42,8 @@ def without_network() -> list[str]:
 
 def validation_only(data: Path, folder: Path) -> Path:
     """A data folder with links to the validation shards and the manifest of another."""
-    shards = record_data.shards(data, "val")
-    if not shards:
-        raise UserError(f"{data} holds no validation shards: give --data FOLDER")
-    for path in [*shards, *data.glob("manifest.json")]:
+    require(any(data.glob("fineweb_val_*.bin")), f"{data} holds no validation shards: give --data FOLDER")
+    for path in [*record_data.shards(data, "val"), *data.glob("manifest.json")]:
         (folder / path.name).symlink_to(path.resolve())
     return folder
 
@@ -51,30 +51,19 @@ def validation_only(data: Path, folder: Path) -> Path:
 def probe(record: Record, artifact: Path, data: Path, tokenizer: str, timeout: float | None) -> dict:
     with tempfile.TemporaryDirectory() as temporary:
         only = validation_only(data, Path(temporary))
-        command = [
-            *without_network(),
-            sys.executable,
-            str(Path(__file__).with_name("record_probe.py")),
-            str(record.folder.resolve()),
-            str(only),
-            tokenizer,
-            str(artifact.resolve()),
-            str(PLACES),
-        ]
+        script = Path(__file__).with_name("record_probe.py")
+        places = [record.folder.resolve(), only, tokenizer, artifact.resolve(), PLACES]
+        command = [*without_network(), sys.executable, script, *map(str, places)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=timeout, cwd=temporary)
-    if done.returncode or not done.stdout.strip():
-        raise UserError(
-            f"the record's script ended with exit code {done.returncode}, see above: it needs "
-            "train_gpt.py, every other source, config.env and the artifact of one run"
-        )
+    needs = "it needs train_gpt.py, every other source, config.env and the artifact of one run"
+    ended = f"the record's script ended with exit code {done.returncode}, see above"
+    require(not done.returncode and done.stdout.strip(), f"{ended}: {needs}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def judge(record: Record, artifact: Path, found: dict) -> tuple[list[Finding], dict[str, str], dict[str, str]]:
     """The findings, what passed with its numbers, and what was not checked."""
-    findings = []
-    passed = {}
-    skipped = {}
+    findings, passed, skipped = [], {}, {}
 
     def answer(check: str, good: bool, told: str, remedy: str):
         if good:
@@ -82,60 +71,37 @@ def judge(record: Record, artifact: Path, found: dict) -> tuple[list[Finding], d
         else:
             findings.append(Finding(check, artifact.name, told, remedy))
 
-    score = found["score"]
-    digest = sha256(artifact)
+    score, digest = found["score"], sha256(artifact)
     run = next((run for run in record.runs if run.result and run.result.get("sha256_artifact") == digest), None)
     if run is None:
         skipped["score"] = "no result.json in the folder is of this artifact"
     else:
-        same = run.result["world_size"] == 1 and all(
-            run.result.get(name) == found[name] for name in ("device", "torch", "dtype", "note")
-        )
-        slack = SAME if same else ELSEWHERE
-        told = (
-            f"{score['val_bpb']:.8f} BPB, {run.name} says {run.val_bpb:.8f}; tolerance {slack:g} on "
-            f"{'the same' if same else 'other'} hardware or kernels"
-        )
+        names = ("device", "torch", "dtype", "note")
+        same = run.result["world_size"] == 1 and all(run.result.get(name) == found[name] for name in names)
+        slack, where = (SAME, "the same") if same else (ELSEWHERE, "other")
+        told = f"{score['val_bpb']:.8f} BPB, {run.name} says {run.val_bpb:.8f}; "
+        told += f"tolerance {slack:g} on {where} hardware or kernels"
         answer("score", abs(score["val_bpb"] - run.val_bpb) <= slack, told, "ship the artifact and script of one run")
-    future = "a prediction may depend on the tokens before it alone"
     moved = max([*found["moved"], *found["moved_in_evaluation"]])
-    answer(
-        "causality",
-        moved <= MOVED,
-        f"replacing later tokens moves a loss by {moved:.3g} nats at most, over "
-        f"{len(found['moved'])} places in windows and {len(found['moved_in_evaluation'])} in the evaluation"
-        + (", which learns" if score["learned"] else ""),
-        future,
-    )
+    told = f"replacing later tokens moves a loss by {moved:.3g} nats at most, over {len(found['moved'])} places in "
+    told += f"windows and {len(found['moved_in_evaluation'])} in the evaluation"
+    told += ", which learns" if score["learned"] else ""
+    answer("causality", moved <= MOVED, told, "a prediction may depend on the tokens before it alone")
     odd = max(found["sums"], key=lambda total: abs(total - 1))
-    answer(
-        "normalisation",
-        abs(odd - 1) <= SUM,
-        f"probabilities sum to {odd:.6f} where they are furthest from 1, of {len(found['sums'])} places",
-        "a score must be the logarithm of a distribution over the vocabulary",
-    )
+    told = f"probabilities sum to {odd:.6f} where they are furthest from 1, of {len(found['sums'])} places"
+    remedy = "a score must be the logarithm of a distribution over the vocabulary"
+    answer("normalisation", abs(odd - 1) <= SUM, told, remedy)
     exact = score["once"] == score["of"] == score["tokens"] and not score["twice"] and not score["wrong"]
-    summed = abs(score["summed_loss"] - score["val_loss"]) <= 1e-5
-    answer(
-        "each target once",
-        exact and summed,
-        f"{score['once']} of {score['of']} targets were scored once, "
-        f"{score['twice']} more often, {score['wrong']} with another token; their mean loss is "
-        f"{score['summed_loss']:.6f}, the score {score['val_loss']:.6f}",
-        "score every target of the text once",
-    )
-    answer(
-        "evaluation without training data",
-        not found["opened"],
-        f"opened {found['opened'][:3]}" if found["opened"] else "opened no training shard",
-        "an evaluation reads the artifact and the validation text",
-    )
-    answer(
-        "evaluation without a network",
-        not found["refused"],
-        f"tried {found['refused'][:3]}" if found["refused"] else "tried no connection",
-        "an evaluation reads the artifact and the validation text",
-    )
+    exact = exact and abs(score["summed_loss"] - score["val_loss"]) <= 1e-5
+    told = f"{score['once']} of {score['of']} targets were scored once, {score['twice']} more often, "
+    told += f"{score['wrong']} with another token; their mean loss is {score['summed_loss']:.6f}, "
+    told += f"the score {score['val_loss']:.6f}"
+    answer("each target once", exact, told, "score every target of the text once")
+    opened, refused, remedy = found["opened"], found["refused"], "an evaluation reads the artifact and the text alone"
+    told = f"opened {opened[:3]}" if opened else "opened no training shard"
+    answer("evaluation without training data", not opened, told, remedy)
+    told = f"tried {refused[:3]}" if refused else "tried no connection"
+    answer("evaluation without a network", not refused, told, remedy)
     return findings, passed, skipped
 
 
@@ -152,18 +118,13 @@ def main(arguments: argparse.Namespace) -> int:
     """The exit code: 1 if there are findings."""
     record = open_record(arguments.folder)
     if (record.folder / "train.log").is_file() and not record.ours:  # a run folder
-        from record_read import read_run
-
         record = Record(record.folder, [read_run(record.folder)])
     missing = [name for name in ("train_gpt.py", "config.env") if not (record.folder / name).is_file()]
-    if missing:
-        raise UserError(
-            f"{record.folder} has no {', '.join(missing)}: only records and runs of train_gpt.py can be "
-            "scored again; those of other scripts are read by `record.py check`"
-        )
+    told = "only records and runs of train_gpt.py can be scored again; those of other scripts are read by"
+    require(not missing, f"{record.folder} has no {', '.join(missing)}: {told} `record.py check`")
     artifacts = [arguments.artifact] if arguments.artifact else sorted(record.folder.glob("final_model.*.ptz"))
-    if not artifacts or not artifacts[0].is_file():
-        raise UserError(f"{record.folder} has no final_model.*.ptz: give --artifact FILE, or pack with --artifact")
+    found = artifacts and artifacts[0].is_file()
+    require(found, f"{record.folder} has no final_model.*.ptz: give --artifact FILE, or pack with --artifact")
     data = arguments.data or ROOT / record.config.get("DATA_PATH", "")
     tokenizer = arguments.tokenizer or record.config.get("TOKENIZER_PATH", "")
     tokenizer = str((ROOT / tokenizer).resolve()) if (ROOT / tokenizer).is_file() else tokenizer
@@ -172,12 +133,8 @@ def main(arguments: argparse.Namespace) -> int:
     except subprocess.TimeoutExpired as error:
         raise UserError(f"no answer within {error.timeout:.0f} s: give a longer --timeout") from error
     findings, passed, skipped = judge(record, artifacts[0], found)
-    report = {
-        "folder": str(record.folder),
-        "findings": [asdict(f) for f in findings],
-        "passed": list(passed),
-        "not_checked": skipped,
-    }
+    report = {"folder": str(record.folder), "findings": [asdict(finding) for finding in findings]}
+    report |= {"passed": list(passed), "not_checked": skipped}
     if arguments.json:
         print(json.dumps(report | {"numbers": passed, "measured": found}, indent=1))
     else:
