@@ -668,8 +668,7 @@ def test_hostile_file(refuse, place, case):
 def test_knobs_against_the_tensors(refuse, place, mode):
     artifact = str(place.trained / ARTIFACT.name)
     for knobs in ("NUM_LAYERS=3", "MODEL_DIM=64", "VOCAB_SIZE=512", "TIE_EMBEDDINGS=0", "NUM_HEADS=2 NUM_KV_HEADS=1"):
-        given = dict(knob.split("=") for knob in knobs.split())
-        refuse(MODE=mode, **given, said=[artifact, "disagree", "unset"])
+        refuse(MODE=mode, **models.knobs(knobs), said=[artifact, "disagree", "unset"])
 
 
 # The run folder
