@@ -119,14 +119,6 @@ def model_file(name: str):
     return config_class, sys.modules[config_class.__module__]
 
 
-def probe_script(probe, config, model, runtime):
-    """A Script of tools/records/record_probe.py for a model of this process."""
-    script = object.__new__(probe.Script)
-    script.module, script.second, script.config, script.runtime = train_gpt, True, config, runtime
-    script.model = script.compiled_model = model
-    return script
-
-
 @contextlib.contextmanager
 def no_siblings():
     """As in a new process, only frontier.py of records/models/ is loaded, without what it loads where a knob needs it.
