@@ -244,7 +244,7 @@ def read_env_file(path: Path) -> dict[str, str]:
     for number, line in enumerate(lines, 1):
         if line.strip() and not line.lstrip().startswith("#"):
             match = re.fullmatch(grammar, line)
-            require(match, f"{path}:{number}: {line.strip()!r} is not a KEY=VALUE line")
+            require(match, f"{path}:{number}: {line.strip()!r:.120} is not a KEY=VALUE line")
             require(match[1] not in texts, f"{path}:{number}: {match[1]} is given twice: keep one")
             texts[match[1]] = match[2][1:-1] if match[2][:1] in ('"', "'") else match[2]
     return texts

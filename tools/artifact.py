@@ -28,7 +28,6 @@ import zlib
 from pathlib import Path
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 import train_gpt
 from train_gpt import INT8_FORMAT, UserError, knob, require
@@ -85,8 +84,21 @@ def unpack(blob: bytes, source) -> dict:
 
 
 def one_line(value) -> str:
-    """The beginning of what an untrusted file holds, for a message."""
-    return " ".join(repr(value).split())[:40]
+    """What an untrusted file holds, for a message: a text, or the name of its type."""
+    return " ".join(repr(value[:40]).split()) if isinstance(value, str) else f"a {type(value).__name__}"
+
+
+def tensors_in(tree) -> list[torch.Tensor]:
+    """The tensors in nested dictionaries and lists. Each container is visited once, since they may share elements."""
+    found, visited, rest = [], set(), [tree]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, dict | list | tuple) and id(value) not in visited:
+            visited.add(id(value))
+            rest += value.values() if isinstance(value, dict) else value
+    return found
 
 
 def dequantize(artifact: dict, config, source) -> dict[str, torch.Tensor]:
@@ -98,7 +110,7 @@ def dequantize(artifact: dict, config, source) -> dict[str, torch.Tensor]:
         isinstance(found, str) and found in known,
         f"{source} is of format {one_line(found)}, known are {', '.join(known)}: set MODEL_FILE to its model",
     )
-    tensors = [value for value in tree_leaves(artifact) if isinstance(value, torch.Tensor)]
+    tensors = tensors_in(artifact)
     contiguous = all(tensor.is_contiguous() for tensor in tensors)  # a stride of 0 makes much of little
     small = sum(tensor.nbytes for tensor in tensors) <= UNPACKED_LIMIT  # many tensors may share one storage
     require(contiguous and small, "its tensors are larger than its data")

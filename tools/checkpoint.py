@@ -468,7 +468,9 @@ class Checkpoints:
         values = state["optimizer"].get(name, {})
         complete = values.keys() == keys.get(type(optimizer), values.keys())
         shapes = all(
-            value.shape == (() if key == "step" else p.shape) if isinstance(value, torch.Tensor) else not ours
+            value.layout == torch.strided and value.shape == (() if key == "step" else p.shape)
+            if isinstance(value, torch.Tensor)
+            else not ours
             for key, value in values.items()
         )
         unused = not values and not (state["steps"] and p.requires_grad and ours)
