@@ -65,8 +65,8 @@ def has_namespaces() -> bool:
 def start(command: list, folder: Path, hidden: list[Path], readable: list[Path] = (), memory: int = 0, **streams):
     """A Popen of the command, isolated, with `folder` as its home, working and temporary directory.
 
-    hidden: folders whose files must not be readable. readable: more files and folders that it may read. memory: limit of
-    its address space in bytes; 0 for none. The exit code is NOT_ISOLATED if it could not be isolated.
+    hidden: folders whose files must not be readable. readable: more files and folders that it may read. memory: limit
+    of its address space in bytes; 0 for none. The exit code is NOT_ISOLATED if it could not be isolated.
     """
     options = {
         "folder": str(folder.resolve()),

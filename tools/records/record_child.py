@@ -269,8 +269,8 @@ def claim(options: dict):
 def blind(options: dict):
     """Answer requests until standard input ends: log-probabilities [V] in fp32 for a context, one byte for the rest.
 
-    A context is shorter than a window if the target is not its last one. Random tokens fill it, so that the model gets a
-    window of the length that it was evaluated with. A causal model does not see them.
+    A context is shorter than a window if the target is not its last one. Random tokens fill it, so that the model gets
+    a window of the length that it was evaluated with. A causal model does not see them.
     """
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what the record prints goes to standard error

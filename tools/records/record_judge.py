@@ -276,8 +276,8 @@ class Comparison:
     def __str__(self) -> str:
         return (
             f"claimed minus blind losses at {self.places} places: mean {self.mean:+.2e} +- {self.error:.1e} nats, "
-            f"largest {self.outlier:+.2e}; limits {self.bias_limit:g} + {SIGMAS:g} standard errors and {self.outlier_limit:g}. "
-            f"Found with 95% probability: all losses lowered by {self.detectable:.1e} nats, or {self.rare:.2%} of them "
+            f"largest {self.outlier:+.2e}; limits {self.bias_limit:g} + {SIGMAS:g} standard errors and "
+            f"{self.outlier_limit:g}. Found with 95% probability: all losses lowered by {self.detectable:.1e} nats, or {self.rare:.2%} of them "
             f"by more than {self.outlier_limit:g}"
         )
 

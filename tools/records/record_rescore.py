@@ -1,7 +1,7 @@
 """record.py rescore FOLDER: the verdict on a record's score, by running its own script on its own artifact.
 
-The record's code runs in two processes that are isolated from each other, from the network and from the data. One scores
-the text; the other, which has no text, must give the same losses at places that are drawn afterwards. See
+The record's code runs in two processes that are isolated from each other, from the network and from the data. One
+scores the text; the other, which has no text, must give the same losses at places that are drawn afterwards. See
 record_judge.py. The rules:
 
     bytes           the text is the one that the run scored, and it has the bytes that its score was divided by
@@ -189,8 +189,8 @@ def main(arguments: argparse.Namespace) -> int:
         record = Record(record.folder, [read_run(record.folder)])
     if not record.ours:
         raise UserError(
-            f"{record.folder} holds no result.json: only records and runs of train_gpt.py can be scored again; those of "
-            "other scripts are read by `record.py check`"
+            f"{record.folder} holds no result.json: only records and runs of train_gpt.py can be scored again; those "
+            "of other scripts are read by `record.py check`"
         )
     artifacts = [arguments.artifact] if arguments.artifact else sorted(record.folder.glob("final_model.*.ptz"))
     if not artifacts or not artifacts[0].is_file():
