@@ -62,6 +62,14 @@ def has_namespaces() -> bool:
     return tried.returncode == 0
 
 
+@functools.cache
+def available() -> bool:
+    """Whether a command can be isolated on this machine."""
+    with tempfile.TemporaryDirectory() as folder:
+        child = start([shutil.which("true")], Path(folder), [], stderr=subprocess.DEVNULL)
+        return child.wait() == 0
+
+
 def start(command: list, folder: Path, hidden: list[Path], readable: list[Path] = (), memory: int = 0, **streams):
     """A Popen of the command, isolated, with `folder` as its home, working and temporary directory.
 

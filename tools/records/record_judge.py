@@ -134,9 +134,37 @@ def run_claim(folder: Path, options: dict, shards: list[Path], hidden: list[Path
     if code or not (folder / "answer.json").is_file():
         raise failure(folder, "claim", code)
     losses = np.load(folder / "losses.npy", allow_pickle=False)
-    answer = json.loads((folder / "answer.json").read_text())
     require(losses.ndim == 1 and losses.dtype == np.float32, "the claim process returned no losses in fp32")
-    return Claim(losses, answer, layers(folder))
+    return Claim(losses, read_answer(folder / "answer.json"), layers(folder))
+
+
+ANSWER = {  # field: (type, least, most)
+    "device": (str, "", "~"),
+    "torch": (str, "", "~"),
+    "dtype": (str, "", "~"),
+    "note": (str, "", "~"),
+    "val_loss": (float, 0, 1e4),
+    "val_bpb": (float, 0, 1e4),
+    "seconds": (float, 0, 1e9),
+    "twice": (int, 0, 2**40),
+    "wrong_targets": (int, 0, 2**40),
+    "wrong_inputs": (int, 0, 2**60),
+    "weights": (bool, 0, 1),
+    "seq_len": (int, 1, 2**30),
+    "stride": (int, 1, 2**30),
+    "vocab_size": (int, 2, 2**16),
+    "observe_every": (int | None, 0, 2**40),
+}
+
+
+def read_answer(path: Path) -> dict:
+    """What the claim process says. It may be anything, so every field is checked."""
+    answer = json.loads(path.read_text())
+    for name, (kind, least, most) in ANSWER.items():
+        value = answer.get(name) if isinstance(answer, dict) else None
+        fits = isinstance(value, kind) and (value is None or least <= value <= most)
+        require(fits, f"the claim process wrote {name}={value!r:.40} to answer.json: run the record's code unchanged")
+    return answer
 
 
 # ---------- The blind process -----------------------------------------------------------------------------------------

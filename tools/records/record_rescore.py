@@ -23,6 +23,7 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
+import isolation
 import numpy as np
 import record_data
 import record_judge
@@ -198,6 +199,9 @@ def main(arguments: argparse.Namespace) -> int:
     data = arguments.data or ROOT / record.config.get("DATA_PATH", "")
     tokenizer = arguments.tokenizer or record.config.get("TOKENIZER_PATH", "")
     tokenizer = str((ROOT / tokenizer).resolve()) if (ROOT / tokenizer).is_file() else tokenizer
+    require(arguments.places > 0, f"--places {arguments.places}: expected at least 1")
+    why = "this user has neither namespaces nor Landlock (Linux 5.13): use another machine"
+    require(isolation.available(), f"the record's code cannot be isolated here, so it is not run: {why}")
     verdict, measured = examine(record, artifacts[0], data, tokenizer, arguments)
     report = {
         "folder": str(record.folder),
