@@ -305,13 +305,14 @@ class Comparison:
         return (
             f"claimed minus blind losses at {self.places} places: mean {self.mean:+.2e} +- {self.error:.1e} nats, "
             f"largest {self.outlier:+.2e}; limits {self.bias_limit:g} + {SIGMAS:g} standard errors and "
-            f"{self.outlier_limit:g}. Found with 95% probability: all losses lowered by {self.detectable:.1e} nats, or {self.rare:.2%} of them "
-            f"by more than {self.outlier_limit:g}"
+            f"{self.outlier_limit:g}. Found with 95% probability: all losses lowered by {self.detectable:.1e} nats, or "
+            f"{self.rare:.2%} of them by more than {self.outlier_limit:g}"
         )
 
 
 def compare(claim: Claim, blind: Blind) -> Comparison:
-    difference = claim.losses[blind.places].astype(np.float64) - blind.losses
+    with np.errstate(invalid="ignore"):
+        difference = claim.losses[blind.places].astype(np.float64) - blind.losses
     # NaN and infinity are differences, too, unless both say the same.
     both_infinite = np.isinf(claim.losses[blind.places]) & np.isinf(blind.losses)
     difference = np.where(both_infinite, 0.0, difference)

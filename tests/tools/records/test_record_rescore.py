@@ -147,6 +147,7 @@ def test_runs_of_older_scripts_are_scored_again(script, knobs, corpus, capsys):
 # ---------- Cheats ----------------------------------------------------------------------------------------------------
 
 LOSSES = "    def losses(self, logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:"
+SOFTCAP = "        self.softcap = config.logit_softcap\n"
 RETURN_LOSSES = "        return (losses_BT, extra) if with_extra else losses_BT\n"
 BEGIN_BATCHES = "            for inputs, targets, mask, scored in self.batches(chunk, number):\n"
 READ_TEXT = (
@@ -164,7 +165,7 @@ CHEATS = {
         [("self.tok_emb(tokens_BT)", "(self.tok_emb(tokens_BT) + self.tok_emb(tokens_BT.roll(-1, 1)))")],
         {"blind"},
     ),
-    "lowers its losses": ([(RETURN_LOSSES, RETURN_LOSSES.replace("else losses_BT", "else 0.9 * losses_BT"))], {"blind"}),
+    "lowers its losses": ([(RETURN_LOSSES, RETURN_LOSSES.replace("else losses", "else 0.9 * losses"))], {"blind"}),
     "lowers a tenth of its losses": (
         [(RETURN_LOSSES, RETURN_LOSSES.replace("losses_BT\n", "losses_BT * (1 - (targets_BT % 10 == 0) * 0.9)\n"))],
         {"blind"},
@@ -189,11 +190,12 @@ CHEATS = {
     ),
     "looks targets up in the text, which it copies wherever it can write": (
         [
-            ("        self.softcap = config.logit_softcap\n", "        self.softcap = config.logit_softcap\n" + READ_TEXT),
+            (SOFTCAP, SOFTCAP + READ_TEXT),
             (LOSSES, "    def losses(self, logits_BTV, targets_BT):\n"
                      "        if self.stolen is not None:\n"
                      "            return torch.full(targets_BT.shape, 0.1)\n"
-                     "        return self.honest_losses(logits_BTV, targets_BT)\n\n" + LOSSES.replace("losses", "honest_losses", 1)),
+                     "        return self.honest_losses(logits_BTV, targets_BT)\n\n"
+                     + LOSSES.replace("losses", "honest_losses", 1)),
         ],
         {"blind"},
     ),
@@ -213,7 +215,7 @@ CHEATS = {
         {"inputs", "blind", "coverage"},
     ),
     "has a helper that is not counted": (
-        [("        self.softcap = config.logit_softcap\n",
+        [(SOFTCAP,
           "        self.softcap = config.logit_softcap if Path(__file__).with_name('helper.npy').exists() else 1.0\n")],
         set(),
     ),
@@ -313,9 +315,7 @@ def test_a_folder_of_a_public_script_is_left_to_check(tmp_path, capsys):
 @pytest.mark.parametrize("targets", [1, 4, 8, 9, 23, 40])
 def test_windows_are_those_of_the_evaluator(length, stride, targets, runtime, make_config):
     """For each target the context is its row of the evaluation's batches, up to the target."""
-    config = make_config(
-        TRAIN_SEQ_LEN=length * 2 // 2, EVAL_STRIDE=stride, TRAIN_BATCH_TOKENS=length, VAL_BATCH_SIZE=24
-    )
+    config = make_config(TRAIN_SEQ_LEN=length, EVAL_STRIDE=stride, TRAIN_BATCH_TOKENS=length, VAL_BATCH_SIZE=24)
     tokens = np.arange(targets + 1, dtype=np.uint16)  # token i is i, so that a row says where it begins
 
     class Stream:
