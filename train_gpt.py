@@ -461,11 +461,11 @@ AUDIT_TOKENS = 1_000_000  # tokens that are decoded and compared
 # piece has the UTF-8 length of its text, with U+2581 as a space. If the tokenizer adds or strips a space at
 # the start of a text, the leading U+2581 of a piece right after a boundary has 0 bytes.
 class TokenBytes:
-    def __init__(self, path: str, vocab_size: int, padding: int = 127):
+    def __init__(self, path: str, vocab_size: int | None = None, padding: int = 127):  # None: that of the tokenizer
         self.path, self.strips_first_space = path, True
         self.zero_bytes = []  # case marks: tokens without bytes that are not boundaries
-        self.leading = set()  # tokens whose text begins with U+2581, which `pieces` leaves out
-        self.byte_ids, self.unknown = set(), set()
+        self.unmark = lambda text: text  # tools/vocabularies.py replaces this if there are case marks
+        self.leading, self.byte_ids, self.unknown = set(), set(), set()
         if named := NAMED_TOKENIZER.fullmatch(path):
             tool("vocabularies", required=True).load(self)
         else:
@@ -473,6 +473,7 @@ class TokenBytes:
         self.size = len(self.pieces)  # `pieces` has the bytes of each token; None for a special token
         content = repr(self.pieces).encode() if named else Path(path).read_bytes()
         self.sha256 = hashlib.sha256(content).hexdigest()
+        vocab_size = self.size if vocab_size is None else vocab_size
         fits, found = 0 <= vocab_size - self.size <= padding, f"TOKENIZER_PATH={path} has {self.size} pieces"
         require(fits, f"VOCAB_SIZE={vocab_size}, but {found}: set that, or the tokenizer of the shards")
         pieces = self.pieces + [None] * (vocab_size - self.size)
@@ -480,6 +481,7 @@ class TokenBytes:
         self.byte_count = np.array([len(piece or b"") for piece in pieces])
         self.byte_count[self.zero_bytes] = 0
         self.leading_space = np.isin(np.arange(vocab_size), [*self.leading])
+        self.texts = [b" " * (token in self.leading) + (piece or b"") for token, piece in enumerate(pieces)]
 
     def load_sentencepiece(self, path: str):
         from sentencepiece import SentencePieceProcessor  # here, so that importing this script stays cheap
@@ -493,10 +495,10 @@ class TokenBytes:
         ids = range(model.vocab_size())
         texts = model.id_to_piece([*ids])
         require("\u2581" in texts, f"{path} has no piece for a single space (U+2581): use another")
-        # If the model adds or strips a space at the start of a text, that space is not part of the text.
         self.strips_first_space = model.normalize("a")[:1] == "\u2581" or model.normalize(" a")[:1] != "\u2581"
         self.unknown = {token for token in ids if model.is_unknown(token) or model.is_unused(token)}
         special, self.byte_ids = self.unknown | set(filter(model.is_control, ids)), set(filter(model.is_byte, ids))
+        # `pieces` leaves out the leading U+2581 of these tokens.
         self.leading = {token for token in ids if texts[token].startswith("\u2581")} - special
         self.pieces = [text.removeprefix("\u2581").replace("\u2581", " ").encode() for text in texts]
         for token in special | self.byte_ids:
@@ -507,9 +509,6 @@ class TokenBytes:
     def decode(self, tokens: list[int]) -> bytes:
         return self.unmark(self.model.decode(tokens).encode())
 
-    def unmark(self, text: bytes) -> bytes:  # tools/vocabularies.py replaces this if there are marks of capitals
-        return text
-
     def count(self, tokens: np.ndarray) -> int:
         """Bytes of tokens[1:], each in the context of the token before it."""
         previous, target = tokens[:-1], tokens[1:]
@@ -518,10 +517,11 @@ class TokenBytes:
 
     def spell(self, tokens: list[int]) -> bytes:
         """The text of a document, piece by piece, as `count` counts it."""
-        text, at_start = [], self.strips_first_space
-        for token in tokens:
-            text.append(b" " * (token in self.leading and not at_start) + (self.pieces[token] or b""))
-            at_start = self.strips_first_space and self.pieces[token] is None
+        text = [self.texts[token] for token in tokens]
+        if self.strips_first_space:
+            for at in [0] + [at for at, piece in enumerate(text, 1) if not piece]:  # after a boundary
+                if at < len(text) and tokens[at] in self.leading:
+                    text[at] = text[at][1:]
         return self.unmark(b"".join(text))
 
 

@@ -1,34 +1,28 @@
-"""What the scripts of this folder share: how they speak and end, and how a data set takes its place."""
+"""What the scripts of this folder share: messages and exit codes, locks, and how a data set takes its place."""
 
 import hashlib
 import json
 import os
 import shutil
 import socket
-import struct
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 DATA_ROOT = Path(__file__).resolve().parent
-SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
+sys.path.insert(0, str(DATA_ROOT.parent))  # of train_gpt.py
 
-
-class UserError(Exception):
-    """Something the user can put right: one line with what was given, what was expected and what to do."""
+from train_gpt import UserError, tool  # noqa: E402
 
 
 def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def require(ok, message: str) -> None:
-    if not ok:
-        raise UserError(message)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -64,6 +58,20 @@ def run_command(action: Callable[[], None], interrupted: str) -> int:
     return 2
 
 
+def in_thread(task: Callable, *arguments) -> Future:
+    """`task` at work beside this thread, which Ctrl+C reaches all the same, and which need not wait for it to end."""
+    future: Future = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(task(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future
+
+
 def leave(code: int) -> None:
     """End the process without waiting for threads that work for nobody any more."""
     for stream in (sys.stdout, sys.stderr):
@@ -86,33 +94,10 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def find_shard_fault(path: Path) -> str | None:
-    """What keeps the trainer from reading the file at `path` as a shard: int32 magic, version, token count, zeros up to
-    1,024 bytes, then as many uint16 tokens."""
-    size, header_bytes = path.stat().st_size, 4 * SHARD_HEADER_INTS
-    if size < header_bytes:
-        return f"has {size} bytes, less than a header of a shard"
-    with open(path, "rb") as file:
-        magic, version, count = struct.unpack("<3i", file.read(12))
-    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
-        return f"has magic {magic} version {version}, expected {SHARD_MAGIC} version {SHARD_VERSION}, as a shard"
-    if count < 1 or size != header_bytes + 2 * count:
-        return f"has {size} bytes, but states {count} tokens, which take {header_bytes + 2 * count}"
-    return None
-
-
 def write_file(path: Path, data: bytes) -> None:
     """Write so that the name appears only with all of its bytes on disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    tool("checkpoint", required=True).write_file(path, data)
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -211,3 +196,16 @@ def is_complete(folder: Path, model: Path | None, header: dict) -> bool:
     except (OSError, LookupError, TypeError, AttributeError):
         return False
     return whole and agrees(manifest, header) and set(shards) == {path.name for path in folder.glob("fineweb_*.bin")}
+
+
+def refuse_foreign(folder: Path, header: dict, model: Path | None) -> None:
+    """UserError where a finished data set of another command would be lost, or files of unknown origin."""
+    manifest = read_json(folder / "manifest.json")
+    if "incomplete" in manifest or agrees(manifest, header):
+        return
+    remedy = "choose another --name, or pass --overwrite"
+    if manifest or any(folder.glob("fineweb_*.bin")):
+        origin = f"made by: {manifest.get('command', 'an unknown command')}" if manifest else "without a manifest"
+        raise UserError(f"{folder}: holds another data set, {origin}; {remedy}")
+    if model is not None and model.is_file() and hash_file(model) != header["tokenizer"].get("sha256"):
+        raise UserError(f"{model}: is another tokenizer; {remedy}")

@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import common
-from common import DATA_ROOT, UserError, first_line, leave, locked, require, run_command, say
+from common import DATA_ROOT, first_line, leave, locked, run_command, say
+
+from train_gpt import UserError, open_shard, require
 
 os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # its servers are others than HF_ENDPOINT
 try:
@@ -98,11 +100,8 @@ class Hub:
         """The file below `folder`, by the library, which takes up lost connections."""
         path = f"{self.prefix}/{remote.path}".lstrip("/")
         try:
-            return Path(
-                hf_hub_download(
-                    self.repo_id, path, repo_type="dataset", revision=commit, local_dir=folder, endpoint=self.endpoint
-                )
-            )
+            where = {"revision": commit, "local_dir": folder, "endpoint": self.endpoint}
+            return Path(hf_hub_download(self.repo_id, path, repo_type="dataset", **where))
         except (HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
             raise self.explain(error, path) from error
         except OSError as error:
@@ -134,11 +133,8 @@ class Hub:
                 f"{self.endpoint} does not answer as a hub does ({first_line(error)}): check HF_ENDPOINT, "
                 "and that no log-in page of the network stands between"
             ) from error
-        require(
-            "manifest.json" in files,
-            f"{self.repo_id} has no {start}manifest.json: check MATCHED_FINEWEB_REPO_ID "
-            f"and MATCHED_FINEWEB_REMOTE_ROOT_PREFIX={self.prefix}",
-        )
+        remedy = f"check MATCHED_FINEWEB_REPO_ID and MATCHED_FINEWEB_REMOTE_ROOT_PREFIX={self.prefix}"
+        require("manifest.json" in files, f"{self.repo_id} has no {start}manifest.json: {remedy}")
         staged = self.fetch(files["manifest.json"], info.sha, folder)
         fault = find_fault(staged, files["manifest.json"])
         require(fault is None, f"{start}manifest.json {fault}: start the command again")
@@ -156,10 +152,8 @@ def make_plan(listing: Listing, repo_id: str, args: argparse.Namespace) -> Plan:
     """UserError where the repository lacks what the manifest or the arguments name, or it would leave the data root."""
 
     def remote(path: str, remedy: str = "check MATCHED_FINEWEB_REPO_ID") -> Remote:
-        require(
-            all(map(SAFE_NAME.fullmatch, path.split("/"))),
-            f"the manifest names {path!r}, expected a path below the prefix: check MATCHED_FINEWEB_REPO_ID",
-        )
+        safe = all(map(SAFE_NAME.fullmatch, path.split("/")))
+        require(safe, f"the manifest names {path!r}, expected a path below the prefix: check MATCHED_FINEWEB_REPO_ID")
         require(path in listing.files, f"the manifest of {repo_id} asks for {path}, which it does not have: {remedy}")
         return listing.files[path]
 
@@ -199,23 +193,15 @@ def make_plan(listing: Listing, repo_id: str, args: argparse.Namespace) -> Plan:
     strangers = {}
     for path in sorted(set(folder.glob("fineweb_*.bin")) - set(wanted)):
         found = listing.files.get(path.relative_to(args.out).as_posix())
-        require(
-            found,
-            f"{path} is no shard of the repository, and the trainer would read it as part of the data: "
-            "delete it or move it away",
-        )
+        fault = "is no shard of the repository, and the trainer would read it as part of the data"
+        require(found, f"{path} {fault}: delete it or move it away")
         strangers[path] = found
     chosen = f"{name}: {asked['train']} of {count['train']} training shards, all {count['val']} of validation"
     more = f" (--train-shards {args.train_shards} is more than there are)" * (args.train_shards > count["train"])
-    knobs = (
-        {
-            "DATA_PATH": folder,
-            "TOKENIZER_PATH": args.out / "tokenizers" / main.rpartition("/")[2],
-            "VOCAB_SIZE": size or "",
-        }
-        if folder != DATA_ROOT / "datasets" / DEFAULT_DATASET
-        else {}
-    )
+    knobs = {}
+    if folder != DATA_ROOT / "datasets" / DEFAULT_DATASET:
+        model = args.out / "tokenizers" / main.rpartition("/")[2]
+        knobs = {"DATA_PATH": folder, "TOKENIZER_PATH": model, "VOCAB_SIZE": size or ""}
     command = [*(f"{knob}={shlex.quote(str(value))}" for knob, value in knobs.items()), "python train_gpt.py"]
     return Plan(chosen + more, wanted, strangers, " ".join(command))
 
@@ -230,7 +216,12 @@ def find_fault(path: Path, remote: Remote) -> str | None:
         digest = hashlib.file_digest(file, lambda: begun).hexdigest()
     if digest != remote.digest:
         return f"has the hash {digest}, expected {remote.digest}"
-    return common.find_shard_fault(path) if path.suffix == ".bin" else None
+    try:
+        if path.suffix == ".bin":
+            open_shard(path)
+    except UserError as error:
+        return f"cannot be read ({error})"
+    return None
 
 
 def download(target: Path, remote: Remote, hub: Hub, commit: str, staging: Path):
@@ -256,11 +247,9 @@ def bring(plan: Plan, hub: Hub, commit: str, offline: str | None, args: argparse
         items = plan.wanted | plan.strangers
         faults = dict(zip(items, pool.map(find_fault, items, items.values()), strict=True))
         for path in plan.strangers:
-            require(
-                not faults[path],
-                f"{path} {faults[path]}; it is not among the shards asked for, but the trainer "
-                "would read it: delete it, or ask for more with --train-shards",
-            )
+            note = "it is not among the shards asked for, but the trainer would read it"
+            remedy = "delete it, or ask for more with --train-shards"
+            require(not faults[path], f"{path} {faults[path]}; {note}: {remedy}")
             say(f"{path} is here from before and whole; the trainer reads it too")
         missing = {path: remote for path, remote in plan.wanted.items() if faults[path]}
         for path in filter(Path.exists, missing):
@@ -268,17 +257,12 @@ def bring(plan: Plan, hub: Hub, commit: str, offline: str | None, args: argparse
         size, count = sum(remote.size for remote in missing.values()), len(plan.wanted)
         say(f"{count - len(missing)} of {count} files are in place, with the size and hash the hub states")
         if missing:
-            require(
-                not offline,
-                f"{offline}; {len(missing)} files of {size:,} bytes are missing or damaged, the first "
-                f"is {min(missing)}: connect, or set HF_ENDPOINT to a mirror",
-            )
+            which = f"{len(missing)} files of {size:,} bytes are missing or damaged, the first is {min(missing)}"
+            require(not offline, f"{offline}; {which}: connect, or set HF_ENDPOINT to a mirror")
             free = shutil.disk_usage(next(path for path in min(missing).parents if path.exists())).free
-            require(
-                size <= free,
-                f"{size:,} bytes are missing, but the disk of {args.out} has {free:,} free: make "
-                "room, take fewer shards (--train-shards N), or another disk (--out DIR)",
-            )
+            needed = f"{size:,} bytes are missing, but the disk of {args.out} has {free:,} free"
+            remedy = "make room, take fewer shards (--train-shards N), or another disk (--out DIR)"
+            require(size <= free, f"{needed}: {remedy}")
             say(f"fetching {len(missing)} files, {size:,} bytes")
             for done in as_completed([pool.submit(download, *item, hub, commit, staging) for item in missing.items()]):
                 done.result()
@@ -291,28 +275,17 @@ def bring(plan: Plan, hub: Hub, commit: str, offline: str | None, args: argparse
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     variables = "MATCHED_FINEWEB_REPO_ID, MATCHED_FINEWEB_REMOTE_ROOT_PREFIX, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=f"environment: {variables}")
-    parser.add_argument(
-        "--variant",
-        default="sp1024",
-        metavar="NAME",
-        help="sp1024, sp4096, sp8192, byte260 or a data set of the manifest (default sp1024)",
-    )
-    parser.add_argument(
-        "--train-shards",
-        type=int,
-        default=80,
-        metavar="N",
-        help="the first N training shards, or all where there are fewer (default 80)",
-    )
+    names = "sp1024, sp4096, sp8192, byte260 or a data set of the manifest (default sp1024)"
+    parser.add_argument("--variant", default="sp1024", metavar="NAME", help=names)
+    shards = "the first N training shards, or all where there are fewer (default 80)"
+    parser.add_argument("--train-shards", type=int, default=80, metavar="N", help=shards)
     parser.add_argument("--with-docs", action="store_true", help=f"also the text itself, {DOCS}")
     parser.add_argument("--workers", type=int, default=8, metavar="N", help="files at a time, 1 to 64 (default 8)")
     parser.add_argument("--out", type=Path, default=DATA_ROOT, help="data root (default: the folder of this script)")
     args = parser.parse_args(argv)
-    require(
-        args.train_shards >= 0 and 1 <= args.workers <= 64,
-        f"--train-shards {args.train_shards} --workers "
-        f"{args.workers}: expected 0 shards (validation alone) or more, and 1 to 64 workers",
-    )
+    given = f"--train-shards {args.train_shards} --workers {args.workers}"
+    limits = "expected 0 shards (validation alone) or more, and 1 to 64 workers"
+    require(args.train_shards >= 0 and 1 <= args.workers <= 64, f"{given}: {limits}")
     return args
 
 

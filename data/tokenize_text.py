@@ -24,47 +24,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import common
 import numpy as np
-from common import (
-    DATA_ROOT,
-    SHARD_HEADER_INTS,
-    SHARD_MAGIC,
-    SHARD_VERSION,
-    UserError,
-    agrees,
-    claimed,
-    hash_file,
-    is_complete,
-    leave,
-    publish,
-    read_json,
-    run_command,
-    say,
-)
-from texts import (
-    BLOCK_BYTES,
-    FORMS,
-    MAX_DOCUMENT_BYTES,
-    PACKINGS,
-    SUFFIXES,
-    Document,
-    TextFile,
-    find_files,
-    read_documents,
-)
+from common import DATA_ROOT, hash_file, say
+from texts import BLOCK_BYTES, MAX_DOCUMENT_BYTES, SUFFIXES, Document, TextFile, find_files, plain_name, read_documents
 from tqdm import tqdm
-from vocab import (
-    MARKS_OPTIONS,
-    MAX_VOCAB,
-    TOKENIZER_OPTIONS,
-    UNLEARNED,
-    Bytes,
-    SentencePiece,
-    Tiktoken,
-    Tokenizer,
-    in_thread,
-    train_sentencepiece,
-)
+from vocab import UNLEARNED, SentencePiece, Tokenizer, choose_tokenizer, tokenizer_options, train_tokenizer
+
+from train_gpt import SHARD_HEADER_BYTES, SHARD_MAGIC, SHARD_VERSION, UserError
 
 SHARD_TOKENS = 100_000_000
 DEFAULT_SHARE = 0.01  # of the documents, for validation
@@ -141,39 +108,15 @@ def take_sample(files: list[TextFile], split: Split, size: int) -> list[bytes]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def choose_tokenizer(spec: str) -> tuple[str, Tokenizer | int]:
-    """A tokenizer's name for folders and itself, or the number of pieces to train it with."""
-    if trained := re.fullmatch(r"train:sp(\d+)", spec):
-        size = int(trained[1])
-        if not 1 <= size <= MAX_VOCAB:
-            raise UserError(f"--tokenizer {spec}: expected 1 to {MAX_VOCAB} pieces, as tokens are uint16")
-        return f"sp{size}", size
-    if spec == "bytes":
-        return "byte260", Bytes()
-    if spec.endswith(".model"):
-        try:
-            return Path(spec).stem, SentencePiece(Path(spec).read_bytes(), spec)
-        except OSError as error:
-            raise UserError(f"--tokenizer {spec}: {error.strerror}; name a SentencePiece .model") from None
-    try:
-        import tiktoken
-    except ImportError:
-        raise UserError(f"--tokenizer {spec}: needs the package tiktoken: pip install tiktoken") from None
-    if spec not in tiktoken.list_encoding_names():
-        names = ", ".join(sorted(tiktoken.list_encoding_names()))
-        raise UserError(f"--tokenizer {spec}: expected train:spN, a .model file, bytes, or one of tiktoken's: {names}")
-    return spec, Tiktoken(spec)
-
-
-def learn(size: int, sample: list[bytes], args: argparse.Namespace) -> tuple[SentencePiece, dict]:
+def learn(size: int, sample: list[bytes], work: Path, args: argparse.Namespace) -> tuple[SentencePiece, dict]:
     """A tokenizer of `size` pieces from a sample, and how much that was."""
     about = {"documents": len(sample), "bytes": sum(map(len, sample))}
     say(f"training {size} pieces on {about['documents']:,} training documents, {about['bytes'] / 1e6:.1f} MB")
     if reserved := sum(raw.count(char.encode()) for raw in sample for char in UNLEARNED):
         about["reserved_characters"] = reserved
         say(f"not learned, but spelled in bytes: {reserved:,} characters U+2581 and U+2585, which SentencePiece keeps")
-    option, options = f"--tokenizer {args.tokenizer}", MARKS_OPTIONS if args.case_marks else TOKENIZER_OPTIONS
-    return SentencePiece(train_sentencepiece(sample, size, option, options), option), about
+    options = tokenizer_options(args.case_marks)
+    return train_tokenizer(sample, size, f"--tokenizer {args.tokenizer}", options, work), about
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -193,18 +136,14 @@ class Encoded:
 
 
 def prove(tokenizer: Tokenizer, documents: list[bytes], encoded: list[np.ndarray]) -> Encoded:
-    """Documents with their tokens, spelled again and compared with every text."""
+    """Documents with their tokens, which are spelled again and compared with every text."""
     start = np.array([tokenizer.start], np.uint16)
     tokens = np.concatenate([part for ids in encoded for part in (start, ids)])
-    starts = np.cumsum([0, *(1 + len(ids) for ids in encoded)])[:-1]
-    spelled, lengths, weights = tokenizer.spell(tokens)
-    ends = np.cumsum(np.add.reduceat(lengths, starts)).tolist()
-    sizes = np.add.reduceat(weights, starts).tolist()
-    lossy = sum(
-        size != len(raw) or tokenizer.restore(spelled[begin:end]) != raw
-        for raw, size, begin, end in zip(documents, sizes, [0, *ends], ends, strict=False)
-    )
-    return Encoded(tokens, len(documents), sum(map(len, documents)), sum(sizes), lossy)
+    spelled = (tokenizer.table.spell(ids.tolist()) for ids in encoded)
+    lossy = sum(text != raw for text, raw in zip(spelled, documents, strict=True))
+    true_bytes, token_bytes = sum(map(len, documents)), tokenizer.table.count(tokens)
+    assert lossy or token_bytes == true_bytes, f"{token_bytes} bytes counted, {true_bytes} spelled"
+    return Encoded(tokens, len(documents), true_bytes, token_bytes, lossy)
 
 
 def batches(documents: Iterable[tuple]) -> Iterator[list[tuple[str, Document]]]:
@@ -227,7 +166,7 @@ def encode_all(documents: Iterable[tuple], tokenizer: Tokenizer, threads: int) -
     for batch in batches(documents):
         encoded = future.result() if future else []
         if batch:
-            future = in_thread(tokenizer.encode, [document.text for _, document in batch], threads)
+            future = common.in_thread(tokenizer.encode, [document.text for _, document in batch], threads)
         for split in SPLITS:
             members = [i for i, (where, _) in enumerate(former) if where == split]
             if members:
@@ -249,18 +188,13 @@ class SplitWriter:
         self.counts, self.shards = Counter(), []
 
     def add(self, it: Encoded) -> None:
-        self.counts.update(
-            documents=it.documents,
-            tokens=len(it.tokens),
-            bytes=it.bytes,
-            token_bytes=it.token_bytes,
-            lossy_documents=it.lossy_documents,
-        )
+        self.counts.update(documents=it.documents, tokens=len(it.tokens), bytes=it.bytes, token_bytes=it.token_bytes)
+        self.counts["lossy_documents"] += it.lossy_documents
         tokens = it.tokens.astype("<u2")
         while len(tokens):
             if self.file is None:
                 self.file, self.room = open(f"{self.prefix}_{len(self.shards):06d}.bin", "wb"), self.shard_tokens
-                self.file.write(bytes(4 * SHARD_HEADER_INTS))
+                self.file.write(bytes(SHARD_HEADER_BYTES))
             part, tokens = tokens[: self.room], tokens[self.room :]
             self.file.write(part.tobytes())
             self.room -= len(part)
@@ -402,9 +336,7 @@ def describe(name: str, files: list[TextFile], left_out: Counter, tokenizer: dic
 
 
 def name_dataset(args: argparse.Namespace, tag: str) -> str:
-    stem = "stdin" if args.inputs == ["-"] else Path(args.inputs[0]).resolve().name
-    while Path(stem).suffix in (*PACKINGS, *FORMS):
-        stem = Path(stem).stem
+    stem = "stdin" if args.inputs == ["-"] else plain_name(Path(args.inputs[0]).resolve())
     plain = re.sub(r"[^A-Za-z0-9_.+-]+", "_", stem).strip("_.+-")
     return args.name or f"{plain or 'text'}_{tag}{'_case_marks' * args.case_marks}"
 
@@ -414,42 +346,19 @@ def record_command(args: argparse.Namespace) -> str:
     parts = ["python", "data/tokenize_text.py", *args.inputs, "--tokenizer", args.tokenizer]
     cut = args.separator.decode("utf-8", "replace").replace("\\", "\\\\")
     cut = cut.replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
-    options = {
-        "--val-docs": args.val_docs,
-        "--val-share": args.val_share,
-        "--field": args.field,
-        "--separator": cut,
-        "--document-bytes": args.document_bytes,
-        "--format": args.format,
-        "--name": args.name,
-        "--shard-tokens": args.shard_tokens,
-        "--train-bytes": args.train_bytes,
-    }
-    parts += [f"{option}={value}" for option, value in options.items() if value]  # a value may begin with a dash
+    names = "val_docs val_share field separator document_bytes format name shard_tokens train_bytes".split()
+    values = {name: getattr(args, name) for name in names} | {"separator": cut}
+    # As one word, since a value may begin with a dash.
+    parts += [f"--{name.replace('_', '-')}={value}" for name, value in values.items() if value]
     return shlex.join([*parts, *["--case-marks"] * args.case_marks, *(["--val", *args.val] if args.val else [])])
-
-
-def refuse_foreign(folder: Path, header: dict, model: Path | None) -> None:
-    """UserError where a finished data set of another command would be lost, or files of unknown origin."""
-    manifest = read_json(folder / "manifest.json")
-    if "incomplete" in manifest or agrees(manifest, header):
-        return
-    remedy = "choose another --name, or pass --overwrite"
-    if manifest or any(folder.glob("fineweb_*.bin")):
-        origin = f"made by: {manifest.get('command', 'an unknown command')}" if manifest else "without a manifest"
-        raise UserError(f"{folder}: holds another data set, {origin}; {remedy}")
-    if model is not None and model.is_file() and hash_file(model) != header["tokenizer"].get("sha256"):
-        raise UserError(f"{model}: is another tokenizer; {remedy}")
 
 
 def check_split(split: str, documents: int, counts: Counter) -> None:
     if not documents:
         found = counts["train"] + counts["val"] + counts["duplicates"]
-        raise UserError(
-            f"the {split} split would be empty, as the input has {found:,} documents; give more text, cut "
-            "it into documents (--separator, --document-bytes), or choose another --val, --val-docs or "
-            "--val-share"
-        )
+        remedy = "give more text, cut it into documents (--separator, --document-bytes), or choose another"
+        options = "--val, --val-docs or --val-share"
+        raise UserError(f"the {split} split would be empty, as the input has {found:,} documents; {remedy} {options}")
 
 
 def make_splits(
@@ -468,10 +377,8 @@ def make_splits(
     for name, it in splits.items():
         check_split(name, it["documents"], split.counts)
         if it["lossy_documents"] and not args.tokenizer.endswith(".model"):
-            raise UserError(
-                f"{name}: {it['lossy_documents']} documents do not come back from their tokens, a fault of "
-                f"this script or of {args.tokenizer}; choose another tokenizer"
-            )
+            fault = f"a fault of this script or of {args.tokenizer}; choose another tokenizer"
+            raise UserError(f"{name}: {it['lossy_documents']} documents do not come back from their tokens, {fault}")
     dropped = {"duplicates_of_validation": split.counts["duplicates"], "empty": split.counts["empty"]}
     return below, {"dropped": dropped, "splits": splits}
 
@@ -479,11 +386,8 @@ def make_splits(
 def report(manifest: dict) -> None:
     for why, count in manifest["corpus"].get("left_out", {}).items():
         say(f"left out of the input: {count:,} files or folders ({why})")
-    dropped = manifest["dropped"]
-    say(
-        f"dropped {dropped['duplicates_of_validation']:,} training documents that validation has, skipped "
-        f"{dropped['empty']:,} empty texts"
-    )
+    duplicates, empty = manifest["dropped"]["duplicates_of_validation"], manifest["dropped"]["empty"]
+    say(f"dropped {duplicates:,} training documents that validation has, skipped {empty:,} empty texts")
     for split, it in manifest["splits"].items():
         counts = f"{it['documents']:,} documents, {it['bytes']:,} bytes, {it['tokens']:,} tokens"
         say(f"{split}: {counts}, {it['bytes'] / it['tokens']:.4f} bytes per token")
@@ -491,10 +395,8 @@ def report(manifest: dict) -> None:
             say(f"{split}: lossless, the tokens of every document spell its exact bytes")
         else:
             off = it["token_bytes"] - it["bytes"]
-            say(
-                f"{split}: LOSSY, {it['lossy_documents']:,} documents are not spelled exactly; the tokens stand for "
-                f"{it['token_bytes']:,} bytes, {off:+,} ({off / it['bytes']:+.4%})"
-            )
+            tokens = f"the tokens stand for {it['token_bytes']:,} bytes, {off:+,} ({off / it['bytes']:+.4%})"
+            say(f"{split}: LOSSY, {it['lossy_documents']:,} documents are not spelled exactly; {tokens}")
 
 
 def make_dataset(
@@ -504,7 +406,7 @@ def make_dataset(
     left_out = Counter()
     files = find_input(args, work, left_out)
     if isinstance(tokenizer, int):
-        options = {"options": MARKS_OPTIONS if args.case_marks else TOKENIZER_OPTIONS, "train_bytes": args.train_bytes}
+        options = {"options": tokenizer_options(args.case_marks), "train_bytes": args.train_bytes}
         about = {"kind": "sentencepiece", "file": model.name, "vocab_size": tokenizer} | options
     else:
         about = tokenizer.about | ({"file": model.name} if model else {})
@@ -512,24 +414,24 @@ def make_dataset(
         header = describe(folder.name, files, left_out, about, args)
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror}); name a file that can") from None
-    if is_complete(folder, model, header):
+    if common.is_complete(folder, model, header):
         return None
     if not args.overwrite:
-        refuse_foreign(folder, header, model)
+        common.refuse_foreign(folder, header, model)
 
     below = 0 if args.val or args.val_docs else int((args.val_share or DEFAULT_SHARE) * 2**128)
     if isinstance(tokenizer, int):
         split = Split(args, below)
         sample, below = take_sample(files, split, args.train_bytes), split.below
         check_split("train", len(sample), split.counts)
-        tokenizer, learned = learn(tokenizer, sample, args)
+        tokenizer, learned = learn(tokenizer, sample, work, args)
         about |= {"start": tokenizer.start, "sha256": tokenizer.about["sha256"], "trained_on": learned}
         sample.clear()  # its memory is needed for other things
     below, made = make_splits(work, files, tokenizer, below, args)
     header["validation"]["below"] = f"{below:032x}"
     manifest = header | {"command": record_command(args)} | made
     (work / "stdin").unlink(missing_ok=True)
-    publish(work, folder, manifest, (model, tokenizer.model) if model else None)
+    common.publish(work, folder, manifest, (model, tokenizer.model) if model else None)
     return manifest, tokenizer
 
 
@@ -545,7 +447,7 @@ def tokenize(args: argparse.Namespace) -> None:
         model = tokenizers / Path(args.tokenizer).name
     elif isinstance(tokenizer, int | SentencePiece):
         model = tokenizers / f"{name}.model"
-    with claimed(folder, record_command(args)) as work:
+    with common.claimed(folder, record_command(args)) as work:
         made = make_dataset(folder, work, model, tokenizer, args)
     if made is None:
         say(f"complete, nothing to do: {folder}")
@@ -555,14 +457,14 @@ def tokenize(args: argparse.Namespace) -> None:
     seconds, true_bytes = time.perf_counter() - started, sum(it["bytes"] for it in manifest["splits"].values())
     say(f"wrote {folder} in {seconds:.1f} s, {true_bytes / 1e6 / seconds:.2f} MB of text a second")
     where = model or args.tokenizer
-    say(f"next: DATA_PATH={folder} TOKENIZER_PATH={where} VOCAB_SIZE={tokenizer.vocab_size} python train_gpt.py")
+    say(f"next: DATA_PATH={folder} TOKENIZER_PATH={where} VOCAB_SIZE={tokenizer.size} python train_gpt.py")
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_command(
+    return common.run_command(
         lambda: tokenize(parse_arguments(argv)), "nothing is in place that was not before; the same command begins anew"
     )
 
 
 if __name__ == "__main__":
-    leave(main())
+    common.leave(main())

@@ -1,18 +1,20 @@
-"""Tokenizers of text data sets: text to tokens by the libraries' own batches, tokens to the bytes they stand for, and a
-SentencePiece model learned from documents."""
+"""Tokenizers for text data sets: text to tokens in batches, and SentencePiece models trained on documents.
+
+train_gpt.TokenBytes knows what a token weighs and spells. This file adds what makes encoding fast and lossless.
+"""
 
 import io
-import os
 import re
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import Iterator
 from pathlib import Path
 
-import case_marks
 import numpy as np
 import sentencepiece as spm
-from common import UserError, sha256
+from common import in_thread, sha256
+
+from train_gpt import TokenBytes, UserError, require, tool
+
+vocabularies = tool("vocabularies", required=True)
 
 MAX_VOCAB = 65536  # tokens are uint16
 PART_CHARACTERS = 2**19  # of a long document, encoded at a time; at most twice as many
@@ -20,7 +22,6 @@ PART_CHARACTERS = 2**19  # of a long document, encoded at a time; at most twice 
 SPACE_MARK = "\u2581"  # how SentencePiece spells a space inside a piece
 UNLEARNED = "\u2581\u2585"  # its trainer takes the one for a space, and drops every text with the other
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
-BYTE_OFFSET = 4  # of the tokenizer `bytes`: pad, bos, eos and unk come first
 
 # Bytes per token on 4.6 MB of Shakespeare at 1024 pieces: 2.54 as here; split by script 2.47; documents fed as
 # paragraphs 2.52, as lines 2.49; newline as a symbol of its own 2.36; coverage 1 2.52 (below 1 the rarest characters
@@ -40,12 +41,12 @@ TOKENIZER_OPTIONS = dict(
     bos_id=BOS_ID,
     eos_id=EOS_ID,
 )
-MARKS_OPTIONS = TOKENIZER_OPTIONS | {"user_defined_symbols": list(case_marks.MARKS)}
+MARKS = [vocabularies.T, vocabularies.A, vocabularies.M, vocabularies.E]
+MARKS_OPTIONS = TOKENIZER_OPTIONS | {"user_defined_symbols": MARKS}
 
-GPT2_FILES = {  # name: sha256, as tiktoken pins them
-    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-}
+
+def tokenizer_options(case_marks: bool) -> dict:
+    return MARKS_OPTIONS if case_marks else TOKENIZER_OPTIONS
 
 
 def cut_parts(text: str) -> Iterator[str]:
@@ -62,33 +63,27 @@ def cut_parts(text: str) -> Iterator[str]:
 
 
 class Tokenizer:
-    """Tokens are uint16; the token `start` stands before a document.
+    """Encodes texts, with `table`, which knows what the tokens weigh and spell. Tokens are uint16.
 
-    pieces: bytes of text per token, empty for a boundary, which stands for no text; leading: tokens that lose their
-    first byte, a space, right after a boundary; unweighed: tokens that spell bytes but stand for none of the text;
-    about: what a manifest says of it.
+    start: the token before a document; about: what a manifest says of the tokenizer.
     """
 
-    start: int
-    about: dict
-
-    def __init__(self, label: str, pieces: list[bytes], boundary: np.ndarray, leading=(), unweighed=()):
-        if len(pieces) > MAX_VOCAB:
-            raise UserError(f"{label}: {len(pieces):,} tokens, but tokens are uint16; expected at most {MAX_VOCAB:,}")
-        self.label, self.vocab_size, self.boundary = label, len(pieces), boundary
-        self.leading = np.isin(np.arange(len(pieces)), leading)
-        self.length = np.array([len(piece) for piece in pieces], dtype=np.int32)
-        self.weight = self.length.copy()
-        self.weight[list(unweighed)] = 0
-        self.first = np.cumsum(self.length, dtype=np.int32) - self.length
-        self.flat = np.frombuffer(b"".join(pieces), dtype=np.uint8)
+    def __init__(self, path: str, label: str):
+        self.label = label
+        try:
+            self.table = TokenBytes(path)
+        except UserError as error:
+            raise UserError(f"{label}: {str(error).replace('TOKENIZER_PATH=', '')}") from None
+        self.size, self.start = self.table.size, self.table.start
+        limit = f"tokens are uint16; expected at most {MAX_VOCAB:,}"
+        require(self.size <= MAX_VOCAB, f"{label}: {self.size:,} tokens, but {limit}")
 
     def encode_batch(self, texts: list[str], threads: int) -> list[np.ndarray]:
         """Tokens of every text, by the library's own batch."""
         raise NotImplementedError
 
     def parts(self, text: str) -> Iterator[str | np.ndarray]:
-        """What of a document is encoded on its own, and tokens that are given."""
+        """The parts of a document that are encoded on their own, and tokens where these are given."""
         return cut_parts(text)
 
     def encode(self, texts: list[str], threads: int = 1) -> list[np.ndarray]:
@@ -98,73 +93,25 @@ class Tokenizer:
         nothing = np.empty(0, np.uint16)
         return [np.concatenate([nothing, *plan], dtype=np.uint16, casting="unsafe") for plan in filled]
 
-    def spell(self, tokens: np.ndarray) -> tuple[bytes, np.ndarray, np.ndarray]:
-        """What tokens spell, how many bytes each, and how many bytes of the text it stands for; the first token counts
-        as after a boundary."""
-        cut = self.leading[tokens]
-        cut[1:] &= self.boundary[tokens[:-1]]
-        lengths, first, text = self.length[tokens] - cut, self.first[tokens] + cut, []
-        for at in range(0, len(tokens), 2**16):  # small enough for the processor's cache
-            part = slice(at, at + 2**16)
-            ends = np.cumsum(lengths[part], dtype=np.int32)
-            source = np.repeat(first[part] - (ends - lengths[part]), lengths[part])
-            text.append(self.flat.take(source + np.arange(ends[-1], dtype=np.int32)).tobytes())
-        return b"".join(text), lengths, self.weight[tokens] - cut
-
-    def restore(self, spelled: bytes) -> bytes:
-        """The text of a document, given what its tokens spell."""
-        return spelled
-
 
 class SentencePiece(Tokenizer):
-    """A SentencePiece model: bytes of its .model file.
+    """A SentencePiece .model file; `model` has its bytes.
 
     exact: it changes nothing before it looks for pieces and can spell every byte; only then can every text be kept.
-    case_marks: the four marks are symbols of it, so it is given text whose capitals are marks. The trainer goes by the
-    same rule.
+    case_marks: it reads texts whose capitals are marks.
     """
 
-    PROBE = "  a\n\ufb01 "
     IN_BYTES = re.compile(f"(^ |{SPACE_MARK})")
 
-    def __init__(self, model: bytes, label: str = "model"):
-        self.model, self.sp = model, (sp := spm.SentencePieceProcessor())
-        try:
-            sp.load_from_serialized_proto(model)
-        except RuntimeError:
-            raise UserError(f"{label}: no SentencePiece model; make or get it again") from None
-        ids = range(sp.vocab_size())
-        names = [sp.id_to_piece(i) for i in ids]
-        if SPACE_MARK not in names:
-            raise UserError(f"{label}: has no piece for a single space (U+2581), which the trainer needs; use another")
-        boundary = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in ids])
-        text = [b"" if boundary[i] else name.replace(SPACE_MARK, " ").encode("utf-8") for i, name in enumerate(names)]
-        pieces = [bytes([int(names[i][3:5], 16)]) if sp.is_byte(i) else text[i] for i in ids]
-        unchanged = sp.normalize(self.PROBE) == self.PROBE.replace(" ", SPACE_MARK)
-        self.exact = unchanged and sum(map(sp.is_byte, ids)) == 256
-        # The score of a user-defined symbol is 0, and that of no two other pieces.
-        marks = [names.index(mark) for mark in case_marks.MARKS if mark in names]
-        self.case_marks = self.exact and len(marks) == 4 and not any(map(sp.get_score, marks))
-        # A model that puts a space of its own before a text, or strips spaces: the first space of a document is none of
-        # the text. With any other model it is.
-        own = sp.normalize("a").startswith(SPACE_MARK) or not sp.normalize(" a").startswith(SPACE_MARK)
-        leading = [i for i in ids if own and names[i].startswith(SPACE_MARK) and not boundary[i]]
-        super().__init__(
-            label,
-            pieces,
-            boundary,
-            leading,
-            [sp.piece_to_id(mark) for mark in case_marks.UNWEIGHED] if self.case_marks else [],
-        )
+    def __init__(self, path: str, label: str = "model"):
+        self.model = Path(path).read_bytes()
+        super().__init__(str(path), label)
+        self.sp = sp = self.table.model
+        self.exact, self.case_marks = vocabularies.is_exact(self.table), bool(self.table.zero_bytes)
         # Without <s> another token that stands for no text separates the documents; <unk> is in every model.
         self.start = next(i for i in (sp.bos_id(), sp.eos_id(), sp.pad_id(), sp.unk_id()) if i >= 0)
-        self.about = {
-            "kind": "sentencepiece",
-            "file": None,
-            "vocab_size": len(ids),
-            "start": self.start,
-            "sha256": sha256(model),
-        }
+        about = {"kind": "sentencepiece", "file": None, "vocab_size": self.size, "start": self.start}
+        self.about = about | {"sha256": sha256(self.model)}
 
     def in_bytes(self, text: str) -> np.ndarray:
         return np.array([self.sp.piece_to_id(f"<0x{byte:02X}>") for byte in text.encode("utf-8")], np.uint16)
@@ -175,7 +122,7 @@ class SentencePiece(Tokenizer):
         if not self.exact:  # it might put a space of its own before each part
             yield text
             return
-        text = case_marks.encode(text) if self.case_marks else text
+        text = vocabularies.mark(text) if self.case_marks else text
         for i, between in enumerate(self.IN_BYTES.split(text)):
             if i % 2:
                 yield self.in_bytes(between)
@@ -185,98 +132,60 @@ class SentencePiece(Tokenizer):
     def encode_batch(self, texts: list[str], threads: int) -> list[np.ndarray]:
         return self.sp.encode(texts, num_threads=threads, return_type="numpy") if texts else []
 
-    def restore(self, spelled: bytes) -> bytes:
-        return case_marks.decode(spelled.decode("utf-8", "replace")).encode("utf-8") if self.case_marks else spelled
-
 
 class Tiktoken(Tokenizer):
-    """An encoding of tiktoken by name; gpt2 from GPT2_BPE_DIR where that is set. Documents start with <|endoftext|>."""
+    """An encoding of tiktoken by name. Documents start with <|endoftext|>."""
 
     def __init__(self, name: str):
-        import tiktoken
-
-        folder = os.environ.get("GPT2_BPE_DIR") if name == "gpt2" else None
-        try:
-            self.encoding = gpt2_in(folder) if folder else tiktoken.get_encoding(name)
-        except (OSError, ValueError) as error:  # requests' errors are OSErrors
-            remedy = "set TIKTOKEN_CACHE_DIR to a folder with room, where tiktoken has kept it or may"
-            remedy += ", or GPT2_BPE_DIR to one with vocab.bpe and encoder.json" if name == "gpt2" else ""
-            reason = str(error).splitlines()[0][:250]
-            raise UserError(f"--tokenizer {name}: cannot be loaded ({reason}); {remedy}") from None
-        self.start = self.encoding.eot_token
-        special = {self.encoding.encode_single_token(text) for text in self.encoding.special_tokens_set}
-        pieces = [b"" if i in special else self.piece(i) for i in range(self.encoding.n_vocab)]
-        super().__init__(f"--tokenizer {name}", pieces, np.array([not piece for piece in pieces]))
+        super().__init__(name, f"--tokenizer {name}")
+        pieces = [piece or b"" for piece in self.table.pieces]
         digest = sha256(b"".join(len(piece).to_bytes(4, "little") + piece for piece in pieces))
-        self.about = {
-            "kind": "tiktoken",
-            "name": name,
-            "vocab_size": len(pieces),
-            "start": self.start,
-            "sha256": digest,
-        }
-
-    def piece(self, token: int) -> bytes:
-        try:
-            return self.encoding.decode_single_token_bytes(token)
-        except KeyError:  # a gap in the numbering
-            return b""
+        self.about = {"kind": "tiktoken", "name": name, "vocab_size": self.size, "start": self.start, "sha256": digest}
 
     def encode_batch(self, texts: list[str], threads: int) -> list[np.ndarray]:
-        return [np.array(ids, np.uint16) for ids in self.encoding.encode_ordinary_batch(texts, num_threads=threads)]
-
-
-def gpt2_in(folder: str):
-    """GPT-2's encoding from vocab.bpe and encoder.json in a folder, as tiktoken makes it from its downloads."""
-    import tiktoken
-    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
-    from tiktoken_ext.openai_public import ENDOFTEXT, r50k_pat_str
-
-    for name, expected in GPT2_FILES.items():
-        found = sha256(Path(folder, name).read_bytes())
-        if found != expected:
-            raise ValueError(f"GPT2_BPE_DIR: {Path(folder, name)} has sha256 {found}, expected {expected}")
-    ranks = data_gym_to_mergeable_bpe_ranks(*(os.path.join(folder, name) for name in GPT2_FILES))
-    return tiktoken.Encoding(
-        "gpt2",
-        pat_str=r50k_pat_str,
-        mergeable_ranks=ranks,
-        special_tokens={ENDOFTEXT: len(ranks)},
-        explicit_n_vocab=len(ranks) + 1,
-    )
+        batch = self.table.model.encode_ordinary_batch(texts, num_threads=threads)
+        return [np.array(ids, np.uint16) for ids in batch]
 
 
 class Bytes(Tokenizer):
-    """byte260: pad 0, bos 1, eos 2, unk 3; byte b is token b + 4."""
-
-    start = BOS_ID
-    about = {"kind": "bytes", "name": "byte260", "vocab_size": 260, "start": BOS_ID}
+    """byte260: byte b is token b + 4, after the special tokens."""
 
     def __init__(self):
-        pieces = [b""] * BYTE_OFFSET + [bytes([byte]) for byte in range(256)]
-        super().__init__("--tokenizer bytes", pieces, np.arange(len(pieces)) < BYTE_OFFSET)
+        super().__init__("bytes", "--tokenizer bytes")
+        self.about = {"kind": "bytes", "name": "byte260", "vocab_size": self.size, "start": self.start}
+        self.offset = self.table.pieces.index(b"\0")
 
     def encode_batch(self, texts: list[str], threads: int) -> list[np.ndarray]:
-        return [np.frombuffer(text.encode("utf-8"), np.uint8) + np.uint16(BYTE_OFFSET) for text in texts]
+        return [np.frombuffer(text.encode("utf-8"), np.uint8) + np.uint16(self.offset) for text in texts]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Learn a model
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def in_thread(task: Callable, *arguments) -> Future:
-    """`task` at work beside this thread, which Ctrl+C reaches all the same, and which need not wait for it to end."""
-    future: Future = Future()
-
-    def work() -> None:
+def choose_tokenizer(spec: str) -> tuple[str, Tokenizer | int]:
+    """A tokenizer's name for folders and itself, or the number of pieces to train it with."""
+    if trained := re.fullmatch(r"train:sp(\d+)", spec):
+        size = int(trained[1])
+        if not 1 <= size <= MAX_VOCAB:
+            raise UserError(f"--tokenizer {spec}: expected 1 to {MAX_VOCAB} pieces, as tokens are uint16")
+        return f"sp{size}", size
+    if spec == "bytes":
+        return "byte260", Bytes()
+    if spec.endswith(".model"):
         try:
-            future.set_result(task(*arguments))
-        except BaseException as error:
-            future.set_exception(error)
+            return Path(spec).stem, SentencePiece(spec, f"--tokenizer {spec}")
+        except OSError as error:
+            raise UserError(f"--tokenizer {spec}: {error.strerror}; name a SentencePiece .model") from None
+    try:
+        import tiktoken
+    except ImportError:
+        raise UserError(f"--tokenizer {spec}: needs the package tiktoken: pip install tiktoken") from None
+    if spec not in tiktoken.list_encoding_names():
+        names = ", ".join(sorted(tiktoken.list_encoding_names()))
+        raise UserError(f"--tokenizer {spec}: expected train:spN, a .model file, bytes, or one of tiktoken's: {names}")
+    return spec, Tiktoken(spec)
 
-    threading.Thread(target=work, daemon=True).start()
-    return future
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Train a model
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def train_sentencepiece(
@@ -289,7 +198,7 @@ def train_sentencepiece(
     is cut only at characters that the trainer keeps for itself. The length beyond which the trainer silently drops a
     sentence is that of the longest document.
     """
-    rewrite = case_marks.encode if options is MARKS_OPTIONS else str
+    rewrite = vocabularies.mark if options is MARKS_OPTIONS else str
     longest = max(10, *(len(raw) for raw in documents)) * (4 if options is MARKS_OPTIONS else 1)  # 10 is the least
     limits = dict(vocab_size=vocab_size, max_sentence_length=longest, num_threads=1, minloglevel=2)
 
@@ -310,3 +219,12 @@ def train_sentencepiece(
         reason = " ".join(str(error).split()).rpartition("] ")[2].partition(" Increase")[0]
         raise UserError(f"{option}: the trainer refused it; choose another size ({reason})") from None
     return model
+
+
+def train_tokenizer(documents: list[bytes], vocab_size: int, option: str, options: dict, work: Path) -> SentencePiece:
+    """The tokenizer of `train_sentencepiece`. Its model is no file afterwards; the folder `work` holds it meanwhile."""
+    path = work / "tokenizer.model"
+    path.write_bytes(train_sentencepiece(documents, vocab_size, option, options))
+    tokenizer = SentencePiece(path, option)
+    path.unlink()
+    return tokenizer

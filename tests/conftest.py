@@ -3,7 +3,6 @@
 import os
 import random
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,7 +16,7 @@ if hasattr(signal, "SIGHUP"):
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), *(str(ROOT / "tools" / room) for room in ("records", "experiments"))]
 
-pytest.register_assert_rewrite("models", "oracle", "runs")  # whose asserts tell what they compared
+pytest.register_assert_rewrite("contract", "models", "oracle", "runs")  # whose asserts tell what they compared
 import models  # noqa: E402
 
 import train_gpt  # noqa: E402
@@ -49,13 +48,26 @@ def no_source_of_another_run():
         sys.modules.pop(f"train_gpt.tools.{name}", None)
 
 
+@pytest.fixture(autouse=True)
+def all_attention_kernels():
+    """A run pins torch's global attention switches: the tests after it need all kernels again."""
+    yield
+    for switch in ("flash", "cudnn", "mem_efficient", "math"):
+        getattr(train_gpt.torch.backends.cuda, f"enable_{switch}_sdp")(True)
+
+
 WORDS = "the king of sea and na\u00efve caf\u00e9 night \u6d77 love sleeps".split() + ["  indented", "\n"]
 
 
-def write_shard(path, tokens):
+def shard_bytes(tokens, magic=20240520, version=1, count=None) -> bytes:
+    """A shard, written without the code under test; `count` is the number of tokens that the header states."""
     header = np.zeros(256, dtype="<i4")
-    header[:3] = (train_gpt.SHARD_MAGIC, train_gpt.SHARD_VERSION, len(tokens))
-    path.write_bytes(header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes())
+    header[:3] = magic, version, len(tokens) if count is None else count
+    return header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes()
+
+
+def write_shard(path, tokens):
+    path.write_bytes(shard_bytes(tokens))
 
 
 def make_documents(count, seed, words=60):
@@ -101,31 +113,7 @@ def corpus(tmp_path_factory):
 def tiny(corpus, tmp_path):
     """Function: the environment of a run that trains a two-layer model on the corpus, with overrides by knob."""
 
-    def settings(**overrides):
-        base = {
-            "DATA_PATH": corpus / "data",
-            "TOKENIZER_PATH": corpus / "tok.model",
-            "VOCAB_SIZE": (corpus / "vocab_size").read_text(),
-            "LOG_DIR": tmp_path / "logs",
-            "RUN_ID": "run",
-            "DEVICE": "cpu",
-            "DTYPE": "float32",
-            "COMPILE": "0",
-            "MAX_WALLCLOCK_SECONDS": "0",
-            "ITERATIONS": "5",
-            "NUM_LAYERS": "2",
-            "MODEL_DIM": "32",
-            "NUM_HEADS": "4",
-            "NUM_KV_HEADS": "2",
-            "TRAIN_SEQ_LEN": "32",
-            "TRAIN_BATCH_TOKENS": "256",
-            "VAL_BATCH_SIZE": "512",
-            "WARMUP_STEPS": "0",
-            "VAL_LOSS_EVERY": "0",
-        }
-        return {name: str(value) for name, value in (base | overrides).items()}
-
-    return settings
+    return lambda **overrides: models.run_settings(corpus, **{"LOG_DIR": tmp_path / "logs"} | overrides)
 
 
 @pytest.fixture
@@ -146,21 +134,11 @@ def launch(tiny, tmp_path_factory):
     CompletedProcess."""
 
     def start(ranks=1, args=(), timeout=300, script=ROOT / "train_gpt.py", max_restarts=0, **overrides):
-        environ = {k: v for k, v in os.environ.items() if k not in train_gpt.Config.knobs()} | tiny(**overrides)
-        environ["TMPDIR"] = str(tmp_path_factory.mktemp("launch"))  # where torchrun leaves folders behind
-        torchrun = (
-            [
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                f"--nproc_per_node={ranks}",
-                f"--max-restarts={max_restarts}",
-            ]
-            if ranks > 1
-            else []
-        )
-        command = [sys.executable, *torchrun, str(script), *map(str, args)]
-        return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=timeout, check=False)
+        environ = tiny(**overrides) | {
+            "TMPDIR": str(tmp_path_factory.mktemp("launch"))
+        }  # torchrun leaves folders there
+        how = {"torchrun": [f"--max-restarts={max_restarts}"], "timeout": timeout, "text": True}
+        return models.process(environ, None, ranks, script, args, **how)
 
     return start
 

@@ -1,12 +1,12 @@
-"""Kill a run again and again, let it go on each time, and compare its end with that of an undisturbed run.
+"""Kill a run again and again, let it resume each time, and compare its end with that of an undisturbed run.
 
     python tests/faults.py                       5 rounds of 4 kills: in training, checkpoint, export, evaluation
     python tests/faults.py --ranks 2             the same under torchrun --max-restarts, one rank killed each time
     python tests/faults.py --ranks 2 --nodes 2   two torchrun agents that meet in a rendezvous
 
-Every kill is a SIGKILL at a random moment of a phase. Phases are told by the program's own log: a kill counts only if
-the line that ends the phase has not been written when the process is dead. The scores, the losses of all steps and the
-hash of the artifact must be those of the undisturbed run, digit for digit.
+Every kill is a SIGKILL at a random moment of a phase. The log tells the phases: a kill counts only if the line that
+ends the phase has not been written when the process is dead. The scores, the losses of all steps and the hash of the
+artifact must be those of the undisturbed run, digit for digit.
 """
 
 import argparse
@@ -22,7 +22,12 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools" / "experiments"))
+
+import guard
+import launcher
+from launcher import ROOT
+
 STEPS = 16
 # phase: (line that begins it, line that ends it)
 PHASES = {
@@ -35,63 +40,34 @@ SAME = ("val_loss", "val_bpb", "pre_quant_val_loss", "pre_quant_val_bpb", "sha25
 
 
 def settings(logs: Path, run_id: str) -> dict[str, str]:
-    """The demo's model and data, few steps without a clock, no compiler; what the environment says goes before."""
-    knobs = {
-        "LOG_DIR": str(logs),
-        "RUN_ID": run_id,
-        "DEVICE": "cpu",
-        "COMPILE": "0",
-        "MAX_WALLCLOCK_SECONDS": "0",
-        "ITERATIONS": str(STEPS),
-        "WARMUP_STEPS": "0",
-        "CHECKPOINT_EVERY_SECONDS": "0.3",
-        "TRAIN_BATCH_TOKENS": "1024",
-        "VAL_TOKENS_LIMIT": "8192",
-        "VAL_BATCH_SIZE": "1024",
-        "TRAIN_LOG_EVERY": "1",
-        "PYTHONUNBUFFERED": "1",
-    }
-    return knobs | dict(os.environ)
+    """The demo's model and data, few steps without a clock, no compiler; variables that are set already win."""
+    knobs = {"LOG_DIR": logs, "RUN_ID": run_id, "DEVICE": "cpu", "COMPILE": 0, "MAX_WALLCLOCK_SECONDS": 0}
+    knobs |= {"ITERATIONS": STEPS, "WARMUP_STEPS": 0, "CHECKPOINT_EVERY_SECONDS": 0.3, "TRAIN_BATCH_TOKENS": 1024}
+    knobs |= {"VAL_TOKENS_LIMIT": 8192, "VAL_BATCH_SIZE": 1024, "TRAIN_LOG_EVERY": 1}
+    return {name: str(value) for name, value in knobs.items()} | os.environ
 
 
-def launch(environ: dict[str, str], arguments, errors=subprocess.DEVNULL) -> list[subprocess.Popen]:
-    """One process, or one torchrun agent per node; the first one's output carries the log."""
-    ranks, nodes, recipe = arguments.ranks, arguments.nodes, arguments.recipe
-    script = [str(ROOT / "train_gpt.py"), str(recipe)]
-    if ranks == 1:
-        commands = [[sys.executable, *script]]
-    else:
+def launch(environ: dict[str, str], arguments, output=None) -> list[subprocess.Popen]:
+    """One process, or one torchrun agent per node. Without a file for the output, its reader leaves at once."""
+    ranks, nodes = arguments.ranks, arguments.nodes
+    command = launcher.command(ROOT / "train_gpt.py", arguments.recipe)
+    if ranks > 1:
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             port = probe.getsockname()[1]
-        rendezvous = [
-            f"--nnodes={nodes}",
-            f"--nproc_per_node={ranks // nodes}",
-            "--rdzv_backend=c10d",
-            "--rdzv_id=faults",
-            f"--rdzv_endpoint=localhost:{port}",
-            "--max-restarts=100",
-        ]
-        commands = [[sys.executable, "-m", "torch.distributed.run", *rendezvous, *script] for _ in range(nodes)]
+        options = f"--nnodes={nodes} --nproc_per_node={ranks // nodes} --rdzv_backend=c10d --rdzv_id=faults"
+        options += f" --rdzv_endpoint=localhost:{port} --max-restarts=100"
+        command[1:1] = ["-m", "torch.distributed.run", *options.split()]
         # Without it torchrun's shared store keeps the addresses of dead ranks, which a restart may then wait for.
         environ = environ | ({"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if nodes > 1 else {})
-    outputs = [subprocess.PIPE] + [subprocess.DEVNULL] * (len(commands) - 1)
-    return [
-        subprocess.Popen(command, env=environ, stdout=output, stderr=errors, text=True)
-        for command, output in zip(commands, outputs, strict=True)
-    ]
+    processes = [launcher.spawn(command, environ, output or subprocess.PIPE) for _ in range(nodes if ranks > 1 else 1)]
+    for process in processes if output is None else ():
+        process.stdout.close()
+    return processes
 
 
-def children(pid: int) -> list[int]:
-    """Processes whose parent is `pid` (Linux)."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            if int(stat.read_text().rpartition(")")[2].split()[1]) == pid:
-                found.append(int(stat.parent.name))
-        except OSError:
-            pass
-    return found
+def ended(processes: list[subprocess.Popen]) -> bool:
+    return all(process.poll() is not None for process in processes)
 
 
 class Log:
@@ -109,35 +85,29 @@ class Log:
             self.at = file.tell()
         return text
 
-
-def wait_for(log: Log, pattern: str, processes, timeout: float = 180) -> bool:
-    """Whether a line of the log matches before the processes end."""
-    text, deadline = "", time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        ended = all(process.poll() is not None for process in processes)
-        text += log.new()
-        if re.search(pattern, text):
-            return True
-        if ended:
-            return False
-        time.sleep(0.002)
-    raise TimeoutError(f"no line like {pattern!r} within {timeout} s")
-
-
-def drain(processes):
-    for process in processes:
-        if process.stdout:
-            process.stdout.close()  # the program must bear a reader that goes away
+    def wait_for(self, pattern: str, processes, timeout: float = 180) -> bool:
+        """Whether a line matches before the processes end."""
+        text, deadline, over = "", time.monotonic() + timeout, False
+        while time.monotonic() < deadline and not over:
+            over = ended(processes)
+            text += self.new()
+            if re.search(pattern, text):
+                return True
+            time.sleep(0.002)
+        assert over, f"no line like {pattern!r} within {timeout} s"
+        return False
 
 
 def kill_in(phase: str, processes, log: Log, longest: dict, rng: random.Random, ranks: int) -> bool:
     """Kill a process (one rank, if there are several) somewhere in the phase; whether it was still in it when dead."""
     begin, end = PHASES[phase]
-    if not wait_for(log, begin, processes):
+    if not log.wait_for(begin, processes):
         return False
+    victims = [pid for process in processes for pid in guard.children(process.pid)]
+    if ranks > 1:
+        victims = [pid for agent in victims for pid in guard.children(agent)]
     time.sleep(rng.uniform(0, longest[phase] / 2))  # only half: the machine may have become faster meanwhile
-    victims = [processes[0].pid] if ranks == 1 else [child for process in processes for child in children(process.pid)]
-    if not victims:
+    if not victims or ended(processes):
         return False
     os.kill(rng.choice(victims), signal.SIGKILL)
     if ranks == 1:
@@ -158,11 +128,10 @@ def outcome(folder: Path) -> dict:
 def undisturbed(logs: Path, arguments) -> tuple[dict, dict]:
     """(outcome, {phase: seconds from its first line to its last}) of a run that nobody kills. If it fails, which it
     does without data, its own message says what to do."""
-    with open(logs / "errors", "w", encoding="utf-8") as errors:
-        processes = launch(settings(logs, "undisturbed"), arguments, errors)
-    drain(processes)
+    with open(logs / "output", "w") as output:
+        processes = launch(settings(logs, "undisturbed"), arguments, output)
     log, text, times = Log(logs / "undisturbed" / "train.log"), "", {}
-    while any(process.poll() is None for process in processes):
+    while not ended(processes):
         text += log.new()
         for phase, patterns in PHASES.items():
             for which, pattern in enumerate(patterns):
@@ -170,40 +139,32 @@ def undisturbed(logs: Path, arguments) -> tuple[dict, dict]:
                     times.setdefault((phase, which), time.monotonic())
         time.sleep(0.002)
     if any(process.returncode for process in processes):
-        sys.exit(f"the run that nobody disturbs failed:\n{(logs / 'errors').read_text(encoding='utf-8')}")
+        sys.exit(f"the undisturbed run failed:\n{(logs / 'output').read_text(encoding='utf-8')}")
     longest = {phase: max(0.005, times[phase, 1] - times[phase, 0]) for phase in PHASES if phase != "training"}
     return outcome(logs / "undisturbed"), longest | {"training": 0.3}
 
 
-def disturbed(logs: Path, name: str, arguments, longest: dict, rng: random.Random, phases: list[str]):
-    """Kill a run once in each phase, start it again where nobody else does, let it end. (Kills, folders of the runs:
-    one, and another for each that ended before a kill hit it.)"""
-    folders, kills, processes = [logs / f"{name}_0"], 0, []
-
-    def go_on():
-        nonlocal processes
-        if all(process.poll() is not None for process in processes):
-            environ = settings(logs, folders[-1].name)
-            processes = launch(environ, arguments)
-            drain(processes)
-
-    log = Log(folders[-1] / "train.log")
-    for phase in phases:
+def disturbed(logs: Path, name: str, arguments, longest: dict, rng: random.Random) -> list[Path]:
+    """Kill a run once in each phase, restart it if torchrun does not, let it end. Returns the folders of the runs: one,
+    and another for each that ended before a kill hit it."""
+    folders, processes = [logs / f"{name}_0"], []
+    log = Log(folders[0] / "train.log")
+    for phase in [*arguments.phases, None]:
         hit = False
         while not hit:
-            if (folders[-1] / "result.json").exists():
+            if phase and (folders[-1] / "result.json").exists():
                 for process in processes:
                     process.wait(timeout=300)
                 folders.append(logs / f"{name}_{len(folders)}")
                 log = Log(folders[-1] / "train.log")
-            go_on()
-            hit = kill_in(phase, processes, log, longest, rng, arguments.ranks)
-        kills += 1
-        print(f"  {folders[-1].name}: killed in {phase}", flush=True)
-    go_on()
+            if ended(processes):
+                processes = launch(settings(logs, folders[-1].name), arguments)
+            hit = not phase or kill_in(phase, processes, log, longest, rng, arguments.ranks)
+        if phase:
+            print(f"  {folders[-1].name}: killed in {phase}", flush=True)
     for process in processes:
         process.wait(timeout=300)
-    return kills, folders
+    return folders
 
 
 def main() -> int:
@@ -223,8 +184,8 @@ def main() -> int:
         expected, longest = undisturbed(logs, arguments)
         print("undisturbed:", {key: expected[key] for key in SAME}, "phases in s:", longest, flush=True)
         for number in range(arguments.rounds):
-            hits, folders = disturbed(logs, f"disturbed_{number}", arguments, longest, rng, arguments.phases)
-            kills, runs = kills + hits, runs + len(folders)
+            folders = disturbed(logs, f"disturbed_{number}", arguments, longest, rng)
+            kills, runs = kills + len(arguments.phases), runs + len(folders)
             for folder in folders:
                 actual = outcome(folder)
                 resumed = json.loads((folder / "result.json").read_text(encoding="utf-8"))["resumed_at"]
@@ -236,4 +197,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(launcher.run_tool(main, "its runs, too"))

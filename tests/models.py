@@ -26,8 +26,8 @@ LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR
 MACHINE = ("DEVICE", "DTYPE", "COMPILE", "DATA_PATH", "TOKENIZER_PATH")
 
 
-def tiny_settings(corpus: Path, **overrides) -> dict[str, str]:
-    """The environment of a run of a second, whose artifact is scored with every knob that it must tell of set."""
+def run_settings(corpus: Path, **overrides) -> dict[str, str]:
+    """The environment of a run of a second, with a two-layer model."""
     base = {
         "DATA_PATH": corpus / "data",
         "TOKENIZER_PATH": corpus / "tok.model",
@@ -38,7 +38,7 @@ def tiny_settings(corpus: Path, **overrides) -> dict[str, str]:
         "DTYPE": "float32",
         "COMPILE": "0",
         "MAX_WALLCLOCK_SECONDS": 0,
-        "ITERATIONS": 4,
+        "ITERATIONS": 5,
         "NUM_LAYERS": 2,
         "MODEL_DIM": 32,
         "NUM_HEADS": 4,
@@ -48,10 +48,18 @@ def tiny_settings(corpus: Path, **overrides) -> dict[str, str]:
         "VAL_BATCH_SIZE": 512,
         "WARMUP_STEPS": 0,
         "VAL_LOSS_EVERY": 0,
-        "ROPE_BASE": 5000,
-        "LOGIT_SOFTCAP": 20,
     }
     return {name: str(value) for name, value in (base | overrides).items()}
+
+
+def knobs(text: str) -> dict[str, str]:
+    """{KNOB: value} of a text such as "NUM_LAYERS=3 LOOP_LAYERS=0-1"."""
+    return dict(pair.split("=") for pair in text.split())
+
+
+def tiny_settings(corpus: Path, **overrides) -> dict[str, str]:
+    """Settings of a run whose artifact must record some knobs, since they are not at their defaults."""
+    return run_settings(corpus, **{"ITERATIONS": 4, "ROPE_BASE": 5000, "LOGIT_SOFTCAP": 20} | overrides)
 
 
 def machine_settings(corpus: Path, **overrides) -> dict[str, str]:
@@ -111,14 +119,6 @@ def model_file(name: str):
     return config_class, sys.modules[config_class.__module__]
 
 
-def probe_script(probe, config, model, runtime):
-    """A Script of tools/records/record_probe.py for a model of this process."""
-    script = object.__new__(probe.Script)
-    script.module, script.second, script.config, script.runtime = train_gpt, True, config, runtime
-    script.model = script.compiled_model = model
-    return script
-
-
 @contextlib.contextmanager
 def no_siblings():
     """As in a new process, only frontier.py of records/models/ is loaded, without what it loads where a knob needs it.
@@ -130,6 +130,30 @@ def no_siblings():
         for key in keys:
             patch.delitem(sys.modules, key)
         yield
+
+
+@contextlib.contextmanager
+def fresh_model_files():
+    """As in a new process, no model file is loaded, nor is anything that lies next to one."""
+    folder = str(SCRIPT.parent / "records")
+
+    def loaded():
+        return {
+            key: module
+            for key, module in sys.modules.items()
+            if key.startswith("model_file_") or str(getattr(module, "__file__", "")).startswith(folder)
+        }
+
+    before, path = loaded(), list(sys.path)
+    for key in before:
+        del sys.modules[key]
+    try:
+        yield
+    finally:
+        for key in loaded():
+            del sys.modules[key]
+        sys.modules.update(before)
+        sys.path[:] = path
 
 
 def artifact_knobs(config_class=train_gpt.Config) -> set[str]:
@@ -163,14 +187,15 @@ def run_audit(token_bytes, stream, stated: dict | None = None) -> tuple[str, dic
         return train_gpt.audit(token_bytes, stream, folder)
 
 
-def process(environ: dict[str, str], cwd: Path, ranks=1, script=SCRIPT, args=(), options=(), **more):
+def process(environ, cwd, ranks=1, script=SCRIPT, args=(), options=(), torchrun=(), timeout=300, text=False, **more):
     """A script in a process of its own, or under torchrun: its CompletedProcess. `options` are Python's."""
     others = {
-        name: text for name, text in os.environ.items() if name not in (*train_gpt.Config.knobs(), *SAMPLE, *LAUNCHER)
+        name: value for name, value in os.environ.items() if name not in (*train_gpt.Config.knobs(), *SAMPLE, *LAUNCHER)
     }
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    command = [sys.executable, *options, *launcher, str(script), *map(str, args)]
-    return subprocess.run(command, env=others | environ | more, cwd=cwd, capture_output=True, timeout=300, check=False)
+    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *torchrun] * (ranks > 1)
+    command = [sys.executable, *options, *several, str(script), *map(str, args)]
+    how = {"env": others | environ | more, "cwd": cwd, "capture_output": True, "timeout": timeout, "text": text}
+    return subprocess.run(command, check=False, **how)
 
 
 def exact_line(text: str, label="final_int8_zlib_roundtrip") -> str:

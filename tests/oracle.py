@@ -1,6 +1,7 @@
-"""What the script's GPT and that of records/models/frontier.py are tested against: a slow float64 reading of the
-formulas, one sequence, one head and one token at a time; and the checks that both share."""
+"""The script's GPT and that of records/models/frontier.py in float64, one sequence, one head and one token at a time;
+and checks of a model without a run, for any model file."""
 
+import copy
 import dataclasses
 import functools
 import math
@@ -14,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt
-from train_gpt import rope_tables
+from train_gpt import grouped_attention, rope_tables
 
 kernels = train_gpt.tool("kernels")
 # A short sequence has several blocks.
@@ -24,6 +25,7 @@ OFF = {
     "mlp_slope": 0.0,
     "rope_dims": 0,
     "xsa_layers": 0,
+    "xsa_gate": False,
     "attn_gate": False,
     "x0_mix": True,
     "ln_scale": False,
@@ -48,7 +50,7 @@ def scatter(model, seed=0):
                 p.copy_(0.4 * noise)
             elif name.endswith((".gate", "skip_gates", "smear")):
                 p.copy_(0.6 * noise)
-            elif name.endswith(".weight"):
+            elif name.endswith(".weight") and p.ndim == 2:
                 p.copy_(noise * p.size(1) ** -0.5)
             else:
                 p.copy_(0.8 + 0.4 * noise)
@@ -97,7 +99,8 @@ def slow_attention(w, u_TD, config, layer):
             e = torch.exp(k[: t + 1] @ q[t] / math.sqrt(d))
             y = e / e.sum() @ v[: t + 1]
             if layer >= config.num_layers - config.xsa_layers:
-                y = y - (y @ v[t]) / (v[t] @ v[t]) * v[t]
+                share = torch.tanh(w["attn.attend.gate"][h]) if config.xsa_gate else 1
+                y = y - share * (y @ v[t]) / (v[t] @ v[t]) * v[t]
             if config.attn_gate:
                 y = y * 2 * sigmoid(w["attn.gate"][h] @ u[:12])
             rows.append(y)
@@ -159,7 +162,7 @@ def slow_logits(w, tokens_T, config, looping=True):
 
 
 def assert_equals_the_reference(config, attend, looping=True, seed=0, length=9):
-    """In float64 on both sides, so that nothing but a fault can make a difference, however badly conditioned."""
+    """In float64 on both sides, so that rounding does not hide an error."""
     model = scatter(new_model(config, attend, torch.float64).double(), seed)
     tokens = random_tokens(config, 2, length + 1, seed)
     loops = getattr(config, "loop_layers", "")
@@ -177,33 +180,56 @@ def assert_equals_the_reference(config, attend, looping=True, seed=0, length=9):
     torch.testing.assert_close(ours, losses, rtol=1e-9, atol=1e-9)
     for name, p in model.named_parameters():
         if p.numel():  # one layer has no skips
-            # The last row of what the looped order needs may rest while the plain order runs.
+            # The last row of what the looped order needs may be unused while the plain order runs.
             assert p.grad is not None, f"{name} has no gradient"
             scale = w[name].grad.abs().max()
-            rests = loops and name in ("skip_weights", "skip_gates")
-            assert scale > 0 or rests, f"the reference does not use {name}"
+            unused = loops and name in ("skip_weights", "skip_gates")
+            assert scale > 0 or unused, f"the reference does not use {name}"
             assert (p.grad - w[name].grad).abs().max() <= 1e-9 * scale, name
 
 
-def assert_bf16_is_close(config):
+# Checks of any model. Dropout must be off where two calls are compared.
+
+
+def prepared(config, attend=grouped_attention, dtype=torch.float32):
+    """A model with random values in every parameter, ready to be called."""
+    model = scatter(new_model(config, attend, dtype))
+    model.prepare(config, train_gpt.Runtime(config, {}))
+    return model
+
+
+def losses_and_gradients(run, model, tokens):
+    """Losses, the extra loss if there is one, and the gradients of their sum, of a model or of the same compiled."""
+    model.zero_grad()
+    output = run(tokens[:, :-1], tokens[:, 1:])
+    losses, *extra = output if isinstance(output, tuple) else (output,)
+    (losses.mean() + sum(extra)).backward()
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
+    return losses.detach(), [part.detach() for part in extra], grads
+
+
+def assert_bf16_is_close(config, attend=kernels.expanded_attention):
     """Losses and gradients in bf16 are close to those in fp32; parameters and gradients stay fp32."""
     tokens, losses, grads = random_tokens(config, 8, 17), [], []
     for dtype in (torch.float32, torch.bfloat16):
-        model = scatter(new_model(config, kernels.expanded_attention, dtype))
-        losses.append(model(tokens[:, :-1], tokens[:, 1:]))
-        losses[-1].mean().backward()
-        grads.append({name: p.grad for name, p in model.named_parameters()})
+        model = prepared(config, attend, dtype)
+        losses.append(losses_and_gradients(model, model, tokens)[0])
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.numel()})
         assert {p.dtype for p in model.parameters()} == {g.dtype for g in grads[-1].values()} == {torch.float32}
-        assert losses[-1].dtype == torch.float32
+        assert losses[-1].dtype == model(tokens[:, 1:]).dtype == torch.float32
     assert 0 < (losses[0] - losses[1]).abs().max() < 0.2  # not 0: bf16 was really used
     assert losses[0].mean().item() == pytest.approx(losses[1].mean().item(), abs=0.01)
     for name, grad in grads[0].items():
         assert F.cosine_similarity(grad.flatten(), grads[1][name].flatten(), dim=0) > 0.99, name
 
 
-def assert_causal(config, attend, length=10):
-    """A changed token moves its own logits and none before them."""
-    model = scatter(new_model(config, attend))
+def assert_causal(config, attend=grouped_attention, length=10, rounding=0.0):
+    """A changed token moves its own logits and none before them, nor those of another sequence."""
+
+    def same(one, other):
+        return torch.allclose(one, other, rtol=0, atol=rounding)
+
+    model = prepared(config, attend).eval()
     tokens = random_tokens(config, 2, length)
     with torch.no_grad():
         before = model(tokens)
@@ -213,19 +239,19 @@ def assert_causal(config, attend, length=10):
                 changed = tokens.clone()
                 changed[0, t] = new
                 after = model(changed)
-                assert torch.equal(after[0, :t], before[0, :t]) and torch.equal(after[1], before[1])
-                assert (after[0, t] != before[0, t]).any(), "the present must see it"
+                assert same(after[0, :t], before[0, :t]) and same(after[1], before[1])
+                assert not same(after[0, t], before[0, t]), "the present must see it"
 
 
 def assert_no_gradient_from_the_future(config, length=10):
-    model, seen = scatter(new_model(config, ATTENTIONS[0])), []
+    """The logits at t depend on all embeddings up to t and on none after it."""
+    model, seen = prepared(config, ATTENTIONS[0]).eval(), []
     model.tok_emb.register_forward_hook(lambda module, args, output: seen.append(output))
     logits = model(random_tokens(config, 1, length))
     for t in range(length):
-        (grad,) = torch.autograd.grad(logits[0, t].square().sum(), seen[0], retain_graph=True)
-        reached = (grad[0].abs().sum(-1) > 0).tolist()
-        assert reached[t] and not any(reached[t + 1 :])
-        assert all(reached[: t + 1]), "all the past is seen"
+        finite = logits[0, t][logits[0, t].isfinite()]  # the canonical mask excludes some tokens
+        (grad,) = torch.autograd.grad(finite.square().sum(), seen[0], retain_graph=True)
+        assert (grad[0].abs().sum(-1) > 0).tolist() == [i <= t for i in range(length)]
 
 
 def graphs_of(model):
@@ -240,19 +266,12 @@ def graphs_of(model):
     return torch.compile(model, backend=backend, fullgraph=True, dynamic=False), graphs
 
 
-def losses_and_gradients(run, model, tokens):
-    model.zero_grad()
-    losses = run(tokens[:, :-1], tokens[:, 1:])
-    losses.mean().backward()
-    return losses.detach(), [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
-
-
-def assert_one_graph(config):
+def assert_one_graph(config, attend=grouped_attention):
     """Compiled without code generation, a model is one graph, with equal losses and gradients."""
-    model = scatter(new_model(config))
+    model = prepared(config, attend)
     compiled, graphs = graphs_of(model)
-    for seed in (1, 2):
-        tokens = random_tokens(config, 2, 17, seed)
+    for seed in (1, 2):  # the second batch must reuse the graph of the first
+        tokens = random_tokens(config, 2, config.train_seq_len + 1, seed)
         eager, traced = (losses_and_gradients(run, model, tokens) for run in (model, compiled))
         torch.testing.assert_close(traced, eager, rtol=1e-5, atol=1e-6)
     assert len(graphs) == 1
@@ -269,7 +288,79 @@ def assert_inductor_agrees(config):
 def counted_flops(model, config, rows=2) -> float:
     """Per token, forward and backward, by torch's own counter, which counts matmuls alone; attention by plain ones, of
     which none is left out because a mask hides its result."""
-    tokens = torch.randint(config.vocab_size, (rows, config.train_seq_len))
+    tokens = torch.randint(config.vocab_size, (rows, config.train_seq_len + 1))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(tokens, tokens).mean().backward()
-    return counter.get_total_flops() / tokens.numel()
+        losses_and_gradients(model, model, tokens)
+    return counter.get_total_flops() / (rows * config.train_seq_len)
+
+
+def assert_flops(config):
+    """The FLOPs behind the log's MFU are those that torch counts."""
+    model = new_model(config, kernels.expanded_attention)
+    assert kernels.flops_per_token(model, config.train_seq_len) == counted_flops(model, config)
+
+
+def assert_parameters(config):
+    """Every parameter is initialized by a rule of the table, from the seed alone; has a gradient, for which DDP waits;
+    and is trained by exactly one group of one optimizer."""
+    made = []
+    for seed, noise in ((config.seed, 0), (config.seed, 99), (config.seed + 1, 0)):
+        torch.manual_seed(noise)
+        model = config.model_class()(config)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.fill_(math.nan)
+        model.init_weights(dataclasses.replace(config, seed=seed))
+        made.append(dict(model.named_parameters()))
+    first, same, other = made
+    assert all(p.isfinite().all() for p in first.values())
+    assert all(torch.equal(p, same[name]) for name, p in first.items())
+    drawn = [name for name, p in first.items() if p.unique().numel() > 2]
+    assert "tok_emb.weight" in drawn and not any(torch.equal(first[name], other[name]) for name in drawn)
+    model = prepared(config)
+    groups = [group for o in model.optimizers(config, train_gpt.Runtime(config, {})) for group in o.param_groups]
+    assert sorted(id(p) for group in groups for p in group["params"]) == sorted(map(id, model.parameters()))
+    losses_and_gradients(model, model, random_tokens(config, 4, config.train_seq_len + 1))
+    for name, p in model.named_parameters():
+        assert p.dtype == torch.float32 and (p.grad is not None if p.requires_grad else p.numel() == 0), name
+    model.mystery = torch.nn.Parameter(torch.zeros(3))
+    with pytest.raises(train_gpt.UserError, match="PARAMETERS has no rule mystery for mystery: add one"):
+        model.init_weights(config)
+
+
+def scored_losses(model, evaluator, stream):
+    """The loss of each target of this text, in order, in a final score."""
+    pending, found, batches = [], [], train_gpt.Evaluator.batches
+
+    def watched(*args):
+        for batch in batches(evaluator, *args):
+            pending.append(batch[2])
+            yield batch
+
+    def forward(inputs, targets):
+        losses = model(inputs, targets)
+        if pending:
+            found.append(losses[pending.pop()].detach())
+        return losses
+
+    evaluator.batches, evaluator.stream = watched, stream
+    score = evaluator.score(model, forward, final=True)
+    losses = torch.cat(found)
+    assert len(losses) == score.tokens and losses.double().mean().item() == pytest.approx(score.loss, rel=1e-6)
+    return losses
+
+
+def moved_before_a_changed_token(model, evaluator, places) -> list[float]:
+    """By how much the losses of the targets before each of these tokens change in a final score if it does."""
+    stream, moved = evaluator.stream, []
+    before = scored_losses(model, evaluator, stream)
+    for place in places:
+        tokens = stream.read(0, len(stream))
+        tokens[place] = 1  # which begins a document, and which the canonical mask allows everywhere
+        changed = copy.copy(stream)
+        changed.read = lambda start, count, tokens=tokens: tokens[start : start + count].copy()
+        after = scored_losses(model, evaluator, changed)
+        assert not torch.equal(after[place - 1 :], before[place - 1 :]), "the text was really changed"
+        moved.append((after[: place - 1] - before[: place - 1]).abs().max().item())
+    evaluator.stream = stream
+    return moved

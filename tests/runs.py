@@ -1,5 +1,7 @@
 """Whole runs for tests, in this process by main() or under torchrun, and what must hold for those of any model."""
 
+import contextlib
+import itertools
 import json
 import os
 import re
@@ -21,6 +23,7 @@ def read_run(path):
     return SimpleNamespace(
         path=path,
         log=(path / "train.log").read_text(),
+        metrics=metrics,
         losses=[m["train_loss"] for m in metrics if "train_loss" in m],
         result=json.loads(result.read_text()) if result.is_file() else None,
     )
@@ -36,6 +39,35 @@ def starter(corpus, tmp_path, **base):
         return read_run(tmp_path / "logs" / values["RUN_ID"])
 
     return start
+
+
+def fake_clock(monkeypatch):
+    """A clock that only steps (1 s, or as `steps` says), evaluations (100 s) and calls that are made `slow` move."""
+    clock = SimpleNamespace(now=0.0, steps=itertools.repeat(1.0))
+    score = train_gpt.Evaluator.score
+
+    def slow(owner, name, seconds=None):
+        real = getattr(owner, name)
+
+        def delayed(*args, **options):
+            clock.now += next(clock.steps) if seconds is None else seconds
+            return real(*args, **options)
+
+        monkeypatch.setattr(owner, name, delayed)
+
+    def timed_score(self, model, *args, **options):
+        def first_batch(*_):
+            clock.now += 100.0
+            handle.remove()
+
+        handle = model.register_forward_pre_hook(first_batch)
+        return score(self, model, *args, **options)
+
+    monkeypatch.setattr(train_gpt.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(train_gpt.Evaluator, "score", timed_score)
+    slow(Trainer, "step")
+    clock.slow = slow
+    return clock
 
 
 def counted_graphs(monkeypatch):
@@ -67,43 +99,55 @@ def score_again(corpus, folder, artifact, capsys, **knobs) -> list[str]:
 
 def assert_no_defaults(knobs, config_class):
     """A knob at its default would prove nothing."""
-    defaults = {name: field.default for name, field in config_class.knobs().items()}
-    assert all(value != defaults[name] for name, value in knobs.items())
+    defaults = config_class().as_env()
+    assert all(str(value) != defaults[name] for name, value in knobs.items())
 
 
 def assert_scored_again(run, artifact, corpus, tmp_path, capsys, shape):
-    """MODE=eval gives the digits of the run: of the artifact alone, and of the .pt with the knobs of its shape. The
-    final validation sees what is exported: the average. MODE=sample takes the artifact, too."""
+    """MODE=eval gives the digits of the run: of the artifact alone in another process, and of the .pt with the knobs of
+    its shape. The final validation sees what is exported: the average. MODE=sample takes the artifact, too."""
     assert run.result["val_loss"] != run.result["pre_quant_val_loss"]
-    again = score_again(corpus, tmp_path / "again", artifact, capsys)
-    assert again == [f"{run.result[key]:.8f}" for key in ("val_loss", "val_bpb")]
+    machine = models.machine_settings(corpus, MODE="eval", ARTIFACT=artifact, VAL_TOKENS_LIMIT=200)
+    done = models.process(machine, tmp_path)
+    assert done.returncode == 0, done.stderr.decode()
+    (again,) = re.findall(r"^final_\w+_exact val_loss:(\S+) val_bpb:(\S+)", done.stdout.decode(), re.MULTILINE)
+    assert list(again) == [f"{run.result[key]:.8f}" for key in ("val_loss", "val_bpb")]
     again = score_again(corpus, tmp_path / "again", run.path / "final_model.pt", capsys, **shape)
     assert again == [f"{run.result[key]:.8f}" for key in ("pre_quant_val_loss", "pre_quant_val_bpb")]
     values = models.machine_settings(corpus, MODE="sample", ARTIFACT=artifact, LOG_DIR=tmp_path, SAMPLE_PROMPT="the")
-    assert models.call_main(values | {"SAMPLE_TOKENS": "8"}) == 0
+    assert models.call_main(values | {"SAMPLE_TOKENS": "8"}) == 0 and capsys.readouterr().out.startswith("the")
+
+
+@contextlib.contextmanager
+def stopped_at(step: int):
+    """A SIGTERM arrives while this step runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        whole = Trainer.step
+
+        def interrupted(self, *args):
+            if self.checkpoints.in_training and self.steps + 1 == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return whole(self, *args)
+
+        patch.setattr(Trainer, "step", interrupted)
+        yield
 
 
 def assert_goes_on_as_if_it_had_not_been_stopped(go, monkeypatch, knobs):
-    """A run of 8 steps that is stopped twice, early and late, equals one that is not."""
+    """A run of 8 steps that is stopped twice, early and late, equals one that is not, which is returned."""
     monkeypatch.setattr(train_gpt, "INT8_MIN_NUMEL", 500)
     knobs = knobs | {"ITERATIONS": 8, "VAL_LOSS_EVERY": 3}
-    whole, step, cuts = go(RUN_ID="whole", **knobs), Trainer.step, [2, 6]
-
-    def disturbed(self, *args):
-        if self.checkpoints.in_training and cuts and self.steps + 1 == cuts[0]:
-            cuts.pop(0)
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, *args)
-
-    monkeypatch.setattr(Trainer, "step", disturbed)
-    for _ in range(2):
-        go(RUN_ID="cut", code=143, **knobs)
+    whole = go(RUN_ID="whole", **knobs)
+    for step in (2, 6):
+        with stopped_at(step):
+            go(RUN_ID="cut", code=143, **knobs)
     run = go(RUN_ID="cut", **knobs)
     assert run.result["resumed_at"] == [2, 6] and run.losses == whole.losses
     for name in ("val_loss", "val_bpb", "pre_quant_val_loss", "sha256_artifact"):
         assert run.result[name] == whole.result[name], name
     one, other = (torch.load(r.path / "final_model.pt", weights_only=True) for r in (run, whole))
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    return whole
 
 
 def assert_two_ranks_train_as_one(go, launch, corpus, tmp_path, knobs):

@@ -1,5 +1,5 @@
-"""Gradients of a compiled model under DDP: they are those of one process, also where the graph is larger than a bucket
-of the reduction, a layer runs several times, gradients are added up over micro-steps, and lie in the buckets."""
+"""Gradients of a compiled model under DDP are those of one process, also where the graph is larger than a bucket of the
+reduction, a layer runs several times, and gradients are accumulated over micro-steps."""
 
 import shutil
 from pathlib import Path

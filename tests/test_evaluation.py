@@ -1,13 +1,14 @@
-"""Evaluation: every target scored exactly once with the context the design promises, for any number of ranks; loss and
-BPB against a naive reference; bytes against the text itself; no side effects; models that are scored by their own
-distributions, and models that learn from the text they have been scored on."""
+"""Every target is scored exactly once with its full context, for any number of ranks; loss and BPB against a naive
+reference; bytes against the text itself; no side effects; models with distributions of their own, and models that learn
+from the text that they have been scored on."""
 
 import copy
-import dataclasses
 import itertools
 import math
 import random
+from dataclasses import replace
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -55,49 +56,68 @@ def ranks_of(runtime, world_size):
     return fakes
 
 
+def score_on_ranks(runtime, world_size, tokens, score) -> list[list[float]]:
+    """What each rank gives to the sum: nats, tokens, bytes and whether it was interrupted."""
+    parts = []
+    for fake in ranks_of(runtime, world_size):
+        fake.all_reduce = lambda values: parts.append(values) or [1.0, tokens, 1, 0]
+        score(fake)
+    assert len(parts) == world_size
+    return parts
+
+
 def first_seen(target, length, stride):
-    """Position of the first token that the design lets the prediction of token `target` see: the first window scores
-    all its targets, a later one (they start every `stride` tokens) its last `stride`."""
+    """Position of the first token that the prediction of token `target` sees: the first window scores all its targets,
+    a later one (they start every `stride` tokens) its last `stride`."""
     return 0 if target <= length else stride * math.ceil((target - length) / stride)
 
 
+class Case(NamedTuple):
+    targets: int
+    T: int
+    stride: int
+    batch_tokens: int
+    ranks: int
+    accum: int
+    limit: int
+
+    @property
+    def scored(self) -> int:
+        return min(self.limit or self.targets, self.targets)
+
+    def evaluator(self, make_config, runtime, folder) -> Evaluator:
+        stream = counting_stream(folder / str(self.targets), self.targets)
+        knobs = {"val_batch_size": self.batch_tokens, "val_tokens_limit": self.limit}
+        config = replace(make_config(), train_seq_len=self.T, eval_stride=self.stride, **knobs)
+        return Evaluator(stream, POSITIONS, config, runtime, self.accum)
+
+
 def cases():
-    """(targets, T, stride, tokens per batch, ranks, micro-steps, limit): the corners, then some at random."""
+    """Some at random, then the corners."""
     rng = random.Random(0)
-    corners = itertools.product((1, 2, 3, 4, 5, 8, 9), (4,), (0, 1, 3, 4), (8,), (1, 3), (1,), (0,))
     for _ in range(120):
         T, n = rng.choice([1, 2, 5, 8]), rng.randint(1, 60)
-        yield (
-            n,
-            T,
-            rng.choice([0, 1, T // 2, T]),
-            rng.choice([1, 2 * T, 7 * T, 1000]),
-            rng.choice([1, 2, 3, 5]),
-            rng.choice([1, 2]),
-            rng.choice([0, 0, 1, n // 2, n, n + 5]),
-        )
-    yield from corners
+        stride, batch_tokens = rng.choice([0, 1, T // 2, T]), rng.choice([1, 2 * T, 7 * T, 1000])
+        ranks, accum, limit = rng.choice([1, 2, 3, 5]), rng.choice([1, 2]), rng.choice([0, 0, 1, n // 2, n, n + 5])
+        yield Case(n, T, stride, batch_tokens, ranks, accum, limit)
+    for n, stride, ranks in itertools.product((1, 2, 3, 4, 5, 8, 9), (0, 1, 3, 4), (1, 3)):
+        yield Case(n, 4, stride, 8, ranks, 1, 0)
 
 
 def test_each_target_is_scored_exactly_once_with_its_full_context(make_config, runtime, tmp_path):
     for case in cases():
-        targets, T, stride, batch_tokens, world_size, accum, limit = case
-        stream = counting_stream(tmp_path / str(targets), targets)
-        config = dataclasses.replace(
-            make_config(), train_seq_len=T, eval_stride=stride, val_batch_size=batch_tokens, val_tokens_limit=limit
-        )
         seen = []
-        for fake in ranks_of(runtime, world_size):
-            evaluator = Evaluator(stream, POSITIONS, config, fake, accum)
+        for fake in ranks_of(runtime, case.ranks):
+            evaluator = case.evaluator(make_config, fake, tmp_path)
             for inputs, goals, mask, scored in evaluator.batches(evaluator.targets, 0):
-                assert inputs.shape == goals.shape == mask.shape == (evaluator.batch, T), case
-                assert len(inputs) * T <= max(T, batch_tokens // (world_size * accum)), case
+                assert inputs.shape == goals.shape == mask.shape == (evaluator.batch, case.T), case
+                assert len(inputs) * case.T <= max(case.T, case.batch_tokens // (case.ranks * case.accum)), case
                 assert sorted(goals[mask].tolist()) == [j + 1 for j in scored], case
                 for row, column in mask.nonzero().tolist():
                     target, visible = int(goals[row, column]), inputs[row, : column + 1].tolist()
-                    assert visible == list(range(first_seen(target, T, stride or T), target)), case
+                    assert visible == list(range(first_seen(target, case.T, case.stride or case.T), target)), case
                     seen.append(target)
-        assert sorted(seen) == list(range(1, min(limit or targets, targets) + 1)), case
+        assert sorted(seen) == list(range(1, case.scored + 1)), case
 
 
 def test_the_sums_over_ranks_are_those_of_all_targets(make_config, runtime, tmp_path):
@@ -110,31 +130,32 @@ def test_the_sums_over_ranks_are_those_of_all_targets(make_config, runtime, tmp_
         return torch.where(targets > 0, loss, math.nan)
 
     for case in cases():
-        targets, T, stride, batch_tokens, world_size, accum, limit = case
-        stream = counting_stream(tmp_path / str(targets), targets)
-        config = dataclasses.replace(
-            make_config(), train_seq_len=T, eval_stride=stride, val_batch_size=batch_tokens, val_tokens_limit=limit
+        parts = score_on_ranks(
+            runtime,
+            case.ranks,
+            case.scored,
+            lambda fake: case.evaluator(make_config, fake, tmp_path).score(*twice(FromFunction(model))),  # noqa: B023
         )
-        wanted, given = range(1, min(limit or targets, targets) + 1), []
-        for fake in ranks_of(runtime, world_size):
-            fake.all_reduce = lambda values: given.append(values) or [1.0, len(wanted), 1, 0]  # noqa: B023
-            Evaluator(stream, POSITIONS, config, fake, accum).score(*twice(FromFunction(model)))
-        contexts = [target - first_seen(target, T, stride or T) for target in wanted]
+        wanted = range(1, case.scored + 1)
+        contexts = [target - first_seen(target, case.T, case.stride or case.T) for target in wanted]
         expected = sum(math.sin(t) + math.cos(3 * c) for t, c in zip(wanted, contexts, strict=True))
-        nats, tokens, weight, leave = (sum(column) for column in zip(*given, strict=True))
-        assert len(given) == world_size and tokens == len(wanted) and weight == sum(wanted) and not leave, case
+        nats, tokens, weight, leave = (sum(column) for column in zip(*parts, strict=True))
+        assert tokens == len(wanted) and weight == sum(wanted) and not leave, case
         assert nats == pytest.approx(expected, abs=1e-9), case
 
 
-@pytest.fixture
-def trained(make_config):
-    """A model with random weights everywhere, such that context matters."""
-    model = new_model(make_config(TRAIN_SEQ_LEN=16), kernels.blocked_attention)
+def scatter(model):
+    """Random values in every parameter, so that context matters."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.3 * torch.randn(p.shape, generator=generator))
     return model
+
+
+@pytest.fixture
+def trained(make_config):
+    return scatter(new_model(make_config(TRAIN_SEQ_LEN=16), kernels.blocked_attention))
 
 
 @pytest.fixture
@@ -178,12 +199,6 @@ def test_loss_and_bpb_equal_one_window_per_target(evaluate, runtime, trained, st
     assert (score.tokens, score.bytes) == (limit, weight)
 
 
-def test_more_context_changes_the_loss_but_never_what_is_scored(evaluate, runtime, trained):
-    scores = [evaluate(runtime, EVAL_STRIDE=stride).score(*twice(trained)) for stride in (0, 3, 8, 16)]
-    assert len({(score.tokens, score.bytes, score.total) for score in scores}) == 1
-    assert scores[0].loss == scores[3].loss and len({score.loss for score in scores}) == 3
-
-
 def test_the_whole_validation_text_weighs_its_true_bytes(evaluate, runtime, trained):
     """The corpus encodes the documents losslessly: the denominator of BPB is the length of the text itself."""
     evaluator = evaluate(runtime)
@@ -199,38 +214,30 @@ def test_the_whole_validation_text_weighs_its_true_bytes(evaluate, runtime, trai
     assert score.bpb == pytest.approx(score.loss * score.tokens / math.log(2) / true_bytes, rel=1e-12)
 
 
-@pytest.mark.parametrize("world_size, stride, accum", [(2, 0, 1), (3, 5, 2), (4, 16, 1)])
-def test_ranks_sum_to_the_score_of_one(evaluate, runtime, trained, world_size, stride, accum):
-    alone, parts = evaluate(runtime, EVAL_STRIDE=stride).score(*twice(trained)), []
-    for fake in ranks_of(runtime, world_size):
-        fake.all_reduce = lambda values: parts.append(values) or [1.0, alone.tokens, 1, 0]
-        evaluate(fake, accum, EVAL_STRIDE=stride).score(*twice(trained))
+def test_ranks_sum_to_the_score_of_one(evaluate, runtime, trained):
+    alone = evaluate(runtime, EVAL_STRIDE=5).score(*twice(trained))
+    rank_score = lambda fake: evaluate(fake, 2, EVAL_STRIDE=5).score(*twice(trained))  # noqa: E731
+    parts = score_on_ranks(runtime, 3, alone.tokens, rank_score)
     nats, tokens, weight, leave = (sum(column) for column in zip(*parts, strict=True))
     assert (tokens, weight, leave) == (alone.tokens, alone.bytes, 0)
     assert nats / tokens == pytest.approx(alone.loss, rel=1e-6)
-    assert min(part[1] for part in parts) > 0.8 * tokens / world_size, "the work is shared evenly"
+    assert min(part[1] for part in parts) > 0.8 * tokens / 3, "the work is shared evenly"
 
 
-def test_a_target_that_no_rank_scored_is_noticed(evaluate, runtime, trained):
+def test_a_target_that_no_rank_scored_and_a_loss_that_is_no_number_are_refused(evaluate, runtime, trained):
+    for value in (math.nan, math.inf):
+        with pytest.raises(UserError, match=f"validation loss is {value}"):
+            evaluate(runtime).score(*twice(FromFunction(lambda x, y, v=value: torch.full(x.shape, v))))
     runtime.all_reduce = lambda values: [values[0], values[1] - 1, *values[2:]]
     with pytest.raises(UserError, match="scored .* targets"):
         evaluate(runtime).score(*twice(trained))
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_no_number_is_refused(evaluate, runtime, value):
-    with pytest.raises(UserError, match=f"validation loss is {value}"):
-        evaluate(runtime).score(*twice(FromFunction(lambda inputs, targets: torch.full(inputs.shape, value))))
-
-
 def test_the_label_says_partial_only_when_targets_are_left_out(evaluate, runtime, trained):
     everything = evaluate(runtime).total
-    labels = {
-        limit: evaluate(runtime, VAL_TOKENS_LIMIT=limit).score(*twice(trained)).label
-        for limit in (0, everything - 1, everything, everything + 7)
-    }
-    assert labels.pop(everything - 1) == f" partial:{everything - 1}/{everything}"
-    assert set(labels.values()) == {""}
+    partial = f" partial:{everything - 1}/{everything}"
+    for limit, label in ((0, ""), (everything - 1, partial), (everything, ""), (everything + 7, "")):
+        assert evaluate(runtime, VAL_TOKENS_LIMIT=limit).score(*twice(trained)).label == label
 
 
 def test_evaluation_changes_nothing_and_training_goes_on(evaluate, runtime, trained):
@@ -249,41 +256,6 @@ def test_evaluation_changes_nothing_and_training_goes_on(evaluate, runtime, trai
         torch.testing.assert_close(a, p.grad, rtol=1e-6, atol=1e-7)
 
 
-def test_what_a_model_caches_during_evaluation_can_be_trained_through(evaluate, runtime):
-    """Tensors made under inference_mode cannot be: scoring runs under no_grad instead."""
-    weight, cache = torch.ones((), requires_grad=True), []
-
-    def model(inputs, targets):
-        if not cache:
-            cache.append(torch.linspace(0, 1, inputs.size(1)))
-        return (weight * cache[0]).expand(inputs.shape)
-
-    recorded = []
-    evaluate(runtime).score(*twice(FromFunction(lambda *batch: recorded.append(model(*batch)) or recorded[-1])))
-    assert not any(losses.requires_grad for losses in recorded), "scoring must record nothing for gradients"
-    model(torch.zeros(2, 16), None).sum().backward()
-    assert weight.grad == pytest.approx(16.0)
-
-
-class Dropping(Model):
-    """Every loss is 2, or with dropout 0 or 4."""
-
-    def __init__(self):
-        super().__init__()
-        self.dropout, self.modes = torch.nn.Dropout(0.5), []
-
-    def forward(self, inputs, targets):
-        self.modes.append(self.training)
-        return self.dropout(torch.full(inputs.shape, 2.0))
-
-
-def test_a_model_with_dropout_is_scored_without_and_trains_on_with_it(evaluate, runtime):
-    model, evaluator = Dropping(), evaluate(runtime)
-    assert evaluator.score(*twice(model)).loss == 2.0
-    assert model.training and model(torch.zeros(4, 64), None).unique().tolist() == [0.0, 4.0]
-    assert model.modes == [*[False] * (len(model.modes) - 1), True]
-
-
 def test_a_long_evaluation_reports_its_progress(evaluate, runtime, trained, monkeypatch):
     evaluator, lines, now = evaluate(runtime, VAL_TOKENS_LIMIT=16 * 8 * 4), [], [0.0]
     assert len([*evaluator.batches(evaluator.targets, 0)]) == 4
@@ -298,13 +270,27 @@ def test_a_long_evaluation_reports_its_progress(evaluate, runtime, trained, monk
 
 
 def test_targets_without_bytes_or_no_targets_at_all_are_refused(make_config, runtime, trained, tmp_path):
-    config = dataclasses.replace(make_config(), train_seq_len=16)
+    config = replace(make_config(), train_seq_len=16)
     weightless = SimpleNamespace(count=lambda tokens: 0)
     with pytest.raises(UserError, match="VAL_TOKENS_LIMIT"):
         Evaluator(counting_stream(tmp_path / "some", 20), weightless, config, runtime).score(*twice(trained))
     counting_stream(tmp_path / "none", 0)
     with pytest.raises(UserError, match="2 are needed"):
         train_gpt.open_text(make_config(DATA_PATH=tmp_path / "none"), None, train_gpt.RunFolder(runtime))
+
+
+def test_a_mask_that_skips_targets_is_noticed(make_config, runtime, tmp_path):
+    """The count of targets is that of the mask, which decides whose losses count."""
+
+    class Skipping(Evaluator):
+        def batches(self, chunk, number):
+            for inputs, targets, mask, scored in super().batches(chunk, number):
+                yield inputs, targets, mask & (targets % 2 == 0), scored
+
+    config = replace(make_config(), train_seq_len=4, eval_stride=0, val_batch_size=8, val_tokens_limit=0)
+    evaluator = Skipping(counting_stream(tmp_path, 20), POSITIONS, config, runtime)
+    with pytest.raises(UserError, match="scored 10 of 20 targets"):
+        evaluator.score(*twice(FromFunction(lambda inputs, targets: targets.double())))
 
 
 # Models with distributions of their own, and models that learn from what has been scored
@@ -314,11 +300,9 @@ def test_targets_without_bytes_or_no_targets_at_all_are_refused(make_config, run
 def test_losses_are_the_distributions_at_the_targets_in_row_major_order(make_config, tied):
     """In float64 on both sides, so that only a fault could make a difference."""
     config = make_config(TRAIN_SEQ_LEN=16, TIE_EMBEDDINGS=tied, LOGIT_SOFTCAP=4)
-    model = new_model(config, kernels.blocked_attention, torch.float64).double().eval()
+    model = scatter(new_model(config, kernels.blocked_attention, torch.float64).double().eval())
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.3 * torch.randn(p.shape, generator=generator))
         tokens = torch.randint(config.vocab_size, (3, 17), generator=generator)
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         for share in (0.0, 0.3, 1.0):
@@ -361,11 +345,9 @@ def test_a_model_that_overrides_distributions_is_scored_by_them(evaluate, runtim
             own = trained(inputs, targets)[mask].double().neg().exp()
             nats -= float(torch.log(own / 2 + 1 / (2 * evaluator.stream.vocab_size)).sum())
     assert score.tokens == 150 and score.loss == pytest.approx(nats / 150, rel=1e-6)
-    alone, parts = score, []
-    for fake in ranks_of(runtime, 2):
-        fake.all_reduce = lambda values: parts.append(values) or [1.0, 150, 1, 0]
-        evaluate(fake, EVAL_STRIDE=stride, VAL_TOKENS_LIMIT=150).score(model, unused)
-    assert sum(part[0] for part in parts) / 150 == pytest.approx(alone.loss, rel=1e-6)
+    rank_score = lambda fake: evaluate(fake, EVAL_STRIDE=stride, VAL_TOKENS_LIMIT=150).score(model, unused)  # noqa: E731
+    parts = score_on_ranks(runtime, 2, 150, rank_score)
+    assert sum(part[0] for part in parts) / 150 == pytest.approx(score.loss, rel=1e-6)
 
 
 class Recorder(Model):
@@ -396,57 +378,44 @@ class Recorder(Model):
         return f"ends with {score.tokens}"
 
 
-def observing_cases():
-    """Those above with the targets between two observations; the last is of fewer targets than a window has."""
-    for number, case in enumerate(cases()):
-        targets, T, stride, *_ = case
-        chunks = {1, 2, T, max(1, T - (stride or T)), T + 1, 3 * T, targets, targets + 5}
-        for chunk in sorted(chunks) if number % 3 == 0 else [sorted(chunks)[number % len(chunks)]]:
-            yield case, chunk
-
-
 def test_each_target_is_scored_once_and_before_it_is_observed(make_config, runtime, tmp_path):
-    for case, chunk in observing_cases():
-        targets, T, stride, batch_tokens, world_size, accum, limit = case
-        stream = counting_stream(tmp_path / str(targets), targets)
-        config = dataclasses.replace(
-            make_config(), train_seq_len=T, eval_stride=stride, val_batch_size=batch_tokens, val_tokens_limit=limit
-        )
-        scored_in_all = min(limit or targets, targets)
-        S, seen, observed = stride or T, [], []
-        # The first target of the window that scores a target, counted from 0, says in which chunk it is scored.
-        starts = [0, *range(T, scored_in_all, S)]
-        chunk_of = {j + 1: max(start for start in starts if start <= j) // chunk for j in range(scored_in_all)}
-        for fake in ranks_of(runtime, world_size):
-            fake.all_reduce = lambda values: [1.0, scored_in_all, 1, 0]  # noqa: B023
-            model, lines = Recorder(chunk), []
-            score = Evaluator(stream, POSITIONS, config, fake, accum).score(*twice(model), lines.append, final=True)
-            assert model.training and lines == [f"begins with {scored_in_all}", f"ends with {scored_in_all}"], case
-            assert model.events[0] == ("begin", scored_in_all) and model.events[-1] == ("end", score), case
-            assert [kind for kind, _ in model.events].count("begin") == 1, case
-            observed.append([tokens for kind, tokens in model.events if kind == "observe"])
-            phase = 0
-            for kind, content in model.events[1:-1]:
-                phase += kind == "observe"
-                for target in content if kind == "score" else ():
-                    assert chunk_of[target] == phase, (case, chunk, target)
-                    seen.append(target)
-        assert sorted(seen) == list(range(1, scored_in_all + 1)), (case, chunk)
-        chunks = 1 + max(chunk_of.values())
-        expected = [[*range(n * chunk, min((n + 1) * chunk, targets) + 1)] for n in range(chunks - 1)]
-        assert observed == [expected] * world_size, (case, chunk)
-        # It must not have been scored later than it was observed.
-        assert all(phase <= (target - 1) // chunk for target, phase in chunk_of.items()), (case, chunk)
+    """With some numbers of targets between two observations, among them fewer than a window has."""
+    for number, case in enumerate(cases()):
+        T, S, n = case.T, case.stride or case.T, case.scored
+        chunks = sorted({1, 2, T, max(1, T - S), T + 1, 3 * T, case.targets, case.targets + 5})
+        for chunk in chunks if number % 3 == 0 else [chunks[number % len(chunks)]]:
+            # A target is scored in the chunk with the first target of its window, counted from 0.
+            starts = [0, *range(T, n, S)]
+            chunk_of = {j + 1: max(start for start in starts if start <= j) // chunk for j in range(n)}
+            assert all(scored_in <= (target - 1) // chunk for target, scored_in in chunk_of.items()), "not too late"
+            count = 1 + max(chunk_of.values())
+            expected = [[*range(i * chunk, min((i + 1) * chunk, case.targets) + 1)] for i in range(count - 1)]
+            seen = []
+            for fake in ranks_of(runtime, case.ranks):
+                fake.all_reduce = lambda values: [1.0, n, 1, 0]  # noqa: B023
+                model, lines = Recorder(chunk), []
+                evaluator = case.evaluator(make_config, fake, tmp_path)
+                score = evaluator.score(*twice(model), lines.append, final=True)
+                assert model.training and lines == [f"begins with {n}", f"ends with {n}"], case
+                begin, *events, end = model.events
+                assert begin == ("begin", n) and end == ("end", score), case
+                assert [content for kind, content in events if kind != "score"] == expected, (case, chunk)
+                observed = 0
+                for kind, content in events:
+                    observed += kind == "observe"
+                    for target in content if kind == "score" else ():
+                        assert chunk_of[target] == observed, (case, chunk, target)
+                        seen.append(target)
+            assert sorted(seen) == list(range(1, n + 1)), (case, chunk)
 
 
 def test_a_validation_in_training_neither_begins_nor_observes_nor_ends(make_config, runtime, tmp_path):
-    stream = counting_stream(tmp_path / "val", 50)
-    config = dataclasses.replace(make_config(), train_seq_len=4, val_batch_size=8)
+    evaluator = Case(50, 4, 0, 8, 1, 1, 0).evaluator(make_config, runtime, tmp_path)
     model, lines = Recorder(8), []
-    score = Evaluator(stream, POSITIONS, config, runtime).score(*twice(model), lines.append)
+    score = evaluator.score(*twice(model), lines.append)
     assert {kind for kind, _ in model.events} == {"score"} and score.tokens == 50 and not lines
-    plain = Recorder(0)  # and one that never observes begins and ends its final score
-    Evaluator(stream, POSITIONS, config, runtime).score(*twice(plain), lines.append, final=True)
+    plain = Recorder(0)  # a model that never observes begins and ends its final score
+    evaluator.score(*twice(plain), lines.append, final=True)
     assert [kind for kind, _ in plain.events if kind != "score"] == ["begin", "end"]
 
 
@@ -496,22 +465,6 @@ def test_a_model_that_learns_as_it_is_scored_gets_the_score_of_its_formula_on_an
     assert score.loss == pytest.approx(nats / limit, rel=1e-6)
     assert (model.counts == 1).all(), "what it learned is undone"
     assert evaluator.score(*twice(model)).loss == pytest.approx(math.log(V), rel=1e-6)
-    parts = []
-    for fake in ranks_of(runtime, 2):
-        fake.all_reduce = lambda values: parts.append(values) or [1.0, limit, 1, 0]
-        evaluate(fake, EVAL_STRIDE=stride, VAL_TOKENS_LIMIT=limit).score(*twice(model), final=True)
+    knobs = {"EVAL_STRIDE": stride, "VAL_TOKENS_LIMIT": limit}
+    parts = score_on_ranks(runtime, 2, limit, lambda fake: evaluate(fake, **knobs).score(*twice(model), final=True))
     assert sum(part[0] for part in parts) == pytest.approx(nats, rel=1e-6) and min(part[1] for part in parts) > 100
-
-
-def test_a_mask_that_skips_targets_is_found_by_the_script(make_config, runtime, tmp_path):
-    """The count of targets is that of the mask, which decides whose losses count."""
-
-    class Skipping(Evaluator):
-        def batches(self, chunk, number):
-            for inputs, targets, mask, scored in super().batches(chunk, number):
-                yield inputs, targets, mask & (targets % 2 == 0), scored
-
-    config = dataclasses.replace(make_config(), train_seq_len=4, eval_stride=0, val_batch_size=8, val_tokens_limit=0)
-    evaluator = Skipping(counting_stream(tmp_path, 20), POSITIONS, config, runtime)
-    with pytest.raises(UserError, match="scored 10 of 20 targets"):
-        evaluator.score(*twice(FromFunction(lambda inputs, targets: targets.double())))

@@ -2,13 +2,13 @@
 fp32 masters, memory, the clock, two processes on one device."""
 
 import importlib.util
-import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
 from models import build_trainer, new_model
+from runs import read_run
 
 import train_gpt
 
@@ -43,19 +43,6 @@ REAL = {
     "MICRO_BATCH_TOKENS": 16_384,
     "GRAD_ACCUM_STEPS": 0,
 }
-
-
-@pytest.fixture(autouse=True)
-def all_kernels():
-    """choose_attention pins torch's global switches: every test starts and ends with all kernels allowed."""
-
-    def allow():
-        for switch in ("flash", "cudnn", "mem_efficient", "math"):
-            getattr(torch.backends.cuda, f"enable_{switch}_sdp")(True)
-
-    allow()
-    yield
-    allow()
 
 
 @pytest.fixture
@@ -94,13 +81,6 @@ def assert_close_in_bf16(one, other):
     assert (one[0] - other[0]).abs().max() < 0.2
     for name, grad in one[1].items():
         assert torch.nn.functional.cosine_similarity(grad.flatten(), other[1][name].flatten(), dim=0) > 0.99, name
-
-
-def read_run(settings):
-    path = Path(settings["LOG_DIR"]) / "run"
-    metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    result = json.loads((path / "result.json").read_text())
-    return [m["train_loss"] for m in metrics if "train_loss" in m], result, (path / "train.log").read_text()
 
 
 def test_auto_chooses_the_attention_of_the_chip(on_device):
@@ -184,8 +164,9 @@ def test_a_capped_compiled_run_ends_before_its_cap_and_its_artifact_scores_the_s
     }
     done = launch(**settings)
     assert done.returncode == 0, done.stderr
-    losses, result, log = read_run(tiny())
-    assert result["seconds"]["training"] <= 5 and len(losses) == result["steps"] > 10
+    run = read_run(Path(tiny()["LOG_DIR"]) / "run")
+    result, log = run.result, run.log
+    assert result["seconds"]["training"] <= 5 and len(run.losses) == result["steps"] > 10
     assert f"step:{result['steps']}/1000000" in re.search("^stopping_early: wallclock_cap .*$", log, re.MULTILINE)[0]
     peak, reserved = re.search(r"^peak memory allocated: (\d+) MiB reserved: (\d+) MiB$", log, re.MULTILINE).groups()
     assert 0 < int(peak) <= int(reserved)
@@ -214,9 +195,9 @@ def test_two_processes_on_one_device_equal_one(tiny, launch, tmp_path):
         folder = tmp_path / f"ranks{ranks}"
         done = launch(ranks=ranks, **settings, LOG_DIR=folder)
         assert done.returncode == 0, done.stderr
-        runs.append(read_run({"LOG_DIR": folder}))
-    (losses, result, _), (other_losses, other_result, _) = runs
-    assert (result["world_size"], other_result["world_size"]) == (1, 2)
-    assert len(losses) == 10 and other_losses == pytest.approx(losses, abs=1e-3)
-    assert other_result["val_bpb"] == pytest.approx(result["val_bpb"], abs=1e-3)
-    assert other_result["scored_bytes"] == result["scored_bytes"]
+        runs.append(read_run(folder / "run"))
+    one, two = runs
+    assert (one.result["world_size"], two.result["world_size"]) == (1, 2)
+    assert len(one.losses) == 10 and two.losses == pytest.approx(one.losses, abs=1e-3)
+    assert two.result["val_bpb"] == pytest.approx(one.result["val_bpb"], abs=1e-3)
+    assert two.result["scored_bytes"] == one.result["scored_bytes"]

@@ -1,6 +1,5 @@
-"""Knobs in whole runs: graphs that are compiled before the clock starts, the average of the weights that is exported, a
-resumed run, two ranks, and an artifact that needs to be told nothing. Runs are made in this process by main(), except
-those of several ranks."""
+"""Knobs in whole runs: graphs that are compiled before the clock starts, and the average of the weights that is
+exported. Resumed runs, two ranks and scored artifacts of all knobs together: test_contract.py."""
 
 from types import SimpleNamespace
 
@@ -12,26 +11,7 @@ import torch
 import train_gpt
 from train_gpt import Evaluator, Trainer
 
-kernels = train_gpt.tool("kernels")
-
 checkpoint = train_gpt.tool("checkpoint")
-
-EVERYTHING = {
-    "NUM_LAYERS": 3,
-    "MLP_MULT": 1.7,
-    "ROPE_BASE": 900,
-    "LOGIT_SOFTCAP": 25,
-    "TIE_EMBEDDINGS": 0,
-    "EVAL_STRIDE": 12,
-    "MUON_WEIGHT_DECAY": 0.1,
-    "EMBED_WEIGHT_DECAY": 0.1,
-    "LR_FLOOR": 0.1,
-    "SCALAR_WEIGHT_DECAY": 0.1,
-    "EMA_DECAY": 0.9,
-    "EMA_SHARE": 0.7,
-    "LOADER": "shuffle",
-    "GRAD_CLIP_NORM": 0.3,
-}
 
 
 @pytest.fixture(autouse=True)
@@ -108,19 +88,14 @@ class Staged(train_gpt.GPT):
 
 
 @pytest.fixture
-def staged(tmp_path):
-    (tmp_path / "staged.py").write_text(STAGED, encoding="utf-8")
-    return tmp_path / "staged.py"
-
-
-@pytest.fixture
-def stages(monkeypatch):
-    """What the model is in each step of the training, of the warm-up, and in each validation."""
+def stages(go, tmp_path, monkeypatch):
+    """What the model is in each step of the training, of the warm-up, and in each validation; and a run of it."""
     seen, step, warm_up, score = SimpleNamespace(), Trainer.step, Trainer.warm_up, Evaluator.score
-    seen.steps, seen.warm, seen.scores = [], [], []
+    seen.steps, seen.warm, seen.scores, seen.now, seen.step_seconds = [], [], [], 0.0, 0.0
 
     def watched_step(self, *args):
         seen.steps.append(self.model.late)
+        seen.now += seen.step_seconds
         return step(self, *args)
 
     def watched_warm_up(self, *args):
@@ -134,11 +109,13 @@ def stages(monkeypatch):
     monkeypatch.setattr(Trainer, "step", watched_step)
     monkeypatch.setattr(Trainer, "warm_up", watched_warm_up)
     monkeypatch.setattr(Evaluator, "score", watched_score)
+    (tmp_path / "staged.py").write_text(STAGED, encoding="utf-8")
+    seen.go = lambda **knobs: go(MODEL_FILE=tmp_path / "staged.py", WARMUP_STEPS=2, **knobs)
     return seen
 
 
-def test_a_model_advances_by_the_progress_of_the_steps(go, staged, stages):
-    run = go(MODEL_FILE=staged, ITERATIONS=10, WARMUP_STEPS=2, VAL_LOSS_EVERY=2)
+def test_a_model_advances_by_the_progress_of_the_steps(stages):
+    run = stages.go(ITERATIONS=10, VAL_LOSS_EVERY=2)
     assert stages.steps == [False] * 5 + [True] * 5
     assert stages.warm == [False] * 2 + [True] * 2, "each graph that will run is warmed up"
     # Validations after 0, 2, 4, 6, 8 and 10 steps and of the artifact; the exported model is as at the end.
@@ -146,34 +123,17 @@ def test_a_model_advances_by_the_progress_of_the_steps(go, staged, stages):
     assert run.losses[0] > run.losses[-1]
 
 
-def test_a_model_advances_by_the_progress_of_the_clock(go, staged, stages, monkeypatch):
-    now, step = [0.0], Trainer.step
-
-    def timed(self, *args):
-        now[0] += 1.0
-        return step(self, *args)
-
-    monkeypatch.setattr(train_gpt.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(Trainer, "step", timed)
-    go(MODEL_FILE=staged, ITERATIONS=1000, MAX_WALLCLOCK_SECONDS=10, WARMUP_STEPS=2)
-    assert stages.steps == [False] * 5 + [True] * 4 and stages.scores == [True, True]  # a tenth would end at 10 s
+# A tenth step of a second would end at 10 s. A step that might not end in time is not begun: of 6 s not even the first.
+@pytest.mark.parametrize("step_seconds, clock, early, late", [(1.0, 10, 5, 4), (6.0, 5, 0, 0)])
+def test_a_model_advances_by_the_progress_of_the_clock(stages, monkeypatch, step_seconds, clock, early, late):
+    stages.step_seconds = step_seconds
+    monkeypatch.setattr(train_gpt.time, "perf_counter", lambda: stages.now)
+    stages.go(ITERATIONS=1000, MAX_WALLCLOCK_SECONDS=clock)
+    assert stages.steps == [False] * early + [True] * late
+    assert stages.scores == [True, True], "the model is exported as at the end"
 
 
-def test_a_run_that_the_clock_ends_early_exports_the_model_as_at_the_end(go, staged, stages, monkeypatch):
-    """A step that might not end in time is not begun: here not even the first, at a progress of 0."""
-    now, step = [0.0], Trainer.step
-
-    def timed(self, *args):
-        now[0] += 6.0
-        return step(self, *args)
-
-    monkeypatch.setattr(train_gpt.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(Trainer, "step", timed)
-    go(MODEL_FILE=staged, ITERATIONS=1000, MAX_WALLCLOCK_SECONDS=5, WARMUP_STEPS=2)
-    assert stages.steps == [] and stages.scores == [True, True]
-
-
-def test_all_graphs_are_compiled_before_the_clock_starts(go, staged, graphs, monkeypatch):
+def test_all_graphs_are_compiled_before_the_clock_starts(stages, graphs, monkeypatch):
     """Not in the middle of the run, where a compilation would cost a part of the training time."""
     before, warm_up = [], Trainer.warm_up
 
@@ -182,8 +142,7 @@ def test_all_graphs_are_compiled_before_the_clock_starts(go, staged, graphs, mon
         before.append(len(graphs))
 
     monkeypatch.setattr(Trainer, "warm_up", watched_warm_up)
-    knobs = EVERYTHING | {"NUM_LAYERS": 2, "ITERATIONS": 4, "WARMUP_STEPS": 1, "VAL_LOSS_EVERY": 1}
-    go(MODEL_FILE=staged, **knobs)
+    stages.go(ITERATIONS=4, VAL_LOSS_EVERY=1, EVAL_STRIDE=12, EMA_DECAY=0.9, EMA_SHARE=0.7, GRAD_CLIP_NORM=0.3)
     assert before[0] >= 4, "of a training step and of a validation, early and late"
     assert len(graphs) == before[0], "something was compiled during the run"
 
@@ -200,72 +159,26 @@ def test_fitting_the_memory_compiles_nothing_but_what_the_training_uses(make_con
 # The average
 
 
-@pytest.mark.parametrize("decay, part", [(0.4, 1), (0.999, 1), (0.999, 0.6)])
+@pytest.mark.parametrize("decay, part", [(0, 1), (0.4, 1), (0.999, 0.6)])
 def test_the_average_of_the_weights_is_exported(go, raw_weights, decay, part):
-    """Or so much of it, and for the rest the last weights."""
+    """Or so much of it, and for the rest the last weights. The training is that without an average."""
     run = go(EMA_DECAY=decay, EMA_SHARE=part, ITERATIONS=12, WARMUP_STEPS=2)
     assert len(raw_weights) == 13
     average = raw_weights[0]
     for t, weights in enumerate(raw_weights[1:]):
         share = min(decay, (t + 1) / (t + 10))
         average = {name: share * average[name] + (1 - share) * p for name, p in weights.items()}
-    average = {name: part * tensor + (1 - part) * raw_weights[-1][name] for name, tensor in average.items()}
+    last = raw_weights[-1]
     exported = torch.load(run.path / "final_model.pt", weights_only=True)
     assert exported.keys() == average.keys()
     for name, tensor in exported.items():
-        torch.testing.assert_close(tensor.double(), average[name], rtol=1e-6, atol=1e-7, msg=lambda m, n=name: n + m)
-        assert not torch.equal(tensor.double(), raw_weights[-1][name]) or name == "skip_weights", name
-
-
-def test_without_a_decay_the_last_weights_are_exported(go, raw_weights):
-    run = go()
-    exported = torch.load(run.path / "final_model.pt", weights_only=True)
-    assert all(torch.equal(tensor.double(), raw_weights[-1][name]) for name, tensor in exported.items())
-
-
-def test_the_average_leaves_the_training_alone(go):
-    plain, averaged = go(RUN_ID="plain"), go(RUN_ID="averaged", EMA_DECAY=0.9, WARMUP_STEPS=3)
-    assert averaged.losses == plain.losses
-    assert averaged.result["pre_quant_val_loss"] != plain.result["pre_quant_val_loss"]
-
-
-@pytest.mark.parametrize(
-    "name, value",
-    [
-        ("EMA_DECAY", -0.1),
-        ("EMA_DECAY", 1.1),
-        ("EMA_DECAY", "x"),
-        ("EMA_SHARE", -0.1),
-        ("EMA_SHARE", 1.1),
-        ("MUON_WEIGHT_DECAY", -1),
-        ("MUON_WEIGHT_DECAY", "x"),
-        ("EMBED_WEIGHT_DECAY", -1),
-        ("SCALAR_WEIGHT_DECAY", -1),
-    ],
-)
-def test_bad_values_are_user_errors_that_name_the_knob(make_config, name, value):
-    with pytest.raises(train_gpt.UserError, match=name):
-        make_config(**{name: value})
-
-
-# An artifact, a resumed run, ranks
-
-
-def test_an_artifact_of_everything_is_scored_again_without_being_told(go, corpus, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train_gpt, "INT8_MIN_NUMEL", 500)  # so that small tensors are rounded
-    runs.assert_no_defaults(EVERYTHING, train_gpt.Config)
-    run = go(**EVERYTHING)
-    given = models.tiny_settings(corpus) | EVERYTHING
-    shape = {name: given[name] for name in models.artifact_knobs() if name in given}
-    runs.assert_scored_again(run, run.path / "final_model.int8.ptz", corpus, tmp_path, capsys, shape)
-
-
-def test_a_run_of_everything_goes_on_as_if_it_had_not_been_stopped(go, monkeypatch):
-    runs.assert_goes_on_as_if_it_had_not_been_stopped(go, monkeypatch, EVERYTHING)
-
-
-def test_two_ranks_train_everything_as_one_process(go, launch, corpus, tmp_path):
-    runs.assert_two_ranks_train_as_one(go, launch, corpus, tmp_path, EVERYTHING)
+        expected = part * average[name] + (1 - part) * last[name]
+        torch.testing.assert_close(tensor.double(), expected, rtol=1e-6, atol=1e-7, msg=lambda m, n=name: n + m)
+        assert torch.equal(tensor.double(), last[name]) == (not decay) or name == "skip_weights", name
+    if decay:
+        plain = go(RUN_ID="plain", ITERATIONS=12)
+        assert run.losses == plain.losses
+        assert run.result["pre_quant_val_loss"] != plain.result["pre_quant_val_loss"]
 
 
 # The clock that a calibration of the export needs

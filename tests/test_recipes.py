@@ -15,35 +15,22 @@ check = train_gpt.tool("check")
 FOLDER = ROOT / "records" / "recipes"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.env"))
 PARAMETERS = {"demo_cpu": 2_363_920, "frontier_sp8192": 35_945_605, "frontier_sp1024": 32_275_589}
-SCRIPT = {"train_gpt.py"}
-FRONTIER = SCRIPT | {"frontier.py", "score_first.py"}
+SCRIPT, FRONTIER = {"train_gpt.py"}, {"train_gpt.py", "frontier.py", "score_first.py"}
+CODER = FRONTIER | {"canonical.py", "coder.py"}
 SOURCES = {
-    "case_marks_cpu": FRONTIER,
-    "demo_cpu": SCRIPT,
-    "frontier_cpu": FRONTIER | {"canonical.py"},
-    "frontier_sp1024": FRONTIER | {"canonical.py", "coder.py"},
-    "frontier_sp8192": FRONTIER | {"canonical.py", "coder.py"},
-    "reference_cpu": SCRIPT,
+    **{"demo_cpu": SCRIPT, "reference_cpu": SCRIPT, "case_marks_cpu": FRONTIER},
+    **{"frontier_cpu": FRONTIER | {"canonical.py"}, "frontier_sp1024": CODER, "frontier_sp8192": CODER},
 }
 # Smaller values for a run of a second. Those of the frontier apply to recipes that set the knob.
-SMALL = {
-    "MODEL_DIM": 32,
-    "TRAIN_SEQ_LEN": 32,
-    "TRAIN_BATCH_TOKENS": 64,
-    "VAL_BATCH_SIZE": 256,
-    "VAL_TOKENS_LIMIT": 200,
-    "ITERATIONS": 2,
-    "WARMUP_STEPS": 1,
-    "MAX_WALLCLOCK_SECONDS": 0,
-}
-SMALL_WHERE_SET = {
-    "ROPE_DIMS": 2,
-    "CONTEXTS": "8@0,16@0.3,32@0.6",
-    "EVAL_STRIDE": 16,
-    "TTT_CHUNK": 64,
-    "TTT_BATCH_TOKENS": 64,
-    "GPTQ_BATCHES": 2,
-}
+SMALL = """MODEL_DIM=32 TRAIN_SEQ_LEN=32 TRAIN_BATCH_TOKENS=64 VAL_BATCH_SIZE=256 VAL_TOKENS_LIMIT=200 ITERATIONS=2
+    WARMUP_STEPS=1 MAX_WALLCLOCK_SECONDS=0"""
+SMALL_WHERE_SET = (
+    "ROPE_DIMS=2 CONTEXTS=8@0,16@0.3,32@0.6 EVAL_STRIDE=16 TTT_CHUNK=64 TTT_BATCH_TOKENS=64 GPTQ_BATCHES=2"
+)
+
+
+def pairs(text: str) -> dict[str, str]:
+    return dict(pair.split("=") for pair in text.split())
 
 
 def load(name: str, **overrides) -> Config:
@@ -79,7 +66,7 @@ def test_a_recipe_is_a_configuration_that_fits_the_limit(name):
 def test_a_recipe_trains_two_small_steps(name, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(train_gpt, "INT8_MIN_NUMEL", 500)  # so that something is quantized
     texts = train_gpt.read_env_file(FOLDER / f"{name}.env")
-    knobs = SMALL | {knob: value for knob, value in SMALL_WHERE_SET.items() if knob in texts}
+    knobs = pairs(SMALL) | {knob: value for knob, value in pairs(SMALL_WHERE_SET).items() if knob in texts}
     machine = models.machine_settings(corpus, LOG_DIR=tmp_path, RUN_ID="run", **knobs)
     values = machine | {"VOCAB_SIZE": (corpus / "vocab_size").read_text()}
     with models.no_siblings():

@@ -13,6 +13,7 @@ import tokenize
 from pathlib import Path
 from types import SimpleNamespace
 
+import models
 import pytest
 import torch
 
@@ -46,15 +47,8 @@ assert torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled()
 """
 
 
-@pytest.fixture
-def folder(runtime):
-    folder = RunFolder(runtime)
-    yield folder
-    folder.close()
-
-
-def fake_runtime(kind="cpu", is_master=True):
-    return SimpleNamespace(device=torch.device(kind), is_master=is_master, broadcast=lambda value: value)
+def fake_runtime(kind="cpu", is_master=True, broadcast=lambda value: value):
+    return SimpleNamespace(device=torch.device(kind), is_master=is_master, broadcast=broadcast)
 
 
 def name_folder(folder, config):
@@ -65,8 +59,20 @@ def name_folder(folder, config):
         folder.choose(config, None, {})
 
 
-def contents(path: Path) -> dict:
-    return {str(p.relative_to(path)): p.read_bytes() if p.is_file() else None for p in path.rglob("*")}
+@pytest.fixture
+def create(runtime, make_config):
+    """Function: a run folder on the disk, with the first files in it."""
+    created = []
+
+    def new(kind=RunFolder, runtime=runtime, **knobs):
+        created.append(kind(runtime))
+        name_folder(created[-1], make_config(**knobs))
+        created[-1].create(make_config(**knobs), {"train_gpt.py": b"the code"})
+        return created[-1]
+
+    yield new
+    for folder in created:
+        folder.close()
 
 
 # Import
@@ -94,29 +100,17 @@ def test_one_process(runtime):
     runtime.synchronize()
 
 
-MEETING_PLACE = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
-
-
-@pytest.mark.parametrize(
-    "environ",
-    [
-        {"RANK": "1"},
-        {"RANK": "x"},
-        {"WORLD_SIZE": "2"},
-        {"RANK": "0", "WORLD_SIZE": "2"},
-        {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"},
-        {"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "29500"},
-        {"RANK": "2", "WORLD_SIZE": "2"} | MEETING_PLACE,
-        {"RANK": "0", "WORLD_SIZE": "-1"} | MEETING_PLACE,
-        {"RANK": "0", "WORLD_SIZE": "0"} | MEETING_PLACE,
-        {"RANK": "\u00b2", "WORLD_SIZE": "4"} | MEETING_PLACE,
-    ],
-)
-def test_ranks_without_a_launcher(make_config, environ):
+def test_ranks_without_a_launcher(make_config):
     """As the shells of some clusters leave them behind. Regression: without MASTER_PORT it was a traceback."""
-    with pytest.raises(UserError, match="RANK=.* WORLD_SIZE=.*torchrun.*MASTER_PORT.*unset") as caught:
-        Runtime(make_config(), environ)
-    assert "\n" not in str(caught.value)
+    address, port = {"MASTER_ADDR": "localhost"}, {"MASTER_PORT": "29500"}
+    for rank, size, place in [
+        *(("1", None, {}), ("x", None, {}), (None, "2", {}), ("0", "2", {}), ("0", "2", address), ("1", "2", port)),
+        *((rank, size, address | port) for rank, size in (("2", "2"), ("0", "-1"), ("0", "0"), ("\u00b2", "4"))),
+    ]:
+        environ = {name: text for name, text in (("RANK", rank), ("WORLD_SIZE", size)) if text} | place
+        with pytest.raises(UserError, match="RANK=.* WORLD_SIZE=.*torchrun.*MASTER_PORT.*unset") as caught:
+            Runtime(make_config(), environ)
+        assert "\n" not in str(caught.value)
 
 
 def test_a_port_that_is_taken_is_one_line(make_config):
@@ -134,21 +128,18 @@ def test_a_port_that_is_taken_is_one_line(make_config):
     assert f"127.0.0.1:{port}" in message and "choose a free port" in message and "\n" not in message
 
 
-@pytest.mark.parametrize("kind", ["cuda", "mps"])
-def test_device_that_is_not_there(make_config, monkeypatch, kind):
+def test_device_auto_is_the_best_and_a_missing_one_is_an_error(make_config, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    with pytest.raises(UserError, match=f"DEVICE={kind}: .*use DEVICE=auto"):
-        Runtime(make_config(DEVICE=kind), {})
+    for kind in ("cuda", "mps"):
+        with pytest.raises(UserError, match=f"DEVICE={kind}: .*use DEVICE=auto"):
+            Runtime(make_config(DEVICE=kind), {})
     assert Runtime(make_config(DEVICE="auto"), {}).device.type == "cpu"
-
-
-def test_device_auto_prefers_an_accelerator(make_config, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert Runtime(make_config(DEVICE="auto"), {}).device.type == "mps"
     with pytest.raises(UserError, match="WORLD_SIZE=2: use one process"):
-        Runtime(make_config(DEVICE="mps"), {"WORLD_SIZE": "2"} | MEETING_PLACE)
+        environ = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+        Runtime(make_config(DEVICE="mps"), environ)
 
 
 @pytest.mark.parametrize("has_test, expected", [(True, torch.bfloat16), (False, torch.float32), (None, torch.float32)])
@@ -158,16 +149,15 @@ def test_dtype_auto_follows_the_hardware(make_config, monkeypatch, has_test, exp
             monkeypatch.delattr(torch.cpu, test, raising=False)
         else:
             monkeypatch.setattr(torch.cpu, test, lambda: has_test, raising=False)
-    assert Runtime(make_config(DTYPE="auto"), {}).dtype == expected
-    assert Runtime(make_config(DTYPE="float32"), {}).dtype == torch.float32
-    assert Runtime(make_config(DTYPE="bfloat16"), {}).dtype == torch.bfloat16
+    for name, dtype in {"auto": expected, "float32": torch.float32, "bfloat16": torch.bfloat16}.items():
+        assert Runtime(make_config(DTYPE=name), {}).dtype == dtype
 
 
 # Run folder
 
 
 @BOTH
-def test_folder_gets_everything_that_was_said(runtime, make_config, capsys, kind):
+def test_folder_gets_everything_that_was_logged(runtime, make_config, capsys, kind):
     config, folder = make_config(SEED=7), kind(runtime)
     folder.log("early \u6d77")
     name_folder(folder, config)
@@ -188,143 +178,79 @@ def test_folder_gets_everything_that_was_said(runtime, make_config, capsys, kind
     assert not [path for path in folder.path.iterdir() if path.name.endswith(".tmp")]
 
 
-@pytest.mark.parametrize(
-    "names, said",
-    [
-        (("train.log", "result.json", "checkpoint.pt"), "is finished"),
-        (("checkpoint.pt",), "is no run folder"),
-    ],
-)
-def test_existing_folder_that_cannot_go_on_is_left_alone(folder, make_config, names, said):
-    config = make_config()
-    path = Path(config.log_dir) / "run"
-    (path / "sub").mkdir(parents=True)
-    for name in names:
-        (path / name).write_text("of an earlier run")
-    before = contents(path)
-    folder.locate(config)
-    with pytest.raises(UserError, match=f"{said}: choose another RUN_ID") as caught:
-        checkpoint.locate_checkpoint(config, folder)
-    assert str(path) in str(caught.value)
-    assert contents(path) == before
-
-
-def test_folder_that_cannot_be_made(folder, make_config, tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    config = make_config(LOG_DIR=tmp_path / "file")
-    folder.locate(config)
-    with pytest.raises(UserError, match=f"LOG_DIR={tmp_path / 'file'} RUN_ID=run: .*cannot be opened.*choose another"):
-        folder.create(config, {"train_gpt.py": b""})
-    assert (tmp_path / "file").read_text() == "in the way" and folder.file is None
-
-
 @BOTH
-def test_run_without_a_name_gets_that_of_rank_0(make_config, kind):
-    config = make_config(RUN_ID="")
-    folder = kind(SimpleNamespace(is_master=True, broadcast=lambda value: f"shared_{value}"))
-    name_folder(folder, config)
-    folder.create(config, {"train_gpt.py": b""})
-    folder.close()
-    assert folder.run_id.startswith("shared_2") and folder.path.name == folder.run_id and folder.path.is_dir()
-
-
-@BOTH
-def test_two_runs_with_one_clock_and_one_process_id_get_two_folders(runtime, make_config, monkeypatch, kind):
-    """As two containers may have them. Regression: the second wrote into the folder of the first."""
-    strftime, now = time.strftime, time.gmtime(10**9)
-    monkeypatch.setattr(time, "strftime", lambda text: strftime(text, now))
-    monkeypatch.setattr(os, "getpid", lambda: 1)
-    config, folders = make_config(RUN_ID=""), [kind(runtime) for _ in range(3)]
-    for folder in folders:
-        name_folder(folder, config)
-        assert checkpoint.locate_checkpoint(config, folder) is None
-        folder.create(config, {"train_gpt.py": b""})
-        folder.write("checkpoint.pt", b"that no other goes on from")
-    assert len({folder.path for folder in folders}) == 3
-    for folder in folders:
-        assert re.fullmatch(r"2001-09-09_01-46-40_\d+", folder.run_id) and folder.path.name == folder.run_id
-        folder.close()
-
-
-@pytest.mark.parametrize("name", ["ENOSYS", "ENOTSUP", "ENOLCK", "EOPNOTSUPP", "EINVAL"])
-def test_a_file_system_without_locks_costs_a_warning(folder, make_config, monkeypatch, capsys, name):
-    """Lustre, SMB and some NFS have none. Regression: it was taken for another run's lock."""
-    fcntl, number = pytest.importorskip("fcntl"), getattr(errno, name)
-
-    def lacking(file, operation):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(fcntl, "flock", lacking)
-    folder.locate(make_config())
-    folder.create(make_config(), {"train_gpt.py": b""})
-    folder.log("it goes on")
-    log = (folder.path / "train.log").read_text()
-    assert log == capsys.readouterr().out and log.endswith("\nit goes on\n")
-    assert log.startswith(f"warning: {folder.path / 'train.log'} cannot be locked ({os.strerror(number)}): see that no")
-
-
-@pytest.mark.parametrize("name", ["EWOULDBLOCK", "EAGAIN"])
-def test_a_lock_that_another_has_is_refused(folder, make_config, monkeypatch, name):
-    fcntl, number = pytest.importorskip("fcntl"), getattr(errno, name)
-
-    def busy(file, operation):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(fcntl, "flock", busy)
-    folder.locate(make_config())
-    with pytest.raises(UserError, match="RUN_ID=run: .*another run is using it.*choose another"):
-        folder.create(make_config(), {"train_gpt.py": b""})
-
-
-@BOTH
-def test_other_ranks_write_nothing(make_config, tmp_path, capsys, kind):
-    folder = kind(fake_runtime(is_master=False))
-    folder.log("early")
-    name_folder(folder, make_config())
-    folder.create(make_config(), {"train_gpt.py": b"code"})
-    folder.log("late")
+def test_other_ranks_write_nothing(make_config, create, tmp_path, capsys, kind):
+    folder = create(kind, fake_runtime(is_master=False))
+    folder.log("a line")
     folder.append("metrics.jsonl", "{}")
     folder.close()
     assert capsys.readouterr().out == "" and not list(tmp_path.iterdir())
     assert folder.path.name == "run"  # they know where it is all the same
 
 
-def test_the_script_alone_starts_new_folders_only(runtime, make_config):
-    path = Path(make_config().log_dir) / "run"
-    folder = train_gpt.RunFolder(runtime)
-    for config in (make_config(RESUME="auto"), make_config(RESUME="never")):
-        folder.choose(config, None, {})
-        assert folder.path == path and not path.exists()
+@BOTH
+def test_run_without_a_name_gets_that_of_rank_0(create, kind):
+    folder = create(kind, fake_runtime(broadcast=lambda value: f"shared_{value}"), RUN_ID="")
+    assert folder.run_id.startswith("shared_2") and folder.path.name == folder.run_id and folder.path.is_dir()
+
+
+@BOTH
+def test_runs_with_one_clock_and_one_process_id_get_folders_of_their_own(create, make_config, monkeypatch, kind):
+    """As two containers may have them. Regression: the second wrote into the folder of the first."""
+    strftime, now = time.strftime, time.gmtime(10**9)
+    monkeypatch.setattr(time, "strftime", lambda text: strftime(text, now))
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    folders = []
+    for _ in range(3):
+        folders.append(create(kind, RUN_ID=""))
+        folders[-1].write("checkpoint.pt", b"that no other goes on from")
+    assert len({folder.path for folder in folders}) == 3
+    assert all(re.fullmatch(r"2001-09-09_01-46-40_\d+", folder.run_id) for folder in folders)
+
+
+LACKING = ("ENOSYS", "ENOTSUP", "ENOLCK", "EOPNOTSUPP", "EINVAL")
+
+
+@pytest.mark.parametrize("name", [*LACKING, "EWOULDBLOCK", "EAGAIN"])
+def test_a_file_system_without_locks_costs_a_warning_and_a_lock_of_another_run_the_run(
+    create, monkeypatch, capsys, name
+):
+    """Lustre, SMB and some NFS have no locks. Regression: it was taken for another run's lock."""
+    fcntl, number = pytest.importorskip("fcntl"), getattr(errno, name)
+
+    def fail(file, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    if name not in LACKING:
+        with pytest.raises(UserError, match="RUN_ID=run: .*another run is using it.*choose another"):
+            create()
+        return
+    folder = create()
+    folder.log("it goes on")
+    log = (folder.path / "train.log").read_text()
+    assert log == capsys.readouterr().out and log.endswith("\nit goes on\n")
+    assert log.startswith(f"warning: {folder.path / 'train.log'} cannot be locked ({os.strerror(number)}): see that no")
+
+
+def test_the_script_alone_starts_new_folders_only(runtime, make_config, create):
     with pytest.raises(UserError, match="RESUME is set: .*get tools/checkpoint.py"):
-        folder.choose(make_config(RESUME="logs/other"), None, {})
-    folder.create(make_config(), {"train_gpt.py": b"code"})
-    before = contents(path)
+        create(train_gpt.RunFolder, RESUME="logs/other")
+    path = create(train_gpt.RunFolder, RESUME="never").path
+    before = models.tree(path)
     for resume in ("auto", "never"):
         with pytest.raises(UserError, match=f"{path} exists, .*: choose another RUN_ID"):
-            train_gpt.RunFolder(runtime).choose(make_config(RESUME=resume), None, {})
-    assert contents(path) == before
+            create(train_gpt.RunFolder, RESUME=resume)
+    assert models.tree(path) == before
 
 
-def test_the_script_alone_writes_a_file_whole_or_not_at_all(runtime, make_config, monkeypatch):
-    folder = train_gpt.RunFolder(runtime)
-    folder.choose(make_config(), None, {})
-    folder.create(make_config(), {"train_gpt.py": b"code"})
+@pytest.mark.parametrize(
+    "kind, failing", [(train_gpt.RunFolder, "replace"), (RunFolder, "replace"), (RunFolder, "fsync")]
+)
+def test_a_file_is_written_whole_or_not_at_all(create, monkeypatch, kind, failing):
+    folder = create(kind)
     folder.write("model", b"old")
-
-    def fail(*args):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="no space"):
-        folder.write("model", b"new and longer")
-    assert (folder.path / "model").read_bytes() == b"old"
-
-
-@pytest.mark.parametrize("failing", ["fsync", "replace"])
-def test_write_is_all_or_nothing(folder, make_config, monkeypatch, failing):
-    folder.locate(make_config())
-    folder.create(make_config(), {"train_gpt.py": b""})
-    folder.write("model", b"old")
+    before = models.tree(folder.path)
 
     def fail(*args):
         raise OSError("no space left on device")
@@ -333,13 +259,13 @@ def test_write_is_all_or_nothing(folder, make_config, monkeypatch, failing):
     for name in ("model", "fresh"):
         with pytest.raises(OSError, match="no space"):
             folder.write(name, b"new and longer")
-    assert (folder.path / "model").read_bytes() == b"old"
-    assert {path.name for path in folder.path.iterdir()} == {"train.log", "config.env", "train_gpt.py", "model"}
+    after = models.tree(folder.path)
+    assert {name: data for name, data in after.items() if not name.endswith(".tmp")} == before
+    assert after == before or kind is train_gpt.RunFolder
 
 
-def test_a_disk_that_stores_something_else_does_not_replace_the_file(folder, make_config, monkeypatch):
-    folder.locate(make_config())
-    folder.create(make_config(), {"train_gpt.py": b""})
+def test_a_disk_that_stores_something_else_does_not_replace_the_file(create, monkeypatch):
+    folder = create()
     folder.write("model", b"old")
     read = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda self: read(self)[:-1] + b"x" if "tmp" in self.name else read(self))
@@ -348,10 +274,8 @@ def test_a_disk_that_stores_something_else_does_not_replace_the_file(folder, mak
     assert (folder.path / "model").read_bytes() == b"old" and len(list(folder.path.iterdir())) == 4
 
 
-def test_write_is_on_disk_before_it_gets_its_name(folder, make_config, monkeypatch):
-    folder.locate(make_config())
-    folder.create(make_config(), {"train_gpt.py": b""})
-    synced, replace = [], os.replace
+def test_a_file_is_on_disk_before_it_gets_its_name(create, monkeypatch):
+    folder, synced, replace = create(), [], os.replace
     monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.fstat(fd).st_size))
 
     def checked_replace(source, target):
@@ -403,16 +327,11 @@ def broken_compile(error):
     return compile_it
 
 
-def test_compile_off(make_config, monkeypatch):
-    monkeypatch.setattr(torch, "compile", None)  # no trial is made
-    assert kernels.choose_compile(make_config(COMPILE="0"), fake_runtime()) == (False, "COMPILE=0 on cpu, linux")
-
-
-@pytest.mark.parametrize("setting", ["auto", "1", "autotune"])
-def test_compile_where_it_works(make_config, monkeypatch, setting):
+def test_compile_where_it_works(make_config, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function: function)
-    chosen, reason = kernels.choose_compile(make_config(COMPILE=setting), fake_runtime())
-    assert chosen is True and ("minutes" in reason) == (setting == "autotune"), "a long compilation is said"
+    for setting in ("auto", "1", "autotune"):
+        chosen, reason = kernels.choose_compile(make_config(COMPILE=setting), fake_runtime())
+        assert chosen is True and ("minutes" in reason) == (setting == "autotune"), "a long compilation is logged"
 
 
 @pytest.mark.parametrize(
@@ -433,31 +352,24 @@ def test_compile_where_it_fails(make_config, monkeypatch, error, shown):
             kernels.choose_compile(make_config(COMPILE=asked), fake_runtime())
 
 
-@pytest.mark.parametrize(
-    "setting, expected",
-    [
-        ("1", None),
-        ("auto", None),
-        ("autotune", {"max_autotune_gemm": True, "coordinate_descent_tuning": True, "epilogue_fusion": True}),
-    ],
-)
-def test_what_the_compiler_is_told(make_config, runtime, monkeypatch, setting, expected):
-    told, function = [], lambda x: x * 2
-    monkeypatch.setattr(torch, "compile", lambda given, **options: told.append(options) or given)
-    note = train_gpt.build_model(make_config(COMPILE=setting), runtime)[2]
-    assert told[-1] == {"dynamic": False, "fullgraph": True, "options": expected} and "\ncompile:1 (" in note
-    monkeypatch.undo()
-    backend = torch.compile(function, options=expected)._torchdynamo_orig_callable  # inductor knows all of them
-    assert backend is function
-
-
-def test_compile_auto_without_a_compiler_for_the_platform(make_config, monkeypatch):
+def test_compile_where_it_is_not_tried(make_config, monkeypatch):
     monkeypatch.setattr(torch, "compile", None)
-    chosen, reason = kernels.choose_compile(make_config(COMPILE="auto"), fake_runtime("mps"))
-    assert not chosen and "mps" in reason
-    monkeypatch.setattr(sys, "platform", "win32")
-    chosen, reason = kernels.choose_compile(make_config(COMPILE="auto"), fake_runtime("cpu"))
-    assert not chosen and "win32" in reason
+    assert kernels.choose_compile(make_config(COMPILE="0"), fake_runtime()) == (False, "COMPILE=0 on cpu, linux")
+    for kind, platform in (("mps", "linux"), ("cpu", "win32")):
+        monkeypatch.setattr(sys, "platform", platform)
+        chosen, reason = kernels.choose_compile(make_config(COMPILE="auto"), fake_runtime(kind))
+        assert not chosen and kind in reason and platform in reason
+
+
+def test_options_of_the_compiler(make_config, runtime, monkeypatch):
+    autotune = {"max_autotune_gemm": True, "coordinate_descent_tuning": True, "epilogue_fusion": True}
+    for setting, expected in {"1": None, "auto": None, "autotune": autotune}.items():
+        given = []
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "compile", lambda model, given=given, **options: given.append(options) or model)
+            note = train_gpt.build_model(make_config(COMPILE=setting), runtime)[2]
+        assert given[-1] == {"dynamic": False, "fullgraph": True, "options": expected} and "\ncompile:1 (" in note
+        torch.compile(abs, options=expected)  # inductor knows all of them
 
 
 # The rules of the file
@@ -470,22 +382,13 @@ def test_script_is_under_1500_lines():
 
 
 @pytest.mark.parametrize("path", [SCRIPT, *TOOLS], ids=lambda path: path.name)
-def test_no_function_over_80_lines(path):
-    functions = [
-        node
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-    ]
-    long = {node.name: node.end_lineno - node.lineno + 1 for node in functions}
-    assert len(long) > (50 if path == SCRIPT else 1)
-    assert {name: lines for name, lines in long.items() if lines > 80} == {}
-
-
-@pytest.mark.parametrize("path", [SCRIPT, *TOOLS], ids=lambda path: path.name)
-def test_no_joined_statements(path):
+def test_no_function_over_80_lines_and_no_joined_statements(path):
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef
+    functions = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, kinds)]
+    lines = {node.name: node.end_lineno - node.lineno + 1 for node in functions}
+    assert len(lines) > (50 if path == SCRIPT else 1) and max(lines.values()) <= 80, lines
     with open(path, "rb") as file:
-        joined = [token.start[0] for token in tokenize.tokenize(file.readline) if token.string == ";"]
-    assert joined == []
+        assert ";" not in [token.string for token in tokenize.tokenize(file.readline)]
 
 
 def test_the_visible_space_is_written_as_an_escape():

@@ -1,19 +1,23 @@
-"""Training: one step against gradients computed by hand, warm-up without a trace, the clock, what a run logs and leaves
-behind, and that its folder repeats it. Runs are made in this process by main()."""
+"""Training: one step against gradients computed by hand, warm-up without a trace, the clock, and what a run logs,
+writes and repeats. Runs are made in this process by main()."""
 
+import contextlib
 import copy
 import hashlib
+import io
 import itertools
 import json
 import math
 import re
-from pathlib import Path
 from types import SimpleNamespace
 
+import models
 import pytest
 import torch
 from conftest import ROOT, make_documents
 from models import build_trainer
+from oracle import scatter
+from runs import fake_clock, read_run
 
 import train_gpt
 from train_gpt import Evaluator, TokenBytes, TokenStream, Trainer
@@ -21,25 +25,13 @@ from train_gpt import Evaluator, TokenBytes, TokenStream, Trainer
 kernels = train_gpt.tool("kernels")
 
 
-@pytest.fixture(autouse=True)
-def all_kernels():
-    """A run pins torch's global attention switches: the tests after it need all kernels again."""
-    yield
-    for switch in ("flash", "cudnn", "mem_efficient", "math"):
-        getattr(torch.backends.cuda, f"enable_{switch}_sdp")(True)
-
-
 @pytest.fixture
-def go(monkeypatch, capsys):
-    """Function: main() with exactly these knobs in the environment; (exit code, standard output, standard error)."""
+def go(tiny, call, tmp_path):
+    """Function: a run with these knobs that ends well; what its folder holds."""
 
-    def start(settings, *args):
-        for name in train_gpt.Config.knobs():
-            monkeypatch.delenv(name, raising=False)
-        for name, value in settings.items():
-            monkeypatch.setenv(name, value)
-        code = train_gpt.main([str(arg) for arg in args])
-        return code, *capsys.readouterr()
+    def start(**knobs):
+        assert call(tiny(**knobs))[::2] == (0, "")
+        return read_run(tmp_path / "logs" / knobs.get("RUN_ID", "run"))
 
     return start
 
@@ -47,23 +39,12 @@ def go(monkeypatch, capsys):
 @pytest.fixture
 def build(runtime):
     """Function: the Trainer of a configuration."""
-
     return lambda config: build_trainer(config, runtime)
 
 
-@pytest.fixture
-def evaluator(make_config, runtime):
-    config = make_config(VAL_TOKENS_LIMIT=500)
+def evaluator_of(config, runtime) -> Evaluator:
     stream = TokenStream(config.data_path, "val", config.vocab_size)
     return Evaluator(stream, TokenBytes(config.tokenizer_path, config.vocab_size), config, runtime)
-
-
-def scatter(model):
-    """Random values in every parameter, so that every one has a gradient."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.2 * torch.randn(p.shape, generator=generator))
 
 
 class Recorder:
@@ -82,15 +63,18 @@ class Recorder:
             p.grad = None
 
 
-CUTS = [{"GRAD_ACCUM_STEPS": 1}, {"GRAD_ACCUM_STEPS": 4}, {"MICRO_BATCH_TOKENS": 64}]
-
-
-@pytest.mark.parametrize("cut", CUTS)
-@pytest.mark.parametrize("clip", [0, 0.01, 1e6])
+@pytest.mark.parametrize(
+    "cut, clip",
+    [
+        ({"GRAD_ACCUM_STEPS": 1}, 0.01),
+        ({"GRAD_ACCUM_STEPS": 4}, 0),
+        ({"GRAD_ACCUM_STEPS": 4}, 0.01),
+        ({"MICRO_BATCH_TOKENS": 64}, 1e6),
+    ],
+)
 def test_a_step_has_the_gradient_of_the_mean_loss_clipped_once_after_accumulation(make_config, build, cut, clip):
     trainer = build(make_config(GRAD_CLIP_NORM=clip, **cut))
-    scatter(trainer.model)
-    by_hand = copy.deepcopy(trainer.model)
+    by_hand = copy.deepcopy(scatter(trainer.model))
     trainer.optimizers = [Recorder(trainer.model)]
     for start in (0, 256):  # the second step: nothing is left over from the first
         by_hand.zero_grad()
@@ -99,9 +83,8 @@ def test_a_step_has_the_gradient_of_the_mean_loss_clipped_once_after_accumulatio
         expected_loss.backward()
         norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in by_hand.parameters()))
         factor = min(1.0, clip / norm) if clip else 1.0
-        assert factor == 1 or clip == 0.01
-        loss = trainer.step(1.0, 0.9)["train_loss"]
-        assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-6)
+        assert (factor < 1) == (clip == 0.01)
+        assert trainer.step(1.0, 0.9)["train_loss"].item() == pytest.approx(expected_loss.item(), rel=1e-6)
         for name, p in by_hand.named_parameters():
             largest = float(p.grad.abs().max())
             assert largest > 0
@@ -110,10 +93,10 @@ def test_a_step_has_the_gradient_of_the_mean_loss_clipped_once_after_accumulatio
 
 
 def test_an_extra_loss_trains_with_the_losses_and_is_in_no_log(make_config, build):
-    """Of a model that returns one; it is a mean over the micro-steps, as they are."""
+    """It is a mean over the micro-steps, as they are."""
     trainer = build(make_config(GRAD_ACCUM_STEPS=4))
-    scatter(trainer.model)
-    model, by_hand = trainer.model, copy.deepcopy(trainer.model)
+    model = scatter(trainer.model)
+    by_hand = copy.deepcopy(model)
     trainer.train_model = lambda x, y: (model(x, y), 0.3 * x.float().mean() * sum(p.sum() for p in model.parameters()))
     trainer.optimizers = [Recorder(model)]
     tokens = torch.from_numpy(trainer.loader.stream.read(0, 257).astype("int64"))
@@ -123,15 +106,6 @@ def test_an_extra_loss_trains_with_the_losses_and_is_in_no_log(make_config, buil
     for name, p in by_hand.named_parameters():
         expected = p.grad + 0.3 * tokens[:-1].double().mean().float()
         torch.testing.assert_close(trainer.optimizers[0].grads[name], expected, rtol=1e-5, atol=1e-5)
-
-
-def test_micro_steps_do_not_change_the_losses_of_a_run(make_config, build):
-    losses = []
-    for cut in CUTS:
-        trainer = build(make_config(**cut))
-        losses.append([float(trainer.step(1.0, 0.9)["train_loss"]) for _ in range(6)])
-    assert losses[0][-1] < losses[0][0] - 0.5, "it learns"
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and losses[2] == pytest.approx(losses[0], rel=1e-4)
 
 
 def test_a_step_sets_the_scheduled_rates_and_momentum(make_config, build):
@@ -145,47 +119,33 @@ def test_a_step_sets_the_scheduled_rates_and_momentum(make_config, build):
         assert all(p.grad is None for p in trainer.model.parameters())
 
 
-def test_the_loop_passes_the_schedule_of_each_step(tiny, go, monkeypatch):
+def test_the_loop_passes_the_schedule_of_each_step(go, monkeypatch):
     given = []
-    monkeypatch.setattr(
-        Trainer,
-        "step",
-        lambda self, *args: given.append(args) or {"train_loss": torch.tensor(1.0), "lr_scale": args[0]},
-    )
-    settings = tiny(
-        ITERATIONS=10,
-        WARMDOWN_FRAC=0.5,
-        MUON_MOMENTUM=0.9,
-        MUON_MOMENTUM_WARMUP_START=0.5,
-        MUON_MOMENTUM_WARMUP_STEPS=4,
-    )
-    assert go(settings)[0] == 0
+    metrics = {"train_loss": torch.tensor(1.0), "lr_scale": 1.0}
+    monkeypatch.setattr(Trainer, "step", lambda self, *args: given.append(args) or dict(metrics))
+    momentum = {"MUON_MOMENTUM": 0.9, "MUON_MOMENTUM_WARMUP_START": 0.5, "MUON_MOMENTUM_WARMUP_STEPS": 4}
+    go(ITERATIONS=10, WARMDOWN_FRAC=0.5, **momentum)
     assert [scale for scale, _ in given] == pytest.approx([1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
     assert [momentum for _, momentum in given] == pytest.approx([0.5, 0.6, 0.7, 0.8, *[0.9] * 6])
 
 
-def test_warm_up_leaves_no_trace_and_training_after_it_is_the_same(make_config, build, evaluator, capsys):
-    config = make_config(WARMUP_STEPS=3)
+def test_warm_up_leaves_no_trace_and_training_after_it_is_the_same(make_config, build, runtime, capsys):
+    config = make_config(WARMUP_STEPS=3, VAL_TOKENS_LIMIT=500)
     warm, cold = build(config), build(config)
-    parts = [warm.model, *warm.optimizers]
-    before, rng = copy.deepcopy([part.state_dict() for part in parts]), torch.get_rng_state()
+    before, rng = copy.deepcopy(warm.model.state_dict()), torch.get_rng_state()
     steps, step = [], warm.step
     warm.step = lambda *args: steps.append(float(step(*args)["train_loss"])) or {"train_loss": torch.tensor(steps[-1])}
-    warm.warm_up(evaluator)
+    warm.warm_up(evaluator_of(config, runtime))
     assert len(set(steps)) == 3 and steps[2] < steps[0], "the warm-up must really step"
     assert "warmup_step:1/3\nwarmup_step:2/3\nwarmup_step:3/3\n" in capsys.readouterr().out
-    for part, state in zip(parts, before, strict=True):
-        after = part.state_dict()
-        if part is warm.model:
-            assert all(torch.equal(after[name], state[name]) for name in state)
-        else:
-            assert after == state and after["state"] == {}
+    torch.testing.assert_close(warm.model.state_dict(), before, rtol=0, atol=0)
+    assert [optimizer.state_dict() for optimizer in warm.optimizers] == [o.state_dict() for o in cold.optimizers]
+    assert all(optimizer.state_dict()["state"] == {} for optimizer in warm.optimizers)
     assert torch.equal(torch.get_rng_state(), rng) and warm.loader.position == 0
     assert all(p.grad is None for p in warm.model.parameters())
     for i in range(4):
         assert step(1.0, 0.9)["train_loss"].equal(cold.step(1.0, 0.9)["train_loss"]), f"step {i}"
-    for (name, p), q in zip(warm.model.named_parameters(), cold.model.parameters(), strict=True):
-        assert torch.equal(p, q), name
+    torch.testing.assert_close(warm.model.state_dict(), cold.model.state_dict(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("peak, ranks, share", [(None, 1, ""), (1e8, 1, " mfu:{:.1%}"), (1e8, 4, " mfu:{:.1%}")])
@@ -199,23 +159,19 @@ def test_the_speed_is_that_of_the_last_steps(make_config, build, runtime, monkey
     assert kernels.speed(trainer) == " tok/s:683" + share.format(achieved / (1e8 * ranks))
 
 
-@pytest.mark.parametrize(
-    "name, dtype, tflops",
-    [
-        ("NVIDIA H100 80GB HBM3", torch.bfloat16, 989),
-        ("NVIDIA H100 PCIe", torch.bfloat16, 756),
-        ("NVIDIA L4", torch.bfloat16, 121),
-        ("NVIDIA L40S", torch.bfloat16, 362),
-        ("NVIDIA GeForce RTX 4090", torch.bfloat16, 165),
-        ("NVIDIA A100-SXM4-80GB", torch.bfloat16, 312),
-        ("NVIDIA H100 80GB HBM3", torch.float32, None),
-        ("Tesla T4", torch.bfloat16, None),
-    ],
-)
-def test_the_peak_of_a_gpu_is_told_by_its_name(name, dtype, tflops):
-    fake = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, device_name=name)
-    assert kernels.peak_flops(fake) == (tflops and 1e12 * tflops)
-    assert kernels.peak_flops(SimpleNamespace(device=torch.device("cpu"), dtype=dtype)) is None
+def test_the_peak_of_a_gpu_is_told_by_its_name():
+    h100, cuda = "NVIDIA H100 80GB HBM3", torch.device("cuda")
+    peaks = {h100: 989, "NVIDIA H100 PCIe": 756, "NVIDIA L4": 121, "NVIDIA L40S": 362, "NVIDIA GeForce RTX 4090": 165}
+    for name, tflops in (peaks | {"NVIDIA A100-SXM4-80GB": 312}).items():
+        fake = SimpleNamespace(device=cuda, dtype=torch.bfloat16, device_name=name)
+        assert kernels.peak_flops(fake) == 1e12 * tflops
+    for device, dtype, name in (
+        (cuda, torch.float32, h100),
+        (cuda, torch.bfloat16, "Tesla T4"),
+        ("cpu", torch.bfloat16, h100),
+    ):
+        fake = SimpleNamespace(device=torch.device(device), dtype=dtype, device_name=name)
+        assert kernels.peak_flops(fake) is None
 
 
 # The clock
@@ -223,50 +179,12 @@ def test_the_peak_of_a_gpu_is_told_by_its_name(name, dtype, tflops):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that only steps (1 s, or as `steps` says) and evaluations (100 s) move."""
-    fake = SimpleNamespace(now=0.0, steps=itertools.repeat(1.0))
-    step, score = Trainer.step, Evaluator.score
-
-    def timed_step(self, *args):
-        fake.now += next(fake.steps)
-        return step(self, *args)
-
-    def timed_score(self, model, *args, **options):
-        def slow(*_):
-            fake.now += 100.0
-            handle.remove()  # the first batch alone
-
-        handle = model.register_forward_pre_hook(slow)
-        return score(self, model, *args, **options)
-
-    monkeypatch.setattr(train_gpt.time, "perf_counter", lambda: fake.now)
-    monkeypatch.setattr(Trainer, "step", timed_step)
-    monkeypatch.setattr(Evaluator, "score", timed_score)
-    return fake
+    return fake_clock(monkeypatch)
 
 
-def read_run(settings, run_id="run"):
-    path = Path(settings["LOG_DIR"]) / run_id
-    metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    return SimpleNamespace(
-        path=path,
-        log=(path / "train.log").read_text(),
-        metrics=metrics,
-        result=json.loads((path / "result.json").read_text()),
-    )
-
-
-def test_a_capped_run_ends_before_its_cap_and_validation_does_not_count(tiny, go, clock):
-    settings = tiny(
-        MAX_WALLCLOCK_SECONDS=10,
-        ITERATIONS=1000,
-        VAL_LOSS_EVERY=2,
-        VAL_TOKENS_LIMIT=100,
-        WARMUP_STEPS=2,
-        WARMDOWN_FRAC=0.5,
-    )
-    assert go(settings)[0] == 0
-    run = read_run(settings)
+def test_a_capped_run_ends_before_its_cap_and_validation_does_not_count(go, clock):
+    settings = {"MAX_WALLCLOCK_SECONDS": 10, "ITERATIONS": 1000, "VAL_LOSS_EVERY": 2, "VAL_TOKENS_LIMIT": 100}
+    run = go(**settings, WARMUP_STEPS=2, WARMDOWN_FRAC=0.5)
     (line,) = re.findall("^stopping_early: .*", run.log, re.MULTILINE)
     assert line == "stopping_early: wallclock_cap train_time:9000ms step:9/1000"  # a tenth step would end at the limit
     validations = re.findall(
@@ -284,33 +202,23 @@ def test_a_capped_run_ends_before_its_cap_and_validation_does_not_count(tiny, go
     assert [m["lr_scale"] for m in steps] == pytest.approx([min(1, (1 - s / 10) / 0.5) for s in range(9)])
 
 
-def test_steps_of_uneven_length_still_end_before_the_cap(tiny, go, clock):
-    """No step is slower than the slowest of the 20 before it: then none may end after the limit. Slower ones than that
-    are forgotten (the last case), so that one hiccup does not cost the rest of the run."""
+def test_steps_of_uneven_length_still_end_before_the_cap(go, clock):
+    """If no step is slower than the slowest of the 20 before it, none ends after the limit. Slower ones than that are
+    forgotten (the last case), so that one hiccup does not cost the rest of the run."""
     durations = [2.0, 1.0, 0.25, 2.0, 1.75, 0.5, *itertools.repeat(0.25, 40)]
     for limit, steps in ((7, 4), (7.5, 5), (9.25, 6), (11, 12), (15, 35)):
         clock.steps = iter(durations)
-        settings = tiny(MAX_WALLCLOCK_SECONDS=limit, ITERATIONS=1000, VAL_TOKENS_LIMIT=50, RUN_ID=f"limit{limit}")
-        assert go(settings)[0] == 0
-        result = read_run(settings, f"limit{limit}").result
-        training = result["seconds"]["training"]
-        assert training == sum(durations[: result["steps"]]) and limit - 2 <= training <= limit
-        assert result["steps"] == steps
+        run = go(MAX_WALLCLOCK_SECONDS=limit, ITERATIONS=1000, VAL_TOKENS_LIMIT=50, RUN_ID=f"limit{limit}")
+        training = run.result["seconds"]["training"]
+        assert training == sum(durations[:steps]) and limit - 2 <= training <= limit and run.result["steps"] == steps
 
 
-def test_the_warm_up_tells_that_not_even_one_step_fits(tiny, go, clock):
+def test_a_run_that_has_no_time_for_one_step_and_one_that_ends_in_time(go, clock):
     clock.steps = itertools.repeat(3.0)
-    settings = tiny(MAX_WALLCLOCK_SECONDS=2.5, WARMUP_STEPS=2, VAL_TOKENS_LIMIT=50)
-    assert go(settings)[0] == 0
-    run = read_run(settings)
+    run = go(RUN_ID="none", MAX_WALLCLOCK_SECONDS=2.5, WARMUP_STEPS=2, VAL_TOKENS_LIMIT=50)
     assert run.result["steps"] == run.result["train_tokens"] == run.result["seconds"]["training"] == 0
-    assert re.search("^stopping_early: wallclock_cap train_time:0ms step:0/5$", run.log, re.MULTILINE)
-
-
-def test_a_run_that_finishes_its_steps_in_time_is_not_stopped_early(tiny, go, clock):
-    settings = tiny(MAX_WALLCLOCK_SECONDS=10, ITERATIONS=4, VAL_LOSS_EVERY=2, VAL_AT_START=0, VAL_TOKENS_LIMIT=50)
-    assert go(settings)[0] == 0
-    run = read_run(settings)
+    assert "\nstopping_early: wallclock_cap train_time:0ms step:0/5\n" in run.log
+    run = go(MAX_WALLCLOCK_SECONDS=30, ITERATIONS=4, VAL_LOSS_EVERY=2, VAL_AT_START=0, VAL_TOKENS_LIMIT=50)
     assert "stopping_early" not in run.log and run.result["steps"] == 4
     assert [m["step"] for m in run.metrics if "val_loss" in m] == [2, 4]
 
@@ -319,56 +227,44 @@ def test_a_run_that_finishes_its_steps_in_time_is_not_stopped_early(tiny, go, cl
 
 
 @pytest.mark.parametrize("bad_step, value", [(1, math.nan), (3, math.inf)])
-def test_a_non_finite_loss_stops_the_run_and_exports_nothing(tiny, go, monkeypatch, bad_step, value):
+def test_a_non_finite_loss_stops_the_run_and_exports_nothing(tiny, call, tmp_path, monkeypatch, bad_step, value):
     step, count = Trainer.step, itertools.count(1)
 
     def poisoned(self, *args):
         metrics = step(self, *args)
-        bad = {"train_loss": torch.full_like(metrics["train_loss"], value)}
-        return metrics | (bad if next(count) == bad_step else {})
+        return metrics | ({"train_loss": torch.tensor(value)} if next(count) == bad_step else {})
 
     monkeypatch.setattr(Trainer, "step", poisoned)
-    settings = tiny()
-    code, _, error = go(settings)
+    code, _, error = call(tiny())
     assert code == 2 and f"step {bad_step}: the loss is {value}: lower MATRIX_LR" in error
     assert "Traceback" not in error
-    files = {path.name for path in (Path(settings["LOG_DIR"]) / "run").iterdir()}
-    metrics = {"metrics.jsonl"} if bad_step > 1 else set()
-    assert files == {"train.log", "config.env", "train_gpt.py", *metrics}
+    path, metrics = tmp_path / "logs" / "run", ["metrics.jsonl"] if bad_step > 1 else []
+    assert {path.name for path in path.iterdir()} == {"train.log", "config.env", "train_gpt.py", *metrics}
     for name in metrics:
-        lines = (Path(settings["LOG_DIR"]) / "run" / name).read_text().splitlines()
+        lines = (path / name).read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines] == list(range(1, bad_step))
 
 
-def test_a_model_that_overflows_is_noticed_at_once(tiny, go):
-    code, _, error = go(tiny(QK_GAIN_INIT=3e38))
-    assert code == 2 and "step 1: the loss is nan" in error
-
-
-def test_a_run_never_ends_well_with_a_score_that_is_no_number(tiny, go):
-    """Weights can be finite, with finite losses, and yet be more than fp16 holds in the artifact."""
-    settings = tiny(TIED_EMBED_LR=1e9, VAL_TOKENS_LIMIT=50)
-    code, _, error = go(settings)
-    if code == 0:
-        assert math.isfinite(read_run(settings).result["val_loss"])
-    else:
-        assert code == 2 and error.startswith("error: ")
-        assert not (Path(settings["LOG_DIR"]) / "run" / "result.json").exists()
+@pytest.mark.parametrize("knobs", [{"QK_GAIN_INIT": 3e38}, {"TIED_EMBED_LR": 1e9, "VAL_TOKENS_LIMIT": 50}], ids=str)
+def test_a_model_that_overflows_is_noticed(tiny, call, tmp_path, knobs):
+    """At once where the loss does, or where weights are more than fp16 holds in the artifact."""
+    code, _, error = call(tiny(**knobs))
+    assert code == 2 and ("step 1: the loss is nan" if "QK_GAIN_INIT" in knobs else "not finite in fp16") in error
+    assert not (tmp_path / "logs" / "run" / "result.json").exists()
 
 
 # A whole run: its log, its files, its result
 
-_finished = {}
 
-
-@pytest.fixture
-def finished(tiny, go):
-    """One complete run, made for the first test that asks."""
-    if not _finished:
-        settings = tiny(ITERATIONS=14, TRAIN_LOG_EVERY=6, VAL_LOSS_EVERY=5, WARMUP_STEPS=2, SEED=7, NUM_LAYERS=3)
-        code, out, error = go(settings)
-        _finished.update(vars(read_run(settings)), code=code, out=out, error=error, settings=settings)
-    return SimpleNamespace(**_finished)
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory):
+    """One complete run, with its standard output."""
+    logs = tmp_path_factory.mktemp("finished")
+    settings = models.tiny_settings(corpus, LOG_DIR=logs, ITERATIONS=14, TRAIN_LOG_EVERY=6, VAL_LOSS_EVERY=5)
+    settings |= {"WARMUP_STEPS": "2", "SEED": "7", "NUM_LAYERS": "3"}
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert models.call_main(settings) == 0
+    return SimpleNamespace(settings=settings, out=out.getvalue(), **vars(read_run(logs / "run")))
 
 
 LOSS, BPB, TIME = r"\d+\.\d{4}", r"\d+\.\d{4}", r"train_time:\d+ms step_avg:\d+\.\d\dms"
@@ -401,7 +297,6 @@ EXPECTED_LINES = [
 
 
 def test_the_log_holds_the_lines_of_the_format_in_order(finished):
-    assert finished.code == 0 and finished.error == ""
     lines, at = finished.log.splitlines(), 0
     for pattern in EXPECTED_LINES:
         matches = [i for i, line in enumerate(lines) if re.fullmatch(pattern, line)]
@@ -413,25 +308,15 @@ def test_the_log_holds_the_lines_of_the_format_in_order(finished):
     assert finished.log == finished.out, "the file says what the screen said"
 
 
-def test_train_log_every_0_logs_no_training_lines_but_keeps_the_metrics(tiny, go):
-    settings = tiny(TRAIN_LOG_EVERY=0, ITERATIONS=3, VAL_TOKENS_LIMIT=50)
-    assert go(settings)[0] == 0
-    run = read_run(settings)
+def test_train_log_every_0_logs_no_training_lines_but_keeps_the_metrics(go):
+    run = go(TRAIN_LOG_EVERY=0, ITERATIONS=3, VAL_TOKENS_LIMIT=50)
     assert "train_loss" not in run.log and [m["step"] for m in run.metrics if "train_loss" in m] == [1, 2, 3]
 
 
 def test_the_run_folder_is_complete(finished):
-    files = {path.name for path in finished.path.iterdir()}
-    assert files == {
-        "train.log",
-        "metrics.jsonl",
-        "config.env",
-        "train_gpt.py",
-        "final_model.pt",
-        "final_model.int8.ptz",
-        "result.json",
-        "checkpoint.pt",
-    }
+    sources = ["train.log", "metrics.jsonl", "config.env", "train_gpt.py", "result.json"]
+    weights = ["final_model.pt", "final_model.int8.ptz", "checkpoint.pt"]
+    assert sorted(path.name for path in finished.path.iterdir()) == sorted(sources + weights)
     assert (finished.path / "train_gpt.py").read_bytes() == (ROOT / "train_gpt.py").read_bytes()
 
 
@@ -499,31 +384,24 @@ def test_the_result_is_complete_and_agrees_with_log_metrics_and_files(finished):
     assert result["val_bpb"] == pytest.approx(bits / result["scored_bytes"], rel=1e-9)
 
 
-def test_the_score_of_record_is_that_of_the_file(finished, make_config, runtime):
-    config = train_gpt.Config.load([], finished.settings)
-    artifact = (finished.path / "final_model.int8.ptz").read_bytes()
-    scores = []
-    for state in (
-        train_gpt.Coder(config).decode(artifact),
-        torch.load(finished.path / "final_model.pt", weights_only=True),
-    ):
+def test_the_score_of_record_is_that_of_the_file(finished, runtime):
+    config, path = train_gpt.Config.load([], finished.settings), finished.path
+    before = torch.load(path / "final_model.pt", weights_only=True)
+    after, scores = train_gpt.Coder(config).decode((path / "final_model.int8.ptz").read_bytes()), []
+    for state, key in ((after, "val_bpb"), (before, "pre_quant_val_bpb")):
         model, *_ = train_gpt.build_model(config, runtime)
         model.load_state_dict(state)
         assert sum(p.numel() for p in model.parameters()) == finished.result["model_params"]
-        stream = TokenStream(config.data_path, "val", config.vocab_size)
-        token_bytes = TokenBytes(config.tokenizer_path, config.vocab_size)
-        scores.append(Evaluator(stream, token_bytes, config, runtime).score(model, model))
-    assert scores[0].bpb == pytest.approx(finished.result["val_bpb"], rel=1e-9)
-    assert scores[1].bpb == pytest.approx(finished.result["pre_quant_val_bpb"], rel=1e-9)
-    assert scores[0].bpb != scores[1].bpb
+        scores.append(evaluator_of(config, runtime).score(model, model).bpb)
+        assert scores[-1] == pytest.approx(finished.result[key], rel=1e-9)
+    assert scores[0] != scores[1]
 
 
-def test_config_env_runs_again_to_the_same_losses_score_and_artifact(finished, go):
-    code, _, error = go({"RUN_ID": "again"}, finished.path / "config.env")
-    assert (code, error) == (0, "")
-    again = read_run(finished.settings, "again")
+def test_config_env_runs_again_to_the_same_losses_score_and_artifact(finished):
+    assert models.call_main({"RUN_ID": "again"}, finished.path / "config.env") == 0
+    again = read_run(finished.path.parent / "again")
     for first, second in zip(finished.metrics, again.metrics, strict=True):
         assert first | {"train_seconds": 0} == second | {"train_seconds": 0}
-    same = ("val_loss", "val_bpb", "sha256_artifact", "sha256_code", "scored_bytes", "steps")
-    assert {name: again.result[name] for name in same} == {name: finished.result[name] for name in same}
+    for name in ("val_loss", "val_bpb", "sha256_artifact", "sha256_code", "scored_bytes", "steps"):
+        assert again.result[name] == finished.result[name], name
     assert (again.path / "config.env").read_bytes() == (finished.path / "config.env").read_bytes()

@@ -4,18 +4,19 @@ import atexit
 import functools
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+import models
+
+import train_gpt
+
+ROOT = models.SCRIPT.parent
 SEEDS = (1, 2, 3)
 RUN_ALL = """
-import os, train_gpt
-for seed in os.environ["TINY_RUN_SEEDS"].split():
+import os, sys, train_gpt
+for seed in sys.argv[2:]:
     os.environ |= {"SEED": seed, "RUN_ID": f"run{seed}"}
     assert train_gpt.main([]) == 0
 """
@@ -30,8 +31,6 @@ def work() -> Path:
 
 def with_manifest(corpus: Path, folder: Path) -> Path:
     """The corpus' shards under `folder`, with a manifest that states what they are."""
-    import train_gpt
-
     vocab_size = int((corpus / "vocab_size").read_text())
     shutil.copytree(corpus / "data", folder)
     token_bytes = train_gpt.TokenBytes(str(corpus / "tok.model"), vocab_size)
@@ -50,35 +49,15 @@ def settings(corpus: Path) -> dict[str, str]:
     """The knobs of a run of a second."""
     data = work() / "data"
     data = data if data.exists() else with_manifest(corpus, data)
-    knobs = {
-        "DATA_PATH": data,
-        "TOKENIZER_PATH": corpus / "tok.model",
-        "DEVICE": "cpu",
-        "DTYPE": "float32",
-        "COMPILE": 0,
-        "VOCAB_SIZE": (corpus / "vocab_size").read_text(),
-        "NUM_LAYERS": 2,
-        "MAX_WALLCLOCK_SECONDS": 0,
-        "ITERATIONS": 24,
-        "MODEL_DIM": 32,
-        "NUM_HEADS": 4,
-        "NUM_KV_HEADS": 2,
-        "TRAIN_SEQ_LEN": 32,
-        "TRAIN_BATCH_TOKENS": 256,
-        "VAL_BATCH_SIZE": 512,
-        "WARMUP_STEPS": 0,
-        "VAL_LOSS_EVERY": 0,
-        "TRAIN_LOG_EVERY": 4,
-    }
-    return {name: str(value) for name, value in knobs.items()}
+    knobs = models.run_settings(corpus, DATA_PATH=data, ITERATIONS=24, TRAIN_LOG_EVERY=4)
+    return {name: text for name, text in knobs.items() if name not in ("RUN_ID", "LOG_DIR")}
 
 
 @functools.cache
 def make_runs(corpus: Path) -> list[Path]:
     """Run folders of seeds 1, 2 and 3, by one process."""
     logs = work() / "logs"
-    environ = dict(os.environ) | settings(corpus)
-    environ |= {"LOG_DIR": str(logs), "PYTHONPATH": str(ROOT), "TINY_RUN_SEEDS": " ".join(map(str, SEEDS))}
-    done = subprocess.run([sys.executable, "-c", RUN_ALL], env=environ, capture_output=True, text=True, check=False)
+    environ = settings(corpus) | {"LOG_DIR": str(logs), "PYTHONPATH": str(ROOT)}
+    done = models.process(environ, ROOT, options=["-c", RUN_ALL], args=SEEDS)
     assert done.returncode == 0, done.stdout + done.stderr
     return [logs / f"run{seed}" for seed in SEEDS]

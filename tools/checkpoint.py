@@ -127,6 +127,21 @@ class HashedFile:
         return self.file.write(data)
 
 
+def write_file(path: Path, data: bytes):
+    """Write a file atomically and verify it: afterwards it is complete, or as it was before."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if temporary.read_bytes() != data:
+            raise OSError("it does not hold what was written: check the disk")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_checkpoint(state: dict, folder):
     """Write a temporary file, read it back, and put it in the place of the previous checkpoint.
 
@@ -209,21 +224,11 @@ class RunFolder(train_gpt.RunFolder):
         super().create(config, sources, header or self.header)
 
     def write(self, name: str, data: bytes):
-        """Write a file atomically and verify it: afterwards it is complete, or as it was before."""
         path = self.path / name
-        temporary = self.path / f".{name}.tmp"
         try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            if temporary.read_bytes() != data:
-                raise OSError("it does not hold what was written: check the disk")
-            os.replace(temporary, path)
+            write_file(path, data)
         except OSError as error:
             raise OSError(f"{path} cannot be written ({error}): make room, or move LOG_DIR") from error
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def close(self, *last_lines: str):
         self.before_closing()

@@ -19,25 +19,25 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "data"))
 
-import case_marks  # noqa: E402
 import tokenize_text  # noqa: E402
+from vocab import vocabularies  # noqa: E402
 
 KINDS = "none", "before", "after"
-encode, decode = case_marks.encode, case_marks.decode
-T, A, _, E = case_marks.MARKS
+mark, unmark = vocabularies.mark, vocabularies.unmark
+T, A, E = vocabularies.T, vocabularies.A, vocabularies.E
 
 
-def encode_after(text: str) -> str:
-    return re.sub(f"(?<!{E})([{T}{A}]) ", r" \1", encode(text))
+def mark_after(text: str) -> str:
+    return re.sub(f"(?<!{E})([{T}{A}]) ", r" \1", mark(text))
 
 
-def decode_after(text: str) -> str:
-    return decode(re.sub(f" ([{T}{A}])", r"\1 ", text))
+def unmark_after(text: bytes) -> bytes:
+    return unmark(re.sub(f" ({T}|{A})".encode(), rb"\1 ", text))
 
 
 def make_data(kind: str, args: argparse.Namespace) -> tuple[Path, Path, dict]:
     """Folder, tokenizer and training split of a data set."""
-    case_marks.encode, case_marks.decode = (encode_after, decode_after) if kind == "after" else (encode, decode)
+    vocabularies.mark, vocabularies.unmark = (mark_after, unmark_after) if kind == "after" else (mark, unmark)
     options = [] if kind == "none" else ["--case-marks"]
     options += ["--tokenizer", f"train:sp{args.pieces}", "--val", args.val, "--name", kind, "--out", str(args.out)]
     if tokenize_text.main([args.train, *options]):

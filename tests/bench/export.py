@@ -1,13 +1,13 @@
-"""What rANS saves over zlib and lzma on the same quantised weights, how long each takes, and what the size law says.
+"""What rANS saves over zlib and lzma on the same quantized weights, how long each takes, and what the size law says.
 
     python tests/bench/export.py --model logs/<run_id>/final_model.pt      the weights of a run
     python tests/bench/export.py --gaussian 17e6                           normal random matrices of so many weights
-    PAIRS=5 python tests/bench/export.py --gaussian 17e6                   rounds of which the medians are told: 3
+    PAIRS=5 python tests/bench/export.py --gaussian 17e6                   rounds, whose medians are printed: 3
 
 Knobs of the export may be set (WEIGHT_BITS, EMBED_BITS, CLIP_ATTN, CLIP_MLP, CLIP_EMBED); without, it is 6 bits and
 clips of 12.85 standard deviations. The coders take turns. Each codes the values as bytes, one per weight; "entropy" is
-that of the zeroth order, for attention, MLP and embedding apart. Then the whole artifact of CODEC=rans beside what
-MODE=check projects by the size law.
+that of zeroth order, for attention, MLP and embedding separately. Then the whole artifact of CODEC=rans is compared
+with what MODE=check projects by the size law.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import lzma
 import os
 import statistics
 import sys
-import time
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,27 +22,15 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import train_gpt  # noqa: E402
-
-FRONTIER = Path(train_gpt.__file__).parent / "records" / "models" / "frontier.py"
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from bench_tools import FRONTIER, RANS, entropy, random_weights, timed, train_gpt  # noqa: E402
 
 
 def gaussian_state(weights: int) -> dict[str, torch.Tensor]:
     """A fifth of attention, three of MLP, one of embedding, 512 wide; a vector that is kept."""
-    generator = torch.Generator().manual_seed(0)
     shares = {"blocks.0.attn.c_q.weight": 1, "blocks.0.mlp.fc.weight": 3, "tok_emb.weight": 1}
-    state = {
-        name: 0.02 * torch.randn(share * weights // 5 // 512, 512, generator=generator)
-        for name, share in shares.items()
-    }
+    state = random_weights({name: (share * weights // 5 // 512, 512) for name, share in shares.items()})
     return state | {"blocks.0.attn_scale": torch.ones(512)}
-
-
-def timed(function, *args):
-    began = time.perf_counter()
-    result = function(*args)
-    return result, time.perf_counter() - began
 
 
 def main():
@@ -52,9 +39,7 @@ def main():
     source.add_argument("--model", type=Path, help="final_model.pt of a run")
     source.add_argument("--gaussian", type=float, help="number of weights of random matrices")
     options = parser.parse_args()
-    knobs = {"CODEC": "rans", "WEIGHT_BITS": "6", "EMBED_BITS": "6"}
-    knobs |= dict.fromkeys(("CLIP_ATTN", "CLIP_MLP", "CLIP_EMBED"), "12.85")
-    config = train_gpt.load_model_file(str(FRONTIER)).load([], knobs | dict(os.environ))
+    config = train_gpt.load_model_file(str(FRONTIER)).load([], RANS | dict(os.environ))
     coder = config.coder_class()(config)
     rans = sys.modules[type(coder).__module__]
     if options.model:
@@ -66,11 +51,7 @@ def main():
     kinds = coder.table_numbers(plain["quantized"])
     groups = [q.flatten().numpy().view(np.uint8) for q in plain["quantized"].values()]
     lengths_of, tables, raw = [*map(len, groups)], container["tables"].numpy()[kinds], b"".join(map(bytes, groups))
-    counts = np.zeros((3, 256))
-    for kind, group in zip(kinds, groups, strict=True):
-        counts[kind] += np.bincount(group, minlength=256)
-    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    entropy = -(counts * np.log2(np.where(counts > 0, shares, 1))).sum() / 8
+    bits = entropy(plain["quantized"], kinds)
     coders = {
         "rANS": (
             lambda: rans.rans_encode(groups, tables).tobytes(),
@@ -79,25 +60,21 @@ def main():
         "zlib -9": (lambda: zlib.compress(raw, 9), zlib.decompress),
         "lzma": (lambda: lzma.compress(raw), lzma.decompress),
     }
-    taken = {name: ([], []) for name in coders}
-    lengths = {}
+    taken = {name: [] for name in coders}
     for _ in range(int(os.environ.get("PAIRS", "3"))):
         for name, (encode, decode) in coders.items():
             data, seconds = timed(encode)
             back, more = timed(decode, data)
             assert bytes(back) == raw, name
-            lengths[name] = len(data)
-            taken[name][0].append(seconds)
-            taken[name][1].append(more)
-    print(f"{len(raw)} weights, entropy {entropy:.0f} bytes = {8 * entropy / len(raw):.4f} bits per weight")
+            taken[name].append((len(data), seconds, more))
+    print(f"{len(raw)} weights, entropy {bits * len(raw) / 8:.0f} bytes = {bits:.4f} bits per weight")
     print(f"{'coder':8} {'bytes':>10} {'over entropy':>12} {'encode s':>9} {'decode s':>9}")
-    for name, (encode, decode) in taken.items():
-        print(
-            f"{name:8} {lengths[name]:10} {lengths[name] / entropy - 1:12.3%} {statistics.median(encode):9.3f} "
-            f"{statistics.median(decode):9.3f}"
-        )
+    for name, rounds in taken.items():
+        length, encode, decode = map(statistics.median, zip(*rounds, strict=True))
+        print(f"{name:8} {length:10.0f} {8 * length / bits / len(raw) - 1:12.3%} {encode:9.3f} {decode:9.3f}")
     size = len(train_gpt.Coder.pack(coder, container)[0])
-    projected = coder.projected_size(SimpleNamespace(state_dict=lambda: state))
+    model = SimpleNamespace(state_dict=lambda: state)
+    projected = coder.projected_size(model, train_gpt.tool("check", required=True))
     print(f"artifact: {size} bytes; the size law says {projected}, {projected / size - 1:+.3%}")
 
 

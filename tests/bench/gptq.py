@@ -13,23 +13,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from bench_tools import FRONTIER, entropy  # noqa: E402
+from bench_tools import train_gpt as tg  # noqa: E402
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import train_gpt as tg  # noqa: E402
-
-FRONTIER = Path(tg.__file__).parent / "records" / "models" / "frontier.py"
 CLIPS = {4: 5.0, 5: 8.5, 6: 12.85, 7: 15.0, 8: 20.0}  # standard deviations
-
-
-def entropy(artifact: dict, coder) -> float:
-    """Bits per weight of the integers, with a table for attention, MLP and embedding each."""
-    counts = np.zeros((3, 256))
-    tables = coder.table_numbers(artifact["quantized"])
-    for q, table in zip(artifact["quantized"].values(), tables, strict=True):
-        counts[table] += np.bincount(q.numpy().view(np.uint8).ravel(), minlength=256)
-    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    return -(counts * np.log2(np.where(counts > 0, shares, 1))).sum() / counts.sum()
 
 
 def main():
@@ -52,21 +40,23 @@ def main():
         clips = {f"clip_{kind}": k for kind in coding.TENSOR_CLASSES}
         coder = coding.FrontierCoder(replace(config, weight_bits=bits, embed_bits=bits, **clips))
         coder.hessians = hessians
-        quantised = coder.quantize(state)
-        model.load_state_dict(coder.dequantize(quantised))
-        return entropy(quantised, coder), evaluator.score(model, scorer).loss
+        quantized = coder.quantize(state)
+        model.load_state_dict(coder.dequantize(quantized))
+        return entropy(quantized["quantized"], coder.table_numbers(quantized["quantized"])), evaluator.score(
+            model, scorer
+        ).loss
 
-    unquantised = evaluator.score(model, scorer)
+    unquantized = evaluator.score(model, scorer)
     weights = sum(t.numel() for t in state.values() if t.numel() > tg.INT8_MIN_NUMEL)
-    print(f"{note}\n{weights} quantised weights of {sum(t.numel() for t in state.values())}")
-    print(f"{unquantised.tokens} tokens, unquantised loss {unquantised.loss:.6f}")
+    print(f"{note}\n{weights} quantized weights of {sum(t.numel() for t in state.values())}")
+    print(f"{unquantized.tokens} tokens, unquantized loss {unquantized.loss:.6f}")
     print("bits      k  bits/weight GPTQ  plain   excess GPTQ    plain   ratio")
     for bits, k in CLIPS.items():
         gptq_bits, gptq_loss = score(bits, k, hessians)
         plain_bits, plain_loss = score(bits, k, {})
         if abs(plain_bits / gptq_bits - 1) > 0.005:
             plain_bits, plain_loss = score(bits, k * 2 ** (plain_bits - gptq_bits), {})
-        gptq, plain = gptq_loss - unquantised.loss, plain_loss - unquantised.loss
+        gptq, plain = gptq_loss - unquantized.loss, plain_loss - unquantized.loss
         ratio = gptq / plain if plain > 0 else math.nan
         print(f"{bits:4} {k:6.2f} {gptq_bits:17.4f} {plain_bits:6.4f} {gptq:13.6f} {plain:8.6f} {ratio:7.3f}")
 

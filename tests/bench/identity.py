@@ -33,7 +33,8 @@ from typing import NamedTuple
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from bench_tools import ROOT, parse  # noqa: E402
 
 # {data set: (its tokenizer, the command that makes both)}
 SHAKESPEARE = "data/prepare_shakespeare.py --vocab-size"
@@ -115,10 +116,6 @@ SERIES = ("train_loss", "grad_norm", "val_loss")  # of metrics.jsonl, by step
 SCORES = ("pre_quant_val_loss", "pre_quant_val_bpb", "val_loss", "val_bpb")  # of result.json
 INHERITED = ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH", "CC", "CXX")  # of the environment; the rest might be knobs
 NOT_COPIED = (".*", "__pycache__", "logs", "datasets", "tokenizers", "downloads", "track_*")
-
-
-def parse(words: str) -> dict[str, str]:
-    return dict(word.split("=", 1) for word in words.split())
 
 
 def gpt2_folder() -> str:

@@ -1,6 +1,6 @@
 """A training step of the reference model as one would write it without this project: the contender of speed.py.
 
-Only mathematics is shared with train_gpt.py: a U-net of blocks over a normalised embedding, grouped-query attention
+Only mathematics is shared with train_gpt.py: a U-net of blocks over a normalized embedding, grouped-query attention
 with RoPE, squared ReLU, tied embedding, soft-capped logits; Muon for the matrices of the blocks, Adam for the rest. It
 runs under autocast, and through torch.compile if asked to. Parameters have the same names: weights can be exchanged.
 """
@@ -117,9 +117,9 @@ def newton_schulz(update, steps: int, dtype):
 class PlainMuon(torch.optim.Optimizer):
     """One matrix after the other, with Nesterov momentum."""
 
-    def __init__(self, params, lr, momentum, steps, dtype, orthogonalise):
+    def __init__(self, params, lr, momentum, steps, dtype, orthogonalize):
         super().__init__(params, {"lr": lr, "momentum": momentum, "steps": steps})
-        self.dtype, self.orthogonalise = dtype, orthogonalise
+        self.dtype, self.orthogonalize = dtype, orthogonalize
 
     @torch.no_grad()
     def step(self):
@@ -129,7 +129,7 @@ class PlainMuon(torch.optim.Optimizer):
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
                 buffer = self.state[p]["momentum_buffer"]
                 buffer.mul_(group["momentum"]).add_(p.grad)
-                update = self.orthogonalise(p.grad.add(buffer, alpha=group["momentum"]), group["steps"], self.dtype)
+                update = self.orthogonalize(p.grad.add(buffer, alpha=group["momentum"]), group["steps"], self.dtype)
                 p.add_(update.to(p.dtype), alpha=-group["lr"] * max(1, p.size(0) / p.size(1)) ** 0.5)
 
 
@@ -139,10 +139,10 @@ class PlainTrainer:
     def __init__(self, config, device: torch.device, dtype: torch.dtype, compiled: bool):
         self.config, self.device, self.dtype = config, device, dtype
         self.raw_model = PlainGPT(config, dtype).to(device)
-        self.model, orthogonalise = self.raw_model, newton_schulz
+        self.model, orthogonalize = self.raw_model, newton_schulz
         if compiled:
             self.model = torch.compile(self.raw_model, dynamic=False, fullgraph=True)
-            orthogonalise = torch.compile(newton_schulz)
+            orthogonalize = torch.compile(newton_schulz)
         matrices = [p for p in self.raw_model.blocks.parameters() if p.ndim == 2 and p.size(0) > 2]
         vectors = [p for p in self.raw_model.blocks.parameters() if p.ndim < 2 or p.size(0) <= 2]
         groups = [
@@ -151,7 +151,7 @@ class PlainTrainer:
         ]
         adam = torch.optim.Adam(groups, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)
         muon = PlainMuon(
-            matrices, config.matrix_lr, config.muon_momentum, config.muon_backend_steps, dtype, orthogonalise
+            matrices, config.matrix_lr, config.muon_momentum, config.muon_backend_steps, dtype, orthogonalize
         )
         self.optimizers = [adam, muon]
 

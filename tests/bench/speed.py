@@ -31,79 +31,40 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import plain  # noqa: E402
-
-import train_gpt  # noqa: E402
+from bench_tools import (  # noqa: E402
+    FRONTIER,
+    RANS,
+    build_trainer,
+    parse,
+    random_loader,
+    random_stream,
+    random_weights,
+    spread,
+    take_turns,
+    timed,
+    train_gpt,
+)
 
 kernels = train_gpt.tool("kernels")
 
+BENCH = parse("NUM_LAYERS=4 MODEL_DIM=256 NUM_HEADS=4 NUM_KV_HEADS=2 TRAIN_SEQ_LEN=256 GRAD_ACCUM_STEPS=1")
 REFERENCE_TOKENS = 65_536 if torch.cuda.is_available() else 8192
 SHAPES = {
-    "bench": {
-        "NUM_LAYERS": 4,
-        "MODEL_DIM": 256,
-        "NUM_HEADS": 4,
-        "NUM_KV_HEADS": 2,
-        "TRAIN_SEQ_LEN": 256,
-        "TRAIN_BATCH_TOKENS": 8192,
-        "GRAD_ACCUM_STEPS": 1,
-    },
-    "demo": {
-        "NUM_LAYERS": 4,
-        "MODEL_DIM": 256,
-        "NUM_HEADS": 4,
-        "NUM_KV_HEADS": 2,
-        "TRAIN_SEQ_LEN": 256,
-        "TRAIN_BATCH_TOKENS": 4096,
-        "VOCAB_SIZE": 2048,
-        "GRAD_ACCUM_STEPS": 1,
-    },
-    "reference": {"TRAIN_SEQ_LEN": 1024, "TRAIN_BATCH_TOKENS": REFERENCE_TOKENS, "GRAD_ACCUM_STEPS": 1},
+    "bench": BENCH | parse("TRAIN_BATCH_TOKENS=8192"),
+    "demo": BENCH | parse("TRAIN_BATCH_TOKENS=4096 VOCAB_SIZE=2048"),
+    "reference": parse(f"TRAIN_SEQ_LEN=1024 TRAIN_BATCH_TOKENS={REFERENCE_TOKENS} GRAD_ACCUM_STEPS=1"),
 }
-FRONTIER = Path(train_gpt.__file__).parent / "records" / "models" / "frontier.py"
 # Small shapes, eager, of which one knob at a time grows twofold and fourfold; heads stay 64 wide.
-SMALL = {
-    "NUM_LAYERS": 2,
-    "MODEL_DIM": 128,
-    "NUM_HEADS": 2,
-    "NUM_KV_HEADS": 1,
-    "TRAIN_SEQ_LEN": 128,
-    "VOCAB_SIZE": 512,
-    "TRAIN_BATCH_TOKENS": 2048,
-    "COMPILE": "0",
-}
-GROWING = ("TRAIN_SEQ_LEN", "MODEL_DIM", "NUM_LAYERS", "VOCAB_SIZE", "TRAIN_BATCH_TOKENS")
+GROWING = parse("TRAIN_SEQ_LEN=128 MODEL_DIM=128 NUM_LAYERS=2 VOCAB_SIZE=512 TRAIN_BATCH_TOKENS=2048")
 STEPS_ALONE = 15  # of a process, after those that compile
 PHASES = ("data", "forward", "backward", "clipping", "muon", "adamw", "collectives")
-
-
-class RandomTokens(train_gpt.TrainLoader):
-    """The trainer's loader over a stream in memory."""
-
-    def __init__(self, config, runtime):
-        super().__init__(
-            random_stream(config, 10**6), config, runtime, config.accumulation_steps(1, runtime.device.type)
-        )
-
-
-def random_stream(config, count: int) -> train_gpt.TokenStream:
-    stream = train_gpt.TokenStream.__new__(train_gpt.TokenStream)
-    tokens = np.random.default_rng(0).integers(config.vocab_size, size=count, dtype=np.uint16)
-    stream.shards, stream.ends = [tokens], np.array([count])
-    stream.pattern, stream.vocab_size = "random", config.vocab_size
-    return stream
 
 
 def load_config(knobs: dict) -> train_gpt.Config:
     texts = {name: str(value) for name, value in ({"MAX_WALLCLOCK_SECONDS": 0} | knobs).items()}
     return train_gpt.Config.load([], texts | dict(os.environ))
-
-
-def build_trainer(config, runtime) -> train_gpt.Trainer:
-    stopwatch = train_gpt.Stopwatch(runtime.synchronize)
-    return train_gpt.Trainer(config, train_gpt.RunFolder(runtime), stopwatch, RandomTokens(config, runtime))
 
 
 class Table:
@@ -115,24 +76,7 @@ class Table:
     def add(self, name: str, values, unit: str):
         median, least, most = statistics.median(values), min(values), max(values)
         self.figures[name] = {"median": median, "least": least, "most": most, "n": len(values), "unit": unit}
-        print(f"{name:48} {median:12.4f} ({least:.4f} to {most:.4f}) {unit}", flush=True)
-
-
-def seconds(call, runtime) -> float:
-    runtime.synchronize()
-    start = time.perf_counter()
-    call()
-    runtime.synchronize()
-    return time.perf_counter() - start
-
-
-def take_turns(calls: dict, rounds: int, runtime) -> dict[str, list[float]]:
-    """Seconds of each call in every round; every second round goes the other way round."""
-    taken = {name: [] for name in calls}
-    for turn in range(rounds):
-        for name in list(calls)[:: -1 if turn % 2 else 1]:
-            taken[name].append(seconds(calls[name], runtime))
-    return taken
+        print(f"{name:48} {spread(values, 4)} {unit}", flush=True)
 
 
 def product_call(runtime):
@@ -151,20 +95,11 @@ def is_default_model(config) -> bool:
     """Whether the plain port, which knows shapes but no other architecture, is the same model."""
     if type(config) is not train_gpt.Config or not config.tie_embeddings:
         return False
-    shape = {
-        "TRAIN_SEQ_LEN",
-        "VOCAB_SIZE",
-        "NUM_LAYERS",
-        "MODEL_DIM",
-        "NUM_HEADS",
-        "NUM_KV_HEADS",
-        "MLP_MULT",
-        "LOGIT_SOFTCAP",
-        "ROPE_BASE",
-    }
-    scored_by = {"TRAIN_BATCH_TOKENS", "GRAD_ACCUM_STEPS", "MICRO_BATCH_TOKENS", "VAL_BATCH_SIZE", "EVAL_STRIDE"}
+    shape = "TRAIN_SEQ_LEN VOCAB_SIZE NUM_LAYERS MODEL_DIM NUM_HEADS NUM_KV_HEADS MLP_MULT LOGIT_SOFTCAP ROPE_BASE"
+    scored_by = "TRAIN_BATCH_TOKENS GRAD_ACCUM_STEPS MICRO_BATCH_TOKENS VAL_BATCH_SIZE EVAL_STRIDE"
+    free = {*shape.split(), *scored_by.split()}
     return all(
-        name in shape | scored_by or not field.metadata["artifact"] or getattr(config, field.name) == field.default
+        name in free or not field.metadata["artifact"] or getattr(config, field.name) == field.default
         for name, field in config.knobs().items()
     )
 
@@ -180,7 +115,7 @@ def contenders(config, runtime) -> dict:
     compiled = {True, False} if trainer.compiled_model is not trainer.model else {False}
     for works in sorted(compiled, reverse=True):
         other = plain.PlainTrainer(config, runtime.device, runtime.dtype, compiled=works)
-        loader = RandomTokens(config, runtime)
+        loader = random_loader(config, runtime)
         name = "plain, compiled" if works else "plain, eager"
         calls[name] = lambda other=other, loader=loader: other.step(*loader.next_step())
     return calls
@@ -196,7 +131,7 @@ def bench_step(config, runtime, rounds: int, table: Table):
     for call in (multiply, *calls.values()):
         for _ in range(3):
             call()
-    taken = take_turns({"product": multiply} | calls, rounds, runtime)
+    taken = take_turns({"product": multiply} | calls, rounds, runtime.synchronize)
     rates = [flops / time for time in taken["product"]]
     table.add("product, GFLOP/s", [rate / 1e9 for rate in rates], "GFLOP/s")
     for name in calls:
@@ -256,7 +191,7 @@ def bench_split(config, runtime, rounds: int, table: Table):
         split_step(trainer, clock)
     whole, parts = [], []
     for _ in range(rounds):
-        whole.append(seconds(lambda: trainer.step(1.0, 0.95), runtime))
+        whole.append(timed(trainer.step, 1.0, 0.95, wait=runtime.synchronize)[1])
         parts.append(split_step(trainer, clock))
     table.add("split: whole step", [1e3 * time for time in whole], "ms")
     for phase in PHASES:
@@ -278,29 +213,24 @@ def child(config, contender: str, spawned: float):
         else:
             compiled, _ = kernels.choose_compile(config, runtime)
             other = plain.PlainTrainer(config, runtime.device, runtime.dtype, compiled)
-            loader = RandomTokens(config, runtime)
+            loader = random_loader(config, runtime)
             step = lambda: other.step(*loader.next_step())  # noqa: E731
         built = time.time()
-        times = [seconds(step, runtime) for _ in range(3)]
-        steps = [seconds(step, runtime) for _ in range(STEPS_ALONE)]
+        times = [timed(step, wait=runtime.synchronize)[1] for _ in range(3)]
+        steps = [timed(step, wait=runtime.synchronize)[1] for _ in range(STEPS_ALONE)]
     if runtime.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
     else:
         import resource  # late: Windows has none
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    print(
-        json.dumps(
-            {
-                "imports": imported - spawned,
-                "model and optimizers": built - imported,
-                "compilation": times[0] - times[2],
-                "start to first step": built + times[0] - spawned,
-                "step": statistics.median(steps),
-                "peak memory": peak / 2**20,
-            }
-        )
-    )
+    found = {
+        "imports": imported - spawned,
+        "model and optimizers": built - imported,
+        "compilation": times[0] - times[2],
+    }
+    found |= {"start to first step": built + times[0] - spawned, "step": statistics.median(steps)}
+    print(json.dumps(found | {"peak memory": peak / 2**20}))
 
 
 def bench_start(config, shape: str, rounds: int, table: Table):
@@ -354,7 +284,7 @@ def bench_evaluation(config, runtime, rounds: int, table: Table):
         calls = {"score": lambda evaluator=evaluator: evaluator.score(model, compiled_model), "forward": forward}
         for call in calls.values():
             call()
-        taken = take_turns(calls, rounds, runtime)
+        taken = take_turns(calls, rounds, runtime.synchronize)
         table.add(f"evaluation by {label} of {stride}", [targets / time for time in taken["score"]], "tokens/s")
         ratios = [score / pure for score, pure in zip(taken["score"], taken["forward"], strict=True)]
         table.add(f"evaluation by {label} over a pure forward", ratios, "times as long")
@@ -376,26 +306,24 @@ def export_phases(state: dict, config, folder: Path) -> dict[str, float]:
     """Seconds of each phase from the weights to the artifact on the disk and back."""
     spent = {}
 
-    def timed(phase, call):
-        start = time.perf_counter()
-        result = call()
-        spent[phase] = time.perf_counter() - start
+    def phase(name, call, *args):
+        result, spent[name] = timed(call, *args)
         return result
 
     run_folder = train_gpt.tool("checkpoint").RunFolder(train_gpt.Runtime(config, {}))  # which verifies what it wrote
     run_folder.path = folder
     coder = config.coder_class()(config)
-    artifact = timed("quantize", lambda: coder.quantize(state))
+    artifact = phase("quantize", coder.quantize, state)
     if rans := getattr(config, "codec", "") == "rans":
-        artifact = timed("rans", lambda: coder.rans_pack(artifact))
-    raw = timed("serialise", lambda: serialized(artifact))
-    stream = timed("zlib", lambda: zlib.compress(raw, level=9))
+        artifact = phase("rans", coder.rans_pack, artifact)
+    raw = phase("serialize", serialized, artifact)
+    stream = phase("zlib", zlib.compress, raw, 9)
     blob = stream + hashlib.sha256(stream).digest()
-    timed("write and read back", lambda: run_folder.write("artifact", blob))
-    artifact = timed("unpack", lambda: unpacked((folder / "artifact").read_bytes()))
+    phase("write and read back", run_folder.write, "artifact", blob)
+    artifact = phase("unpack", lambda: unpacked((folder / "artifact").read_bytes()))
     if rans:
-        artifact = timed("decode rans", lambda: coder.rans_unpack(artifact))
-    timed("dequantize", lambda: coder.dequantize(artifact))
+        artifact = phase("decode rans", coder.rans_unpack, artifact)
+    phase("dequantize", coder.dequantize, artifact)
     return spent
 
 
@@ -404,16 +332,13 @@ def bench_export(config, rounds: int, table: Table):
 
     Compression takes about as long as of trained ones. rANS needs a configuration of the frontier, of the same shape.
     """
-    generator = torch.Generator().manual_seed(0)
     with torch.device("meta"):
         shapes = {name: t.shape for name, t in config.model_class()(config).state_dict().items()}
-    state = {name: 0.02 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    state = random_weights(shapes)
     shape = {
         name: text for name, text in config.as_env().items() if train_gpt.Config.knobs()[name].metadata["artifact"]
     }
-    rans = {"CODEC": "rans", "WEIGHT_BITS": "6", "EMBED_BITS": "6"}
-    rans |= dict.fromkeys(("CLIP_ATTN", "CLIP_MLP", "CLIP_EMBED"), "12.85")
-    codecs = {"zlib": config, "rans": train_gpt.load_model_file(str(FRONTIER)).load([], shape | rans)}
+    codecs = {"zlib": config, "rans": train_gpt.load_model_file(str(FRONTIER)).load([], shape | RANS)}
     taken = {name: [] for name in codecs}
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(rounds):
@@ -431,14 +356,14 @@ def bench_growth(runtime, rounds: int, table: Table):
     calls, sizes = {}, (1, 2, 4)
     for knob in GROWING:
         for factor in sizes:
-            knobs = SMALL | {knob: SMALL[knob] * factor}
+            knobs = GROWING | {"COMPILE": 0, "NUM_HEADS": 2, "NUM_KV_HEADS": 1} | {knob: int(GROWING[knob]) * factor}
             if knob == "MODEL_DIM":
                 knobs |= {"NUM_HEADS": 2 * factor, "NUM_KV_HEADS": factor}
             config = train_gpt.Config.load([], {name: str(value) for name, value in knobs.items()})
             trainer = build_trainer(config, runtime)
             calls[knob, factor] = lambda trainer=trainer: trainer.step(1.0, 0.95)
             calls[knob, factor]()
-    taken = take_turns(calls, rounds, runtime)
+    taken = take_turns(calls, rounds, runtime.synchronize)
     for knob in GROWING:
         logs = np.log([taken[knob, factor] for factor in sizes])
         table.add(f"growth with {knob}: exponent", np.polyfit(np.log(sizes), logs, 1)[0].tolist(), "")

@@ -22,12 +22,13 @@ from urllib.parse import unquote, urlsplit
 import filelock
 import numpy as np
 import pytest
+from conftest import shard_bytes
 from huggingface_hub import close_session, constants, file_download
 from huggingface_hub.utils import http_backoff
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train_gpt import TokenStream
+from train_gpt import TokenStream, UserError
 
 SCRIPT = Path(__file__).resolve().parents[2] / "data" / "download_fineweb.py"
 REPO = "willdepueoai/parameter-golf"
@@ -40,10 +41,8 @@ FIRST = f"datasets/datasets/{NAME}/fineweb_train_000000.bin"
 # The hub
 
 
-def make_shard(seed: int, tokens: int = SHARD_TOKENS, magic: int = 20240520, version: int = 1, count=None) -> bytes:
-    header = np.zeros(256, dtype="<i4")
-    header[:3] = magic, version, tokens if count is None else count
-    return header.tobytes() + np.random.default_rng(seed).integers(0, 1024, tokens).astype("<u2").tobytes()
+def make_shard(seed: int, tokens: int = SHARD_TOKENS, **header) -> bytes:
+    return shard_bytes(np.random.default_rng(seed).integers(0, 1024, tokens), **header)
 
 
 def make_manifest(train: int = 3, val: int = 2) -> dict:
@@ -176,13 +175,9 @@ def run(script, hub, root, tmp_path, monkeypatch, capfd):
     for name in [name for name in os.environ if name.startswith(("HF_", "MATCHED_"))]:
         monkeypatch.delenv(name)
     template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-    for name, value in {
-        "ENDPOINT": hub.url,
-        "HUGGINGFACE_CO_URL_TEMPLATE": template,
-        "HF_HUB_DISABLE_XET": True,
-        "HF_TOKEN_PATH": str(tmp_path / "none"),
-    }.items():
-        monkeypatch.setattr(constants, name, value)  # read from the environment before this test began
+    read_before = {"ENDPOINT": hub.url, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_DISABLE_XET": True}
+    for name, value in (read_before | {"HF_TOKEN_PATH": str(tmp_path / "none")}).items():
+        monkeypatch.setattr(constants, name, value)
     for module in (file_download, sys.modules[http_backoff.__module__]):
         monkeypatch.setattr(module, "time", SimpleNamespace(sleep=lambda seconds: None, time=time.time))
 
@@ -208,45 +203,19 @@ def run(script, hub, root, tmp_path, monkeypatch, capfd):
     return start
 
 
-@pytest.fixture
-def launch(hub, root, tmp_path):
-    """Function: the script as its users run it, in a process of its own; what `run` gives."""
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "MATCHED_"))}
-    inherited |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "*", "PYTHONUTF8": "1"}
-
-    def start(**environ):
-        return subprocess.run(
-            [sys.executable, str(SCRIPT), "--out", str(root)],
-            env=inherited | environ,
-            timeout=60,
-            capture_output=True,
-            text=True,
-            encoding="utf-8",
-            check=False,
-        )
-
-    return start
-
-
 def expected_files(hub: Hub, train: int = 3) -> dict[str, bytes]:
     """Local path -> content after a download of sp1024."""
     files = {path.removeprefix("datasets/"): data for path, data in hub.files.items()}
-    number = {name: int(name[-10:-4]) if "_train_" in name else -1 for name in files}
-    return {
-        name: data
-        for name, data in files.items()
-        if name.startswith(f"datasets/{NAME}/") and number[name] < train or "fineweb_1024_bpe" in name
-    }
+    left_out = {f"datasets/{NAME}/fineweb_train_{number:06d}.bin" for number in range(train, 10)}
+    ours = {name for name in files if name.startswith(f"datasets/{NAME}/") or "fineweb_1024_bpe" in name}
+    return {name: files[name] for name in ours - left_out}
 
 
 def snapshot(root: Path) -> dict[str, bytes]:
     """Local path -> content of everything below the data root but record, lock and what is not in place yet."""
-    files = {path.relative_to(root).as_posix(): path for path in root.rglob("*") if path.is_file()}
-    return {
-        name: path.read_bytes()
-        for name, path in files.items()
-        if not name.startswith("downloads/fineweb") and path.suffix != ".part"
-    }
+    files = [path for path in root.rglob("*") if path.is_file() and path.suffix != ".part"]
+    names = {path.relative_to(root).as_posix(): path for path in files}
+    return {name: path.read_bytes() for name, path in names.items() if not name.startswith("downloads/fineweb")}
 
 
 def assert_done(done, root: Path, expected: dict[str, bytes], *said):
@@ -268,25 +237,18 @@ def assert_error(done, *words):
 # A download
 
 
-def test_a_fresh_download_is_what_the_hub_has_and_the_trainer_reads_it(hub, launch, root, tmp_path):
-    done = launch()
+def test_a_fresh_download_is_what_the_hub_has_and_the_trainer_reads_it(hub, run, root):
+    done = run()
     knobs = f"DATA_PATH={root}/datasets/{NAME} TOKENIZER_PATH={root}/tokenizers/fineweb_1024_bpe.model VOCAB_SIZE=1024"
-    said = "3 of 3 training shards, all 2 of validation (--train-shards 80 is more than there are)"
-    assert_done(
-        done,
-        root,
-        expected_files(hub),
-        said,
-        f"{REPO} at commit {hub.commit}",
-        "0 of 7 files are in place",
-        f"next: {knobs} python train_gpt.py",
-    )
+    said = ["3 of 3 training shards, all 2 of validation (--train-shards 80 is more than there are)"]
+    said += [f"{REPO} at commit {hub.commit}", "0 of 7 files are in place", f"next: {knobs} python train_gpt.py"]
+    assert_done(done, root, expected_files(hub), *said)
     assert done.stderr == ""
     for split in ("train", "val"):
         stream = TokenStream(str(root / "datasets" / NAME), split, 1024)
         published = [data[1024:] for path, data in sorted(hub.files.items()) if f"{NAME}/fineweb_{split}" in path]
         assert stream.read(0, len(stream)).tobytes() == b"".join(published)
-    kept = [path for path in (tmp_path / "hf", root / "downloads") for path in path.rglob("*") if path.is_file()]
+    kept = [path for path in (root / "downloads").rglob("*") if path.is_file()]
     assert all(path.stat().st_size < 10_000 for path in kept), "stored a second time"
 
 
@@ -367,13 +329,8 @@ def flip(data: bytes) -> bytes:
     return data[:2000] + bytes([data[2000] ^ 1]) + data[2001:]
 
 
-DAMAGES = {
-    "empty": lambda data: b"",
-    "a flipped bit": flip,
-    "cut": lambda data: data[:-2],
-    "an error page": lambda data: b"<html>404</html>",
-    "too long": lambda data: data + b"\0\0",
-}
+DAMAGES = {"empty": lambda data: b"", "a flipped bit": flip, "cut": lambda data: data[:-2]}
+DAMAGES |= {"an error page": lambda data: b"<html>404</html>", "too long": lambda data: data + b"\0\0"}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -432,9 +389,8 @@ def test_a_manifest_that_counts_more_shards_than_there_are(hub, run):
 
 def test_too_little_disk_is_said_before_anything_is_fetched(hub, run, root):
     needed = sum(map(len, expected_files(hub).values()))
-    assert_error(
-        run(free=needed - 1), f"{needed:,} bytes are missing", f"{needed - 1:,} free", "--train-shards", "--out"
-    )
+    words = [f"{needed:,} bytes are missing", f"{needed - 1:,} free", "--train-shards", "--out"]
+    assert_error(run(free=needed - 1), *words)
     assert not hub.fetched() and not snapshot(root)
     assert run(free=needed).returncode == 0
     assert run(free=0).returncode == 0, "nothing is missing"
@@ -518,12 +474,8 @@ REFUSALS = [  # what the hub does; options and environment of the command; what 
     (lists(lfs=None, blobId="x"), [], {}, ["HF_ENDPOINT"]),
     (lists(lfs=None, size=None), [], {}, ["HF_ENDPOINT"]),
     (lists(rfilename=3), [], {}, ["HF_ENDPOINT"]),
-    (has(make_shard(0, magic=20240521)), [], {}, [SHARD, "magic 20240521", PLACED]),
-    (has(make_shard(0, version=2)), [], {}, [SHARD, "version 2", PLACED]),
-    (has(make_shard(0, count=SHARD_TOKENS - 1)), [], {}, [SHARD, "149999 tokens", PLACED]),
-    (has(make_shard(0, count=-1)), [], {}, [SHARD, "-1 tokens", PLACED]),
-    (has(make_shard(0)[:1000]), [], {}, [SHARD, "1000 bytes, less than a header", PLACED]),
-    (has(b""), [], {}, [SHARD, "0 bytes, less than a header", PLACED]),
+    (has(make_shard(0, magic=20240521)), [], {}, [SHARD, "header [20240521, 1, 150000]", PLACED]),
+    (has(b""), [], {}, [SHARD, "0 bytes", PLACED]),
     (sends_another_manifest, [], {}, [MANIFEST, "has the hash", git_oid(json.dumps(make_manifest()).encode())]),
     (has(None, MANIFEST), [], {}, [MANIFEST, f"{PREFIX}=datasets"]),
     (has(json.dumps(make_manifest(val=3)).encode(), MANIFEST), [], {}, ["fineweb_val_000002.bin"]),
@@ -559,37 +511,30 @@ def test_a_refusal_is_one_message_that_says_what_to_do(hub, run, root, change, o
     assert before.items() <= snapshot(root).items() and not [*root.rglob(Path(FIRST).name)]
 
 
-def test_without_the_library_or_with_variables_that_it_cannot_read(launch, tmp_path):
-    assert_error(launch(HF_HUB_DOWNLOAD_TIMEOUT="long"), "'long'", "HF_HUB_DOWNLOAD_TIMEOUT")
+def test_without_the_library_or_with_variables_that_it_cannot_read(tmp_path):
     (tmp_path / "huggingface_hub.py").write_text("")  # a version without what is needed
-    assert_error(launch(PYTHONPATH=str(tmp_path)), "huggingface-hub", "pip install -r requirements.txt")
+    for name, value, *words in (
+        ("HF_HUB_DOWNLOAD_TIMEOUT", "long", "'long'", "HF_HUB_DOWNLOAD_TIMEOUT"),
+        ("PYTHONPATH", str(tmp_path), "huggingface-hub", "pip install -r requirements.txt"),
+    ):
+        command = [sys.executable, str(SCRIPT), "--out", str(tmp_path)]
+        done = subprocess.run(command, env=os.environ | {name: value}, capture_output=True, text=True, check=False)
+        assert_error(done, *words)
 
 
 # A repository that means harm
 
 
-NAMES = st.one_of(
-    st.sampled_from(["..", ".", "a", "a/b", "../a", "/a", "a\\b", "C:", "a\0", "", "tokenizers/t", NAME]),
-    st.text(max_size=4),
-    st.none(),
-    st.integers(),
-    st.lists(st.text(max_size=2), max_size=2),
-)
-ENTRIES = st.fixed_dictionaries(
-    {
-        "name": NAMES,
-        "tokenizer_name": NAMES,
-        "model_path": NAMES,
-        "path": NAMES,
-        "stats": (
-            st.fixed_dictionaries({"files_train": st.integers(-1, 2) | NAMES, "files_val": st.integers(-1, 2) | NAMES})
-            | NAMES
-        ),
-    }
-)
+ODD = ["..", ".", "a", "a/b", "../a", "/a", "a\\b", "C:", "a\0", "", "tokenizers/t", NAME]
+OTHERS = st.text(max_size=4) | st.none() | st.integers() | st.lists(st.text(max_size=2), max_size=2)
+NAMES = st.sampled_from(ODD) | OTHERS
+COUNTS = st.integers(-1, 2) | NAMES
+STATS = st.fixed_dictionaries({"files_train": COUNTS, "files_val": COUNTS}) | NAMES
+FIELDS = dict.fromkeys(["name", "tokenizer_name", "model_path", "path"], NAMES)
+ENTRIES = st.fixed_dictionaries(FIELDS | {"stats": STATS})
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(st.lists(ENTRIES, max_size=3), st.lists(ENTRIES, max_size=3), st.data())
 def test_no_manifest_leads_out_of_the_data_root(script, datasets, tokenizers, data):
     """Whatever it says, and whatever files the repository has: a UserError, or files in their folders."""
@@ -606,7 +551,7 @@ def test_no_manifest_leads_out_of_the_data_root(script, datasets, tokenizers, da
     listing = script.Listing("0" * 40, Everything(), {"datasets": datasets, "tokenizers": tokenizers})
     try:
         plan = script.make_plan(listing, "a/b", args)
-    except script.UserError:
+    except UserError:
         return
     assert len(plan.wanted) == len({remote.path for remote in plan.wanted.values()}), "two files never have one place"
     for target in plan.wanted:

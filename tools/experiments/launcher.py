@@ -1,23 +1,33 @@
-"""Start a training script in a process of its own, for tools that compare or search.
+"""Starts runs as processes, for tools that compare, search or repeat them.
 
-It may be any script with the standard environment variables and log lines, from this repository or from the public
-challenge.
+Every run ends with the tool that started it, whatever ends the tool: see guard.py. The script may be any one with the
+standard environment variables and log lines, from this repository or from the public challenge.
 """
 
+import argparse
+import itertools
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "records"))  # the readers of runs
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # train_gpt
+
+from record_read import Run, parse_log, read_result
+
+import train_gpt
+from train_gpt import UserError, require
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tools" / "records")]  # train_gpt, and the readers of runs
-
-from record_read import Run, UserError, parse_log, read_env, read_result  # noqa: E402
-
 REPOSITORY_SCRIPT = ROOT / "train_gpt.py"
+PATIENCE = 10.0  # seconds between SIGTERM and SIGKILL
+POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -48,49 +58,92 @@ def is_model_file(path: Path) -> bool:
 def parse_target(spec: str) -> Target:
     """FILE.env (this repository's script), SCRIPT.py, or SCRIPT.py,FILE.env."""
     paths = [Path(part) for part in spec.split(",")]
+    expected = "expected FILE.env, SCRIPT.py or SCRIPT.py,FILE.env"
     missing = [str(path) for path in paths if not path.is_file()]
-    if missing:
-        raise UserError(f"{', '.join(missing)}: no such file: expected FILE.env, SCRIPT.py or SCRIPT.py,FILE.env")
+    require(not missing, f"{', '.join(missing)}: no such file: {expected}")
     scripts, configs = ([path for path in paths if path.suffix == end] for end in (".py", ".env"))
-    if len(scripts) > 1 or len(configs) > 1 or len(scripts) + len(configs) < len(paths):
-        raise UserError(f"{spec}: expected FILE.env, SCRIPT.py or SCRIPT.py,FILE.env")
+    one = len(scripts) <= 1 and len(configs) <= 1 and len(scripts) + len(configs) == len(paths)
+    require(one, f"{spec}: {expected}")
     script = scripts[0] if scripts else REPOSITORY_SCRIPT
-    if is_model_file(script):
-        raise UserError(
-            f"{script} is a model file and no program: put MODEL_FILE={script} into a FILE.env and give that"
-        )
+    remedy = f"put MODEL_FILE={script} into a FILE.env and give that"
+    require(not is_model_file(script), f"{script} is a model file and no program: {remedy}")
     return Target(script, configs[0] if configs else None)
 
 
-def start(target: Target, knobs: dict[str, str], folder: Path) -> subprocess.Popen:
+def command(script: Path, *arguments, ranks: int = 1) -> list:
+    """The command of a run, under torchrun if it has several ranks."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    return [sys.executable, *torchrun, script, *arguments]
+
+
+def spawn(command: list, environ: dict[str, str], stdout, cwd: Path | None = None) -> subprocess.Popen:
+    """Start a command that ends with this process. The Popen is that of the guard, whose exit code is the command's.
+
+    Keep it until the command has ended, and do not communicate(): both would close the guard's pipe.
+    """
+    guard = [sys.executable, "-I", "-S", Path(__file__).with_name("guard.py"), str(PATIENCE)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": stdout, "stderr": stdout and subprocess.STDOUT}
+    environ = environ | {"PYTHONUNBUFFERED": "1"}
+    # In a session of its own: Ctrl+C reaches this process alone, which then ends the run.
+    return subprocess.Popen([*guard, *command], env=environ, cwd=cwd, start_new_session=True, **pipes)
+
+
+def lock(file, wait: bool = False):
+    """Lock an open file until every process that inherited it has ended. BlockingIOError if others have it locked."""
+    if os.name != "nt":  # which has no fcntl
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError as error:  # Lustre, SMB and some NFS have no such locks
+            if isinstance(error, BlockingIOError):
+                raise
+
+
+def open_output(path: Path):
+    """A new file for the output of one start, locked while its run lives. That of an earlier start is renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if path.exists():
+            with open(path, "ab") as earlier:
+                lock(earlier)
+            names = (path.with_suffix(f".{number}.out") for number in itertools.count(1))
+            path.rename(next(name for name in names if not name.exists()))
+        output = open(path, "xb")
+        lock(output)
+    except (BlockingIOError, FileExistsError) as error:
+        raise UserError(f"{path.stem} still runs, with its output in {path}: wait until it ends, or stop it") from error
+    return output
+
+
+def start(target: Target, knobs: dict[str, str], folder: Path, ranks: int = 1, anew=False) -> subprocess.Popen:
     """Start a run that logs under `folder`/<RUN_ID>, with its output in `folder`/<RUN_ID>.out.
 
-    A public script reads no FILE.env and leaves its model in its working directory. So it gets the knobs of the file as
-    environment variables, and a directory of its own.
+    `anew` renames what a stopped run of that name left; otherwise it may resume. A public script reads no FILE.env and
+    leaves its model in its working directory. So it gets the knobs of the file as environment variables, and a
+    directory of its own.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    environ = os.environ | knobs | {"LOG_DIR": str(folder.resolve()), "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, str(target.script.resolve())]
-    where = None
-    if target.ours:
-        command += [str(target.config.resolve())] if target.config else []
-    else:
-        environ = (read_env(target.config) if target.config else {}) | environ
-        for name in ("DATA_PATH", "TOKENIZER_PATH"):
-            if "/" in environ.get(name, ""):
-                environ[name] = str(Path(environ[name]).resolve())
-        where = folder / knobs["RUN_ID"]
-        where.mkdir(exist_ok=True)
-        if "DATA_PATH" not in environ and not (where / "data").exists():
-            (where / "data").symlink_to(ROOT / "data")
-    with open(folder / f"{knobs['RUN_ID']}.out", "wb") as output:
-        return subprocess.Popen(
-            command, env=environ, cwd=where, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
-        )
+    where = folder / knobs["RUN_ID"]
+    environ = os.environ | knobs | {"LOG_DIR": str(folder.resolve())}
+    arguments = [target.config.resolve()] if target.config and target.ours else []
+    if target.config and not target.ours:
+        environ = train_gpt.read_env_file(target.config) | environ
+    with open_output(folder / f"{where.name}.out") as output:
+        if anew and where.exists():
+            where.rename(folder / f"{where.name}_stopped_{len(list(folder.glob(f'{where.name}_stopped_*')))}")
+        if not target.ours:
+            for name in ("DATA_PATH", "TOKENIZER_PATH"):
+                if "/" in environ.get(name, ""):
+                    environ[name] = str(Path(environ[name]).resolve())
+            where.mkdir(exist_ok=True)
+            if "DATA_PATH" not in environ and not (where / "data").exists():
+                (where / "data").symlink_to(ROOT / "data")
+        cwd = None if target.ours else where
+        return spawn(command(target.script.resolve(), *arguments, ranks=ranks), environ, output, cwd)
 
 
 def wait(process: subprocess.Popen) -> tuple[int, float]:
-    """The exit code of a run, and its peak resident memory in MiB. A tool that is stopped stops its run."""
+    """The exit code of a run, and the peak memory in MiB of its largest process. A stopped tool stops its run."""
     try:
         _, status, usage = os.wait4(process.pid, 0)
     except BaseException:
@@ -100,31 +153,79 @@ def wait(process: subprocess.Popen) -> tuple[int, float]:
     return process.returncode, usage.ru_maxrss / (1024 if sys.platform != "darwin" else 2**20)
 
 
-def stop(process: subprocess.Popen, patience: float = 10.0):
-    """Send SIGTERM, and SIGKILL if the process does not end within `patience` seconds."""
-    if process.poll() is None:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(patience)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+def follow(process: subprocess.Popen, output: Path) -> Iterator[str]:
+    """The lines of a run's output as they are written, until it ends. A caller that leaves early stops the run."""
+    line = ""
+    try:
+        with open(output, encoding="utf-8", errors="replace") as file:
+            while True:
+                ended = process.poll() is not None  # asked first, so that nothing is missed
+                line += file.readline()
+                if line and (ended or line.endswith("\n")):
+                    yield line
+                    line = ""
+                elif ended:
+                    return
+                else:
+                    time.sleep(POLL_SECONDS)
+    finally:
+        stop(process)
+
+
+def stop(process: subprocess.Popen):
+    """SIGTERM, and SIGKILL if the run does not end within PATIENCE, both by its guard."""
+    process.stdin.close()
+    process.wait()
+
+
+def run_tool(tool: Callable[[], int | None], advice: str) -> int:
+    """The exit code of a tool: 2 after an error of the user, 128 + N after signal N, each with a message of one line.
+
+    A signal raises KeyboardInterrupt, so that the tool stops its runs on the way out.
+    """
+
+    def leave(number, frame):
+        raise KeyboardInterrupt(number)
+
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        for number in numbers:
+            if before[number] != signal.SIG_IGN:  # which nohup sets
+                signal.signal(number, leave)
+        return tool() or 0
+    except KeyboardInterrupt as stopped:
+        number = stopped.args[0] if stopped.args else signal.SIGINT
+        print(f"stopped by {signal.Signals(number).name}: {advice}", file=sys.stderr)
+        return 128 + number
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of a whole number from `least` on, for argparse."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text}: expected a whole number from {least} on")
+        return int(text)
+
+    return parse
 
 
 def read_finished(folder: Path, run_id: str) -> Run:
     """The files of a finished run: its output as the log, and result.json and metrics.jsonl if it writes them."""
-    result = folder / run_id / "result.json"
-    return Run(
-        run_id,
-        parse_log(folder / f"{run_id}.out"),
-        read_result(result) if result.is_file() else None,
-        result,
-        folder / run_id / "metrics.jsonl",
-    )
+    log, result = parse_log(folder / f"{run_id}.out"), folder / run_id / "result.json"
+    content = read_result(result) if result.is_file() else None
+    return Run(run_id, log, content, result, folder / run_id / "metrics.jsonl")
 
 
-def last_words(folder: Path, run_id: str) -> str:
+def last_words(output: Path) -> str:
     """The line that says why a run failed: its error, or its last line."""
-    lines = (folder / f"{run_id}.out").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    lines = output.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     errors = [line for line in lines if line.startswith("error:")]
-    return (errors or lines or ["it said nothing"])[-1]
+    return (errors or lines or ["no output"])[-1]

@@ -12,11 +12,13 @@ import argparse
 import sys
 from pathlib import Path
 
-import launcher  # first: it knows where the other tools are  # noqa: F401
+import launcher  # first: it adds the folders of the other tools to sys.path
 import numpy as np
 from pictures import COLORS, STYLE, draw_track, ladder_rows, plt, save
 from record_folder import open_record
-from record_read import Run, UserError, is_record, read_group
+from record_read import Run, is_record, read_group
+
+from train_gpt import require
 
 DASHES = ("-", "--", "-.", ":")
 AXES = {"steps": "steps", "tokens": "training tokens (millions)", "seconds": "training time (s)"}
@@ -65,15 +67,9 @@ def draw_group(axes: np.ndarray, label: str, runs: list[Run], color: str, dash: 
     name = label + (f" (mean ± std, n = {len(runs)})" if len(runs) > 1 else "")
     for row, key in enumerate(ROWS):
         for column, by in enumerate(AXES):
-            series = [
-                (
-                    c[key]["steps"] / c[key]["steps"][-1],
-                    c[key][by],
-                    smooth(c[key]["value"]) if key == "train_loss" else c[key]["value"],
-                )
-                for c in found
-                if key in c and np.isfinite(c[key][by]).all() and c[key]["steps"][-1]
-            ]
+            shown = [c[key] for c in found if key in c and np.isfinite(c[key][by]).all() and c[key]["steps"][-1]]
+            values = [smooth(c["value"]) if key == "train_loss" else c["value"] for c in shown]
+            series = [(c["steps"] / c["steps"][-1], c[by], y) for c, y in zip(shown, values, strict=True)]
             if not series:
                 continue
             x, mean, deviation = mean_and_spread(series)
@@ -98,13 +94,8 @@ def draw_runs(groups: dict[str, list[Run]]):
         axes[row, 0].set_ylabel(text)
     for column, text in enumerate(AXES.values()):
         axes[-1, column].set_xlabel(text)
-    losses = [
-        curve["value"]
-        for runs in groups.values()
-        for run in runs
-        for k, curve in curves(run).items()
-        if k == "train_loss"
-    ]
+    drawn = [curves(run) for runs in groups.values() for run in runs]
+    losses = [found["train_loss"]["value"] for found in drawn if "train_loss" in found]
     if losses:  # the first steps would squeeze the rest
         tops = [np.quantile(loss, 0.97) for loss in losses]
         axes[0, 0].set_ylim(min(loss.min() for loss in losses) - 0.05, max(tops) + 0.05)
@@ -123,8 +114,7 @@ def readable(groups: dict[str, list[Run]]) -> dict[str, list[Run]]:
     kept = {label: [run for run in runs if curves(run)] for label, runs in groups.items()}
     names = [run.name for label, runs in groups.items() for run in runs if run not in kept[label]]
     told = f"{', '.join(names)} has no numbers yet: its metrics.jsonl is empty or not there"
-    if names and not any(kept.values()):
-        raise UserError(told)
+    require(not names or any(kept.values()), told)
     if names:
         print(told, file=sys.stderr)
     return {label: runs for label, runs in kept.items() if runs}
@@ -134,11 +124,10 @@ def picture(specs: list[str]):
     tracks = [Path(spec) for spec in specs if Path(spec).name.startswith("track_") and not is_record(Path(spec))]
     if not tracks:
         return draw_runs(readable({label_of(spec): read_group(spec) for spec in specs}))
-    if len(specs) > 1:
-        raise UserError(f"{', '.join(specs)}: one track at a time")
+    require(len(specs) == 1, f"{', '.join(specs)}: one track at a time")
     records = [open_record(path) for path in sorted(tracks[0].glob("*")) if is_record(path)]
-    if not any(ladder_rows([record]) for record in records):
-        raise UserError(f"{tracks[0]} holds no record: make one with `python tools/records/record.py new`")
+    none = f"{tracks[0]} holds no record: make one with `python tools/records/record.py new`"
+    require(any(ladder_rows([record]) for record in records), none)
     return draw_track(records)
 
 
@@ -147,18 +136,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("specs", nargs="+", metavar="LOG_FOLDER", help="run folders, groups of them, records, a track")
     parser.add_argument("-o", "--output", type=Path, default=Path("runs.png"), help="a .png, .svg or .pdf")
     arguments = parser.parse_args(argv)
-    try:
-        if arguments.output.suffix not in (".png", ".svg", ".pdf"):
-            raise UserError(f"-o {arguments.output}: expected a .png, .svg or .pdf")
-        if not arguments.output.parent.is_dir():
-            raise UserError(f"-o {arguments.output}: there is no folder {arguments.output.parent}: make it first")
+
+    def tool():
+        output = arguments.output
+        require(output.suffix in (".png", ".svg", ".pdf"), f"-o {output}: expected a .png, .svg or .pdf")
+        require(output.parent.is_dir(), f"-o {output}: there is no folder {output.parent}: make it first")
         with plt.rc_context(STYLE):
-            save(picture(arguments.specs), arguments.output)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"wrote {arguments.output}")
-    return 0
+            save(picture(arguments.specs), output)
+        print(f"wrote {output}")
+
+    return launcher.run_tool(tool, f"{arguments.output} was not written")
 
 
 if __name__ == "__main__":

@@ -42,8 +42,10 @@ import tomllib
 import warnings
 from pathlib import Path
 
-import launcher
-from record_read import Run, UserError, is_number, read_env
+import launcher  # first: it adds the folders of the other tools to sys.path
+from record_read import Run, is_number
+
+from train_gpt import UserError, read_env_file
 
 try:
     import optuna
@@ -51,19 +53,8 @@ try:
 except ModuleNotFoundError as missing:
     raise SystemExit(f"error: {missing}: pip install optuna (it is in requirements-dev.txt)") from None
 
-KEYS = {
-    "name": str,
-    "trials": int,
-    "config": str,
-    "script": str,
-    "objective": str,
-    "storage": str,
-    "sampler": str,
-    "seed": int,
-    "fixed": dict,
-    "space": dict,
-    "pruner": dict,
-}
+KEYS = dict.fromkeys(["name", "config", "script", "objective", "storage", "sampler"], str)
+KEYS |= dict.fromkeys(["trials", "seed"], int) | dict.fromkeys(["fixed", "space", "pruner"], dict)
 SAID = {str: "a text", int: "a whole number", dict: "a table"}
 OWN = {"RUN_ID", "LOG_DIR"}  # knobs that a trial gets from here
 PRUNER = {
@@ -71,6 +62,7 @@ PRUNER = {
     "after": lambda x: is_number(x) and 0 <= x <= 1,
     "off": lambda x: isinstance(x, bool),
 }
+FACTS = {"step_ms": ".1f", "steps": "", "bytes_total": ",", "seconds": ".1f"}  # of a trial, in the table
 STAGES = 20  # of a run, at each of which the pruner is asked
 POLL_SECONDS = 0.5
 
@@ -80,9 +72,6 @@ def read_space(path: Path) -> dict:
         space = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: {error}: see `python tools/experiments/sweep.py --help` for its form") from error
-    odd = space.keys() - KEYS.keys()
-    if odd or not space.get("space"):
-        raise UserError(f"{path}: {f'unknown keys {sorted(odd)}' if odd else 'no [space]'}: expected {sorted(KEYS)}")
     if problem := fault(space):
         raise UserError(f"{path}: {problem}")
     return {"name": path.stem, "trials": 20, "objective": "val_bpb", "fixed": {}, "pruner": {}} | space
@@ -90,6 +79,9 @@ def read_space(path: Path) -> dict:
 
 def fault(space: dict) -> str:
     """What is wrong with a space.toml, the first of it, or nothing."""
+    odd = space.keys() - KEYS.keys()
+    if odd or not space.get("space"):
+        return f"{f'unknown keys {sorted(odd)}' if odd else 'no [space]'}: expected {sorted(KEYS)}"
     for key, value in space.items():
         kind = KEYS[key]
         if type(value) is not kind or (kind is int and value < (key == "trials")):
@@ -166,13 +158,8 @@ def open_study(space: dict) -> optuna.Study:
     where = space.get("storage", f"sqlite:///logs/{space['name']}/study.db")
     for patience in range(10):  # two workers that begin at once may both try to make the tables
         try:
-            return optuna.create_study(
-                storage=open_storage(where),
-                sampler=sampler,
-                pruner=pruner,
-                study_name=space["name"],
-                load_if_exists=True,
-            )
+            about = {"study_name": space["name"], "sampler": sampler, "pruner": pruner, "load_if_exists": True}
+            return optuna.create_study(storage=open_storage(where), **about)
         except Exception as error:
             if patience == 9 or isinstance(error, ImportError | TypeError | IsADirectoryError):
                 raise UserError(f"storage = {where!r} cannot be opened: {error!r:.200}") from error
@@ -187,10 +174,8 @@ def check_same_space(study: optuna.Study, space: dict):
                 new = distribution(space["space"][knob]) if knob in space["space"] else old
                 optuna.distributions.check_distribution_compatibility(old, new)
             except ValueError as error:
-                raise UserError(
-                    f"{knob} = {space['space'][knob]}: the study {space['name']!r} has trials with {old}: "
-                    "give the new search another name"
-                ) from error
+                changed = f"{knob} = {space['space'][knob]}: the study {space['name']!r} has trials with {old}"
+                raise UserError(f"{changed}: give the new search another name") from error
 
 
 @contextlib.contextmanager
@@ -198,11 +183,7 @@ def one_at_a_time(folder: Path):
     """Of the workers on this machine: a grid would give the same values to two that ask at once."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "asking.lock", "w") as file:
-        if os.name != "nt":  # which has no fcntl
-            import fcntl
-
-            with contextlib.suppress(OSError):  # Lustre, SMB and some NFS have no such locks
-                fcntl.flock(file, fcntl.LOCK_EX)
+        launcher.lock(file, wait=True)
         yield
 
 
@@ -245,7 +226,7 @@ def watch(trial: optuna.Trial, process, folder: Path, run_id: str) -> bool:
         time.sleep(POLL_SECONDS)
         config = folder / run_id / "config.env"
         run = Run(run_id, metrics_path=folder / run_id / "metrics.jsonl")
-        for stage, loss in sorted(stages(run, read_env(config)).items() if config.is_file() else ()):
+        for stage, loss in sorted(stages(run, read_env_file(config)).items() if config.is_file() else ()):
             if stage > reported:
                 trial.report(loss, stage)
                 reported = stage
@@ -259,14 +240,14 @@ class TrialFailed(Exception):
     """A run that ended without a score."""
 
 
-def run_trial(trial: optuna.Trial, space: dict, target: launcher.Target) -> float:
+def run_trial(trial: optuna.Trial, space: dict, target: launcher.Target, ranks: int) -> float:
     """The objective: one run."""
     knobs, run_id = suggest(trial, space), f"trial{trial.number:04d}"
     folder = Path("logs") / space["name"]
     # The host comes last: another worker may look in between, and asks for the process where the host is its own.
     for name, value in (("pid", os.getpid()), ("run_id", run_id), ("host", socket.gethostname())):
         trial.set_user_attr(name, value)
-    process = launcher.start(target, knobs | {"RUN_ID": run_id}, folder)
+    process = launcher.start(target, knobs | {"RUN_ID": run_id}, folder, ranks)
     try:
         pruned = watch(trial, process, folder, run_id)
     except BaseException:
@@ -279,18 +260,17 @@ def run_trial(trial: optuna.Trial, space: dict, target: launcher.Target) -> floa
     except UserError as error:
         trial.set_user_attr("error", str(error))
         raise TrialFailed from error
-    facts = {"step_ms": run.step_ms, "bytes_total": run.bytes_total, "steps": run.steps, "seconds": run.train_seconds}
-    for name, fact in facts.items():
-        trial.set_user_attr(name, fact)
+    for name in FACTS:
+        trial.set_user_attr(name, run.train_seconds if name == "seconds" else getattr(run, name))
     value = (run.result or {}).get(space["objective"], getattr(run, space["objective"], None))
     if process.returncode or not is_number(value):
-        why = launcher.last_words(folder, run_id)
+        why = launcher.last_words(folder / f"{run_id}.out")
         trial.set_user_attr("error", why if process.returncode else f"no {space['objective']} in its result: {why}")
         raise TrialFailed(why)
     return value
 
 
-def search(study: optuna.Study, space: dict, target: launcher.Target):
+def search(study: optuna.Study, space: dict, target: launcher.Target, ranks: int):
     """Trials until there are as many as asked for, over all workers, or the sampler has no more to try."""
 
     def after(study: optuna.Study, trial):
@@ -300,12 +280,11 @@ def search(study: optuna.Study, space: dict, target: launcher.Target):
 
     reclaim(study)
     if begun(study) < space["trials"]:
-        study.optimize(lambda trial: run_trial(trial, space, target), callbacks=[after], catch=TrialFailed)
+        study.optimize(lambda trial: run_trial(trial, space, target, ranks), callbacks=[after], catch=TrialFailed)
 
 
 def reclaim(study: optuna.Study):
-    """Give the knobs of trials whose worker on this machine is dead to new trials. What such a worker had started goes
-    on by itself, and is not waited for."""
+    """Give the knobs of trials whose worker on this machine is dead to new trials."""
     for frozen in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         about = frozen.user_attrs
         if about.get("host") == socket.gethostname() and not is_alive(about["pid"]):
@@ -319,10 +298,8 @@ def reclaim(study: optuna.Study):
 def is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
+    except OSError as error:
+        return isinstance(error, PermissionError)
     return True
 
 
@@ -349,21 +326,10 @@ def table(study: optuna.Study, objective: str) -> str:
             TrialState.PRUNED: f"pruned at {last / STAGES:.0%}",
             TrialState.FAIL: f"failed: {about.get('error', 'its worker died')}",
         }[trial.state]
-        knobs = " ".join(
-            f"{name}={value:.5g}" if isinstance(value, float) else f"{name}={value}"
-            for name, value in trial.params.items()
-        )
-        seconds = about.get("seconds")
-        cells = [
-            rank if trial.state == TrialState.COMPLETE else "",
-            score,
-            trial.number,
-            f"`{knobs}`",
-            f"{about['step_ms']:.1f}" if about.get("step_ms") else "",
-            about.get("steps") or "",
-            f"{about['bytes_total']:,}" if about.get("bytes_total") else "",
-            f"{seconds:.1f}" if seconds else "",
-        ]
+        values = {name: f"{value:.5g}" if isinstance(value, float) else value for name, value in trial.params.items()}
+        knobs = " ".join(f"{name}={value}" for name, value in values.items())
+        cells = [rank if trial.state == TrialState.COMPLETE else "", score, trial.number, f"`{knobs}`"]
+        cells += [format(about[name], form) if about.get(name) else "" for name, form in FACTS.items()]
         lines.append("| " + " | ".join(str(cell).replace("|", "/") for cell in cells) + " |")
     return "\n".join(lines)
 
@@ -372,25 +338,22 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("space", type=Path, metavar="SPACE.toml")
     parser.add_argument("--show", action="store_true", help="only the table")
+    parser.add_argument("--ranks", type=launcher.at_least(1), default=1, help="processes of a run, under torchrun")
     arguments = parser.parse_args(argv)
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # what fails is in the table
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-    try:
+
+    def tool():
         space = read_space(arguments.space)
         spec = ",".join(space[key] for key in ("script", "config") if key in space)
         target = launcher.parse_target(spec) if spec else launcher.Target(launcher.REPOSITORY_SCRIPT, None)
         study = open_study(space)
         if not arguments.show:
             check_same_space(study, space)
-            search(study, space, target)
+            search(study, space, target, arguments.ranks)
         print(table(study, space["objective"]))
-    except KeyboardInterrupt:
-        print("stopped: the same command goes on", file=sys.stderr)
-        return 130
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return launcher.run_tool(tool, "the same command continues the search")
 
 
 if __name__ == "__main__":

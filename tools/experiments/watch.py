@@ -15,37 +15,32 @@ tensorboard, whichever is asked for.
 
 import argparse
 import importlib.util
-import subprocess
+import os
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import launcher  # first: it knows where the other tools are  # noqa: F401
-from record_read import Run, UserError, read_env, read_result, read_run
+import launcher  # first: it adds the folders of the other tools to sys.path
+from record_read import Run, read_result, read_run
+
+from train_gpt import read_env_file, require
 
 POLL_SECONDS = 2.0
-PACKAGES = {"trackio": "trackio", "wandb": "wandb", "tensorboard": "tensorboard"}
+SINKS = ("trackio", "wandb", "tensorboard")  # packages
 
 
 class Curves:
     """Where a run's numbers go: trackio, or wandb, whose interface trackio has."""
 
     def __init__(self, name: str, project: str, run_id: str, config: dict[str, str]):
+        about = {"project": project, "name": run_id, "config": config, "resume": "allow"}
         self.module = importlib.import_module(name)
         if name == "trackio":
             last = self.module.SQLiteStorage.get_last_step(project, run_id)
-            self.run = self.module.init(
-                project=project,
-                name=run_id,
-                config=config,
-                resume="allow",
-                embed=False,
-                auto_log_cpu=False,
-                auto_log_gpu=False,
-            )
+            self.run = self.module.init(**about, embed=False, auto_log_cpu=False, auto_log_gpu=False)
         else:
-            self.run = self.module.init(project=project, name=run_id, id=run_id, config=config, resume="allow")
+            self.run = self.module.init(**about, id=run_id)
             last = self.run.step - 1 if self.run.step else None
         self.last_step = -1 if last is None else last
 
@@ -95,7 +90,7 @@ def follow(folder: Path, sink: str, project: str, once: bool):
     while not waited_for.is_file() and not once:
         time.sleep(POLL_SECONDS)
     read_run(folder)  # names what is no run folder
-    to = (TensorBoard if sink == "tensorboard" else Curves)(sink, project, folder.name, read_env(waited_for))
+    to = (TensorBoard if sink == "tensorboard" else Curves)(sink, project, folder.name, read_env_file(waited_for))
     try:
         while True:
             result = folder / "result.json"  # written last
@@ -113,34 +108,32 @@ def follow(folder: Path, sink: str, project: str, once: bool):
 
 
 def check_package(sink: str):
-    if importlib.util.find_spec(PACKAGES[sink]) is None:
-        raise UserError(f"--to {sink} needs a package that is not installed: pip install {PACKAGES[sink]}")
+    missing = importlib.util.find_spec(sink) is None
+    require(not missing, f"--to {sink} needs a package that is not installed: pip install {sink}")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, metavar="LOG_FOLDER", help="run folders: logs/<run_id>")
-    parser.add_argument("--to", choices=PACKAGES, default="trackio", metavar="|".join(PACKAGES), dest="sink")
+    parser.add_argument("--to", choices=SINKS, default="trackio", metavar="|".join(SINKS), dest="sink")
     parser.add_argument("--project", default="train_gpt", help="a name for the page")
     parser.add_argument("--once", action="store_true", help="what is there now, and no more")
     arguments = parser.parse_args(argv)
-    children = []
-    try:
+
+    def tool():
         check_package(arguments.sink)
         if len(arguments.folders) == 1:
-            follow(arguments.folders[0], arguments.sink, arguments.project, arguments.once)
-            return 0
+            return follow(arguments.folders[0], arguments.sink, arguments.project, arguments.once)
         more = ["--to", arguments.sink, "--project", arguments.project] + ["--once"] * arguments.once
-        children = [subprocess.Popen([sys.executable, __file__, str(folder), *more]) for folder in arguments.folders]
-        return max(child.wait() for child in children)
-    except KeyboardInterrupt:
-        for child in children:
-            child.wait()  # Ctrl+C reached them too
-        print("stopped watching; the runs go on, and the same command goes on watching", file=sys.stderr)
-        return 130
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        command, environ = [sys.executable, __file__, *more], os.environ.copy()
+        children = [launcher.spawn([*command, folder], environ, None) for folder in arguments.folders]
+        try:
+            return max(child.wait() for child in children)
+        finally:
+            for child in children:
+                launcher.stop(child)
+
+    return launcher.run_tool(tool, "the runs go on, and the same command continues to watch them")
 
 
 if __name__ == "__main__":

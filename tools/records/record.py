@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"error: {error}: pip install -r requirements-dev.txt", file=sys.stderr)
                 return 2
     arguments = parser.parse_args(argv)
-    from record_read import UserError
+    from train_gpt import UserError  # late: it takes a second, and --help without a command needs no torch
 
     try:
         return importlib.import_module(COMMANDS[arguments.command][0]).main(arguments)

@@ -9,11 +9,13 @@ import argparse
 import json
 import math
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
-from record_read import Run, UserError, read_group
-from scipy import stats
+from record_read import Run, read_group
+from record_results import present
+
+from train_gpt import require
 
 MARGIN_NATS, P_VALUE, POWER, CONFIDENCE, MOST_SEEDS = 0.005, 0.01, 0.8, 0.95, 1000
 
@@ -25,20 +27,22 @@ class Comparison:
 
     n_a: int
     n_b: int
-    mean_a: float
-    mean_b: float
-    std_a: float | None
-    std_b: float | None
-    margin: float
-    difference: float
-    p: float | None
-    low: float | None
-    high: float | None
-    seeds_needed: int | None  # on each side
+    mean_a: float | None = None
+    mean_b: float | None = None
+    std_a: float | None = None
+    std_b: float | None = None
+    margin: float | None = None
+    difference: float | None = None
+    p: float | None = None
+    low: float | None = None
+    high: float | None = None
+    seeds_needed: int | None = None  # on each side
     problem: str = ""
 
 
 def welch(a: list[float], b: list[float], margin: float) -> Comparison:
+    from scipy import stats  # late: it takes a second
+
     means = statistics.fmean(a), statistics.fmean(b)
     deviations = tuple(statistics.stdev(x) if len(x) > 1 else None for x in (a, b))
     p = low = high = needed = None
@@ -53,6 +57,8 @@ def welch(a: list[float], b: list[float], margin: float) -> Comparison:
 def seeds_needed(gain: float, std_a: float, std_b: float) -> int | None:
     """Seeds on each side with which a test at P_VALUE sees a true `gain` over the margin with a chance of POWER, if the
     deviations are those seen; None if there is nothing to see. The noncentral t distribution gives the chance."""
+    from scipy import stats
+
     if gain <= 0:
         return None
     variances = std_a**2, std_b**2
@@ -65,10 +71,6 @@ def seeds_needed(gain: float, std_a: float, std_b: float) -> int | None:
     return None
 
 
-def scores(runs: list[Run], key: str) -> list[float]:
-    return [value for run in runs if (value := getattr(run, key)) is not None]
-
-
 def nats_per_bpb(runs: list[Run]) -> float:
     """What a bit per byte of this text is in nats per token: the ratio of a run's two scores."""
     return statistics.fmean(run.val_loss / run.val_bpb for run in runs if run.val_loss and run.val_bpb)
@@ -79,20 +81,17 @@ def record_test(a: list[Run], b: list[Run]) -> Comparison:
     tokens nats do not compare: then bits per byte do, with the margin that 0.005 nats are in A's tokens."""
     a, b = ([run for run in runs if run.val_bpb and run.val_loss] for runs in (a, b))
     if not a or not b:
-        return Comparison(len(a), len(b), *[math.nan] * 2, None, None, 0, math.nan, None, None, None, None, "no scores")
+        return Comparison(len(a), len(b), problem="no scores")
     texts = [statistics.median(run.implied_bytes or 0 for run in runs) for runs in (a, b)]
     same_text = not all(texts) or math.isclose(*texts, rel_tol=1.5e-3)
     same_tokens = math.isclose(nats_per_bpb(a), nats_per_bpb(b), rel_tol=1e-4)
-    if same_tokens:
-        test = welch(scores(a, "val_loss"), scores(b, "val_loss"), MARGIN_NATS)
-    else:
-        test = welch(scores(a, "val_bpb"), scores(b, "val_bpb"), MARGIN_NATS / nats_per_bpb(a))
-    problem = ""
+    key, margin = ("val_loss", MARGIN_NATS) if same_tokens else ("val_bpb", MARGIN_NATS / nats_per_bpb(a))
+    test, problem = welch(present(a, key), present(b, key), margin), ""
     if not same_text:
         problem = f"the texts differ: {texts[0]:.0f} and {texts[1]:.0f} bytes were scored"
     elif test.p is None:
         problem = f"{test.n_a} and {test.n_b} seeds allow no test: at least two with different scores are needed"
-    return Comparison(**asdict(test) | {"problem": problem})
+    return replace(test, problem=problem)
 
 
 def curve(run: Run) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -124,7 +123,7 @@ def compute_multiplier(a: list[Run], b: list[Run]) -> dict | None:
                 return None
             reached = np.flatnonzero(loss_b <= loss_a[-1])
             if not len(reached):
-                pairs.append((math.inf, math.inf, math.inf))
+                pairs.append((math.inf,) * 3)
                 continue
             at = reached[0]
             tokens = (other.tokens_per_step or 1) / (one.tokens_per_step or 1)
@@ -137,21 +136,20 @@ def compute_multiplier(a: list[Run], b: list[Run]) -> dict | None:
 def compare(a: list[Run], b: list[Run]) -> dict:
     """All of it, as plain values."""
     for name, runs in (("A", a), ("B", b)):
-        if not scores(runs, "val_bpb"):
-            raise UserError(f"{name} has no run with a score: give finished runs")
-        if any(run.partial for run in runs):
-            raise UserError(f"{name} has runs that scored a part of the text: give runs with VAL_TOKENS_LIMIT=0")
-    nats_a, nats_b = scores(a, "val_loss"), scores(b, "val_loss")
+        require(present(runs, "val_bpb"), f"{name} has no run with a score: give finished runs")
+        whole = not any(run.partial for run in runs)
+        require(whole, f"{name} has runs that scored a part of the text: give runs with VAL_TOKENS_LIMIT=0")
+    nats_a, nats_b = present(a, "val_loss"), present(b, "val_loss")
     costs = {}
     for key, unit in (("step_ms", "ms"), ("train_seconds", "s"), ("bytes_total", "bytes"), ("eval_seconds", "s")):
-        values = [scores(runs, key) for runs in (a, b)]
+        values = [present(runs, key) for runs in (a, b)]
         if all(values):
             costs[key] = {"a": statistics.median(values[0]), "b": statistics.median(values[1]), "unit": unit}
     nats = asdict(welch(nats_a, nats_b, 0.0)) if nats_a and nats_b else None
     return {
         "record": asdict(record_test(a, b)),
         "nats": nats,
-        "bpb": asdict(welch(scores(a, "val_bpb"), scores(b, "val_bpb"), 0.0)),
+        "bpb": asdict(welch(present(a, "val_bpb"), present(b, "val_bpb"), 0.0)),
         "costs": costs,
         "compute": compute_multiplier(a, b),
         "compute_reverse": compute_multiplier(b, a),
@@ -159,13 +157,11 @@ def compare(a: list[Run], b: list[Run]) -> dict:
 
 
 def describe(test: dict, unit: str) -> str:
-    spread = [
-        f"{test[f'mean_{x}']:.5f}"
-        + (f" ± {test[f'std_{x}']:.5f}" if test[f"std_{x}"] is not None else "")
-        + f" (n = {test[f'n_{x}']})"
-        for x in "ab"
-    ]
-    text = f"A {spread[0]}, B {spread[1]}: B is lower by {test['difference']:+.5f} {unit}"
+    sides = []
+    for side in "ab":
+        mean, deviation, n = (test[f"{key}_{side}"] for key in ("mean", "std", "n"))
+        sides.append(f"{mean:.5f}" + (f" ± {deviation:.5f}" if deviation is not None else "") + f" (n = {n})")
+    text = f"A {sides[0]}, B {sides[1]}: B is lower by {test['difference']:+.5f} {unit}"
     if test["low"] is not None:
         text += f", 95% interval {test['low']:+.5f} to {test['high']:+.5f}, p = {test['p']:.3g}"
     return text
@@ -176,17 +172,14 @@ def verdict(test: dict) -> str:
         return f"not settled: {test['problem']}"
     if test["p"] < P_VALUE:
         return f"B beats A by the rule for records: p = {test['p']:.3g} < {P_VALUE} for a gain over 0.005 nats"
-    text = f"B does not beat A by the rule for records: p = {test['p']:.3g} for a gain over 0.005 nats"
+    text = f"B does not beat A by the rule for records: p = {test['p']:.3g} for a gain over 0.005 nats; "
     if test["seeds_needed"] is None:
-        return text + (
-            "; the gain seen is under 0.005 nats: more seeds of the same would not help"
-            if test["difference"] <= test["margin"]
-            else f"; over {MOST_SEEDS} seeds would be needed"
-        )
-    more = [max(0, test["seeds_needed"] - test[f"n_{x}"]) for x in "ab"]
-    return text + (
-        f"; with {more[0]} more seeds of A and {more[1]} of B such a gain and spread would settle it four times in five"
-    )
+        small = test["difference"] <= test["margin"]
+        more = "the gain seen is under 0.005 nats: more seeds of the same would not help"
+        return text + (more if small else f"over {MOST_SEEDS} seeds would be needed")
+    a, b = (max(0, test["seeds_needed"] - test[f"n_{side}"]) for side in "ab")
+    more = f"with {a} more seeds of A and {b} of B such a gain and spread would settle it four times in five"
+    return text + more
 
 
 def add_arguments(parser: argparse.ArgumentParser):
@@ -212,10 +205,8 @@ def main(arguments: argparse.Namespace) -> int:
             print("compute: not known, as metrics.jsonl is not there")
             break
         if all(map(math.isfinite, share.values())):
-            print(
-                f"compute: {one} reaches the final loss of {other} in {share['steps']:.2f} of its steps, "
-                f"{share['tokens']:.2f} of its tokens, {share['seconds']:.2f} of its time"
-            )
+            told = ", ".join(f"{share[of]:.2f} of its {of.replace('seconds', 'time')}" for of in share)
+            print(f"compute: {one} reaches the final loss of {other} in {told}")
         else:
             print(f"compute: {one} does not reach the final loss of {other}")
     return 0

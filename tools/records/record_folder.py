@@ -1,16 +1,29 @@
-"""A record folder as the checks see it, and what a check answers with."""
+"""A record folder as the checks see it, and what a check returns."""
 
 import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
-from record_read import Run, UserError, read_env, read_manifest, record_runs, sources_of
+from record_read import Run, is_record, read_manifest, record_runs, sources_of
 from record_schema import Claim, Track, parse_track, read_claim
+
+from train_gpt import UserError, read_env_file, require
+
+
+class Fault(NamedTuple):
+    """What a check found."""
+
+    place: str
+    problem: str
+    remedy: str
 
 
 @dataclass(frozen=True)
 class Finding:
+    """A fault, and the check or rule that found it."""
+
     check: str
     place: str
     problem: str
@@ -26,8 +39,6 @@ class Skip:
 
 @dataclass
 class Record:
-    """A record folder as the checks see it."""
-
     folder: Path
     runs: list[Run]
     claim: Claim | None = None
@@ -37,6 +48,10 @@ class Record:
     @cached_property
     def ours(self) -> bool:
         return any(run.result for run in self.runs)
+
+    @cached_property
+    def results(self) -> list[dict]:
+        return [run.result for run in self.runs if run.result]
 
     @cached_property
     def track(self) -> Track:
@@ -51,7 +66,10 @@ class Record:
     @cached_property
     def config(self) -> dict[str, str]:
         path = self.folder / "config.env"
-        return read_env(path) if path.exists() else {}
+        try:
+            return read_env_file(path) if path.exists() else {}
+        except UserError as error:
+            raise UserError(f"{error}: take the file that the run wrote") from error
 
     @cached_property
     def manifest(self) -> dict:
@@ -60,7 +78,7 @@ class Record:
 
     @cached_property
     def contradicted(self) -> bool:
-        """Whether a log and its result.json differ: then what would be computed from them is not judged further."""
+        """Whether a log and its result.json differ. Then what would be computed from them is not judged further."""
         return any(run.contradictions for run in self.runs)
 
     def log_of(self, run: Run) -> str:
@@ -72,16 +90,21 @@ class Record:
 
 
 def open_record(folder: Path) -> Record:
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder: give records/<track>/<date>_<slug>")
+    require(folder.is_dir(), f"{folder}: no such folder: give records/<track>/<date>_<slug>")
     record = Record(folder, record_runs(folder))
-    path = folder / "submission.json"
-    if path.is_file():
+    if is_record(folder):
         try:
-            record.claim, record.plain = read_claim(path, record.ours)
+            record.claim, record.plain = read_claim(folder / "submission.json", record.ours)
         except UserError as error:
             record.unreadable = str(error)
     return record
+
+
+def all_records(records: Path) -> list[Path]:
+    """The record folders of all tracks."""
+    wanted = "give a checkout of the repository, or its folder of records"
+    require(records.is_dir(), f"there is no {records}: {wanted}")
+    return sorted(path for path in records.glob("track_*/*") if path.is_dir())
 
 
 def sha256(path: Path) -> str:

@@ -14,14 +14,12 @@ from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
 
+from train_gpt import UserError, require
+
 ROOT = Path(__file__).resolve().parents[2]
 LOG_SUFFIXES = (".log", ".txt", ".out")
 # Labels of scores of weights that are not those of the artifact, in the logs of the public challenge.
 BEFORE_EXPORT = re.compile(r"pre.?quant|post.?ema|post.?swa|unquantized|raw.?(model|weights)", re.IGNORECASE)
-
-
-class UserError(ValueError):
-    """A mistake that the user can mend: shown as one line, exit code 2."""
 
 
 def is_number(value) -> bool:
@@ -49,6 +47,9 @@ class Score:
     bpb: Decimal
     line: int
     partial: bool
+
+    def value(self, key: str) -> Decimal:
+        return {"val_loss": self.loss, "val_bpb": self.bpb}[key]
 
     @property
     def before_export(self) -> bool:
@@ -83,13 +84,13 @@ class Log:
         found = re.findall(pattern, self.body, re.MULTILINE)
         return kind(found[-1]) if found else None
 
+    def last_of(self, *patterns: str) -> int | None:
+        """The number of the first pattern that is found."""
+        return next(filter(None, map(self.last, patterns)), None)
+
     @cached_property
     def tokens(self) -> int | None:
-        return (
-            self.last(r"^val_loader:.*\btokens: ?(\d+)")
-            or self.last(r"target_tokens: ?(\d+)")
-            or self.last(r"^val_tokens: ?(\d+)")
-        )
+        return self.last_of(r"^val_loader:.*\btokens: ?(\d+)", r"target_tokens: ?(\d+)", r"^val_tokens: ?(\d+)")
 
     @cached_property
     def train_ms(self) -> float | None:
@@ -112,11 +113,7 @@ class Log:
 
     @cached_property
     def steps(self) -> int | None:
-        return (
-            self.last(r"^stopping_early:.*step: ?(\d+)")
-            or self.last(r"^step: ?(\d+)/")
-            or self.last(r"^(\d+)/\d+ (?:train|val)_loss")
-        )
+        return self.last_of(r"^stopping_early:.*step: ?(\d+)", r"^step: ?(\d+)/", r"^(\d+)/\d+ (?:train|val)_loss")
 
     @cached_property
     def code_bytes(self) -> set[int]:
@@ -131,10 +128,6 @@ class Log:
     @cached_property
     def artifact_bytes(self) -> int | None:
         return self.last(r"^Serialized model \S[^:\n]*: ?(\d+)")
-
-    @cached_property
-    def world_size(self) -> int | None:
-        return self.last(r"^\s*world_size: ?(\d+)")
 
     @cached_property
     def source(self) -> str | None:
@@ -221,6 +214,10 @@ class Run:
         return self._value("scored_tokens", None if self.partial else self._logged("tokens"))
 
     @property
+    def pre_quant_val_bpb(self) -> float | None:
+        return (self.result or {}).get("pre_quant_val_bpb")
+
+    @property
     def partial(self) -> bool:
         final = self._logged("final")
         return bool(final and final.partial) or bool((self.result or {}).get("partial"))
@@ -286,26 +283,16 @@ def sources_of(result: dict) -> dict[str, dict]:
     return result.get("sources") or {"train_gpt.py": script}
 
 
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): expected a file that the run writes") from error
-    except ValueError as error:
-        raise UserError(f"{path} is no text ({error}): take the file that the run wrote") from error
-
-
 def read_json(path: Path) -> dict:
+    """The object in a file; UserError for anything else."""
+    remedy = "take the file that the run wrote"
     try:
-        value = json.loads(read_text(path))
-    except RecursionError as error:
-        raise UserError(f"{path} is no JSON that a run writes (too deep): take the file that the run wrote") from error
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON ({error}): take the file that the run wrote") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a {type(value).__name__}, expected an object: take the file that the run wrote")
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): {remedy}") from error
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or too deep
+        raise UserError(f"{path} is no JSON ({error}): {remedy}") from error
+    require(isinstance(value, dict), f"{path} holds a {type(value).__name__}, expected an object: {remedy}")
     return value
 
 
@@ -313,32 +300,15 @@ def read_json(path: Path) -> dict:
 # or null, which is the same as not there. Other fields may follow.
 COUNT, NUMBER, TEXT, FLAG, ANY = "a whole number", "a number", "a text", "true or false", "anything"
 RESULT = {
-    "seed": COUNT,
-    "steps": COUNT,
-    "val_loss": NUMBER,
-    "val_bpb": NUMBER,
-    "pre_quant_val_loss": NUMBER,
-    "pre_quant_val_bpb": NUMBER,
+    **dict.fromkeys(("seed", "steps", "scored_tokens", "scored_bytes", "world_size"), COUNT),
+    **dict.fromkeys(("bytes_artifact", "bytes_code", "bytes_total"), COUNT),
+    **dict.fromkeys(("val_loss", "val_bpb", "pre_quant_val_loss", "pre_quant_val_bpb"), NUMBER),
+    **dict.fromkeys(("eval_seconds", "train_tokens"), NUMBER),
+    **dict.fromkeys(("device", "dtype", "torch", "python", "platform"), TEXT),
+    **dict.fromkeys(("sha256_code", "sha256_val_tokens", "sha256_tokenizer", "sha256_artifact"), TEXT),
     "partial": FLAG,
-    "scored_tokens": COUNT,
-    "scored_bytes": COUNT,
-    "eval_seconds": NUMBER,
-    "train_tokens": NUMBER,
     "seconds": {"training": NUMBER},
-    "world_size": COUNT,
-    "device": TEXT,
-    "dtype": TEXT,
-    "torch": TEXT,
-    "python": TEXT,
-    "platform": TEXT,
-    "sha256_code": TEXT,
     "sources": {"*": {"sha256": TEXT, "bytes": COUNT}},
-    "sha256_val_tokens": TEXT,
-    "sha256_tokenizer": TEXT,
-    "sha256_artifact": TEXT,
-    "bytes_artifact": COUNT,
-    "bytes_code": COUNT,
-    "bytes_total": COUNT,
 }
 MAY_LACK = {"sources", "partial", "sha256_tokenizer", "sha256_val_tokens", "pre_quant_val_loss"}
 MAY_BE_ZERO = {"seed", "eval_seconds", "start", "bos_id", "duplicates_of_validation"}
@@ -382,8 +352,7 @@ def read_shaped(path: Path, kind: dict, needed: set[str]) -> dict:
     for name, source in value.get("sources", {}).items() if not problems else ():
         if Path(name).is_absolute() or ".." in Path(name).parts or len(source.keys() & {"sha256", "bytes"}) < 2:
             problems.append(f"sources.{name} is {source}, expected sha256 and bytes of a file inside the folder")
-    if problems:
-        raise UserError(f"{path}: {'; '.join(problems[:3])}: take the file that the run wrote")
+    require(not problems, f"{path}: {'; '.join(problems[:3])}: take the file that the run wrote")
     return value
 
 
@@ -397,21 +366,13 @@ def read_manifest(path: Path) -> dict:
     return read_shaped(path, MANIFEST, set()) if path.is_file() else {}
 
 
-def read_env(path: Path) -> dict[str, str]:
-    """{KNOB: text} of a config.env as a run writes it: KEY="VALUE" lines."""
-    pairs = re.findall(r"""^(\w+)=(?:"([^"\n]*)"|'([^'\n]*)'|(.*))$""", read_text(path), re.MULTILINE)
-    return {name: a or b or c for name, a, b, c in pairs}
-
-
 def read_run(folder: Path) -> Run:
     """A run folder, finished or not."""
     log = folder / "train.log"
-    if not log.is_file():
-        raise UserError(f"{folder} has no train.log: expected logs/<run_id>, a run folder of train_gpt.py")
-    result = folder / "result.json"
-    return Run(
-        folder.name, parse_log(log), read_result(result) if result.is_file() else None, result, folder / "metrics.jsonl"
-    )
+    require(log.is_file(), f"{folder} has no train.log: expected logs/<run_id>, a run folder of train_gpt.py")
+    path = folder / "result.json"
+    result = read_result(path) if path.is_file() else None
+    return Run(folder.name, parse_log(log), result, path, folder / "metrics.jsonl")
 
 
 def record_runs(folder: Path) -> list[Run]:
@@ -421,15 +382,8 @@ def record_runs(folder: Path) -> list[Run]:
     for path in results:
         seed = path.stem.removeprefix("result_seed")
         log = folder / f"train_seed{seed}.log"
-        runs.append(
-            Run(
-                f"seed {seed}",
-                parse_log(log) if log.is_file() else None,
-                read_result(path, True),
-                path,
-                folder / f"metrics_seed{seed}.jsonl",
-            )
-        )
+        parsed = parse_log(log) if log.is_file() else None
+        runs.append(Run(f"seed {seed}", parsed, read_result(path, True), path, folder / f"metrics_seed{seed}.jsonl"))
     for path in sorted(folder.rglob("*")) if not results else []:
         if path.suffix in LOG_SUFFIXES and path.is_file() and "requirements" not in path.name:
             log = parse_log(path)
@@ -445,10 +399,8 @@ def is_record(folder: Path) -> bool:
 def read_group(spec: str) -> list[Run]:
     """The runs of `spec`: a record folder, a run folder, or several run folders by a glob or with commas between."""
     folders = [Path(path) for part in spec.split(",") for path in (sorted(glob.glob(part)) or [part])]
-    missing = [str(folder) for folder in folders if not folder.is_dir()]
-    if missing:
-        raise UserError(f"{', '.join(missing)}: no such folder: give run folders (logs/<run_id>) or a record")
+    missing, remedy = [str(folder) for folder in folders if not folder.is_dir()], "give run folders or a record"
+    require(not missing, f"{', '.join(missing)}: no such folder: {remedy}")
     runs = [run for folder in folders for run in (record_runs(folder) if is_record(folder) else [read_run(folder)])]
-    if not runs:
-        raise UserError(f"{spec} holds no logs: give run folders (logs/<run_id>) or a record")
+    require(runs, f"{spec} holds no logs: {remedy}")
     return runs

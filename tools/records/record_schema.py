@@ -9,7 +9,8 @@ from decimal import Decimal
 from pathlib import Path
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
-from record_read import UserError
+
+from train_gpt import UserError, require
 
 MEGABYTE = 10**6  # decimal: 16 MB are 16,000,000 bytes, and not 16 MiB, which are 16,777,216
 DATE = r"^\d{4}-\d{2}-\d{2}([T ].*)?$"
@@ -53,55 +54,38 @@ class Submission(BaseModel):
     base: str | None = Field(description="folder of the record that this one claims to beat, in the same track")
 
 
-def names(*choices: str):
-    return AliasChoices(*choices)
+ALIASES = {  # every name of a field seen in public folders, in order of preference
+    "author": ("author", "authors", "submitter", "author_name", "team"),
+    "github_id": ("github_id", "github", "github_username", "github_user", "github_handle", "submitter"),
+    "name": "name title run_name submission_name record_name blurb notes description".split(),
+    "date": ("date", "timestamp", "submission_date", "created_at"),
+    "val_bpb": "val_bpb val_bpb_mean mean_val_bpb bpb final_val_bpb val_bpb_exact bpb_mean score".split(),
+    "val_loss": ("val_loss", "val_loss_mean", "mean_val_loss", "final_val_loss"),
+    "val_bpb_std": ("val_bpb_std", "std_val_bpb", "val_bpb_stdev", "val_bpb_std_dev", "bpb_std"),
+    "bytes_total": (
+        "bytes_total total_bytes bytes_total_max max_bytes_total artifact_bytes artifact_size_bytes "
+        "total_submission_bytes artifact_bytes_max artifact_bytes_mean"
+    ).split(),
+    "bytes_code": ("bytes_code", "code_bytes", "code_size_bytes", "code_size"),
+}
+COMPARED = ("val_bpb", "val_loss", "val_bpb_std", "bytes_total", "bytes_code")  # numbers, where they are stated
+
+
+def alias(name: str, **rules):
+    return Field(validation_alias=AliasChoices(*ALIASES[name]), **rules)
 
 
 class PublicSubmission(BaseModel):
     """The core fields, under every name seen in public folders."""
 
     model_config = ConfigDict(extra="allow")
-    author: str | list[str] = Field(
-        min_length=1, validation_alias=names("author", "authors", "submitter", "author_name", "team")
-    )
-    github_id: str = Field(
-        min_length=1,
-        coerce_numbers_to_str=True,
-        validation_alias=names("github_id", "github", "github_username", "github_user", "github_handle", "submitter"),
-    )
-    name: str = Field(
-        min_length=1,
-        validation_alias=names(
-            "name", "title", "run_name", "submission_name", "record_name", "blurb", "notes", "description"
-        ),
-    )
-    date: str = Field(pattern=DATE, validation_alias=names("date", "timestamp", "submission_date", "created_at"))
-    val_bpb: float = Field(
-        gt=0,
-        allow_inf_nan=False,
-        validation_alias=names(
-            "val_bpb", "val_bpb_mean", "mean_val_bpb", "bpb", "final_val_bpb", "val_bpb_exact", "bpb_mean", "score"
-        ),
-    )
+    author: str | list[str] = alias("author", min_length=1)
+    github_id: str = alias("github_id", min_length=1, coerce_numbers_to_str=True)
+    name: str = alias("name", min_length=1)
+    date: str = alias("date", pattern=DATE)
+    val_bpb: float = alias("val_bpb", gt=0, allow_inf_nan=False)
 
 
-ALIASES = {  # of numbers that are compared where they are stated
-    "val_bpb": PublicSubmission.model_fields["val_bpb"].validation_alias.choices,
-    "val_loss": ("val_loss", "val_loss_mean", "mean_val_loss", "final_val_loss"),
-    "val_bpb_std": ("val_bpb_std", "std_val_bpb", "val_bpb_stdev", "val_bpb_std_dev", "bpb_std"),
-    "bytes_total": (
-        "bytes_total",
-        "total_bytes",
-        "bytes_total_max",
-        "max_bytes_total",
-        "artifact_bytes",
-        "artifact_size_bytes",
-        "total_submission_bytes",
-        "artifact_bytes_max",
-        "artifact_bytes_mean",
-    ),
-    "bytes_code": ("bytes_code", "code_bytes", "code_size_bytes", "code_size"),
-}
 SEED_TABLES = ("seed_results", "per_seed", "results", "per_seed_results", "runs", "seeds_results")
 
 
@@ -128,21 +112,18 @@ def number(value, from_text: bool = False) -> Decimal | None:
 
 def stated(row: dict, from_text: bool) -> dict[str, Decimal]:
     """{field: number} of what a row states, under the first of its names that holds a number."""
-    found = {
-        name: next((n for alias in choices if (n := number(row.get(alias), from_text)) is not None), None)
-        for name, choices in ALIASES.items()
-    }
+    found = {}
+    for name in COMPARED:
+        values = (number(row.get(choice), from_text) for choice in ALIASES[name])
+        found[name] = next((value for value in values if value is not None), None)
     return {name: value for name, value in found.items() if value is not None}
 
 
 def seed_claims(raw: dict, from_text: bool) -> dict[int, dict[str, Decimal]]:
     """{seed: {field: number}} of tables by seed (1337, "seed_42"), lists of rows, or bare scores."""
     table = next((raw[name] for name in SEED_TABLES if isinstance(raw.get(name), dict | list)), {})
-    rows = (
-        table.items()
-        if isinstance(table, dict)
-        else [(row["seed"], row) for row in table if isinstance(row, dict) and "seed" in row]
-    )
+    listed = [] if isinstance(table, dict) else [row for row in table if isinstance(row, dict) and "seed" in row]
+    rows = table.items() if isinstance(table, dict) else [(row["seed"], row) for row in listed]
     claims = {}
     for key, row in rows:
         match = re.fullmatch(r"(?:seed[_ -]?)?(\d+)", str(key))
@@ -159,8 +140,7 @@ def read_claim(path: Path, ours: bool) -> tuple[Claim, dict]:
         raw, plain = json.loads(text, parse_float=Decimal), json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path.name}: no JSON ({error})") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"{path.name} holds a {type(raw).__name__}, expected an object")
+    require(isinstance(raw, dict), f"{path.name} holds a {type(raw).__name__}, expected an object")
     claim = Claim(raw, **stated(raw, from_text=not ours))
     claim.seeds = seed_claims(raw, from_text=not ours)
     listed = raw.get("seeds")
@@ -173,13 +153,11 @@ def schema_errors(plain: dict, ours: bool) -> list[tuple[str, str]]:
     try:
         (Submission if ours else PublicSubmission).model_validate(plain)
     except ValidationError as error:
-        return [
-            (
-                ".".join(map(str, e["loc"])),
-                f"{e['msg']}, found {e['input']!r:.60}" if e["type"] != "missing" else "missing",
-            )
-            for e in error.errors()
-        ]
+        problems = []
+        for found in error.errors():
+            problem = "missing" if found["type"] == "missing" else f"{found['msg']}, found {found['input']!r:.60}"
+            problems.append((".".join(map(str, found["loc"])), problem))
+        return problems
     try:
         datetime.date.fromisoformat(str(plain.get("date") or plain.get("timestamp") or "2000-01-01")[:10])
     except ValueError as error:

@@ -14,18 +14,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "tools" / "experiments"))
+
+import ladder
 import numpy as np
+import torch
+from ladder import ROOT
+
+import train_gpt
+from train_gpt import require
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[2] / "tools" / "experiments"))  # before any other package named ladder
-import ladder  # noqa: E402
-from ladder import ROOT  # noqa: E402
-
-del sys.path[0]  # other files there have names of packages
-
-sys.path.insert(0, str(ROOT))
-import train_gpt  # noqa: E402
-
 TOKENS = 338_025  # in tiny Shakespeare
 BATCH = 128  # tokens in the batch of rung (a)
 VAL_TOKENS = 1024
@@ -51,8 +50,7 @@ RUNGS = {  # recipe: (what it adds, {step: published loss}, published tokens/s)
 def read_text() -> tuple[str, str]:
     """Name of the dataset, and the text: the file TINY_SHAKESPEARE, or the training text of the demo."""
     if path := os.environ.get("TINY_SHAKESPEARE"):
-        if not Path(path).is_file():
-            sys.exit(f"error: TINY_SHAKESPEARE={path}: no such file: give the text of 1,115,394 bytes")
+        require(Path(path).is_file(), f"TINY_SHAKESPEARE={path}: no such file: give the text of 1,115,394 bytes")
         return "tiny_shakespeare_gpt2", Path(path).read_text(encoding="utf-8")
     data = ROOT / "data/datasets/shakespeare_sp1024"
     model = ROOT / "data/tokenizers/shakespeare_1024_bpe.model"
@@ -79,8 +77,7 @@ def prepare() -> str:
     name, text = read_text()
     tokenizer = train_gpt.tool("vocabularies", required=True).load_tiktoken("gpt2", ladder.gpt2_files())
     tokens = tokenizer.encode_ordinary(text)[:TOKENS]
-    if len(tokens) < TOKENS:
-        sys.exit(f"error: the text has {len(tokens)} tokens, tiny Shakespeare has {TOKENS}")
+    require(len(tokens) == TOKENS, f"the text has {len(tokens)} tokens, tiny Shakespeare has {TOKENS}")
     for suffix, part in (("", tokens), ("_batch", tokens[:BATCH])):
         folder = ROOT / "data/datasets" / (name + suffix)
         write_shard(folder / "fineweb_train_000000.bin", part)
@@ -123,14 +120,8 @@ def row(rung: str, log: dict | None) -> list[str]:
 
 
 def table(logs: dict[str, dict]) -> str:
-    columns = [
-        "rung",
-        "published loss (step)",
-        "our loss (step)",
-        "published tokens/s",
-        "our tokens/s (a step)",
-        "our run",
-    ]
+    columns = ["rung", "published loss (step)", "our loss (step)"]
+    columns += ["published tokens/s", "our tokens/s (a step)", "our run"]
     text = ladder.markdown(columns, [row(rung, logs.get(rung)) for rung in RUNGS])
     if any(log["text"].startswith("demo") for log in logs.values()):
         text += "\nThe text of at least one row is the demo's Shakespeare, not tiny Shakespeare: see logs/.\n"
@@ -139,8 +130,8 @@ def table(logs: dict[str, dict]) -> str:
 
 def draw(logs: dict[str, dict]):
     """losses.png: lines are ours, circles are published."""
-    with ladder.picture(HERE, "GPT-2, step by step") as (left, right):
-        for color, rung in zip(ladder.COLORS * 2, RUNGS, strict=False):
+    with ladder.picture(HERE, "GPT-2, step by step") as (left, right, colors):
+        for color, rung in zip(colors * 2, RUNGS, strict=False):
             if rung not in logs:
                 continue
             axis = left if rung == "a_one_batch" else right
@@ -157,12 +148,7 @@ def draw(logs: dict[str, dict]):
 
 def main(argv: list[str]):
     rungs = ladder.choose(argv, RUNGS)
-    import torch  # late: a wrong rung is reported at once
-
-    try:
-        data = prepare()
-    except train_gpt.UserError as error:  # about the vocabulary or the text
-        sys.exit(f"error: {error}")
+    data = prepare()
     cuda = torch.cuda.is_available() and os.environ.get("DEVICE", "auto") in ("auto", "cuda")
     for rung in rungs:
         if rung == "f_tf32" and not cuda:
@@ -176,4 +162,4 @@ def main(argv: list[str]):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    ladder.main(lambda: main(sys.argv[1:]))

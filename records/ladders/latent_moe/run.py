@@ -12,16 +12,20 @@ every run. logs/RUNG.json keeps the results, the load of the experts, and how th
 import os
 import re
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "tools" / "experiments"))
+
+import guard
+import ladder
+import launcher
+import torch
+
+import train_gpt
+from train_gpt import require
+
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[2] / "tools" / "experiments"))  # before any other package named ladder
-import ladder  # noqa: E402
-
-del sys.path[0]  # other files there have names of packages
-
 SMALL = ("bias", "loss", "none", "unshifted", "text")
 EVERY = 10  # steps per mean of training loss and gradient norm
 LOAD_TOKENS = 65_536  # for measuring the load of the experts
@@ -41,11 +45,6 @@ def environment(rung: str) -> dict[str, str]:
 
 def look(folder: Path) -> dict:
     """How a trained model spreads training text over its experts, and how it continues the prompts."""
-    sys.path.insert(0, str(ladder.ROOT))
-    import torch  # late: other parts of this file do not need it
-
-    import train_gpt
-
     os.chdir(ladder.ROOT)
     config = train_gpt.Config.load([str(folder / "config.env")], {})
     model = config.model_class()(config)
@@ -75,10 +74,10 @@ def run(rung: str):
     log = HERE / "logs" / f"{rung}.json"
     if (folder / "result.json").exists() and log.exists():
         return
-    if reason := ladder.finish(HERE / f"{rung}.env", environment(rung)):
-        sys.exit(f"error: {rung} failed; the same command resumes it: {reason}")
+    reason = ladder.finish(HERE / f"{rung}.env", environment(rung))
+    require(not reason, f"{rung} failed; the same command resumes it: {reason}")
     result, metrics = ladder.read_run(folder)
-    kept = {key: result[key] for key in ladder.KEPT}
+    kept = {key: result.get(key) for key in ladder.KEPT}
     for name in ("train_loss", "grad_norm"):
         kept[f"{name}_means_of_{EVERY}"] = ladder.means(metrics, name, EVERY)
     ladder.write_log(log, kept | look(folder))
@@ -90,37 +89,34 @@ def take_steps(steps: int) -> dict:
     VmHWM is the peak of the process so far, including pages of a mapped file; RssAnon excludes those.
     """
     environ = environment("full") | {"TRAIN_LOG_EVERY": "1"}
-    command = ladder.command(HERE / "full.env")
-    memory = {}
-    lines = []
-    taken = 0
-    with subprocess.Popen(command, cwd=ladder.ROOT, env=environ, stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            status = Path(f"/proc/{process.pid}/status")  # gone with the process
+    output = Path(f"{ladder.run_folder(environ)}.out")
+    process = ladder.start(HERE / "full.env", environ, output)
+    memory, lines, taken = {}, [], 0
+    for line in launcher.follow(process, output):
+        print(line, end="", flush=True)
+        for pid in guard.children(process.pid):
+            status = Path(f"/proc/{pid}/status")  # gone with the process
             found = re.findall(r"(VmHWM|RssAnon):\s+(\d+) kB", status.read_text() if status.exists() else "")
             memory |= {name: round(int(kib) / 2**20, 2) for name, kib in found}
-            if re.match("device|model_params|resumed|step:|checkpoint|warning", line):
-                lines.append(" ".join([line.strip(), *(f"{name}:{gib}GiB" for name, gib in memory.items())]))
-            if "train_loss:" in line:
-                taken += 1
-                if taken == steps:
-                    process.send_signal(signal.SIGTERM)
+        if re.match("device|model_params|resumed|step:|checkpoint|warning", line):
+            lines.append(" ".join([line.strip(), *(f"{name}:{gib}GiB" for name, gib in memory.items())]))
+        taken += "train_loss:" in line
+        if taken == steps:
+            process.stdin.close()  # its guard sends SIGTERM
     stopped = 128 + signal.SIGTERM
-    if process.returncode != stopped or not any(line.startswith("checkpoint: saved") for line in lines):
-        sys.exit(
-            f"error: full ended with exit code {process.returncode}; {stopped} and a checkpoint were expected: "
-            f"see above, or {ladder.run_folder(environ) / 'train.log'}"
-        )
+    saved = process.returncode == stopped and any(line.startswith("checkpoint: saved") for line in lines)
+    ended = f"full ended with exit code {process.returncode}; {stopped} and a checkpoint were expected"
+    require(saved, f"{ended}: see above, or {ladder.run_folder(environ) / 'train.log'}")
     return {"log": lines, "peak_gib": memory.get("VmHWM")}
 
 
 def run_full():
     """Take FULL_STEPS steps and save a checkpoint; then resume from it with the same command for one step."""
+    launcher.PATIENCE = 3600.0  # seconds: a step and a checkpoint of this size take long
     first = take_steps(FULL_STEPS)
     second = take_steps(1)
-    if not any(line.startswith("resumed: ") for line in second["log"]):
-        sys.exit("error: the second start of full did not resume from the checkpoint of the first: see above")
+    resumed = any(line.startswith("resumed: ") for line in second["log"])
+    require(resumed, "the second start of full did not resume from the checkpoint of the first: see above")
     ladder.write_log(HERE / "logs" / "full.json", {"first": first, "resumed": second})
 
 
@@ -135,15 +131,8 @@ def table(found: dict[str, dict]) -> str:
         losses = (kept[f"train_loss_means_of_{EVERY}"][-1], kept["pre_quant_val_loss"], kept["val_bpb"])
         load = f"{min(map(min, kept['load'])):.2f} to {max(map(max, kept['load'])):.2f}"
         rows.append([rung, kept["steps"], f"{kept['train_tokens']:,}", *(f"{loss:.3f}" for loss in losses), load])
-    columns = [
-        "rung",
-        "steps",
-        "tokens",
-        f"training loss, last {EVERY} steps",
-        "validation loss",
-        "BPB",
-        "load, 1 is even",
-    ]
+    columns = ["rung", "steps", "tokens", f"training loss, last {EVERY} steps"]
+    columns += ["validation loss", "BPB", "load, 1 is even"]
     text = ladder.markdown(columns, rows)
     for rung in ("text", "unshifted"):
         lines = "".join(f"{repr(written)[1:111]}\n" for written in found.get(rung, {}).get("texts", []))
@@ -152,15 +141,8 @@ def table(found: dict[str, dict]) -> str:
 
 
 def draw(found: dict[str, dict]):
-    styles = {
-        "bias": ("#0072B2", "-"),
-        "loss": ("#E69F00", "--"),
-        "none": ("#009E73", "-."),
-        "unshifted": ("#D55E00", "-"),
-        "text": ("#000000", ":"),
-    }
-    with ladder.picture(HERE, "Latent attention with experts, small, on the demo's text") as (axis, spread):
-        for rung, (color, line) in styles.items():
+    with ladder.picture(HERE, "Latent attention with experts, small, on the demo's text") as (axis, spread, colors):
+        for rung, color, line in zip(SMALL, colors, ("-", "--", "-.", "-", ":"), strict=False):
             if rung in found:
                 means = found[rung][f"train_loss_means_of_{EVERY}"]
                 steps = range(EVERY, EVERY * len(means) + 1, EVERY)
@@ -182,4 +164,4 @@ def main(argv: list[str]):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    ladder.main(lambda: main(sys.argv[1:]))

@@ -13,13 +13,15 @@ import re
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "tools" / "experiments"))
+
+import ladder
+import torch
+from ladder import ROOT
+
+from train_gpt import require
+
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[2] / "tools" / "experiments"))  # before any other package named ladder
-import ladder  # noqa: E402
-from ladder import ROOT  # noqa: E402
-
-del sys.path[0]  # other files there have names of packages
-
 # Six steps, as published; on a CPU two, in micro-batches whose logits fit into memory.
 STEPS = {"cuda": {"GRAD_ACCUM_STEPS": "1"}, "cpu": {"ITERATIONS": "2", "MICRO_BATCH_TOKENS": "2048"}}
 PUBLISHED = {  # (device, DTYPE, MATMUL_PRECISION, COMPILE): (losses at steps 0 to 5, thousand tokens/s)
@@ -43,8 +45,6 @@ CELLS = [
 
 def lacking(cell: tuple) -> str:
     """Why this machine cannot run a cell; empty if it can."""
-    import torch  # late: other parts of this file do not need it
-
     device, dtype, precision, *_ = cell
     if device == "cuda" and not torch.cuda.is_available():
         return "no CUDA device"
@@ -59,8 +59,7 @@ def find_text() -> str:
     """The dataset that the ladder gpt2 prepared."""
     names = ("tiny_shakespeare_gpt2", "demo_shakespeare_gpt2")
     found = [f"data/datasets/{name}" for name in names if (ROOT / "data/datasets" / name).is_dir()]
-    if not found:
-        sys.exit("error: no text in GPT-2's tokens: python records/ladders/gpt2/run.py a_one_batch makes it")
+    require(found, "no text in GPT-2's tokens: python records/ladders/gpt2/run.py a_one_batch makes it")
     return found[0]
 
 
@@ -100,11 +99,11 @@ def line(row: dict, fp32: list[float]) -> list[str]:
 
 def draw(rows: list[dict], fp32: list[float]):
     """losses.png: the losses, and their distance from those of fp32."""
-    with ladder.picture(HERE, "GPT-2 in every precision") as (left, right):
+    with ladder.picture(HERE, "GPT-2 in every precision") as (left, right, colors):
         for i, row in enumerate(row for row in rows if "losses" in row):
             how = "compiled" if row["COMPILE"] == "1" else "eager"
             label = f"{row['DEVICE']} {row['DTYPE']} {how} {row['ATTENTION']}"
-            style = {"color": ladder.COLORS[i % 7], "marker": "osv^Dx+"[i % 7], "fillstyle": "none"}
+            style = {"color": colors[i % 7], "marker": "osv^Dx+"[i % 7], "fillstyle": "none"}
             left.plot(row["losses"], label=label, **style)
             right.plot([abs(a - b) for a, b in zip(row["losses"], fp32, strict=False)], **style)
         published = PUBLISHED["cpu", "float32", "highest", "0"][0]
@@ -123,16 +122,8 @@ def main():
     (HERE / "logs/cells.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     fp32 = max((row["losses"] for row in rows if row.get("losses") and row["DTYPE"] == "float32"), key=len, default=[])
     machines = {f"{row['machine']}, torch {row['torch']}, {row['text']}" for row in rows if "machine" in row}
-    columns = [
-        "device",
-        *KNOBS[1:],
-        "published losses",
-        "published tokens/s",
-        "our losses",
-        "ours - fp32",
-        "ms a step",
-        "tokens/s",
-    ]
+    columns = ["device", *KNOBS[1:], "published losses", "published tokens/s"]
+    columns += ["our losses", "ours - fp32", "ms a step", "tokens/s"]
     table = ladder.markdown(columns, [line(row, fp32) for row in rows])
     table = f"This machine: {'; '.join(sorted(machines)) or 'nothing was measured'}.\n\n{table}"
     print(table)
@@ -141,4 +132,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    ladder.main(main)

@@ -11,19 +11,20 @@ environment (LOG_DIR, COMPILE, ...) apply to every run. logs/RUNG_SEED.json keep
 import math
 import os
 import re
-import subprocess
 import sys
 from collections import Counter
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "tools" / "experiments"))
+
+import ladder
+import launcher
+
+from train_gpt import require
+
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[2] / "tools" / "experiments"))  # before any other package named ladder
-import ladder  # noqa: E402
-
-del sys.path[0]  # other files there have names of packages
-
 SEEDS = (1337, 1338)
 LARGE = ("10_layers18", "13_layers23")  # only the first seed
 EVERY = 25  # steps per mean of the training loss
@@ -58,9 +59,10 @@ def raw_loss(rung: str, environ: dict[str, str]) -> float:
     folder = ladder.run_folder(environ)
     torch.save(torch.load(folder / "checkpoint.pt", weights_only=True)["model"], folder / "raw.pt")
     environ = environ | {"MODE": "eval", "ARTIFACT": str(folder / "raw.pt")}
-    command = ladder.command(HERE / f"{rung}.env")
-    text = subprocess.run(command, cwd=ladder.ROOT, env=environ, stdout=subprocess.PIPE, text=True, check=True).stdout
-    return float(re.search(r"final_model_exact val_loss:(\S+)", text)[1])
+    output = folder / "raw.out"
+    code, _ = launcher.wait(ladder.start(HERE / f"{rung}.env", environ, output))
+    require(code == 0, f"{rung} was not scored without the average: {launcher.last_words(output)}")
+    return float(re.search(r"final_model_exact val_loss:(\S+)", output.read_text())[1])
 
 
 def run(rung: str, seed: int):
@@ -70,10 +72,10 @@ def run(rung: str, seed: int):
     log = HERE / "logs" / f"{rung}_{seed}.json"
     if (folder / "result.json").exists() and log.exists():
         return
-    if reason := ladder.finish(HERE / f"{rung}.env", environ):
-        sys.exit(f"error: {rung} with seed {seed} failed; the same command resumes it: {reason}")
+    reason = ladder.finish(HERE / f"{rung}.env", environ)
+    require(not reason, f"{rung} with seed {seed} failed; the same command resumes it: {reason}")
     result, metrics = ladder.read_run(folder)
-    kept = {key: result[key] for key in ladder.KEPT}
+    kept = {key: result.get(key) for key in ladder.KEPT}
     kept[f"train_means_of_{EVERY}"] = ladder.means(metrics, "train_loss", EVERY)
     kept["val"] = {step: round(line["val_loss"], 4) for step, line in metrics.items() if "val_loss" in line}
     if "EMA_DECAY=" in (HERE / f"{rung}.env").read_text():
@@ -109,32 +111,17 @@ def table(found: dict[str, list[dict]]) -> str:
         ours = [[run["val"][step] for step in own.split(", ")] for run in runs]
         finals = [run["pre_quant_val_loss"] for run in runs]
         raw = [run["raw_val_loss"] for run in runs if "raw_val_loss" in run]
-        rows.append(
-            [
-                rung,
-                f"{runs[0]['model_params']:,}",
-                numbers(losses, 2),
-                published_ms,
-                numbers(map(fmean, zip(*ours, strict=True)), 3) + f" (steps {own})" * (own != usual),
-                f"{max(finals) - min(finals):.3f}" if len(runs) > 1 else "one seed",
-                numbers([fmean(raw)], 3) if raw else "",
-                f"{fmean(run['step_avg_ms'] for run in runs):.0f}",
-            ]
-        )
+        means = numbers(map(fmean, zip(*ours, strict=True)), 3) + f" (steps {own})" * (own != usual)
+        apart = f"{max(finals) - min(finals):.3f}" if len(runs) > 1 else "one seed"
+        ms = f"{fmean(run['step_avg_ms'] for run in runs):.0f}"
+        row = [rung, f"{runs[0]['model_params']:,}", numbers(losses, 2), published_ms, means, apart]
+        rows.append([*row, numbers([fmean(raw)], 3) if raw else "", ms])
         last |= {rung: fmean(finals)} if own == usual else {}
     published = {rung: PUBLISHED[rung][0][-1] for rung in last}
     pairs = [(a, b) for a, b in combinations(last, 2) if published[a] != published[b]]
     same = [(a, b) for a, b in pairs if (published[a] < published[b]) == (last[a] < last[b])]
-    columns = [
-        "rung",
-        "parameters",
-        "published: epochs 1, 2, 3",
-        "ms",
-        f"ours: steps {usual}",
-        "seeds apart",
-        "raw",
-        "ms",
-    ]
+    columns = ["rung", "parameters", "published: epochs 1, 2, 3", "ms"]
+    columns += [f"ours: steps {usual}", "seeds apart", "raw", "ms"]
     return f"""{ladder.markdown(columns, rows)}
 Of {len(pairs)} pairs of rungs whose last published losses differ, {len(same)} have the same order here. \
 Published, the best first: {", ".join(sorted(last, key=published.get))}. \
@@ -143,13 +130,13 @@ Ours: {", ".join(sorted(last, key=last.get))}.
 
 
 def draw(found: dict[str, list[dict]]):
-    with ladder.picture(HERE, f"Small transformer, one change at a time (seed {SEEDS[0]})") as axes:
+    with ladder.picture(HERE, f"Small transformer, one change at a time (seed {SEEDS[0]})") as (*axes, colors):
         rungs = [rung for rung in PUBLISHED if rung in found and rung not in LARGE]
         for axis, part in zip(axes, (rungs[:6], rungs[5:]), strict=True):
             for i, rung in enumerate(part):
                 means = found[rung][0][f"train_means_of_{EVERY}"]
                 steps = range(EVERY, EVERY * len(means) + 1, EVERY)
-                axis.plot(steps, means, label=rung, color=ladder.COLORS[i], linestyle=["-", "--", "-.", ":"][i % 4])
+                axis.plot(steps, means, label=rung, color=colors[i], linestyle=["-", "--", "-.", ":"][i % 4])
             axis.set_xlabel("step of 700 tokens")
         axes[0].set_ylabel(f"training loss, nats per token, means of {EVERY} steps")
 
@@ -168,4 +155,4 @@ def main(argv: list[str]):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    ladder.main(lambda: main(sys.argv[1:]))

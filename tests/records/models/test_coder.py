@@ -5,7 +5,6 @@ import re
 from types import SimpleNamespace
 
 import models
-import numpy as np
 import pytest
 import torch
 
@@ -55,21 +54,14 @@ def number(pattern, text):
 # Which coder, and what it does with a matrix
 
 
-@pytest.mark.parametrize(
-    "knobs",
-    [
-        {"CODEC": "rans"},
-        {"WEIGHT_BITS": 7},
-        {"EMBED_BITS": 7},
-        {"CLIP_ATTN": 13},
-        {"CLIP_MLP": 12},
-        {"CLIP_EMBED": 15},
-        {"GPTQ_BATCHES": 1},
-    ],
-)
-def test_only_knobs_that_need_it_load_this_coder(tiny, knobs):
+NEEDED_BY = {"CODEC": "rans", "WEIGHT_BITS": 7, "EMBED_BITS": 7, "CLIP_ATTN": 13, "CLIP_MLP": 12, "CLIP_EMBED": 15}
+NEEDED_BY |= {"GPTQ_BATCHES": 1}
+
+
+@pytest.mark.parametrize("name", NEEDED_BY)
+def test_only_knobs_that_need_it_load_this_coder(tiny, name):
     """Its file counts as code. Loading a configuration loads it, before the sources of a run are collected."""
-    for asked in ({}, knobs):
+    for asked in ({}, {name: NEEDED_BY[name]}):
         with models.no_siblings():
             config = FrontierConfig.load([], tiny(**asked))
             assert ("coder.py" in train_gpt.source_paths(config)) is bool(asked)
@@ -77,9 +69,8 @@ def test_only_knobs_that_need_it_load_this_coder(tiny, knobs):
 
 
 def test_file_and_tag_are_named_by_codec_and_bits(coder_of):
-    names = {(made.file, made.tag) for made in (coder_of(), coder_of(CLIP_ATTN=13), coder_of(EMBED_BITS=7))}
-    assert names == {("final_model.int8.ptz", "int8+zlib")}
     for knobs, names in (
+        ({"EMBED_BITS": 5}, ("final_model.int8.ptz", "int8+zlib")),
         ({"WEIGHT_BITS": 6}, ("final_model.int8.ptz", "int6+zlib")),
         ({"CODEC": "rans", "WEIGHT_BITS": 6}, ("final_model.rans.ptz", "int6+rans")),
     ):
@@ -108,12 +99,8 @@ def test_each_matrix_has_the_bits_and_the_clip_of_its_class(coder_of, codec):
     state = large_state()
     artifact = made.quantize(state)
     assert artifact["__quant_format__"] == "int8_clean_per_row_v1", "which foreign readers know"
-    for name, (qmax, k) in {
-        "blocks.0.attn.c_q": (31, 13.0),
-        "blocks.0.mlp.fc": (31, 12.0),
-        "tok_emb": (63, 15.0),
-        "lm_head": (31, 15.0),
-    }.items():
+    expected = {"blocks.0.attn.c_q": (31, 13), "blocks.0.mlp.fc": (31, 12), "tok_emb": (63, 15), "lm_head": (31, 15)}
+    for name, (qmax, k) in expected.items():
         w = state[f"{name}.weight"]
         q, scale = train_gpt.quantize_rows(w, k * torch.std_mean(w, dim=1, correction=0)[0], qmax)
         assert torch.equal(artifact["quantized"][f"{name}.weight"], q)
@@ -261,33 +248,3 @@ def test_without_these_knobs_the_projection_is_that_of_int8_and_zlib(coder_of):
     model = SimpleNamespace(state_dict=lambda: state, rule=frontier.GPT.rule)
     assert type(made) is train_gpt.Coder
     assert check.projected_bytes(made, model) == coder.FrontierCoder(made.config).projected_size(model, check)
-
-
-# Mistakes
-
-
-@pytest.mark.parametrize(
-    "name, value, said",
-    [
-        ("CODEC", "brotli", "expected one of zlib, rans"),
-        ("WEIGHT_BITS", 1, "too small: the minimum is 2"),
-        ("WEIGHT_BITS", 9, "too large: the maximum is 8"),
-        ("EMBED_BITS", 1, "too small"),
-        ("EMBED_BITS", 9, "too large"),
-        ("CLIP_ATTN", -1, "too small"),
-        ("CLIP_MLP", -1, "too small"),
-        ("CLIP_EMBED", "x", "not a finite number"),
-        ("GPTQ_BATCHES", -1, "too small"),
-        ("FIT_SIZE", 2, "is not a switch"),
-    ],
-)
-def test_bad_values_are_user_errors_that_name_the_knob(coder_of, name, value, said):
-    with pytest.raises(UserError, match=f"{name}=.*{said}"):
-        coder_of(**{name: value})
-
-
-def test_frequencies_of_large_counts_stay_exact():
-    """Counts come as float64: 2**40 symbols of one kind and one of each other."""
-    counts = np.ones(256)
-    counts[7] = 2.0**40
-    assert coder.rans_frequencies(counts).tolist() == [1] * 7 + [2**14 - 255] + [1] * 248

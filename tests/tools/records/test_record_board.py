@@ -1,8 +1,5 @@
-"""The board of records/README.md and the pictures: from the folders alone, the same every time, never stale unseen."""
+"""The board of records/README.md and the pictures: from the folders alone, reproducible, and never stale unnoticed."""
 
-import tiny_runs  # first: it knows where the tools are
-
-# isort: split
 import json
 import re
 import shutil
@@ -11,8 +8,9 @@ import numpy as np
 import plot
 import pytest
 import record
+import tiny_runs
 from record_board import BEGIN, END
-from record_read import Run, read_run
+from record_read import read_run
 
 TRACK = "track_cpu_1min_16mb"
 
@@ -91,15 +89,21 @@ def test_runs_are_drawn_against_steps_tokens_and_time(corpus, tmp_path):
     assert curve["seconds"].tolist() == [line["train_seconds"] for line in lines if "train_loss" in line]
 
 
-def test_a_run_that_goes_on_and_a_cut_last_line_are_drawn(corpus, tmp_path):
+def test_metrics_are_read_while_a_run_goes_on_and_with_rubbish_in_them(corpus, tmp_path, capsys):
     folder = tmp_path / "going"
     shutil.copytree(tiny_runs.make_runs(corpus)[0], folder)
+    picture = ["-o", str(tmp_path / "x.png")]
     (folder / "result.json").unlink()
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 25, "train_l')
     run = read_run(folder)
     assert [m["step"] for m in run.metrics() if "train_loss" in m] == list(range(1, 25)) and run.tokens_per_step == 256
-    assert plot.main([str(folder), "-o", str(tmp_path / "x.png")]) == 0 and (tmp_path / "x.png").stat().st_size > 20_000
+    assert plot.main([str(folder), *picture]) == 0 and (tmp_path / "x.png").stat().st_size > 20_000
+    (folder / "metrics.jsonl").write_bytes(RUBBISH)
+    lines = [line for line in read_run(folder).metrics() if len(line) > 1]
+    assert lines == [{"step": 8, "train_loss": 4.5}, {"step": 9, "train_loss": 4.0, "train_seconds": 0.5}]
+    assert plot.main([str(folder), *picture]) == 0
+    assert record.main(["compare", str(folder), str(folder)]) == 0
 
 
 RUBBISH = b"""[1]
@@ -111,18 +115,10 @@ RUBBISH = b"""[1]
 {"step": 3, "train_loss": NaN, "train_seconds": Infinity}
 null
 \xff\xfe
-{"step": 9, "train_loss": 4.0, "lr_scale": 1.0, "train_seconds": 0.5}
+{"step": 9, "train_loss": 4.0, "train_seconds": 0.5}
+{"step": 8, "train_loss": 4.0}
+{"step": 8, "train_loss": 4.5}
 """
-
-
-def test_rubbish_in_metrics_is_left_out(corpus, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(tiny_runs.make_runs(corpus)[0], folder)
-    (folder / "metrics.jsonl").write_bytes(RUBBISH)
-    lines = [line for line in read_run(folder).metrics() if len(line) > 1]
-    assert lines == [{"step": 9, "train_loss": 4.0, "lr_scale": 1.0, "train_seconds": 0.5}]
-    assert plot.main([str(folder), "-o", str(tmp_path / "x.png")]) == 0
-    assert record.main(["compare", str(folder), str(folder)]) == 0
 
 
 def test_runs_without_numbers_are_named_and_make_no_picture_alone(corpus, tmp_path, capsys):
@@ -136,38 +132,22 @@ def test_runs_without_numbers_are_named_and_make_no_picture_alone(corpus, tmp_pa
     assert "begun has no numbers yet" in capsys.readouterr().err
 
 
-def test_mean_and_spread_are_those_of_each_share_of_the_run():
+def test_means_over_runs_and_over_steps():
     share = np.array([0.5, 1.0])
-    x, mean, deviation = plot.mean_and_spread(
-        [(share, np.array([10.0, 20.0]), np.array([4.0, 2.0])), (share, np.array([20.0, 40.0]), np.array([6.0, 2.0]))]
-    )
+    one, other = ((share, np.array(x), np.array(y)) for x, y in (([10, 20.0], [4, 2.0]), ([20, 40.0], [6, 2.0])))
+    x, mean, deviation = plot.mean_and_spread([one, other])
     assert x.tolist() == [15, 30] and mean.tolist() == [5, 2] and deviation.tolist() == [2**0.5, 0]
+    assert plot.smooth(np.arange(100.0))[[0, 1, 50]].tolist() == [0, 0.5, 49.5]  # 2% of 100: two values
 
 
-def test_smoothing_is_the_mean_of_the_past():
-    values = np.arange(100.0)
-    assert plot.smooth(values)[[0, 1, 50]].tolist() == [0, 0.5, 49.5]  # 2% of 100: two values
+MISTAKES = [
+    (["/nowhere"], "no such folder"),
+    (["x", "-o", "a.gif"], "expected a .png"),
+    (["x", "-o", "/nowhere/a.png"], "no folder /nowhere"),
+    (["track_none"], "no record"),
+]
 
 
-@pytest.mark.parametrize(
-    "arguments, said",
-    [
-        (["/nowhere"], "no such folder"),
-        (["x", "-o", "a.gif"], "expected a .png"),
-        (["x", "-o", "/nowhere/a.png"], "no folder /nowhere"),
-        (["track_none"], "no record"),
-    ],
-)
+@pytest.mark.parametrize("arguments, said", MISTAKES)
 def test_a_mistake_in_plot_gets_one_line(arguments, said, capsys):
     assert plot.main(arguments) == 2 and said in capsys.readouterr().err
-
-
-def test_a_repeated_step_counts_once_by_its_later_line(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text(
-        "".join(
-            json.dumps({"step": step, "train_loss": loss}) + "\n"
-            for step, loss in ((1, 5.0), (2, 4.0), (2, 4.5), (3, 3.0))
-        )
-    )
-    assert [m["train_loss"] for m in Run("x", metrics_path=path).metrics()] == [5.0, 4.5, 3.0]

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import record
 import record_judge
+import record_pack
 from record_folder import open_record
 from record_judge import Blind, Claim, Windows
 
@@ -439,3 +440,19 @@ def test_nothing_leads_out(layers, tmp_path, monkeypatch):
     assert "own file 1" in out and (box / "own").read_text() == "x"
     assert "succeeded" not in out, out
     assert not Path("/var/tmp/left_behind").exists()
+
+
+# ---------- Sources ---------------------------------------------------------------------------------------------------
+
+
+def test_the_sources_of_a_record_are_compared_with_those_of_the_repository_wherever_they_are(tmp_path):
+    """Regression: a record is flat, so a model file and a tool looked all new."""
+    places = ["train_gpt.py", "records/models/score_first.py", "tools/vocabularies.py"]
+    for place in places:
+        shutil.copy(tiny_runs.ROOT / place, tmp_path)
+    names = [Path(place).name for place in places]
+    assert record_pack.script_changes(tmp_path, names, tiny_runs.ROOT) == ("the same", [])
+    with open(tmp_path / "score_first.py", "a") as file:
+        file.write("# one more line\n")
+    line, difference = record_pack.script_changes(tmp_path, names, tiny_runs.ROOT)
+    assert line == "1 lines added, 0 removed" and "+++ here/score_first.py" in difference
