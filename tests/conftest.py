@@ -134,9 +134,7 @@ def launch(tiny, tmp_path_factory):
     CompletedProcess."""
 
     def start(ranks=1, args=(), timeout=300, script=ROOT / "train_gpt.py", max_restarts=0, **overrides):
-        environ = tiny(**overrides) | {
-            "TMPDIR": str(tmp_path_factory.mktemp("launch"))
-        }  # torchrun leaves folders there
+        environ = tiny(**overrides) | {"TMPDIR": str(tmp_path_factory.mktemp("launch"))}  # for torchrun's own folders
         how = {"torchrun": [f"--max-restarts={max_restarts}"], "timeout": timeout, "text": True}
         return models.process(environ, None, ranks, script, args, **how)
 

@@ -89,7 +89,7 @@ def test_what_the_script_alone_cannot_do_is_one_line(corpus, tmp_path, monkeypat
     for name in list(train_gpt.sys.modules):
         if name.startswith("train_gpt.tools."):
             monkeypatch.delitem(train_gpt.sys.modules, name)
-    assert models.call_main(models.tiny_settings(corpus) | dict(pair.split("=") for pair in knobs.split())) == 2
+    assert models.call_main(models.tiny_settings(corpus) | models.knobs(knobs)) == 2
     err = capsys.readouterr().err
     assert said in err and err.startswith("error: ") and err.count("\n") == 1
     assert [*(tmp_path / "logs").iterdir()] == [tmp_path / "logs" / "run"]

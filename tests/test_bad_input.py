@@ -58,12 +58,8 @@ class Place:
         return self.run
 
     def write_manifest(self) -> Path:
-        """One that is true."""
-        vocab_size = int(self.settings()["VOCAB_SIZE"])
-        token_bytes = train_gpt.TokenBytes(str(self.tokenizer), vocab_size)
-        tokens = np.fromfile(self.data / VAL, dtype="<u2", offset=1024)
-        size = len(token_bytes.decode(tokens.tolist()))
-        (self.data / "manifest.json").write_text(json.dumps({"splits": {"val": {"bytes": size}}}))
+        """One that is true: the validation text has this many bytes."""
+        (self.data / "manifest.json").write_text('{"splits": {"val": {"bytes": 9425}}}')
         return self.data / "manifest.json"
 
 
@@ -151,24 +147,15 @@ def table(cases, **options):
 BEYOND = str(10**30)
 HALF = r"a\ud83d"
 CONFIGURATION = [
-    ("heads that do not divide the width", {"NUM_HEADS": 7}, ["MODEL_DIM=32", "NUM_HEADS=7", "use 42"]),
-    ("letters for a whole number", {"ITERATIONS": "abc"}, ["ITERATIONS='abc'", "whole number"]),
     ("number beyond a float", {"ITERATIONS": "1" + 400 * "0"}, "ITERATIONS="),
     ("number beyond int()", {"ITERATIONS": 5000 * "9"}, "ITERATIONS="),
     ("steps beyond reason", {"ITERATIONS": BEYOND}, "ITERATIONS="),
     ("batch beyond reason", {"TRAIN_BATCH_TOKENS": 32 * 10**30}, "TRAIN_BATCH_TOKENS="),
     ("heads beyond reason", {"MODEL_DIM": 2 * 10**30, "NUM_HEADS": BEYOND}, "="),
     ("micro-batch beyond int()", {"MICRO_BATCH_TOKENS": 5000 * "9"}, ["MICRO_BATCH_TOKENS=", "auto"]),
-    ("micro-steps that do not divide", {"GRAD_ACCUM_STEPS": 3}, ["GRAD_ACCUM_STEPS=3", "[1, 2, 4, 8]"]),
     ("model beyond memory", {"MODEL_DIM": 2**31}, ["memory", "smaller MODEL_DIM"]),
     ("run id too long for a name", {"RUN_ID": 300 * "x"}, "xxx"),
-    ("path of two lines", {"DATA_PATH": "a\nb"}, ["DATA_PATH='a\\nb'", "use another"]),
     ("path that is not UTF-8", {"DATA_PATH": "caf\udce9"}, ["DATA_PATH='caf\\udce9'", "use another"]),
-    ("path with both quotes", {"DATA_PATH": """say "it's" """}, ["DATA_PATH=", "quotes"]),
-    ("rank out of the world", {"RANK": 2, "WORLD_SIZE": 2}, ["RANK=2 WORLD_SIZE=2", "torchrun"]),
-    ("world without a port", {"RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost"}, ["MASTER_PORT", "torchrun"]),
-    ("world that is no number", {"WORLD_SIZE": "two"}, ["WORLD_SIZE=two", "torchrun"]),
-    ("kernel for another device", {"ATTENTION": "cudnn"}, ["ATTENTION=cudnn", "use ATTENTION=auto"]),
     ("eval without an artifact", {"MODE": "eval", "ARTIFACT": ""}, ["MODE=eval", "ARTIFACT="]),
     ("sample without an artifact", {"MODE": "sample", "ARTIFACT": ""}, ["MODE=sample", "ARTIFACT="]),
     ("sample of no tokens", {"MODE": "sample", "SAMPLE_TOKENS": 0}, "SAMPLE_TOKENS=0"),
@@ -234,21 +221,6 @@ def flipped(data: bytes, bit: int) -> bytes:
     return data[: bit // 8] + bytes([data[bit // 8] ^ 1 << bit % 8]) + data[bit // 8 + 1 :]
 
 
-def emptied(path: Path):
-    path.unlink()
-    path.mkdir()
-
-
-def dangling(path: Path):
-    path.unlink()
-    path.symlink_to("nowhere")
-
-
-def loop(path: Path):
-    path.unlink()
-    path.symlink_to(path)
-
-
 # Functions of the content, and of the path
 DAMAGE = {
     "empty": lambda data: b"",
@@ -264,7 +236,11 @@ DAMAGE = {
     "tokens": lambda data: np.arange(2000, dtype="<u2").tobytes(),
     "zip": lambda data: models.torch_bytes({"a": 1}),
 }
-REPLACED = {"directory": emptied, "dangling link": dangling, "loop of links": loop}
+REPLACED = {
+    "directory": Path.mkdir,
+    "dangling link": lambda path: path.symlink_to("nowhere"),
+    "loop of links": lambda path: path.symlink_to(path),
+}
 
 
 class Kind(NamedTuple):
@@ -323,6 +299,7 @@ def test_damaged_file(refuse, place, kind, mode):
             assert path.name in message and len(message) < 500, (name, message)
     for name, replace in REPLACED.items():
         if name not in kind.passes:
+            path.unlink()
             replace(path)
             assert path.name in refuse(*args, **knobs), name
             path.rmdir() if path.is_dir() else path.unlink()
@@ -332,6 +309,7 @@ def test_damaged_file(refuse, place, kind, mode):
 @pytest.mark.parametrize("mode", ["eval", "sample"])
 def test_undamaged_files_are_read(place, mode):
     """The same files are scored and sampled from, and the pickle does run code where it is allowed to."""
+    place.write_manifest()
     for name, knobs in {"final_model.int8.ptz": {}, "final_model.pt": {"TRAIN_SEQ_LEN": 32}}.items():
         settings = place.settings(MODE=mode, ARTIFACT=place.trained / name, SAMPLE_TOKENS=3, **knobs)
         assert models.call_main(settings) == 0
@@ -381,7 +359,6 @@ DATA = [
     ("other magic", TRAIN, header(magic=67305985), ["header [67305985, 1, ", "expected magic 20240520", AGAIN]),
     ("other version", VAL, header(version=2), ["header [20240520, 2, 2933]", AGAIN]),
     ("one token short", VAL, lambda data: data[:-2], ["6888 bytes, header [20240520, 1, 2933]", AGAIN]),
-    ("count too high", TRAIN, header(count=lambda n: n + 1), AGAIN),
     ("count of zero", VAL, header(count=lambda n: 0), AGAIN),
     ("negative count", VAL, header(count=lambda n: -n), AGAIN),
     ("largest count", VAL, header(count=lambda n: 2**31 - 1), AGAIN),
@@ -396,7 +373,6 @@ DATA = [
     ("token to train", TRAIN, token_over_the_vocabulary, ["fineweb_train_*.bin: token 60000 >= VOCAB_SIZE=", "set"]),
     ("tokens of another text", VAL, shard_of(*range(319, -1, -1)), "use the tokenizer of the shards"),
     ("other count of bytes", MANIFEST, manifest_of("12345"), ["manifest.json says 12345", "again"]),
-    ("no count of bytes", MANIFEST, At(lambda path: path.write_text('{"splits": {}}')), ["manifest.json", "again"]),
     ("list", MANIFEST, At(lambda path: path.write_text("[1, 2]")), ["manifest.json", "again"]),
     ("not UTF-8", MANIFEST, At(lambda path: path.write_bytes(b'{"caf\xe9": 1}')), ["manifest.json", "again"]),
     ("infinity", MANIFEST, manifest_of("1e999"), ["manifest.json", "again"]),
@@ -600,14 +576,9 @@ FORCE, LARGER = "RESUME_FORCE=1", "larger than its data"
 CONTENT = [  # name, file, where, what is put there or how it is changed; what the message says
     ("list", CHECKPOINT, "", lambda state: [state], "holds a list"),
     ("tensor", CHECKPOINT, "", torch.ones(3), "holds a Tensor"),
-    ("somebody's format", CHECKPOINT, "format", "somebody_else_v7", "format"),
-    ("without its end", CHECKPOINT, "finished", ..., "is damaged"),
-    ("without its beginnings", CHECKPOINT, "resumed_at", ..., "is damaged"),
     ("a matrix more", CHECKPOINT, "model x", torch.ones(1), "is damaged"),
     ("momentum of a wrong shape", CHECKPOINT, f"optimizer {W} momentum_buffer", lambda m: m[:-1], W),
-    ("momentum of one number", CHECKPOINT, f"optimizer {W} momentum_buffer", torch.tensor(0.0), W),
     ("fraction for the position", CHECKPOINT, "position", 0.5, "is damaged"),
-    ("other random numbers", CHECKPOINT, "rng", [{"cpu": torch.ones(3)}], "is damaged"),
     ("of another seed", CHECKPOINT, "knobs SEED", "9", ["SEED was 9, is 1337", FORCE]),
     ("of a longer run", CHECKPOINT, "knobs ITERATIONS", "9", ["ITERATIONS was 9, is 6", "RUN_ID"]),
     ("of another script", CHECKPOINT, "knobs train_gpt.py", "0", ["train_gpt.py was 0", FORCE]),
@@ -621,7 +592,6 @@ CONTENT = [  # name, file, where, what is put there or how it is changed; what t
     ("wrong number of scales", ARTIFACT, f"scales {W}", lambda scale: scale[:-1].clone(), "is damaged"),
     ("one scale for a vector", ARTIFACT, f"quantized {W}", torch.tensor(1, dtype=torch.int8), "is damaged"),
     ("function for a type", ARTIFACT, f"dtypes {W}", "load", "is damaged"),
-    ("matrix of complex numbers", ARTIFACT, f"dtypes {W}", "complex64", W),
     ("whole numbers", ARTIFACT, f"passthrough {S}", lambda t: t.long(), S),
     ("matrix that is not a number", ARTIFACT, f"scales {W}", lambda scale: scale * NAN, W),
     ("vector that is not a number", ARTIFACT, f"passthrough {S}", lambda t: t * NAN, S),
@@ -698,8 +668,7 @@ def test_hostile_file(refuse, place, case):
 def test_knobs_against_the_tensors(refuse, place, mode):
     artifact = str(place.trained / ARTIFACT.name)
     for knobs in ("NUM_LAYERS=3", "MODEL_DIM=64", "VOCAB_SIZE=512", "TIE_EMBEDDINGS=0", "NUM_HEADS=2 NUM_KV_HEADS=1"):
-        given = dict(knob.split("=") for knob in knobs.split())
-        refuse(MODE=mode, **given, said=[artifact, "disagree", "unset"])
+        refuse(MODE=mode, **models.knobs(knobs), said=[artifact, "disagree", "unset"])
 
 
 # The run folder
@@ -713,7 +682,8 @@ def test_run_folder_that_cannot_be_used(refuse, place):
         refuse(LOG_DIR="/proc/logs", said=["LOG_DIR=/proc/logs", "choose another"])
     run = place.stopped_run()
     refuse(RESUME="never", said=["RESUME=never", str(run), f"RESUME={run / 'checkpoint.pt'}"])
-    emptied(run / "train.log")
+    (run / "train.log").unlink()
+    (run / "train.log").mkdir()
     refuse(said=[str(run), "choose another"])
     shutil.rmtree(run)
     shutil.copytree(place.trained, run)

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from models import artifact_knobs
+from models import knobs as pairs
 
 import train_gpt
 from train_gpt import Config, UserError, knob
@@ -27,10 +28,6 @@ def error_of(argv=(), **environ) -> str:
     with pytest.raises(UserError) as caught:
         load(argv, **environ)
     return str(caught.value)
-
-
-def pairs(text: str) -> dict[str, str]:
-    return dict(pair.split("=") for pair in text.split())
 
 
 @pytest.fixture

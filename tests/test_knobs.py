@@ -14,16 +14,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import artifact_knobs, new_model
+from models import knobs as knobs_of
 from oracle import ATTENTIONS, assert_equals_the_reference, label, random_tokens, scatter
 
 import train_gpt
 from train_gpt import Config
 
 kernels = train_gpt.tool("kernels")
-
-
-def knobs_of(text: str) -> dict[str, str]:
-    return dict(pair.split("=") for pair in text.split())
 
 
 SMALL = knobs_of(

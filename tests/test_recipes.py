@@ -29,10 +29,6 @@ SMALL_WHERE_SET = (
 )
 
 
-def pairs(text: str) -> dict[str, str]:
-    return dict(pair.split("=") for pair in text.split())
-
-
 def load(name: str, **overrides) -> Config:
     return Config.load([str(FOLDER / f"{name}.env")], overrides)
 
@@ -66,7 +62,9 @@ def test_a_recipe_is_a_configuration_that_fits_the_limit(name):
 def test_a_recipe_trains_two_small_steps(name, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(train_gpt, "INT8_MIN_NUMEL", 500)  # so that something is quantized
     texts = train_gpt.read_env_file(FOLDER / f"{name}.env")
-    knobs = pairs(SMALL) | {knob: value for knob, value in pairs(SMALL_WHERE_SET).items() if knob in texts}
+    knobs = models.knobs(SMALL) | {
+        knob: value for knob, value in models.knobs(SMALL_WHERE_SET).items() if knob in texts
+    }
     machine = models.machine_settings(corpus, LOG_DIR=tmp_path, RUN_ID="run", **knobs)
     values = machine | {"VOCAB_SIZE": (corpus / "vocab_size").read_text()}
     with models.no_siblings():
