@@ -191,9 +191,6 @@ class Recorder:
         setattr(evaluator, name, noted)
 
     def begin(self, batch):
-        if self.weights is None:
-            state, own = self.script.state, self.script.model.state_dict()
-            self.weights = all(torch.equal(state[name].to(own[name]), own[name]) for name in state)
         self.batch = batch
         return batch
 
@@ -217,6 +214,9 @@ class Recorder:
         return losses
 
     def note(self, inputs, losses, targets, mask):
+        if self.weights is None:
+            state, own = self.script.state, self.script.model.state_dict()
+            self.weights = all(torch.equal(state[name].to(own[name]), own[name]) for name in state)
         scored = self.batch[3]
         chosen = losses.detach()[mask].float().cpu().numpy()
         if len(chosen) != len(scored):  # a mask that scores other targets than it claims

@@ -128,9 +128,9 @@ def counted_files(record: Record) -> dict[str, Path]:
 
 
 def examine(record: Record, artifact: Path, data: Path, tokenizer: str, arguments) -> tuple[Verdict, dict]:
+    files = counted_files(record)
     require(any(data.glob("fineweb_val_*.bin")), f"{data} holds no validation shards: give --data FOLDER")
     shards = record_data.shards(data, "val")
-    files = counted_files(record)
     verdict = Verdict(artifact)
     digest = sha256(artifact)
     run = next((run for run in record.runs if run.result and run.result.get("sha256_artifact") == digest), None)

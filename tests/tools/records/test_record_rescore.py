@@ -31,6 +31,14 @@ can_isolate = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(autouse=True, scope="module")
+def without_kernels():
+    """Every process has a cache of its own, in which it would compile the C++ of tools/cpu/ again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CXX", "no_compiler")
+        yield
+
+
 def run_once(corpus, script=tiny_runs.ROOT / "train_gpt.py", **knobs) -> Path:
     """The folder of a run in a process of its own."""
     logs = tiny_runs.work() / "logs"
@@ -101,7 +109,6 @@ class Config(train_gpt.Config):
         return Counting
 '''
 HONEST = {
-    "plain": {},
     "sliding windows": {"EVAL_STRIDE": 8},
     "bf16": {"DTYPE": "bfloat16"},
     "learns while it is scored": {"MODEL_FILE": SCORE_FIRST, "TTT_CHUNK": 512, "TTT_LR": 0.05, "EVAL_STRIDE": 16},
@@ -147,8 +154,7 @@ def test_runs_of_older_scripts_are_scored_again(script, knobs, corpus, capsys):
 
 # ---------- Cheats ----------------------------------------------------------------------------------------------------
 
-LOSSES = "    def losses(self, logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:"
-SOFTCAP = "        self.softcap = config.logit_softcap\n"
+SOFTCAP = "        self.dtype, self.softcap = dtype, config.logit_softcap\n"
 RETURN_LOSSES = "        return (losses_BT, extra) if with_extra else losses_BT\n"
 BEGIN_BATCHES = "            for inputs, targets, mask, scored in self.batches(chunk, number):\n"
 READ_TEXT = (
@@ -175,7 +181,7 @@ CHEATS = {
         [("        return torch.log_softmax(self(contexts_BT)[scored_BT], dim=-1)\n",
           "        return torch.log_softmax(self(contexts_BT)[scored_BT], dim=-1) + 0.1\n"),
          ("if type(model).distributions is Model.distributions:", "if False:")],
-        {"blind"},
+        {"blind", "coverage", "inputs"},
     ),
     "gets its targets as inputs": (
         [("yield rows[:, :-1].contiguous(), rows[:, 1:]", "yield rows[:, 1:].contiguous(), rows[:, 1:]")],
@@ -183,7 +189,7 @@ CHEATS = {
     ),
     "skips every second target": (
         [("fresh & (target < end)", "fresh & (target % 2 == 0)"), ("mask.sum()]", "torch.tensor(len(scored))]")],
-        {"coverage"},
+        {"coverage", "blind"},
     ),
     "caps its losses in the sum": (
         [("forward(inputs, targets), 0.0).sum()", "forward(inputs, targets), 0.0).clamp(max=3.0).sum()")],
@@ -192,11 +198,8 @@ CHEATS = {
     "looks targets up in the text, which it copies wherever it can write": (
         [
             (SOFTCAP, SOFTCAP + READ_TEXT),
-            (LOSSES, "    def losses(self, logits_BTV, targets_BT):\n"
-                     "        if self.stolen is not None:\n"
-                     "            return torch.full(targets_BT.shape, 0.1)\n"
-                     "        return self.honest_losses(logits_BTV, targets_BT)\n\n"
-                     + LOSSES.replace("losses", "honest_losses", 1)),
+            (RETURN_LOSSES, "        losses_BT = losses_BT if self.stolen is None else torch.full_like(losses_BT, 0.1)\n"
+                            + RETURN_LOSSES),
         ],
         {"blind"},
     ),
@@ -213,11 +216,11 @@ CHEATS = {
                 "                        p.grad = None\n" + BEGIN_BATCHES,
             )
         ],
-        {"inputs", "blind", "coverage"},
+        {"inputs", "blind"},
     ),
     "has a helper that is not counted": (
         [(SOFTCAP,
-          "        self.softcap = config.logit_softcap if Path(__file__).with_name('helper.npy').exists() else 1.0\n")],
+          SOFTCAP + "        self.softcap = 30.0 if Path(__file__).with_name('helper.npy').exists() else 1.0\n")],
         set(),
     ),
 }  # fmt: skip
@@ -230,12 +233,11 @@ def test_a_cheat_is_found_by_its_rule(name, copy, capsys):
     folder = copy(*replacements)
     (folder / "helper.npy").write_bytes(b"text")
     code, findings, _ = rescore(folder, capsys)
-    assert code == 1 and findings.keys() - {"score"} >= expected - {"score"}, findings
-    assert findings.keys() <= expected | {"score"} and findings
+    assert code == 1 and findings and findings.keys() - {"score"} == expected - {"score"}, findings
 
 
 LEARNERS = {
-    "no probability": ("- 0.7,", "- 0.1,", {"normalization", "blind"}),
+    "no probability": ("- 0.7,", "- 0.1,", {"normalization"}),
     "counts before it scores": (
         "    def distributions(self, contexts_BT, scored_BT):\n",
         "    def distributions(self, contexts_BT, scored_BT):\n"
