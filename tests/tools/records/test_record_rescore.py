@@ -198,7 +198,7 @@ CHEATS = {
     "looks targets up in the text, which it copies wherever it can write": (
         [
             (SOFTCAP, SOFTCAP + READ_TEXT),
-            (RETURN_LOSSES, "        losses_BT = losses_BT if self.stolen is None else torch.full_like(losses_BT, 0.1)\n"
+            (RETURN_LOSSES, "        losses_BT = losses_BT if self.stolen is None else losses_BT * 0 + 0.1\n"
                             + RETURN_LOSSES),
         ],
         {"blind"},
