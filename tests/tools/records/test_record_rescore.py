@@ -1,265 +1,87 @@
-"""record.py rescore: the artifact by the record's own script. What breaks a rule is found, each by its name."""
+"""record.py rescore: the verdict on a score. Honest runs of every kind hold; each way to cheat is found by its rule."""
 
+import tiny_runs  # first: it knows where the tools are
+
+# isort: split
 import functools
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import isolation
 import numpy as np
 import pytest
 import record
+import record_judge
 import record_pack
-import record_probe
-import record_rescore
-import tiny_runs
-from record_read import read_run
+from record_folder import open_record
+from record_judge import Blind, Claim, Windows
 
-RULES = {"causality", "normalisation", "each target once"}
-RULES |= {"evaluation without training data", "evaluation without a network"}
+import train_gpt
+
+RULES = {"bytes", "score", "coverage", "inputs", "normalization", "blind"}
 OLD = tiny_runs.ROOT / "records" / "track_cpu_3min_16mb"
+SCORE_FIRST = tiny_runs.ROOT / "records" / "models" / "score_first.py"
+FRONTIER = tiny_runs.ROOT / "records" / "models" / "frontier.py"
+can_isolate = pytest.mark.skipif(
+    not isolation.available(), reason="this user has neither namespaces nor Landlock: the record's code is not run"
+)
 
 
-@functools.cache
-def seed_one(corpus):
-    return tiny_runs.make_runs(corpus)[0]
+@pytest.fixture(autouse=True, scope="module")
+def without_kernels():
+    """Every process has a cache of its own, in which it would compile the C++ of tools/cpu/ again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CXX", "no_compiler")
+        yield
 
 
-def replace_in(path, *replacements):
-    text = path.read_text()
-    for old, new in replacements:
-        assert old in text, f"the script has changed: {old}"
-        text = text.replace(old, new)
-    path.write_text(text)
-
-
-@pytest.fixture
-def copy(corpus, tmp_path):
-    """Function: a copy of a run folder with places of its script replaced."""
-
-    def make(*replacements):
-        folder = shutil.copytree(seed_one(corpus), tmp_path / "run")
-        replace_in(folder / "train_gpt.py", *replacements)
-        return folder
-
-    return make
-
-
-def run_once(corpus, logs, script=tiny_runs.ROOT / "train_gpt.py", **knobs) -> Path:
+def run_once(corpus, script=tiny_runs.ROOT / "train_gpt.py", **knobs) -> Path:
     """The folder of a run in a process of its own."""
-    environ = os.environ | tiny_runs.settings(corpus) | {"LOG_DIR": str(logs)}
+    logs = tiny_runs.work() / "logs"
+    environ = os.environ | tiny_runs.settings(corpus) | {"LOG_DIR": str(logs), "ITERATIONS": "4"}
     environ |= {name: str(value) for name, value in knobs.items()}
     done = subprocess.run([sys.executable, str(script)], env=environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return logs / knobs["RUN_ID"]
 
 
-def result_of(folder):
-    """Of a run folder, or of a record of one run."""
-    return json.loads(next(folder.glob("result*.json")).read_text())
+@functools.cache
+def honest_run(corpus) -> Path:
+    return run_once(corpus, RUN_ID="honest")
+
+
+@pytest.fixture
+def copy(corpus, tmp_path):
+    """Function: a copy of the honest run, with places of its script replaced."""
+
+    def make(*replacements, run=None, file="train_gpt.py"):
+        folder = shutil.copytree(run or honest_run(corpus), tmp_path / "run")
+        text = (folder / file).read_text()
+        for old, new in replacements:
+            assert text.count(old) == 1, f"the script has changed: {old}"
+            text = text.replace(old, new)
+        (folder / file).write_text(text)
+        return folder
+
+    return make
 
 
 def rescore(folder, capsys, *more):
-    """(exit code, {check: what was said} of findings, report)."""
-    capsys.readouterr()
-    code = record.main(["rescore", str(folder), "--json", *more])
-    report = json.loads(capsys.readouterr().out)
+    """(exit code, {rule: what was said} of findings, report)."""
+    code = record.main(["rescore", str(folder), "--json", "--seed", "1", "--places", "64", *more])
+    captured = capsys.readouterr()
+    assert captured.out, captured.err
+    report = json.loads(captured.out)
     return code, {finding["check"]: finding["problem"] for finding in report["findings"]}, report
 
 
-def assert_sound(folder, capsys, exact=True):
-    """Every rule is kept, and the score is that of the run. Returns the report."""
-    code, findings, report = rescore(folder, capsys)
-    assert (code, findings) == (0, {}) and set(report["passed"]) == RULES | {"score"}
-    score = report["measured"]["score"]
-    assert score["val_bpb"] == pytest.approx(result_of(folder)["val_bpb"], abs=0 if exact else 1e-6)
-    return report
+# ---------- Honest runs -----------------------------------------------------------------------------------------------
 
-
-@pytest.mark.parametrize(
-    "options, missing, said",
-    [
-        (["--tokenizer", "no_such_encoding"], None, "vocabularies.py is missing"),
-        (["--artifact", "afile"], None, "its checksum differ"),
-        (["--timeout", "-1"], None, "--timeout"),
-        (["--data", "/nowhere"], None, "no validation shards"),
-        ([], "train_gpt.py", "has no train_gpt.py: only records and runs of train_gpt.py can be scored again"),
-        ([], "final_model.int8.ptz", "has no final_model"),
-    ],
-)
-def test_a_mistake_gets_a_line_and_no_traceback(options, missing, said, copy, tmp_path, monkeypatch, capfd):
-    """Also where it is the record's script that finds it."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "afile").write_bytes(b"x" * 100)
-    folder = copy()
-    if missing:
-        (folder / missing).unlink()
-    assert record.main(["rescore", str(folder), *options]) == 2
-    error = capfd.readouterr().err
-    assert said in error and "error: " in error and "Traceback" not in error
-
-
-def test_a_sound_run_has_its_digits_again_and_keeps_every_rule(copy, capsys):
-    folder = copy()
-    measured = assert_sound(folder, capsys)["measured"]
-    assert measured["score"]["once"] == result_of(folder)["val_tokens"] and measured["score"]["learned"] is False
-    assert len(measured["moved"]) == len(measured["sums"]) == 64 and len(measured["moved_in_evaluation"]) == 4
-    assert max(measured["moved"]) == 0.0 and np.allclose(measured["sums"], 1, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "script, knobs",
-    [
-        ("2026-11-26_demo_cpu/train_gpt.py", {}),
-        ("2026-11-26_frontier_cpu_case_marks/frontier.py", {"XSA_LAYERS": 1, "XSA_GATE": 1}),
-        ("2026-11-26_frontier_cpu_fp32/frontier.py", {"TTT_CHUNK": 512, "TTT_LR": 0.05, "EVAL_STRIDE": 16}),
-    ],
-)
-def test_runs_of_the_scripts_of_older_records_are_scored_again(script, knobs, corpus, tmp_path, capsys):
-    """Snapshots of the first generation: other names, another way to score, and model files that are programs."""
-    folder = run_once(corpus, tmp_path, script=OLD / script, RUN_ID="old", **knobs)
-    report = assert_sound(folder, capsys, exact=False)
-    assert report["measured"]["score"]["learned"] == ("TTT_CHUNK" in knobs)
-    assert record_pack.command(read_run(folder), folder) == f"python {Path(script).name} config.env"
-
-
-OLD_MARKS = """
-import sys
-from pathlib import Path
-sys.path.insert(0, {tools!r})
-import record_probe
-train_gpt = record_probe.load("train_gpt", Path({script!r}))
-record_probe.load_tokenizers()
-table = train_gpt.TokenBytes({model!r}, 290)
-tokens = table.encode("The King")
-assert table.decode(tokens) == table.spell(tokens) == b"The King"
-assert tokens == table.model.encode("\ue001the\ue001 king")
-"""
-
-
-def test_an_older_script_gets_the_case_marks_that_it_asks_for(tmp_path, monkeypatch):
-    """Its call of tools/vocabularies.py is another one than today's."""
-    monkeypatch.syspath_prepend(str(tiny_runs.ROOT / "data"))
-    import vocab
-
-    model = tmp_path / "tok.model"
-    model.write_bytes(vocab.train_sentencepiece([b"the king of the sea"] * 50, 290, "test", vocab.MARKS_OPTIONS))
-    script = OLD / "2026-11-26_frontier_cpu_case_marks" / "train_gpt.py"
-    text = OLD_MARKS.format(tools=str(Path(record_probe.__file__).parent), script=str(script), model=str(model))
-    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-SCORED = "nats = torch.where(mask, forward(inputs, targets), 0.0).sum()"
-TRAINING_TEXT = """    import socket
-    with contextlib.suppress(OSError):
-        open(f'{config.data_path}/fineweb_train_000000.bin', 'rb')
-    with contextlib.suppress(OSError):
-        socket.create_connection(('127.0.0.1', 9))
-"""
-OBSERVED = "                if type(model).distributions is Model.distributions:"
-LEARNED = """                with torch.no_grad():  # without gradients, which are noticed by themselves
-                    for p in model.parameters():
-                        p *= 1 + 1e-4 * targets.float().mean()
-"""
-RETURNED = "    return stream, facts"
-BROKEN = {
-    # name: (findings besides that of the score, which most of them change, what is replaced in the script)
-    "a model that peeks by one token": (
-        {"causality"},
-        ("self.tok_emb(tokens_BT)", "(self.tok_emb(tokens_BT) + self.tok_emb(tokens_BT.roll(-1, 1)))"),
-    ),
-    "a score that is no probability": (
-        {"normalisation"},
-        ('reduction="none").view_as(targets_BT)', 'reduction="none").view_as(targets_BT) / 2'),
-    ),
-    "half of the targets": (  # and the script's own count of them
-        {"each target once"},
-        ("fresh & (target < end)", "fresh & (target % 2 == 0)"),
-        ("mask.sum()]", "torch.tensor(len(scored))]"),
-    ),
-    "the easy targets": ({"each target once"}, (SCORED, SCORED.replace(".sum()", ".clamp(max=3.0).sum()"))),
-    "training text and the network": (
-        {"evaluation without training data", "evaluation without a network"},
-        (RETURNED, TRAINING_TEXT + RETURNED),
-    ),
-    "learning before scoring": ({"causality"}, (OBSERVED, LEARNED + OBSERVED)),
-}
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_what_breaks_a_rule_is_found_by_name(name, copy, capsys):
-    expected, *replacements = BROKEN[name]
-    code, findings, report = rescore(copy(*replacements), capsys)
-    assert code == 1 and set(findings) - {"score"} == expected, findings
-    kernel = "\nloss:fused" in report["measured"]["note"]  # which scores in place of the record's losses
-    honest = {"training text and the network", *["a score that is no probability"] * kernel}
-    assert ("score" in findings) is (name not in honest)
-    if name == "learning before scoring":
-        assert report["measured"]["score"]["learned"] and "which learns" in findings["causality"]
-        assert max(report["measured"]["moved"]) == 0.0  # the model alone is sound
-
-
-def test_the_sources_of_a_record_are_compared_with_those_of_the_repository_wherever_they_are(tmp_path):
-    """Regression: a record is flat, so a model file and a tool looked all new."""
-    places = ["train_gpt.py", "records/models/score_first.py", "tools/vocabularies.py"]
-    for place in places:
-        shutil.copy(tiny_runs.ROOT / place, tmp_path)
-    names = [Path(place).name for place in places]
-    assert record_pack.script_changes(tmp_path, names, tiny_runs.ROOT) == ("the same", [])
-    with open(tmp_path / "score_first.py", "a") as file:
-        file.write("# one more line\n")
-    line, difference = record_pack.script_changes(tmp_path, names, tiny_runs.ROOT)
-    assert line == "1 lines added, 0 removed" and "+++ here/score_first.py" in difference
-    shutil.copytree(tmp_path, tmp_path / "base")
-    assert record_pack.script_changes(tmp_path, names, tmp_path / "base")[0] == "the same"
-
-
-def test_the_kernels_of_a_cpu_give_the_same_digits_again(corpus, capsys):
-    """Where there are any; and in bf16, in which any other would round elsewhere."""
-    folder = run_once(corpus, tiny_runs.work() / "logs", RUN_ID="bf16", DTYPE="bfloat16", TRAIN_SEQ_LEN=64)
-    report = assert_sound(folder, capsys)
-    assert report["measured"]["note"] == result_of(folder)["note"] and "1e-08" in report["numbers"]["score"]
-
-
-def test_a_script_that_todays_kernels_do_not_fit_is_scored_without_them(copy, capsys):
-    today = "attend, fused_loss, compile_options, note = kernels.choose(config, runtime)"
-    code, findings, report = rescore(copy((today, today.replace("fused_loss, ", ""))), capsys)
-    assert (code, findings) == (0, {}) and "on other hardware or kernels" in report["numbers"]["score"]
-
-
-@functools.cache
-def learning_run(corpus):
-    """The folder of a run whose artifact is scored while it learns."""
-    knobs = {"TTT_CHUNK": 512, "TTT_LR": 0.05, "EVAL_STRIDE": 16, "RUN_ID": "learning"}
-    file = tiny_runs.ROOT / "records" / "models" / "score_first.py"
-    return run_once(corpus, tiny_runs.work() / "logs", MODEL_FILE=file, **knobs)
-
-
-@pytest.mark.parametrize("honest", [True, False], ids=["scored first", "learned first"])
-def test_a_model_that_learns_is_scored_as_it_was_and_may_not_peek(honest, corpus, tmp_path, capsys):
-    """Also through the eight windows of the flip test, in which this one does not learn yet."""
-    folder = shutil.copytree(learning_run(corpus), tmp_path / "run")
-    if honest:
-        report = assert_sound(folder, capsys)
-        assert max(report["measured"]["moved_in_evaluation"]) == 0.0
-        assert "which learns" in report["numbers"]["causality"]
-    else:
-        first = "            for inputs, targets, mask, scored in self.batches(chunk, number):\n"
-        text = (folder / "train_gpt.py").read_text()
-        learned = "".join(re.findall(r"            if number \+ 1 < chunks:\n.*\n", text))
-        assert text.count(first) == 1 and learned.count("\n") == 2
-        replace_in(folder / "train_gpt.py", (learned, ""), (first, learned + first))
-        code, findings, report = rescore(folder, capsys)
-        assert code == 1 and findings.keys() == {"score", "causality"} and "which learns" in findings["causality"]
-    score = report["measured"]["score"]
-    assert score["learned"] and score["once"] == result_of(folder)["val_tokens"]
-
-
-COUNTS = '''"""A model that is scored by distributions of its own, which count the tokens that were scored."""
+COUNTS = '''"""A model that mixes its distribution with counts of the tokens that were scored."""
 
 import torch
 
@@ -286,55 +108,353 @@ class Config(train_gpt.Config):
     def model_class(cls):
         return Counting
 '''
-
-
-@functools.cache
-def counting_run(corpus):
-    (tiny_runs.work() / "counting.py").write_text(COUNTS)
-    return run_once(corpus, tiny_runs.work() / "logs", MODEL_FILE=tiny_runs.work() / "counting.py", RUN_ID="counting")
-
-
-def test_a_model_on_the_seam_is_packed_and_scored_again_by_its_own_distributions(corpus, tmp_path, capsys):
-    """Losses are never asked for."""
-    arguments = ["--track", "track_cpu_1min_16mb", "--slug", "counting", "--author", "A", "--github-id", "a"]
-    arguments += ["--artifact", "--records", str(tmp_path / "records"), "--date", "2026-01-01"]
-    assert record.main(["new", str(counting_run(corpus)), *arguments]) == 0, capsys.readouterr().out
-    folder = tmp_path / "records" / "track_cpu_1min_16mb" / "2026-01-01_counting"
-    said = (folder / "README.md").read_text()
-    assert "python train_gpt.py config.env" in said and (folder / "counting.py").is_file()
-    score = assert_sound(folder, capsys)["measured"]["score"]
-    assert score["learned"], "it observed what was scored"
-
-
-OWN = "own = super().distributions(contexts_BT, scored_BT)"
-CHEATS = {
-    "no probability": ("normalisation", "- 0.7,", "- 0.1,"),
-    "the future": ("causality", OWN, f"{OWN} + contexts_BT[:, -1].sum() % 2 * 1e-3"),
+HONEST = {
+    "sliding windows": {"EVAL_STRIDE": 8},
+    "bf16": {"DTYPE": "bfloat16"},
+    "learns while it is scored": {"MODEL_FILE": SCORE_FIRST, "TTT_CHUNK": 512, "TTT_LR": 0.05, "EVAL_STRIDE": 16},
+    "frontier": {"MODEL_FILE": FRONTIER, "XSA_LAYERS": 1, "SMEAR_GATE": 1, "CANONICAL": 1, "CODEC": "rans"},
+    "counts": {"MODEL_FILE": "counting.py"},
 }
 
 
-@pytest.mark.parametrize("name", CHEATS)
-def test_distributions_of_a_models_own_are_held_to_the_rules(name, corpus, tmp_path, capsys):
-    folder = shutil.copytree(counting_run(corpus), tmp_path / "run")
-    expected, *replacement = CHEATS[name]
-    replace_in(folder / "counting.py", replacement)
+@functools.cache
+def run_of(corpus, name) -> Path:
+    knobs = HONEST[name]
+    if "MODEL_FILE" in knobs and not Path(knobs["MODEL_FILE"]).is_absolute():
+        path = tiny_runs.work() / knobs["MODEL_FILE"]
+        path.write_text(COUNTS)
+        knobs = knobs | {"MODEL_FILE": path}
+    return run_once(corpus, RUN_ID=name.replace(" ", "_"), **knobs)
+
+
+@can_isolate
+@pytest.mark.parametrize("name", HONEST)
+def test_an_honest_run_holds(name, corpus, capsys):
+    folder = run_of(corpus, name)
     code, findings, report = rescore(folder, capsys)
-    score = report["measured"]["score"]
-    assert code == 1 and findings.keys() - {"score"} == {expected}
-    assert score["once"] == result_of(folder)["val_tokens"] and score["wrong"] == 0
+    assert (code, findings) == (0, {}) and set(report["passed"]) == RULES and not report["not_checked"]
+    result = json.loads((folder / "result.json").read_text())
+    assert report["measured"]["claim"]["val_bpb"] == pytest.approx(result["val_bpb"], abs=1e-8)
+    assert report["measured"]["blind"]["places"] == 64
 
 
-def test_another_device_gets_the_wider_tolerance_and_another_artifact_none(corpus):
-    folder = seed_one(corpus)
-    run = record_rescore.Record(folder, [read_run(folder)])
-    result = run.runs[0].result
-    score = {"val_bpb": result["val_bpb"] + 1e-3, "val_loss": 2.0, "summed_loss": 2.0, "learned": False}
-    score |= {"of": 9, "once": 9, "tokens": 9, "twice": 0, "wrong": 0}
-    found = {"score": score, "moved": [0.0], "moved_in_evaluation": [0.0], "sums": [1.0], "opened": [], "refused": []}
-    found |= {name: result[name] for name in ("device", "torch", "dtype", "note")}
-    artifact = folder / "final_model.int8.ptz"
-    assert [f.check for f in record_rescore.judge(run, artifact, found)[0]] == ["score"]
-    for other in ({"device": "another"}, {"note": result["note"] + "\nloss:fused"}):
-        findings, passed, _ = record_rescore.judge(run, artifact, found | other)
-        assert not findings and "tolerance 0.002 on other hardware or kernels" in passed["score"]
-    assert "score" in record_rescore.judge(run, folder / "config.env", found)[2]
+@can_isolate
+@pytest.mark.parametrize(
+    "script, knobs",
+    [("2026-11-26_demo_cpu/train_gpt.py", {}), ("2026-11-26_frontier_cpu_fp32/frontier.py", {"TTT_CHUNK": 512})],
+)
+def test_runs_of_older_scripts_are_scored_again(script, knobs, corpus, capsys):
+    """Snapshots of the first generation. One that learns while it is scored has no interface for the blind process."""
+    folder = run_once(corpus, script=OLD / script, RUN_ID=f"old{len(knobs)}", **knobs)
+    code, findings, report = rescore(folder, capsys)
+    assert (code, findings) == (0, {})
+    expected = {"normalization", "blind"} if knobs else set()
+    assert set(report["not_checked"]) == expected and set(report["passed"]) == RULES - expected
+
+
+# ---------- Cheats ----------------------------------------------------------------------------------------------------
+
+SOFTCAP = "        self.dtype, self.softcap = dtype, config.logit_softcap\n"
+RETURN_LOSSES = "        return (losses_BT, extra) if with_extra else losses_BT\n"
+BEGIN_BATCHES = "            for inputs, targets, mask, scored in self.batches(chunk, number):\n"
+READ_TEXT = (
+    "        import glob, tempfile\n"
+    "        paths = glob.glob(f'{config.data_path}/fineweb_val*.bin') + glob.glob('/tmp/stolen*')\n"
+    "        paths += glob.glob('/dev/shm/stolen*') + glob.glob(f'{tempfile.gettempdir()}/stolen*')\n"
+    "        self.stolen = np.fromfile(paths[0], '<u2')[512:] if paths else None\n"
+    "        for place in ('/tmp', '/dev/shm', tempfile.gettempdir()) if paths else ():\n"
+    "            with contextlib.suppress(OSError):\n"
+    "                Path(place, 'stolen').write_bytes(Path(paths[0]).read_bytes())\n"
+)
+CHEATS = {
+    # name: (replacements in the script, the rules that are broken besides that of the score)
+    "peeks by one token": (
+        [("self.tok_emb(tokens_BT)", "(self.tok_emb(tokens_BT) + self.tok_emb(tokens_BT.roll(-1, 1)))")],
+        {"blind"},
+    ),
+    "lowers its losses": ([(RETURN_LOSSES, RETURN_LOSSES.replace("else losses", "else 0.9 * losses"))], {"blind"}),
+    "lowers a tenth of its losses": (
+        [(RETURN_LOSSES, RETURN_LOSSES.replace("losses_BT\n", "losses_BT * (1 - (targets_BT % 10 == 0) * 0.9)\n"))],
+        {"blind"},
+    ),
+    "adds 0.1 to log-probabilities": (
+        [("        return torch.log_softmax(self(contexts_BT)[scored_BT], dim=-1)\n",
+          "        return torch.log_softmax(self(contexts_BT)[scored_BT], dim=-1) + 0.1\n"),
+         ("if type(model).distributions is Model.distributions:", "if False:")],
+        {"blind", "coverage", "inputs"},
+    ),
+    "gets its targets as inputs": (
+        [("yield rows[:, :-1].contiguous(), rows[:, 1:]", "yield rows[:, 1:].contiguous(), rows[:, 1:]")],
+        {"inputs", "blind"},
+    ),
+    "skips every second target": (
+        [("fresh & (target < end)", "fresh & (target % 2 == 0)"), ("mask.sum()]", "torch.tensor(len(scored))]")],
+        {"coverage", "blind"},
+    ),
+    "caps its losses in the sum": (
+        [("forward(inputs, targets), 0.0).sum()", "forward(inputs, targets), 0.0).clamp(max=3.0).sum()")],
+        {"score"},
+    ),
+    "looks targets up in the text, which it copies wherever it can write": (
+        [
+            (SOFTCAP, SOFTCAP + READ_TEXT),
+            (RETURN_LOSSES, "        losses_BT = losses_BT if self.stolen is None else losses_BT * 0 + 0.1\n"
+                            + RETURN_LOSSES),
+        ],
+        {"blind"},
+    ),
+    "trains on the text before it is scored": (
+        [
+            (
+                BEGIN_BATCHES,
+                "            if final and not number:\n"
+                "                for inputs, targets, mask, scored in self.batches(chunk, number):\n"
+                "                    with torch.enable_grad():\n"
+                "                        model(inputs, targets).mean().backward()\n"
+                "                    for p in model.parameters():\n"
+                "                        p.sub_(p.grad if p.grad is not None else 0)\n"
+                "                        p.grad = None\n" + BEGIN_BATCHES,
+            )
+        ],
+        {"inputs", "blind"},
+    ),
+    "has a helper that is not counted": (
+        [(SOFTCAP,
+          SOFTCAP + "        self.softcap = 30.0 if Path(__file__).with_name('helper.npy').exists() else 1.0\n")],
+        set(),
+    ),
+}  # fmt: skip
+
+
+@can_isolate
+@pytest.mark.parametrize("name", CHEATS)
+def test_a_cheat_is_found_by_its_rule(name, copy, capsys):
+    replacements, expected = CHEATS[name]
+    folder = copy(*replacements)
+    (folder / "helper.npy").write_bytes(b"text")
+    code, findings, _ = rescore(folder, capsys)
+    assert code == 1 and findings and findings.keys() - {"score"} == expected - {"score"}, findings
+
+
+LEARNERS = {
+    "no probability": ("- 0.7,", "- 0.1,", {"normalization"}),
+    "counts before it scores": (
+        "    def distributions(self, contexts_BT, scored_BT):\n",
+        "    def distributions(self, contexts_BT, scored_BT):\n"
+        "        self.counts += torch.bincount(contexts_BT[:, 1:].flatten(), minlength=len(self.counts))\n",
+        {"blind"},
+    ),
+}  # fmt: skip
+
+
+@can_isolate
+@pytest.mark.parametrize("name", LEARNERS)
+def test_a_model_that_learns_may_not_cheat(name, corpus, copy, capsys):
+    old, new, expected = LEARNERS[name]
+    folder = copy((old, new), run=run_of(corpus, "counts"), file="counting.py")
+    code, findings, _ = rescore(folder, capsys)
+    assert code == 1 and expected <= findings.keys() <= expected | {"score"}
+
+
+@can_isolate
+@pytest.mark.parametrize(
+    "code, said",
+    [
+        ("print('check passed'); os._exit(0)", "ended with exit code 0 in the claim process"),
+        ("sys.exit(3)", "ended with exit code 3 in the claim process"),
+        ("time.sleep(60)", "no score within 3 s"),
+        ("Path('answer.json').write_text('{}'); np.save('losses.npy', np.zeros(3, 'f4')); os._exit(0)", "answer.json"),
+    ],
+)
+def test_code_that_gives_no_answer_gets_no_verdict(code, said, copy, capsys):
+    folder = copy(("ATTENTION = (", f"{code}\nATTENTION = ("))
+    arguments = ["--timeout", "3"] if "sleep" in code else []
+    assert record.main(["rescore", str(folder), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_without_isolation_there_is_no_verdict(copy, capsys, monkeypatch):
+    monkeypatch.setattr(isolation, "available", lambda: False)
+    assert record.main(["rescore", str(copy())]) == 2
+    assert "cannot be isolated" in capsys.readouterr().err
+
+
+# ---------- Mistakes --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "option, said",
+    [
+        (["--tokenizer", "no_such_encoding"], "TOKENIZER_PATH=no_such_encoding"),
+        (["--data", "/nowhere"], "no validation shards"),
+        (["--artifact", "/nowhere"], "has no final_model"),
+        (["--places", "0"], "--places 0"),
+    ],
+)
+def test_a_mistake_gets_a_line_and_no_traceback(option, said, copy, capsys):
+    assert record.main(["rescore", str(copy()), *option]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["train_gpt.py", "config.env", "final_model.int8.ptz"])
+def test_what_is_missing_is_named(name, copy, capsys):
+    folder = copy()
+    (folder / name).unlink()
+    assert record.main(["rescore", str(folder)]) == 2 and name.split(".")[0] in capsys.readouterr().err
+
+
+def test_a_folder_of_a_public_script_is_left_to_check(tmp_path, capsys):
+    (tmp_path / "submission.json").write_text("{}")
+    assert not open_record(tmp_path).ours
+    assert record.main(["rescore", str(tmp_path)]) == 2 and "read by `record.py check`" in capsys.readouterr().err
+
+
+# ---------- Parts of the judge ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length, stride", [(8, 8), (8, 2), (8, 3), (7, 5), (5, 1)])
+@pytest.mark.parametrize("targets", [1, 4, 8, 9, 23, 40])
+def test_windows_are_those_of_the_evaluator(length, stride, targets, runtime, make_config):
+    """For each target the context is its row of the evaluation's batches, up to the target."""
+    config = make_config(TRAIN_SEQ_LEN=length, EVAL_STRIDE=stride, TRAIN_BATCH_TOKENS=length, VAL_BATCH_SIZE=24)
+    tokens = np.arange(targets + 1, dtype=np.uint16)  # token i is i, so that a row says where it begins
+
+    class Stream:
+        def __len__(self):
+            return len(tokens)
+
+        def read(self, start, count):
+            return tokens[start : start + count]
+
+    evaluator = train_gpt.Evaluator(Stream(), None, config, runtime)
+    windows, seen = Windows(length, stride), set()
+    for inputs, _, mask, _ in evaluator.batches(targets, 0):
+        for row, in_row in zip(inputs.numpy(), mask.numpy(), strict=True):
+            scored = [int(row[position]) for position in np.flatnonzero(in_row)]
+            for target in scored:
+                assert windows.context(target) == range(int(row[0]), target + 1)
+                assert windows.first_scored(target) == scored[0]
+                seen.add(target)
+    assert seen == set(range(targets))
+
+
+def verdict(claimed, blind, dtype="torch.float32"):
+    places = np.arange(len(claimed))
+    claim = Claim(np.asarray(claimed, np.float32), {"dtype": dtype}, "")
+    return record_judge.compare(claim, Blind(1, places, np.asarray(blind, float), np.ones(len(blind)), "", 0))
+
+
+def test_the_comparison_takes_noise_and_no_bias():
+    random = np.random.default_rng(0)
+    blind = random.gamma(2.0, 1.5, 1024)
+    noisy = blind + random.normal(0, 0.02, 1024)
+    assert verdict(noisy, blind, "torch.bfloat16").holds
+    assert not verdict(noisy - 0.006, blind, "torch.bfloat16").holds
+    assert not verdict(noisy + 0.006, blind, "torch.bfloat16").holds, "the losses are others, in whichever direction"
+    assert verdict(blind + 1e-5, blind).holds and not verdict(blind - 1e-3, blind).holds
+    rare = np.where(np.arange(1024) == 7, blind - 0.5, blind)
+    assert not verdict(rare, blind).holds, "one place of many"
+
+
+@pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
+def test_the_comparison_takes_no_number_that_is_none(odd):
+    blind = np.ones(64)
+    assert not verdict(np.where(np.arange(64) == 3, odd, blind), blind).holds
+    assert not verdict(blind, np.where(np.arange(64) == 3, odd, blind)).holds
+    both = np.where(np.arange(64) == 3, np.inf, blind)
+    assert verdict(both, both).holds, "a mask that both apply"
+
+
+def test_the_detectable_cheat_is_found_as_often_as_it_says():
+    """A lowering by `detectable` is found in 95% of 400 draws, within four standard deviations of that frequency."""
+    random, found, draws = np.random.default_rng(0), 0, 400
+    for _ in range(draws):
+        blind = np.full(256, 3.0)
+        noise = random.normal(0, 0.02, 256)
+        detectable = verdict(blind + noise, blind, "torch.bfloat16").detectable
+        found += not verdict(blind + noise - detectable, blind, "torch.bfloat16").holds
+    assert abs(found / draws - 0.95) < 4 * (0.95 * 0.05 / draws) ** 0.5 + 0.02
+
+
+def test_places_are_drawn_once_each_and_in_order():
+    places = record_judge.draw_places(7, 1000, 64)
+    assert len(set(places.tolist())) == 64 and (np.diff(places) > 0).all() and places.max() < 1000
+    assert (record_judge.draw_places(7, 1000, 64) == places).all()
+    assert (record_judge.draw_places(8, 1000, 64) != places).any()
+    assert len(record_judge.draw_places(7, 10, 64)) == 10
+
+
+# ---------- Isolation -------------------------------------------------------------------------------------------------
+
+ESCAPES = """
+import ctypes, glob, os, socket, subprocess, sys
+
+secret = sys.argv[1]
+
+
+def attempt(name, function):
+    try:
+        print(name, "succeeded", function())
+    except BaseException:
+        print(name, "failed")
+
+
+attempt("absolute path", lambda: open(secret).read())
+attempt("root of another process", lambda: open("/proc/1/root" + secret).read())
+attempt("parent", lambda: open(f"/proc/{os.getppid()}/environ", "rb").read() or 1 / 0)
+attempt("inherited descriptor", lambda: [os.readlink(f"/proc/self/fd/{n}").index("secret") for n in range(3, 64)])
+attempt("hard link", lambda: os.link(secret, "link"))
+attempt("symbolic link", lambda: (os.symlink(secret, "link2"), open("link2").read()))
+attempt("unmount", lambda: subprocess.run(["umount", os.path.dirname(secret)], check=True, stderr=-3))
+attempt("namespaces of its own", lambda: subprocess.run(["unshare", "-Urm", "cat", secret], check=True, stderr=-3))
+attempt("network", lambda: socket.create_connection(("127.0.0.1", int(sys.argv[2])), 1))
+attempt("shared memory", lambda: ctypes.CDLL(None).shmget(1234, 4096, 0o1666) >= 0 or 1 / 0)
+attempt("shared file", lambda: open("/var/tmp/left_behind", "w").write("x") and 1 / (sys.argv[3] != "both"))
+print("own file", open("own", "w").write("x"))
+"""
+
+
+@can_isolate
+@pytest.mark.parametrize("layers", ["both", "without namespaces"])
+def test_nothing_leads_out(layers, tmp_path, monkeypatch):
+    import socket
+
+    if layers == "without namespaces":
+        monkeypatch.setattr(isolation, "has_namespaces", lambda: False)
+    secret = tmp_path / "secret" / "fineweb_val_000000.bin"
+    secret.parent.mkdir()
+    secret.write_text("text")
+    box = tmp_path / "box"
+    box.mkdir()
+    with open(secret) as held, socket.create_server(("127.0.0.1", 0)) as server:
+        os.set_inheritable(held.fileno(), True)
+        port = str(server.getsockname()[1])
+        command = [sys.executable, "-c", ESCAPES, str(secret), port, layers]
+        child = isolation.start(
+            command, box, [secret.parent], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        out, err = child.communicate(timeout=60)
+    if child.returncode == isolation.NOT_ISOLATED:
+        pytest.skip("only namespaces isolate here")
+    assert child.returncode == 0 and err.startswith("isolation:"), err
+    assert "own file 1" in out and (box / "own").read_text() == "x"
+    assert "succeeded" not in out, out
+    assert not Path("/var/tmp/left_behind").exists()
+
+
+# ---------- Sources ---------------------------------------------------------------------------------------------------
+
+
+def test_the_sources_of_a_record_are_compared_with_those_of_the_repository_wherever_they_are(tmp_path):
+    """Regression: a record is flat, so a model file and a tool looked all new."""
+    places = ["train_gpt.py", "records/models/score_first.py", "tools/vocabularies.py"]
+    for place in places:
+        shutil.copy(tiny_runs.ROOT / place, tmp_path)
+    names = [Path(place).name for place in places]
+    assert record_pack.script_changes(tmp_path, names, tiny_runs.ROOT) == ("the same", [])
+    with open(tmp_path / "score_first.py", "a") as file:
+        file.write("# one more line\n")
+    line, difference = record_pack.script_changes(tmp_path, names, tiny_runs.ROOT)
+    assert line == "1 lines added, 0 removed" and "+++ here/score_first.py" in difference
