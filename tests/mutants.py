@@ -249,6 +249,13 @@ def find(tree: Path, mutant: Mutant, first: bool) -> list[str]:
         path.write_text(sound, encoding="utf-8")
 
 
+def table(chosen) -> str:
+    """The list as a Markdown table, which is in README.md of this folder."""
+    rows = [(mutant.name, mutant.file, mutant.fault, ", ".join(mutant.tests)) for mutant in chosen]
+    lines = [("name", "file", "fault", "found by"), ("---",) * 4, *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="mutants to try; default: all")
@@ -261,9 +268,7 @@ def main() -> int:
         parser.error(f"there is no mutant {', '.join(sorted(unknown))}")
     chosen = [mutant for mutant in MUTANTS if mutant.name in arguments.names or not arguments.names]
     if arguments.table:
-        print("| name | file | fault | found by |\n|---|---|---|---|")
-        for mutant in chosen:
-            print(f"| {mutant.name} | {mutant.file} | {mutant.fault} | {', '.join(mutant.tests)} |")
+        print(table(chosen))
         return 0
     found, before = {}, set()
     with tempfile.TemporaryDirectory(prefix="mutants_", ignore_cleanup_errors=True) as folder:

@@ -17,3 +17,7 @@ def test_a_mutant_has_one_place_and_tests_that_exist(mutant):
 
 def test_there_are_thirty_with_names_of_their_own():
     assert len({mutant.name for mutant in mutants.MUTANTS}) == len(mutants.MUTANTS) == 30
+
+
+def test_the_readme_lists_them():
+    assert mutants.table(mutants.MUTANTS) in (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
