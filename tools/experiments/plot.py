@@ -62,46 +62,53 @@ def mean_and_spread(series: list[tuple[np.ndarray, np.ndarray, np.ndarray]]):
     return x.mean(0), y.mean(0), y.std(0, ddof=1)
 
 
-def draw_group(axes: np.ndarray, label: str, runs: list[Run], color: str, dash: str):
+def draw_group(axes: dict[tuple[str, str], plt.Axes], label: str, runs: list[Run], color: str, dash: str):
+    """Draw a group of runs into the panels {(row of ROWS, column of AXES): axes}."""
     found = [curves(run) for run in runs]
     name = label + (f" (mean ± std, n = {len(runs)})" if len(runs) > 1 else "")
-    for row, key in enumerate(ROWS):
-        for column, by in enumerate(AXES):
-            shown = [c[key] for c in found if key in c and np.isfinite(c[key][by]).all() and c[key]["steps"][-1]]
-            values = [smooth(c["value"]) if key == "train_loss" else c["value"] for c in shown]
-            series = [(c["steps"] / c["steps"][-1], c[by], y) for c, y in zip(shown, values, strict=True)]
-            if not series:
-                continue
-            x, mean, deviation = mean_and_spread(series)
-            marker = {"marker": "o", "markersize": 3} if key == "val_bpb" else {}
-            axes[row, column].plot(x, mean, dash, color=color, label=name, linewidth=1.4, **marker)
-            axes[row, column].fill_between(x, mean - deviation, mean + deviation, color=color, alpha=0.2, linewidth=0)
-            if key == "train_loss" and len(runs) == 1:
-                axes[row, column].plot(x, found[0][key]["value"], color=color, alpha=0.2, linewidth=0.6)
-            if key == "val_bpb":
-                finals = [run.val_bpb for run in runs if run.result]
-                star = {"color": color, "markersize": 10, "markeredgecolor": "w"}
-                axes[row, column].plot(x[-1:] if finals else [], [np.mean(finals)] if finals else [], "*", **star)
+    for (key, by), panel in axes.items():
+        shown = [c[key] for c in found if key in c and np.isfinite(c[key][by]).all() and c[key]["steps"][-1]]
+        values = [smooth(c["value"]) if key == "train_loss" else c["value"] for c in shown]
+        series = [(c["steps"] / c["steps"][-1], c[by], y) for c, y in zip(shown, values, strict=True)]
+        if not series:
+            continue
+        x, mean, deviation = mean_and_spread(series)
+        marker = {"marker": "o", "markersize": 3} if key == "val_bpb" else {}
+        panel.plot(x, mean, dash, color=color, label=name, linewidth=1.4, **marker)
+        panel.fill_between(x, mean - deviation, mean + deviation, color=color, alpha=0.2, linewidth=0)
+        if key == "train_loss" and len(runs) == 1:
+            panel.plot(x, found[0][key]["value"], color=color, alpha=0.2, linewidth=0.6)
+        if key == "val_bpb":
+            finals = [run.val_bpb for run in runs if run.result]
+            star = {"color": color, "markersize": 10, "markeredgecolor": "w"}
+            panel.plot(x[-1:] if finals else [], [np.mean(finals)] if finals else [], "*", **star)
 
 
-def draw_runs(groups: dict[str, list[Run]]):
-    """A figure of 3 x 3 panels; the star is the score of the artifact."""
-    figure, axes = plt.subplots(len(ROWS), len(AXES), figsize=(11, 8.5), sharex="col", sharey="row", squeeze=False)
+def draw_runs(groups: dict[str, list[Run]], rows=tuple(ROWS), columns=tuple(AXES)):
+    """A figure with a panel for each of these rows and columns. The star is the score of the artifact."""
+    size = (11, 8.5) if len(rows) > 1 else (7, 3.2)
+    figure, grid = plt.subplots(len(rows), len(columns), figsize=size, sharex="col", sharey="row", squeeze=False)
+    axes = {(key, by): grid[i, j] for i, key in enumerate(rows) for j, by in enumerate(columns)}
     for index, (label, runs) in enumerate(groups.items()):
         dash = DASHES[index // len(COLORS) % len(DASHES)]
         draw_group(axes, label, runs, COLORS[index % len(COLORS)], dash)
-    for row, text in enumerate(ROWS.values()):
-        axes[row, 0].set_ylabel(text)
-    for column, text in enumerate(AXES.values()):
-        axes[-1, column].set_xlabel(text)
+    for (key, by), panel in axes.items():
+        if by == columns[0]:
+            panel.set_ylabel(ROWS[key])
+        if key == rows[-1]:
+            panel.set_xlabel(AXES[by])
     drawn = [curves(run) for runs in groups.values() for run in runs]
     losses = [found["train_loss"]["value"] for found in drawn if "train_loss" in found]
-    if losses:  # the first steps would squeeze the rest
+    if losses and rows[0] == "train_loss":  # the first steps would squeeze the rest
         tops = [np.quantile(loss, 0.97) for loss in losses]
-        axes[0, 0].set_ylim(min(loss.min() for loss in losses) - 0.05, max(tops) + 0.05)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(3, len(labels)) or 1, frameon=False)
-    axes[1, 0].set_title("star: the artifact's score", fontsize=8, loc="right")
+        grid[0, 0].set_ylim(min(loss.min() for loss in losses) - 0.05, max(tops) + 0.05)
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    if len(axes) > 1:
+        figure.legend(handles, labels, loc="outside upper center", ncols=min(3, len(labels)) or 1, frameon=False)
+    else:
+        grid[0, 0].legend(handles, labels, frameon=False)
+    if ("val_bpb", columns[0]) in axes:
+        axes["val_bpb", columns[0]].set_title("star: the artifact's score", fontsize=8, loc="right")
     return figure
 
 
@@ -120,10 +127,14 @@ def readable(groups: dict[str, list[Run]]) -> dict[str, list[Run]]:
     return {label: runs for label, runs in kept.items() if runs}
 
 
-def picture(specs: list[str]):
+def picture(specs: list[str], panel: str = ""):
     tracks = [Path(spec) for spec in specs if Path(spec).name.startswith("track_") and not is_record(Path(spec))]
     if not tracks:
-        return draw_runs(readable({label_of(spec): read_group(spec) for spec in specs}))
+        row, _, column = panel.partition(",")
+        known = not panel or (row in ROWS and column in AXES)
+        require(known, f"--panel {panel}: expected one of {', '.join(ROWS)}, a comma, one of {', '.join(AXES)}")
+        shown = ((row,), (column,)) if panel else ()
+        return draw_runs(readable({label_of(spec): read_group(spec) for spec in specs}), *shown)
     require(len(specs) == 1, f"{', '.join(specs)}: one track at a time")
     records = [open_record(path) for path in sorted(tracks[0].glob("*")) if is_record(path)]
     none = f"{tracks[0]} holds no record: make one with `python tools/records/record.py new`"
@@ -135,6 +146,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("specs", nargs="+", metavar="LOG_FOLDER", help="run folders, groups of them, records, a track")
     parser.add_argument("-o", "--output", type=Path, default=Path("runs.png"), help="a .png, .svg or .pdf")
+    parser.add_argument("--panel", default="", metavar="ROW,AXIS", help="one panel, such as train_loss,seconds")
     arguments = parser.parse_args(argv)
 
     def tool():
@@ -142,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
         require(output.suffix in (".png", ".svg", ".pdf"), f"-o {output}: expected a .png, .svg or .pdf")
         require(output.parent.is_dir(), f"-o {output}: there is no folder {output.parent}: make it first")
         with plt.rc_context(STYLE):
-            save(picture(arguments.specs), output)
+            save(picture(arguments.specs, arguments.panel), output)
         print(f"wrote {output}")
 
     return launcher.run_tool(tool, f"{arguments.output} was not written")

@@ -99,6 +99,8 @@ def test_metrics_are_read_while_a_run_goes_on_and_with_rubbish_in_them(corpus, t
     run = read_run(folder)
     assert [m["step"] for m in run.metrics() if "train_loss" in m] == list(range(1, 25)) and run.tokens_per_step == 256
     assert plot.main([str(folder), *picture]) == 0 and (tmp_path / "x.png").stat().st_size > 20_000
+    assert plot.main([str(folder), *picture, "--panel", "train_loss,seconds"]) == 0
+    assert plot.main([str(folder), *picture, "--panel", "loss"]) == 2
     (folder / "metrics.jsonl").write_bytes(RUBBISH)
     lines = [line for line in read_run(folder).metrics() if len(line) > 1]
     assert lines == [{"step": 8, "train_loss": 4.5}, {"step": 9, "train_loss": 4.0, "train_seconds": 0.5}]
