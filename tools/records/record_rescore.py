@@ -36,7 +36,9 @@ from train_gpt import UserError, require
 
 PLACES = 256
 SAME = 1e-8  # tolerance in BPB: the same device, ranks, kernels and torch repeat every digit
-ELSEWHERE = 1e-4  # tolerance in BPB on other hardware or kernels in the same dtype; another machine differed by 1.2e-5
+# Tolerance in BPB on other hardware or kernels in the same dtype. Another machine with the same kernels differed by
+# 1.2e-5. In bf16, an older record without the kernels of its time differed by 1.5e-4.
+ELSEWHERE = {"torch.float32": 1e-4, "torch.bfloat16": 5e-4}
 MEAN = 1e-5  # tolerance in nats of the mean of the losses, which the script sums in fp32 for each batch
 
 
@@ -65,7 +67,7 @@ def judge_score(verdict: Verdict, run: Run | None, claim: record_judge.Claim, te
     same = run.result["world_size"] == 1 and all(
         run.result.get(name) == answer[name] for name in ("device", "torch", "dtype", "note")
     )
-    slack = SAME if same else ELSEWHERE
+    slack = SAME if same else ELSEWHERE.get(answer["dtype"], ELSEWHERE["torch.bfloat16"])
     mean = float(losses.mean())
     bpb = float(losses.sum()) / math.log(2) / text_bytes
     told = (

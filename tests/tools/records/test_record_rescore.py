@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import isolation
 import numpy as np
@@ -17,6 +18,7 @@ import pytest
 import record
 import record_judge
 import record_pack
+import record_rescore
 from record_folder import open_record
 from record_judge import Blind, Claim, Windows
 
@@ -376,6 +378,30 @@ def test_the_detectable_cheat_is_found_as_often_as_it_says():
         detectable = verdict(blind + noise, blind, "torch.bfloat16").detectable
         found += not verdict(blind + noise - detectable, blind, "torch.bfloat16").holds
     assert abs(found / draws - 0.95) < 4 * (0.95 * 0.05 / draws) ** 0.5 + 0.02
+
+
+@pytest.mark.parametrize(
+    "dtype, note, difference, holds",
+    [
+        ("torch.float32", "a kernel", 5e-9, True),
+        ("torch.float32", "a kernel", 5e-8, False),
+        ("torch.float32", "another kernel", 9e-5, True),
+        ("torch.float32", "another kernel", 2e-4, False),
+        ("torch.bfloat16", "another kernel", 1.6e-4, True),
+        ("torch.bfloat16", "another kernel", 1e-3, False),
+    ],
+)
+def test_only_other_kernels_may_give_another_score(dtype, note, difference, holds):
+    machine = {"device": "a CPU", "torch": "2.13.0", "dtype": dtype}
+    run = SimpleNamespace(name="seed 1", val_bpb=2.0, result=machine | {"note": "a kernel", "world_size": 1})
+    losses = np.full(1000, 2.0, np.float32)
+    text_bytes = round(2000 / np.log(2) / 2.0)
+    bpb = 2000 / np.log(2) / text_bytes
+    run.val_bpb = bpb - difference
+    answer = machine | {"note": note, "val_loss": 2.0, "val_bpb": bpb}
+    found = record_rescore.Verdict(Path("artifact"))
+    record_rescore.judge_score(found, run, Claim(losses, answer, ""), text_bytes)
+    assert ("score" in found.held) is holds and bool(found.findings) is not holds
 
 
 def test_places_are_drawn_once_each_and_in_order():
