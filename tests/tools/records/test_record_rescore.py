@@ -1,6 +1,6 @@
 """record.py rescore: the verdict on a score. Honest runs of every kind pass; each cheat is caught by its rule."""
 
-import tiny_runs  # first: it adds the tools to the module path
+import tiny_runs
 
 # isort: split
 import functools
