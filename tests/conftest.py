@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: a small corpus made on the fly, a configuration that trains in seconds on a CPU."""
+"""Fixtures shared by all tests: a small generated corpus and a configuration that trains in seconds on a CPU."""
 
 import os
 import random
@@ -10,20 +10,20 @@ import hypothesis
 import numpy as np
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads would only wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: more threads would only wait for each other
 if hasattr(signal, "SIGHUP"):
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and would be by every run of the tests
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # runs would inherit SIG_IGN from nohup
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), *(str(ROOT / "tools" / room) for room in ("records", "experiments"))]
 
-pytest.register_assert_rewrite("contract", "models", "oracle", "runs")  # whose asserts tell what they compared
+pytest.register_assert_rewrite("contract", "models", "oracle", "runs")  # so that their asserts show the compared values
 import models  # noqa: E402
 
 import train_gpt  # noqa: E402
 
-# Property tests take the same examples on every machine, in CI above all, so that what turns red is a change's fault.
-# To look for faults, `python -m pytest --hypothesis-profile=random` draws others by a seed that it prints at the end;
-# with `--hypothesis-seed=N` as well it draws those of seed N again.
+# Property tests use the same examples on every machine, above all in CI, so that a new failure is due to a change.
+# To search for bugs, `python -m pytest --hypothesis-profile=random` draws new examples and prints the seed at the end;
+# adding `--hypothesis-seed=N` repeats those of seed N.
 hypothesis.settings.register_profile("fixed", database=None, deadline=None, derandomize=True)
 hypothesis.settings.register_profile("random", database=None, deadline=None, derandomize=False, print_blob=True)
 hypothesis.settings.load_profile("fixed")
@@ -43,14 +43,14 @@ def pytest_terminal_summary(terminalreporter, config):
 
 @pytest.fixture(autouse=True)
 def no_source_of_another_run():
-    """A run counts the tools that it has loaded as its sources, and runs of several tests share this process."""
+    """Clear the loaded tools: a run counts them as its sources, and several tests' runs share this process."""
     for name in train_gpt.SUBMISSION_TOOLS:
         sys.modules.pop(f"train_gpt.tools.{name}", None)
 
 
 @pytest.fixture(autouse=True)
 def all_attention_kernels():
-    """A run pins torch's global attention switches: the tests after it need all kernels again."""
+    """Enable all attention kernels again: a run pins torch's global switches."""
     yield
     for switch in ("flash", "cudnn", "mem_efficient", "math"):
         getattr(train_gpt.torch.backends.cuda, f"enable_{switch}_sdp")(True)
@@ -60,7 +60,7 @@ WORDS = "the king of sea and na\u00efve caf\u00e9 night \u6d77 love sleeps".spli
 
 
 def shard_bytes(tokens, magic=20240520, version=1, count=None) -> bytes:
-    """A shard, written without the code under test; `count` is the number of tokens that the header states."""
+    """A shard written independently of the code under test; `count` is the token count stated in the header."""
     header = np.zeros(256, dtype="<i4")
     header[:3] = magic, version, len(tokens) if count is None else count
     return header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes()
@@ -71,14 +71,14 @@ def write_shard(path, tokens):
 
 
 def make_documents(count, seed, words=60):
-    """Documents of pseudo-text with accents, another script, runs of spaces, newlines and an unknown emoji."""
+    """Documents of pseudo-text with accents, a second script, runs of spaces, newlines and an unknown emoji."""
     rng = random.Random(seed)
     return [" ".join(rng.choices(WORDS, k=words)).strip() + rng.choice(["", " \U0001f600", "\n"]) for _ in range(count)]
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    """Folder with data/ (two training shards, one of validation) and tok.model, a small BPE with byte fallback."""
+    """Folder with data/ (two training shards, one validation shard) and tok.model, a small BPE with byte fallback."""
     import sentencepiece as spm
 
     folder = tmp_path_factory.mktemp("corpus")
@@ -111,26 +111,26 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture
 def tiny(corpus, tmp_path):
-    """Function: the environment of a run that trains a two-layer model on the corpus, with overrides by knob."""
+    """Function: the environment of a run that trains a two-layer model on the corpus, with knob overrides."""
 
     return lambda **overrides: models.run_settings(corpus, **{"LOG_DIR": tmp_path / "logs"} | overrides)
 
 
 @pytest.fixture
 def make_config(tiny):
-    """Function: the Config of `tiny`, with overrides by knob."""
+    """Function: the Config of `tiny`, with knob overrides."""
     return lambda **overrides: train_gpt.Config.load([], tiny(**overrides))
 
 
 @pytest.fixture
 def runtime(make_config):
-    """One process on the CPU in float32."""
+    """One CPU process in float32."""
     return train_gpt.Runtime(make_config(), {})
 
 
 @pytest.fixture
 def launch(tiny, tmp_path_factory):
-    """Function: run train_gpt.py (or another script) in a process of its own, under torchrun with ranks > 1; the
+    """Function: run train_gpt.py (or another script) in its own process, under torchrun if ranks > 1. Returns the
     CompletedProcess."""
 
     def start(ranks=1, args=(), timeout=300, script=ROOT / "train_gpt.py", max_restarts=0, **overrides):
@@ -150,14 +150,14 @@ def trained(corpus, tmp_path_factory):
 
 @pytest.fixture
 def bare(corpus, tmp_path, monkeypatch):
-    """Function: the environment of a call with nothing but what the machine and the data need."""
+    """Function: an environment with only what the machine and the data require."""
     monkeypatch.chdir(tmp_path)
     return lambda **knobs: models.machine_settings(corpus, **knobs)
 
 
 @pytest.fixture
 def call(capfd):
-    """Function: (exit code, stdout, stderr) of main() in this environment."""
+    """Function: call main() in this environment. Returns (exit code, stdout, stderr)."""
 
     def run(environ):
         capfd.readouterr()

@@ -1,5 +1,5 @@
-"""What every model on the seam must do, for the models of this repository: MODELS names them, with knobs under which as
-much of each as possible is at work."""
+"""Requirements for every model on the seam, and the models of this repository in MODELS. Their knobs enable as much of
+each model as possible."""
 
 import hashlib
 from typing import NamedTuple
@@ -37,12 +37,12 @@ NO_DROPOUT = {"DROPOUT": 0}
 class Case(NamedTuple):
     file: str
     knobs: dict
-    sources: tuple[str, ...]  # besides train_gpt.py
-    exact: dict = {}  # knobs where two calls are compared: no random numbers
-    smooth: dict = {}  # knobs where rounding must not cause a jump
-    counted: dict = {}  # knobs where FLOPs are counted: without gates, whose FLOPs the model leaves out
-    rounding: float = 0.0  # that the other tokens of a batch may change
-    ranks: bool = False  # also trained on two ranks, which takes a while
+    sources: tuple[str, ...]  # in addition to train_gpt.py
+    exact: dict = {}  # overrides where two calls are compared: no random numbers
+    smooth: dict = {}  # overrides where rounding must not cause a jump
+    counted: dict = {}  # overrides where FLOPs are counted: no gates, since the model does not count their FLOPs
+    rounding: float = 0.0  # tolerance for changes caused by the other tokens of a batch
+    ranks: bool = False  # also train on two ranks, which takes longer
 
 
 LADDERS = "records/ladders"
@@ -65,7 +65,7 @@ MODELS = {
         LATENT,
         ("latent_moe.py",),
         NO_DROPOUT,
-        smooth={"EXPERTS_PER_TOKEN": 5},  # the choice of experts jumps
+        smooth={"EXPERTS_PER_TOKEN": 5},  # expert selection is discontinuous
         rounding=1e-5,  # the size of an expert's matmul depends on all tokens
         ranks=True,
     ),
@@ -89,8 +89,8 @@ def assert_sources(run, case: Case):
 
 
 def assert_life(case: Case, corpus, tmp_path, capsys, monkeypatch):
-    """A run that is stopped twice equals one that is not; the artifact and the .pt give the digits of the run again,
-    the artifact in a process of its own, which is told nothing; both can be sampled from."""
+    """A run stopped twice equals an uninterrupted one. The artifact, scored in its own process without other settings,
+    and the .pt reproduce the run's digits. Both can be sampled from."""
     go = runs.starter(corpus, tmp_path, MODEL_FILE=case.file)
     run = runs.assert_goes_on_as_if_it_had_not_been_stopped(go, monkeypatch, case.knobs)
     assert_sources(run, case)

@@ -1,12 +1,12 @@
-"""Kill a run again and again, let it resume each time, and compare its end with that of an undisturbed run.
+"""Kill a run repeatedly, resume it each time, and compare its result with that of an undisturbed run.
 
     python tests/faults.py                       5 rounds of 4 kills: in training, checkpoint, export, evaluation
-    python tests/faults.py --ranks 2             the same under torchrun --max-restarts, one rank killed each time
+        python tests/faults.py --ranks 2             the same under torchrun --max-restarts, killing one rank each time
     python tests/faults.py --ranks 2 --nodes 2   two torchrun agents that meet in a rendezvous
 
-Every kill is a SIGKILL at a random moment of a phase. The log tells the phases: a kill counts only if the line that
-ends the phase has not been written when the process is dead. The scores, the losses of all steps and the hash of the
-artifact must be those of the undisturbed run, digit for digit.
+Every kill is a SIGKILL at a random moment of a phase. Phases are read from the log: a kill counts only if the line
+that ends the phase has not been written when the process is dead. The scores, the losses of all steps and the hash of
+the artifact must match those of the undisturbed run, digit for digit.
 """
 
 import argparse
@@ -29,7 +29,7 @@ import launcher
 from launcher import ROOT
 
 STEPS = 16
-# phase: (line that begins it, line that ends it)
+# phase: (line that starts it, line that ends it)
 PHASES = {
     "training": (r"step:(?:[3-9]|10)/\d+ train_loss", r"checkpoint: writing|step:\d+/\d+ val_loss"),
     "checkpoint": (r"checkpoint: writing step:(?!16)", r"checkpoint: saved"),
@@ -40,7 +40,7 @@ SAME = ("val_loss", "val_bpb", "pre_quant_val_loss", "pre_quant_val_bpb", "sha25
 
 
 def settings(logs: Path, run_id: str) -> dict[str, str]:
-    """The demo's model and data, few steps without a clock, no compiler; variables that are set already win."""
+    """The demo's model and data, a few steps, no time limit, no compiler. Variables already set take precedence."""
     knobs = {"LOG_DIR": logs, "RUN_ID": run_id, "DEVICE": "cpu", "COMPILE": 0, "MAX_WALLCLOCK_SECONDS": 0}
     knobs |= {"ITERATIONS": STEPS, "WARMUP_STEPS": 0, "CHECKPOINT_EVERY_SECONDS": 0.3, "TRAIN_BATCH_TOKENS": 1024}
     knobs |= {"VAL_TOKENS_LIMIT": 8192, "VAL_BATCH_SIZE": 1024, "TRAIN_LOG_EVERY": 1}
@@ -48,7 +48,7 @@ def settings(logs: Path, run_id: str) -> dict[str, str]:
 
 
 def launch(environ: dict[str, str], arguments, output=None) -> list[subprocess.Popen]:
-    """One process, or one torchrun agent per node. Without a file for the output, its reader leaves at once."""
+    """One process, or one torchrun agent per node. Without an output file, its pipe's reading end is closed at once."""
     ranks, nodes = arguments.ranks, arguments.nodes
     command = launcher.command(ROOT / "train_gpt.py", arguments.recipe)
     if ranks > 1:
@@ -58,7 +58,7 @@ def launch(environ: dict[str, str], arguments, output=None) -> list[subprocess.P
         options = f"--nnodes={nodes} --nproc_per_node={ranks // nodes} --rdzv_backend=c10d --rdzv_id=faults"
         options += f" --rdzv_endpoint=localhost:{port} --max-restarts=100"
         command[1:1] = ["-m", "torch.distributed.run", *options.split()]
-        # Without it torchrun's shared store keeps the addresses of dead ranks, which a restart may then wait for.
+        # Otherwise torchrun's shared store keeps the addresses of dead ranks, and a restart may wait for them.
         environ = environ | ({"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if nodes > 1 else {})
     processes = [launcher.spawn(command, environ, output or subprocess.PIPE) for _ in range(nodes if ranks > 1 else 1)]
     for process in processes if output is None else ():
@@ -71,7 +71,7 @@ def ended(processes: list[subprocess.Popen]) -> bool:
 
 
 class Log:
-    """train.log of a run as it grows. With several nodes the master may be any of them, so the file is what counts."""
+    """train.log of a run as it grows. With several nodes, any may be the master, so only the file is reliable."""
 
     def __init__(self, path: Path):
         self.path, self.at = path, 0
@@ -99,14 +99,14 @@ class Log:
 
 
 def kill_in(phase: str, processes, log: Log, longest: dict, rng: random.Random, ranks: int) -> bool:
-    """Kill a process (one rank, if there are several) somewhere in the phase; whether it was still in it when dead."""
+    """Kill a process (one rank, if there are several) during the phase. Returns whether the kill hit the phase."""
     begin, end = PHASES[phase]
     if not log.wait_for(begin, processes):
         return False
     victims = [pid for process in processes for pid in guard.children(process.pid)]
     if ranks > 1:
         victims = [pid for agent in victims for pid in guard.children(agent)]
-    time.sleep(rng.uniform(0, longest[phase] / 2))  # only half: the machine may have become faster meanwhile
+    time.sleep(rng.uniform(0, longest[phase] / 2))  # only half: the machine may be faster by now
     if not victims or ended(processes):
         return False
     os.kill(rng.choice(victims), signal.SIGKILL)
@@ -118,7 +118,7 @@ def kill_in(phase: str, processes, log: Log, longest: dict, rng: random.Random, 
 
 
 def outcome(folder: Path) -> dict:
-    """What must be equal: scores and artifact of result.json, and the last-written loss of every step."""
+    """What must be equal: scores and artifact of result.json, and the last loss written for each step."""
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     losses = {line["step"]: line["train_loss"] for line in lines if "train_loss" in line}
@@ -126,8 +126,8 @@ def outcome(folder: Path) -> dict:
 
 
 def undisturbed(logs: Path, arguments) -> tuple[dict, dict]:
-    """(outcome, {phase: seconds from its first line to its last}) of a run that nobody kills. If it fails, which it
-    does without data, its own message says what to do."""
+    """(outcome, {phase: seconds from its first line to its last}) of a run without kills. If it fails, for example
+    because data is missing, its own message says what to do."""
     with open(logs / "output", "w") as output:
         processes = launch(settings(logs, "undisturbed"), arguments, output)
     log, text, times = Log(logs / "undisturbed" / "train.log"), "", {}
@@ -145,8 +145,8 @@ def undisturbed(logs: Path, arguments) -> tuple[dict, dict]:
 
 
 def disturbed(logs: Path, name: str, arguments, longest: dict, rng: random.Random) -> list[Path]:
-    """Kill a run once in each phase, restart it if torchrun does not, let it end. Returns the folders of the runs: one,
-    and another for each that ended before a kill hit it."""
+    """Kill a run once in each phase, restart it if torchrun does not, and let it finish. Returns the run folders: one,
+    plus another for each run that ended before a kill hit it."""
     folders, processes = [logs / f"{name}_0"], []
     log = Log(folders[0] / "train.log")
     for phase in [*arguments.phases, None]:

@@ -1,16 +1,16 @@
 #!/bin/bash
-# The first day on a GPU: does everything run, how fast is it, and where does the time go?
+# First day on a GPU: does everything run, how fast is it, and where does the time go?
 #
 #   bash tests/gpu_day.sh [FOLDER]         default: logs/gpu_day_<time stamp>; at most 12 minutes, no network
 #
-# FOLDER gets a log for each part, the run folders, a trace and summary.txt. A part that fails or hangs does not stop
-# the others. Exit code 0: all parts passed; 1: some failed; 2: there is no GPU, or FOLDER is not empty. A kernel that
-# this machine does not have is reported as unavailable, which is no failure.
+# FOLDER receives a log for each part, the run folders, a trace and summary.txt. A part that fails or hangs does not
+# stop the others. Exit code 0: all parts passed; 1: some failed; 2: no GPU, or FOLDER is not empty. A kernel that this
+# machine lacks is reported as unavailable, which is not a failure.
 #
 # Data: DATA_PATH and TOKENIZER_PATH if set, else ./data/datasets/fineweb10B_sp1024, else made here from the sources and
-# documents of this checkout. With data of 8,192 pieces (VOCAB_SIZE=8192, or ./data/datasets/fineweb10B_sp8192) the
-# frontier is that of 8,192 pieces. PYTHON names the interpreter. LIMIT_<part>=SECONDS replaces the limit of a part,
-# TOTAL=SECONDS that of all.
+# documents of this checkout. With a vocabulary of 8,192 pieces (VOCAB_SIZE=8192, or ./data/datasets/fineweb10B_sp8192)
+# the frontier recipe with 8,192 pieces is used. PYTHON names the interpreter. LIMIT_<part>=SECONDS replaces the time
+# limit of a part, TOTAL=SECONDS the overall limit.
 set -u
 
 python=${PYTHON:-python3}
@@ -30,19 +30,19 @@ if [[ -n $(ls -A "$folder" 2>/dev/null) ]]; then
   exit 2
 fi
 mkdir -p "$folder" || exit 2
-# Compiled code is kept in the folder, so that the first part shows how long compilation takes on a new machine.
+# Compiled code is cached in the folder, so that the first part shows the compile time on a new machine.
 export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$folder/cache/inductor}
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$folder/cache/triton}
 export PYTHONUNBUFFERED=1 TORCH_LOGS=${TORCH_LOGS:-recompiles} LOG_DIR=$folder
 
 summary=$folder/summary.txt
 failed=0
-deadline=$SECONDS # of the current part, since the start of the script: what a part leaves over is for the later ones
-total=${TOTAL:-705} # the rest of the 12 minutes is for processes that do not end when they are asked to
+deadline=$SECONDS # of the current part, since the script started: later parts may use the time that is left over
+total=${TOTAL:-705} # the rest of the 12 minutes is for processes that do not end when asked to
 
 row() { printf '%-20s %4s %7s  %s\n' "$@" | tee -a "$summary"; }
 
-# The last value of KEY:VALUE in lines that match, as they stand in a log.
+# The last value of KEY:VALUE in matching lines, as formatted in a log.
 last() { grep -E "$2" "$1" | tail -1 | grep -oE "$3"; }
 
 # The key figure of a part, from its log.
@@ -61,7 +61,7 @@ figure() {
   } | paste -sd ' '
 }
 
-# Workers of torchrun have sessions of their own and may survive it. They would slow down the next part.
+# torchrun's workers have their own sessions and may survive it. They would slow down the next part.
 end_leftovers() {
   local pid
   for pid in $(grep -lsz "^GPU_DAY=$$\$" /proc/[0-9]*/environ | cut -d/ -f3); do
@@ -69,7 +69,7 @@ end_leftovers() {
   done
 }
 
-# The first error in a log, else its last line. torchrun's own error comes last and says nothing.
+# The first error in a log, else its last line. torchrun's own error comes last and is not informative.
 error_in() {
   local pattern='^(error:|[A-Za-z_.]*(Error|Exception): )'
   { grep -E "$pattern" "$1" | grep -v ChildFailedError || tail -1 "$1"; } | head -1 | cut -c1-120
@@ -83,7 +83,7 @@ part() {
   shift 2
   echo "== $name, at most $limit s: $*" >"$log"
   if ((limit > 0)); then
-    # In the background, so that Ctrl-C is answered at once.
+    # In the background, so that Ctrl-C is handled at once.
     GPU_DAY=$$ timeout -k 10 "$limit" "$@" >>"$log" 2>&1 </dev/null &
     wait $! 2>/dev/null
     code=$?
@@ -114,7 +114,7 @@ finish() {
 }
 
 interrupted() {
-  exec 2>/dev/null # the shell's own words on what is killed
+  exec 2>/dev/null # hide the shell's own messages about killed processes
   end_leftovers
   row interrupted 130 "" "only the parts above are done"
   failed=1
@@ -124,7 +124,7 @@ interrupted() {
 trap interrupted INT TERM
 
 row part exit seconds figure
-# Clocks, power and heat over the day, where the driver tells them.
+# Clocks, power and temperature over the day, if the driver reports them.
 if command -v nvidia-smi >/dev/null; then
   fields=timestamp,index,clocks.sm,power.draw,temperature.gpu,utilization.gpu,memory.used
   nvidia-smi --query-gpu=$fields --format=csv -l 5 >"$folder/gpu.csv" 2>&1 </dev/null &
@@ -161,21 +161,21 @@ if [[ -z ${DATA_PATH:-} ]] && ! compgen -G "data/datasets/fineweb10B_sp1024/fine
   export DATA_PATH=$folder/data/datasets/gpu_day_sp1024 TOKENIZER_PATH=$folder/data/tokenizers/gpu_day_sp1024.model
 fi
 
-# The smallest thing that compiles and runs a real step, so that what breaks first is seen first.
+# The smallest run that compiles and executes a real step, so that basic failures show first.
 part steps 80 "$python" tests/bench/profile_step.py --trace "$folder/trace.json.gz"
 
-# pytest-xdist is not needed: without addopts all runs in one process. At its limit pytest still reports what failed.
+# No pytest-xdist: without addopts all tests run in one process. At its limit pytest still reports failures.
 pytest='import signal, sys, pytest; signal.signal(signal.SIGTERM, signal.default_int_handler); sys.exit(pytest.main())'
 mapfile -t gpu_tests < <(grep -lE 'mark[.]gpu' tests/test_*.py)
 part tests 140 "$python" -c "$pytest" -o addopts= -m gpu -v --durations=10 "${gpu_tests[@]}"
 
-# A batch is 96 sequences, so that five or seven GPUs cannot share it.
+# A batch is 96 sequences, which five or seven GPUs cannot divide.
 ranks=$gpus
 while ((96 % ranks)); do ranks=$((ranks - 1)); done
 launcher=("$python")
 ((ranks > 1)) && launcher+=(-m torch.distributed.run --standalone "--nproc_per_node=$ranks")
 
-# A fixed number of targets keeps the validation short on one GPU; the score is labeled partial.
+# A fixed number of targets keeps validation on one GPU short; the score is labeled partial.
 export MAX_WALLCLOCK_SECONDS=60 TRAIN_LOG_EVERY=10
 part defaults 110 env RUN_ID=defaults WARMUP_STEPS=5 VAL_TOKENS_LIMIT=1048576 \
   "${launcher[@]}" train_gpt.py

@@ -1,4 +1,4 @@
-"""Small runs for tests, in this process; their files taken apart and put together again with checksums that hold."""
+"""Small in-process runs for tests, and helpers that take their files apart and reassemble them with valid checksums."""
 
 import contextlib
 import hashlib
@@ -20,14 +20,14 @@ import train_gpt
 
 SCRIPT = Path(train_gpt.__file__).resolve()
 FRONTIER = "records/models/frontier.py"
-SAMPLE = ("SAMPLE_PROMPT", "SAMPLE_TOKENS", "TEMPERATURE", "TOP_K")  # read by MODE=sample alone
+SAMPLE = ("SAMPLE_PROMPT", "SAMPLE_TOKENS", "TEMPERATURE", "TOP_K")  # used only by MODE=sample
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_RESTART_COUNT")
-# What belongs to the machine, and where the data is: all that MODE=eval may need beside ARTIFACT.
+# Machine settings and data paths: all that MODE=eval may need in addition to ARTIFACT.
 MACHINE = ("DEVICE", "DTYPE", "COMPILE", "DATA_PATH", "TOKENIZER_PATH")
 
 
 def run_settings(corpus: Path, **overrides) -> dict[str, str]:
-    """The environment of a run of a second, with a two-layer model."""
+    """The environment of a one-second run of a two-layer model."""
     base = {
         "DATA_PATH": corpus / "data",
         "TOKENIZER_PATH": corpus / "tok.model",
@@ -53,17 +53,17 @@ def run_settings(corpus: Path, **overrides) -> dict[str, str]:
 
 
 def knobs(text: str) -> dict[str, str]:
-    """{KNOB: value} of a text such as "NUM_LAYERS=3 LOOP_LAYERS=0-1"."""
+    """Parse a string such as "NUM_LAYERS=3 LOOP_LAYERS=0-1" into {KNOB: value}."""
     return dict(pair.split("=") for pair in text.split())
 
 
 def tiny_settings(corpus: Path, **overrides) -> dict[str, str]:
-    """Settings of a run whose artifact must record some knobs, since they are not at their defaults."""
+    """Settings of a run whose artifact must record some knobs because they differ from the defaults."""
     return run_settings(corpus, **{"ITERATIONS": 4, "ROPE_BASE": 5000, "LOGIT_SOFTCAP": 20} | overrides)
 
 
 def machine_settings(corpus: Path, **overrides) -> dict[str, str]:
-    """Of `tiny_settings`, what is left for MODE=eval and MODE=sample."""
+    """The part of `tiny_settings` that MODE=eval and MODE=sample need."""
     return {name: text for name, text in tiny_settings(corpus).items() if name in MACHINE} | {
         name: str(value) for name, value in overrides.items()
     }
@@ -71,7 +71,7 @@ def machine_settings(corpus: Path, **overrides) -> dict[str, str]:
 
 @contextlib.contextmanager
 def environment(values: dict[str, str]):
-    """No knob and no launcher's variable in the environment, but for these."""
+    """Set only these variables; remove all other knobs and launcher variables from the environment."""
     with pytest.MonkeyPatch.context() as patch:
         for name in (*train_gpt.Config.knobs(), *SAMPLE, *LAUNCHER):
             patch.delenv(name, raising=False)
@@ -82,7 +82,7 @@ def environment(values: dict[str, str]):
 
 @contextlib.contextmanager
 def signals_restored():
-    """Training takes over some signals, as a program may."""
+    """Restore the signal handlers that training replaces."""
     names = {"SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"} & set(dir(signal))
     handlers = {name: signal.getsignal(getattr(signal, name)) for name in names}
     try:
@@ -99,7 +99,7 @@ def call_main(values: dict[str, str], *args) -> int:
 
 
 def train_tiny(corpus: Path, folder: Path, **overrides) -> Path:
-    """The folder of a finished run, some of whose tensors are int8, small as they are."""
+    """The folder of a finished run. Some of its tensors are stored as int8 although they are small."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_gpt, "INT8_MIN_NUMEL", 1500)
         assert call_main(tiny_settings(corpus, LOG_DIR=folder / "logs", **overrides)) == 0
@@ -107,7 +107,7 @@ def train_tiny(corpus: Path, folder: Path, **overrides) -> Path:
 
 
 def new_model(config, *args, of=None) -> train_gpt.Model:
-    """The initialized model of a configuration, or one of this class; `args` are the attention and the dtype."""
+    """The initialized model of a configuration, or of class `of`; `args` are the attention function and the dtype."""
     model = (of or config.model_class())(config, *args)
     model.init_weights(config)
     return model
@@ -121,9 +121,9 @@ def model_file(name: str):
 
 @contextlib.contextmanager
 def no_siblings():
-    """As in a new process, only frontier.py of records/models/ is loaded, without what it loads where a knob needs it.
+    """Simulate a new process that has loaded only frontier.py of records/models/, not the files it loads on demand.
 
-    All that is loaded from the folder of a model file counts as code of a run.
+    Everything loaded from a model file's folder counts as code of the run.
     """
     keys = [key for key in sys.modules if key.startswith("model_file_") and not key.endswith("_frontier_py")]
     with pytest.MonkeyPatch.context() as patch:
@@ -134,7 +134,7 @@ def no_siblings():
 
 @contextlib.contextmanager
 def fresh_model_files():
-    """As in a new process, no model file is loaded, nor is anything that lies next to one."""
+    """Simulate a new process in which no model file, nor any module next to one, has been loaded."""
     folder = str(SCRIPT.parent / "records")
 
     def loaded():
@@ -162,7 +162,7 @@ def artifact_knobs(config_class=train_gpt.Config) -> set[str]:
 
 
 def parameter_groups(model, config, runtime) -> dict[str, list]:
-    """What AdamW and Muon train: the embedding, an untied output projection, vectors; and the matrices."""
+    """What AdamW trains (the embedding, an untied output projection, vectors) and what Muon trains (the matrices)."""
     adam, *muon = model.optimizers(config, runtime)
     kinds = ["embed", *["head"] * (not config.tie_embeddings), "scalar"]
     groups = {kind: group["params"] for kind, group in zip(kinds, adam.param_groups, strict=True)}
@@ -171,7 +171,7 @@ def parameter_groups(model, config, runtime) -> dict[str, list]:
 
 
 def build_trainer(config, runtime, trainer_class=train_gpt.Trainer) -> train_gpt.Trainer:
-    """A Trainer of the configuration on its training data, without a folder."""
+    """A Trainer of the configuration on its training data, without a run folder."""
     stream = train_gpt.TokenStream(config.data_path, "train", config.vocab_size)
     accum_steps = config.accumulation_steps(runtime.world_size, runtime.device.type)
     loader = train_gpt.TrainLoader(stream, config, runtime, accum_steps)
@@ -180,7 +180,7 @@ def build_trainer(config, runtime, trainer_class=train_gpt.Trainer) -> train_gpt
 
 
 def run_audit(token_bytes, stream, stated: dict | None = None) -> tuple[str, dict]:
-    """The audit of a validation text of which a manifest states this."""
+    """The audit of a validation stream for which a manifest states `stated`."""
     with tempfile.TemporaryDirectory() as folder:
         if stated:
             (Path(folder) / "manifest.json").write_text(json.dumps({"splits": {"val": stated}}))
@@ -188,7 +188,7 @@ def run_audit(token_bytes, stream, stated: dict | None = None) -> tuple[str, dic
 
 
 def process(environ, cwd, ranks=1, script=SCRIPT, args=(), options=(), torchrun=(), timeout=300, text=False, **more):
-    """A script in a process of its own, or under torchrun: its CompletedProcess. `options` are Python's."""
+    """Run a script in its own process, or under torchrun. Returns the CompletedProcess. `options` are Python's."""
     others = {
         name: value for name, value in os.environ.items() if name not in (*train_gpt.Config.knobs(), *SAMPLE, *LAUNCHER)
     }
@@ -199,14 +199,14 @@ def process(environ, cwd, ranks=1, script=SCRIPT, args=(), options=(), torchrun=
 
 
 def exact_line(text: str, label="final_int8_zlib_roundtrip") -> str:
-    """The digits of a score."""
+    """The digits of a logged score."""
     (line,) = re.findall(rf"^{label}_exact (.*)$", text, re.MULTILINE)
     assert re.match(r"val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8} tokens:\d+ bytes:\d+", line)
     return line
 
 
 def tree(path: Path) -> dict:
-    """All files and folders in a folder."""
+    """All files and folders below `path`."""
     return {str(p.relative_to(path)): p.read_bytes() if p.is_file() else None for p in path.rglob("*")}
 
 
@@ -221,7 +221,7 @@ def load(data: bytes):
 
 
 def seal(packed: bytes) -> bytes:
-    """An artifact of these bytes: zlib, and the checksum of that."""
+    """An artifact with this payload: the zlib stream and its checksum."""
     blob = zlib.compress(packed, 9)
     return blob + hashlib.sha256(blob).digest()
 
@@ -240,7 +240,7 @@ def open_checkpoint(path: Path) -> dict:
 
 
 class Canary:
-    """A pickle that makes a folder when it is loaded by a reader that runs what it reads."""
+    """An object whose pickle creates a folder if the reader executes code while loading it."""
 
     def __init__(self, path: Path):
         self.path = path

@@ -1,12 +1,12 @@
-r"""Put deliberate faults into the product code, one at a time, and see whether the tests find each of them.
+r"""Introduce deliberate faults into the product code, one at a time, and check that the tests find each of them.
 
     python tests/mutants.py                      all mutants
     python tests/mutants.py muon_shape           one of them
     python tests/mutants.py --table              print the list as a Markdown table
-    python tests/mutants.py --sound              do not count tests that are red without a fault, too
+        python tests/mutants.py --sound              ignore tests that also fail without a fault
 
-It works on a copy of the tracked files. A mutant that no test finds survives; then the exit code is 1. Tests that take
-over five minutes count as red, since a fault may also hang a run.
+It works on a copy of the tracked files. A mutant that no test finds survives, and the exit code is 1. Tests that take
+over five minutes count as failed, since a fault may also hang a run.
 """
 
 import argparse
@@ -26,10 +26,10 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 300  # seconds for the tests of one mutant
 
-# file <- tests that should find its faults: test files, or FILE::TEST where the rest of the file is slow
-# name: what the fault means for a user
-# - text that occurs once in the file
-# + what takes its place
+# file <- tests that should find its faults: test files, or FILE::TEST if the rest of the file is slow
+# name: what the fault means to a user
+# - text that occurs exactly once in the file
+# + its replacement
 TEXT = r"""
 train_gpt.py <- tests/test_bytes.py
 bytes_first_space: a document that begins with a space is a byte short if the tokenizer adds no space of its own
@@ -215,21 +215,21 @@ def run_tests(tree: Path, tests: tuple[str, ...], first: bool) -> list[str]:
     report.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "--tb=no", "-p", "no:cacheprovider"]
     command += ["-o", "junit_family=xunit1", f"--junitxml={report}", *(["-x"] if first else []), *tests]
-    # Two mutants of one size within a second would have the same compiled code.
+    # Two mutants of equal size within one second would share the same compiled bytecode.
     environ = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": str(temporary)}
     process = subprocess.Popen(command, cwd=tree, env=environ, stdout=subprocess.DEVNULL, start_new_session=True)
     try:
         code = process.wait(timeout=LIMIT)
     except subprocess.TimeoutExpired:
         return ["hung"]
-    finally:  # after Ctrl+C, too
+    finally:  # also after Ctrl+C
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)  # torchrun then ends its ranks, which are in groups of their own
+            os.killpg(process.pid, signal.SIGTERM)  # torchrun then ends its ranks, which have their own process groups
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=10)
-            with contextlib.suppress(ProcessLookupError):  # all have ended
+            with contextlib.suppress(ProcessLookupError):  # all have already ended
                 os.killpg(process.pid, signal.SIGKILL)
-    if code not in (0, 1, 2):  # 1: red tests; 2: a test file that cannot be imported
+    if code not in (0, 1, 2):  # 1: failed tests; 2: a test file that cannot be imported
         raise RuntimeError(f"pytest ended with exit code {code}: {' '.join(command)}")
     cases = ET.parse(report).iter("testcase")
     red = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
@@ -278,7 +278,7 @@ def main() -> int:
             red = run_tests(tree, (test,), first=False)
             before |= {*red}
             print(f"{test}: {len(red)} red without a fault", *red, sep="\n  ", flush=True)
-        first = arguments.first and not before  # or the first red test may be one of them
+        first = arguments.first and not before  # otherwise the first failed test may be one of them
         for mutant in chosen:
             red = found[mutant.name] = [test for test in find(tree, mutant, first) if test not in before]
             print(f"{mutant.name}: {f'found by {len(red)}' if red else 'SURVIVES'}", *red, sep="\n  ", flush=True)

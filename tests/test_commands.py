@@ -19,12 +19,12 @@ from train_gpt import Config, tool
 READMES = sorted(path for path in ROOT.rglob("README.md") if not re.search(r"track_|/\.|node_modules", str(path)))
 OTHERS = ("pip", "git", "ssh", "trackio", "hf", "unzip", "bash", "torchrun", "python", "python3", "export", "srun")
 KNOBS = {*Config.knobs(), *tool("artifact").SampleKnobs.knobs()}
-# Variables of other programs, and of scripts in this repository that are not the trainer.
+# Variables of other programs, and of scripts in this repository other than the trainer.
 NOT_KNOBS = re.compile(r"(MATCHED|HF|TORCH|NCCL|GLOO|SLURM|OMP|GPT2)_\w+|TINY_SHAKESPEARE")
 
 
 def commands() -> list[tuple[str, str]]:
-    """(README, command) of every line in a code block that starts a program, with continued lines joined."""
+    """(README, command) of every line in a code block that starts a program, with continuation lines joined."""
     found = []
     for path in READMES:
         for block in re.findall(r"^```\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
@@ -51,7 +51,7 @@ def split_environment(words: list[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def load_configuration(environ: dict[str, str], words: list[str]):
-    """The Config of a command of train_gpt.py, for files that exist."""
+    """The Config of a command of train_gpt.py, for existing files."""
     arguments = [word for word in words if word.endswith(".env") and word not in ("FILE.env", "config.env")]
     arguments = [word for word in arguments if not word.startswith("logs/")]
     for argument in arguments:
@@ -67,11 +67,11 @@ def load_configuration(environ: dict[str, str], words: list[str]):
 
 
 class Parsed(Exception):
-    """The options of a script were accepted."""
+    """Raised once a script has accepted its options."""
 
 
 def parse_options(script: Path, arguments: list[str], monkeypatch):
-    """Run a script up to the point at which argparse has accepted its options."""
+    """Run a script until argparse has accepted its options."""
     import argparse
 
     parse = argparse.ArgumentParser.parse_args

@@ -1,4 +1,4 @@
-"""Config: defaults, where values come from, what may be combined, and errors that say what to do."""
+"""Config: defaults, sources of values, valid combinations, and errors that say what to do."""
 
 import dataclasses
 import itertools
@@ -17,7 +17,7 @@ import train_gpt
 from train_gpt import Config, UserError, knob
 
 KNOBS = Config.knobs()
-CHECKED = settings()  # those of the profile that conftest.py loads
+CHECKED = settings()  # from the profile that conftest.py loads
 
 
 def load(argv=(), **environ) -> Config:
@@ -32,7 +32,7 @@ def error_of(argv=(), **environ) -> str:
 
 @pytest.fixture
 def env_file(tmp_path):
-    """Function: a FILE.env with these contents."""
+    """Function: a FILE.env with this content."""
 
     def write(text):
         (tmp_path / "run.env").write_bytes(text.encode())
@@ -43,7 +43,7 @@ def env_file(tmp_path):
 
 # Defaults
 
-# The reference configuration ("Training Opt Seq4096 v1"), from its documentation and not from the code.
+# The reference configuration ("Training Opt Seq4096 v1"), taken from its documentation and not from the code.
 REFERENCE = """
 DATA_PATH=./data/datasets/fineweb10B_sp1024 TOKENIZER_PATH=./data/tokenizers/fineweb_1024_bpe.model SEED=1337
 ITERATIONS=20000 MAX_WALLCLOCK_SECONDS=600.0 WARMUP_STEPS=20 WARMDOWN_FRAC=0.3526 TRAIN_BATCH_TOKENS=393216
@@ -53,7 +53,7 @@ ROPE_BASE=10000.0 QK_GAIN_INIT=1.5 EMBED_LR=0.6 HEAD_LR=0.008 TIED_EMBED_LR=0.03
 ADAM_EPS=1e-08 MATRIX_LR=0.02 MUON_MOMENTUM=0.99 MUON_MOMENTUM_WARMUP_START=0.92 MUON_MOMENTUM_WARMUP_STEPS=1500
 MUON_BACKEND_STEPS=5 GRAD_CLIP_NORM=0.0
 """
-# What this script adds is off.
+# Features added by this script are off.
 EXTRAS = """
 DEVICE=auto DTYPE=auto COMPILE=auto ATTENTION=auto MODEL_FILE= TARGET_WORLD_SIZE=0 LOADER=stream GRAD_ACCUM_STEPS=0
 MICRO_BATCH_TOKENS=auto VAL_TOKENS_LIMIT=0 EVAL_STRIDE=0 MUON_WEIGHT_DECAY=0.0 EMBED_WEIGHT_DECAY=0.0
@@ -77,7 +77,7 @@ def test_every_knob_has_a_meaning_and_a_type():
         assert kind in (int, float, bool, str) and (kind is str or not choices), name
 
 
-# Where values come from
+# Sources of values
 
 
 def test_environment_beats_file_beats_default(env_file):
@@ -138,7 +138,7 @@ class Base(Config):
 
 
 class Derived(Base):
-    matrix_lr = 1  # a whole number for a float, and 0 for a switch
+    matrix_lr = 1  # an integer for a float, and 0 for a switch
     width = 300
     num_layers = 6
     tie_embeddings = 0
@@ -156,7 +156,7 @@ class Both(Derived, Other):
 
 @pytest.mark.parametrize("cls", [Config, Base, Derived, Other, Both])
 def test_a_subclass_keeps_every_knob_with_its_meaning_bounds_and_type(cls):
-    """A changed default is the value alone; no decorator is needed."""
+    """Overriding a default takes only the value; no decorator is needed."""
     inherited = KNOBS | Base.knobs() | Other.knobs()
     for name, field in cls.knobs().items():
         assert field.metadata == inherited[name].metadata, name
@@ -223,7 +223,7 @@ def test_methods_and_other_attributes_of_a_subclass_are_no_knobs():
         Named.load([], {"SEED": "13"})
 
 
-# What is refused: every message names the knob, its value and what to do
+# Refused values: every message names the knob, its value and what to do
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ NUMBERS = {name: field for name, field in KNOBS.items() if type(field.default) i
 
 
 def test_bounds_are_enforced():
-    """A value outside is refused; the bound itself is taken, where no other knob has to follow it."""
+    """A value outside is refused; the bound itself is accepted unless another knob has to follow it."""
     for name, field in NUMBERS.items():
         kind, (low, high, _) = type(field.default), field.metadata["allowed"]
         step = kind(1) if kind is int else 1e-3
@@ -285,7 +285,7 @@ def test_the_bounds_are_those_of_the_mathematics():
     assert all(high is not None for name, (_, high) in bounds.items() if type(NUMBERS[name].default) is int)
 
 
-ADVICE = [  # knobs that do not fit each other, what the message says, a knob and all values of it that are advised
+ADVICE = [  # conflicting knobs, the message, a knob and all values of it that are suggested
     ("MODEL_DIM=512 NUM_HEADS=7 NUM_KV_HEADS=1", "MODEL_DIM=512 is not a multiple of 2 * NUM_HEADS=7", "MODEL_DIM 518"),
     ("NUM_HEADS=512", "MODEL_DIM=512 is not a multiple of 2 * NUM_HEADS=512", "MODEL_DIM 1024"),
     ("MODEL_DIM=511 NUM_HEADS=1 NUM_KV_HEADS=1", "MODEL_DIM=511", "MODEL_DIM 512"),
@@ -331,7 +331,7 @@ def test_run_id_names_a_folder():
         assert load(RUN_ID=run_id).run_id == run_id
 
 
-# Written and read again
+# Writing and reading back
 
 
 def write_folder(config: Config, log_dir) -> str:
@@ -362,7 +362,7 @@ PATHS = st.text(st.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp")) | st.
 
 @st.composite
 def configs(draw):
-    """Valid environments, through all knobs."""
+    """Valid environments that cover all knobs."""
     number = {int: st.integers, float: lambda low, high: st.floats(low, high, allow_nan=False)}
     environ = {}
     for name, field in KNOBS.items():
@@ -396,7 +396,7 @@ def test_any_config_survives_its_config_env(environ, tmp_path_factory):
     path = write_folder(config, log_dir)
     again = load([path])
     shutil.rmtree(log_dir)
-    repeated = dataclasses.replace(config, **ONE_CALL)  # all but what belongs to one run or one call
+    repeated = dataclasses.replace(config, **ONE_CALL)  # everything except knobs of one run or one call
     assert dataclasses.replace(again, log_dir=config.log_dir) == repeated
     assert load(**config.as_env()) == repeated, "the same run from environment variables"
 
@@ -405,7 +405,7 @@ def test_any_config_survives_its_config_env(environ, tmp_path_factory):
 
 
 def brute_force(sequences: int, T: int, world: int, device: str, wanted: int, micro: str) -> int | None:
-    """Micro-steps by trying all; None where the batch or GRAD_ACCUM_STEPS does not divide."""
+    """The number of micro-steps by exhaustive search; None if the batch or GRAD_ACCUM_STEPS does not divide evenly."""
     micro = (16_384 if device == "cpu" else 0) if micro == "auto" else int(micro)
     fitting = [n for n in range(1, sequences + 1) if sequences % (world * n) == 0]
     if wanted or not fitting:
@@ -422,7 +422,7 @@ CUTS += [(0, "7"), (0, "8"), (0, "20"), (0, "21"), (0, "1000000")]
 
 def test_accumulation_steps_against_brute_force():
     seen = set()
-    for T in (7, 2048, 5000, 20_000):  # on a CPU, auto holds many, 8, 3, not even 1
+    for T in (7, 2048, 5000, 20_000):  # on a CPU, auto fits many, 8, 3, or not even 1
         for sequences, (wanted, micro) in itertools.product((1, 2, 6, 7, 12, 20, 24, 96, 100), CUTS):
             micro = str(int(micro) * T // 7) if micro.isdecimal() else micro
             config = Config(train_seq_len=T, train_batch_tokens=T * sequences)

@@ -1,4 +1,4 @@
-"""Every model of the repository against the contract of the seam: see contract.py."""
+"""Tests every model of the repository against the seam's contract: see contract.py."""
 
 import contract
 import models
@@ -56,6 +56,6 @@ def test_two_ranks_train_as_one(corpus, tmp_path, launch, case):
 
 @pytest.mark.parametrize("name", ["gpt", "frontier"])
 def test_no_knob_is_at_its_default(corpus, name):
-    """It would test nothing."""
+    """A knob at its default would test nothing."""
     case = contract.MODELS[name]
     runs.assert_no_defaults(case.knobs, type(contract.config_of(corpus, case)))

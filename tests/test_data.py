@@ -1,4 +1,4 @@
-"""Data: the shard format, the stream across shards, the order that every number of ranks and micro-steps shares."""
+"""Data: the shard format, the stream across shards, and the order shared by any number of ranks and micro-steps."""
 
 import itertools
 import random
@@ -13,7 +13,7 @@ from train_gpt import Config, TokenStream, TrainLoader, UserError, open_shard, t
 
 
 def write_split(folder, lengths, split="train", high=50_000, seed=0):
-    """Shards of random tokens; the whole as a list."""
+    """Write shards of random tokens. Returns all tokens as a list."""
     rng = random.Random(seed)
     shards = [[rng.randrange(high) for _ in range(length)] for length in lengths]
     for number, shard in enumerate(shards):
@@ -82,7 +82,7 @@ def test_side_files_are_not_data(tmp_path):
 def test_shards_are_in_the_order_of_their_numbers_and_none_may_be_missing(tmp_path):
     for number in (10, 9, 8, 11):
         write_shard(tmp_path / f"fineweb_train_{number}.bin", [number])
-    assert open_stream(tmp_path).read(0, 4).tolist() == [8, 9, 10, 11]  # published sets may begin at 1
+    assert open_stream(tmp_path).read(0, 4).tolist() == [8, 9, 10, 11]  # published datasets may start at 1
     (tmp_path / "fineweb_train_10.bin").unlink()
     with pytest.raises(UserError, match=r"shard 10 is missing .*: fetch"):
         open_stream(tmp_path)
@@ -92,7 +92,7 @@ def test_validation_text_must_have_its_beginning_and_no_shard_twice(tmp_path):
     write_shard(tmp_path / "fineweb_val_000001.bin", [1, 2])
     with pytest.raises(UserError, match="shard 0 is missing"):
         open_stream(tmp_path, "val")
-    for name in ("fineweb_val_000000.bin", "fineweb_val_0.bin"):  # which of the two is the validation text?
+    for name in ("fineweb_val_000000.bin", "fineweb_val_0.bin"):  # ambiguous: either could be the validation text
         write_shard(tmp_path / name, [3, 4, 5])
     with pytest.raises(UserError, match="fineweb_val"):
         open_stream(tmp_path, "val")
@@ -157,13 +157,13 @@ def step_of(loaders) -> list[tuple[list[int], list[int]]]:
 
 
 def expected_step(tokens, p, T, sequences):
-    """The designed order: from position p, sequence i is tokens[p + i*T : p + i*T + T + 1], and the stream wraps."""
+    """The specified order: from position p, sequence i is tokens[p + i*T : p + i*T + T + 1], and the stream wraps."""
     windows = [[tokens[(p + i * T + t) % len(tokens)] for t in range(T + 1)] for i in range(sequences)]
     return [(window[:-1], window[1:]) for window in windows]
 
 
 def write_distinct(folder, lengths):
-    """Shards in which token i of the stream is i: a sequence tells where it begins."""
+    """Shards in which token i of the stream is i, so that a sequence shows where it starts."""
     begins = itertools.accumulate(lengths, initial=0)
     for number, (start, length) in enumerate(zip(begins, lengths, strict=False)):
         write_shard(folder / f"fineweb_train_{number:06d}.bin", range(start, start + length))
@@ -174,7 +174,7 @@ SHARES = pytest.mark.parametrize("world_size, accum_steps", [(1, 1), (1, 12), (2
 
 
 @SHARES
-@pytest.mark.parametrize("lengths", [[500], [61, 1, 200, 47], [29]])  # the last is shorter than a step
+@pytest.mark.parametrize("lengths", [[500], [61, 1, 200, 47], [29]])  # the last one is shorter than a step
 def test_ranks_and_micro_steps_share_one_order(tmp_path, lengths, world_size, accum_steps):
     tokens, T, sequences = write_split(tmp_path, lengths), 5, 12
     loaders = loaders_of(open_stream(tmp_path), T, sequences, world_size, accum_steps)
@@ -185,7 +185,7 @@ def test_ranks_and_micro_steps_share_one_order(tmp_path, lengths, world_size, ac
 
 @SHARES
 def test_ranks_and_micro_steps_share_one_shuffled_order(tmp_path, world_size, accum_steps):
-    stream = write_distinct(tmp_path, [61, 1, 200, 47])  # an epoch of 60 sequences or so: five steps
+    stream = write_distinct(tmp_path, [61, 1, 200, 47])  # about 60 sequences per epoch: five steps
     alone = loaders_of(stream, 5, 12, loader="shuffle")
     shared = loaders_of(stream, 5, 12, world_size, accum_steps, loader="shuffle")
     for step in range(14):
@@ -198,7 +198,7 @@ def test_a_position_alone_resumes_the_same_batches(tmp_path, knobs):
     stream = write_distinct(tmp_path, [61, 1, 200, 47])
     first = loaders_of(stream, 5, 8, 2, 1, **knobs)
     steps, positions = [], []
-    for _ in range(20):  # more than two epochs, and none ends with a step
+    for _ in range(20):  # more than two epochs, none of which ends at the end of a step
         positions.append(first[0].position)
         steps.append(step_of(first))
     for at in (0, 3, 7, 8, 15, 19):
@@ -225,7 +225,7 @@ def test_a_bad_token_read_ahead_is_reported(tmp_path):
 
 
 def starts_of(loaders, T, steps) -> list[list[int]]:
-    """Where the sequences of each step begin; each must be T + 1 tokens of the text in a row."""
+    """Where the sequences of each step start; each must be T + 1 consecutive tokens of the text."""
     starts = []
     for _ in range(steps):
         sequences = step_of(loaders)
@@ -237,7 +237,7 @@ def starts_of(loaders, T, steps) -> list[list[int]]:
 
 
 def epochs_of(starts, T) -> list[list[int]]:
-    """Cut the order where a start comes again or has another phase: there an epoch must have ended."""
+    """Split the order where a start repeats or has a different phase: an epoch must have ended there."""
     epochs = [[]]
     for start in starts:
         if start in epochs[-1] or (epochs[-1] and start % T != epochs[-1][0] % T):
@@ -253,8 +253,8 @@ TEXTS = [([500], 5), ([61, 1, 200, 47], 7), ([1000, 24], 16), ([97], 4), ([64], 
 def test_an_epoch_of_shuffled_sequences_has_each_exactly_once(tmp_path, lengths, T):
     stream, total = write_distinct(tmp_path, lengths), sum(lengths)
     steps = 4 * total // (3 * T)
-    starts = starts_of(loaders_of(stream, T, 3, loader="shuffle"), T, steps)  # around the text four times
-    epochs = epochs_of(itertools.chain(*starts), T)[:-1]  # the last may be cut short
+    starts = starts_of(loaders_of(stream, T, 3, loader="shuffle"), T, steps)  # four times through the text
+    epochs = epochs_of(itertools.chain(*starts), T)[:-1]  # the last one may be incomplete
     assert len(epochs) >= 3
     for epoch in epochs:
         low, high = min(epoch), max(epoch)

@@ -1,5 +1,5 @@
-"""Gradients of a compiled model under DDP are those of one process, also where the graph is larger than a bucket of the
-reduction, a layer runs several times, and gradients are accumulated over micro-steps."""
+"""Gradients of a compiled model under DDP equal those of one process, even if the graph is larger than a reduction
+bucket, a layer runs several times, and gradients are accumulated over micro-steps."""
 
 import shutil
 from pathlib import Path
@@ -9,9 +9,9 @@ import torch
 
 import train_gpt
 
-# Run by each rank: two steps without an optimizer, whose gradients rank 0 saves; from the second on DDP has its final
-# buckets. Nothing has compiled the model before, as where there is no checkpoint tool; a bucket holds less than a
-# layer, as it does in a model of full size (under 1 MiB torch allows none).
+# Run by each rank: two steps without an optimizer, whose gradients rank 0 saves; from the second step on DDP has its
+# final buckets. The model has not been compiled before, as without the checkpoint tool. A bucket holds less than a
+# layer, as in a full-size model (torch allows no buckets under 1 MiB).
 WORKER = """
 import functools
 import os
@@ -47,7 +47,7 @@ sys.stdout.flush()
 os._exit(0)  # gloo may abort a tidy end
 """
 
-# A model whose first layer runs twice, written as a user would write one.
+# A model whose first layer runs twice, written as a user would write it.
 TWICE = """
 import train_gpt
 
@@ -70,8 +70,8 @@ class Twice(train_gpt.GPT):
 
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="needs a C++ compiler")
 def test_gradients_of_two_compiled_ranks_with_recurrence_equal_those_of_one_process(launch, tmp_path):
-    """torch's own splitting of the graph at DDP's buckets corrupts them on torch 2.8: the pieces give away buffers that
-    others still need."""
+    """torch's own splitting of the graph at DDP's buckets corrupts them on torch 2.8: the parts release buffers that
+    other parts still need."""
     worker, found = tmp_path / "worker.py", {}
     worker.write_text(WORKER, encoding="utf-8")
     (tmp_path / "twice.py").write_text(TWICE, encoding="utf-8")

@@ -1,6 +1,6 @@
 """Every target is scored exactly once with its full context, for any number of ranks; loss and BPB against a naive
-reference; bytes against the text itself; no side effects; models with distributions of their own, and models that learn
-from the text that they have been scored on."""
+reference; bytes against the text itself; no side effects; models that define their own distributions, and models that
+train on the text they have already been scored on."""
 
 import copy
 import itertools
@@ -23,7 +23,7 @@ kernels = train_gpt.tool("kernels")
 
 
 class FromFunction(Model):
-    """A model without weights, of a function of inputs and targets."""
+    """A model without weights, defined by a function of inputs and targets."""
 
     def __init__(self, function):
         super().__init__()
@@ -34,18 +34,18 @@ class FromFunction(Model):
 
 
 def counting_stream(folder, targets):
-    """A stream whose token at position p is p: each token of a batch says where it comes from."""
+    """A stream whose token at position p is p, so that each token of a batch shows its position."""
     folder.mkdir(exist_ok=True)
     write_shard(folder / "fineweb_val_000000.bin", range(targets + 1))
     return TokenStream(str(folder), "val", 65_536)
 
 
-# Counts each target as its position: the sum tells which targets were counted.
+# Counts each target as its position, so that the sum shows which targets were counted.
 POSITIONS = SimpleNamespace(count=lambda tokens: int(tokens[1:].astype(np.int64).sum()))
 
 
 def twice(model):
-    """A model that is not compiled, as `score` takes it: itself, and what computes its losses."""
+    """A model without compilation, as `score` takes it: the model itself, and what computes its losses."""
     return model, model
 
 
@@ -57,7 +57,7 @@ def ranks_of(runtime, world_size):
 
 
 def score_on_ranks(runtime, world_size, tokens, score) -> list[list[float]]:
-    """What each rank gives to the sum: nats, tokens, bytes and whether it was interrupted."""
+    """What each rank contributes to the all-reduce: nats, tokens, bytes and whether it was interrupted."""
     parts = []
     for fake in ranks_of(runtime, world_size):
         fake.all_reduce = lambda values: parts.append(values) or [1.0, tokens, 1, 0]
@@ -67,8 +67,8 @@ def score_on_ranks(runtime, world_size, tokens, score) -> list[list[float]]:
 
 
 def first_seen(target, length, stride):
-    """Position of the first token that the prediction of token `target` sees: the first window scores all its targets,
-    a later one (they start every `stride` tokens) its last `stride`."""
+    """Position of the first token visible to the prediction of token `target`. The first window scores all its targets,
+    each later one (they start every `stride` tokens) its last `stride`."""
     return 0 if target <= length else stride * math.ceil((target - length) / stride)
 
 
@@ -93,7 +93,7 @@ class Case(NamedTuple):
 
 
 def cases():
-    """Some at random, then the corners."""
+    """Random cases, then edge cases."""
     rng = random.Random(0)
     for _ in range(120):
         T, n = rng.choice([1, 2, 5, 8]), rng.randint(1, 60)
@@ -121,7 +121,7 @@ def test_each_target_is_scored_exactly_once_with_its_full_context(make_config, r
 
 
 def test_the_sums_over_ranks_are_those_of_all_targets(make_config, runtime, tmp_path):
-    """score() itself, with a model whose loss tells the target and its context; padding would be not-a-number."""
+    """Uses score() itself, with a model whose loss encodes the target and its context; padding would give NaN."""
 
     def model(inputs, targets):
         columns = torch.arange(inputs.size(1)).expand_as(inputs)
@@ -145,7 +145,7 @@ def test_the_sums_over_ranks_are_those_of_all_targets(make_config, runtime, tmp_
 
 
 def scatter(model):
-    """Random values in every parameter, so that context matters."""
+    """Randomize every parameter, so that context matters."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
@@ -160,7 +160,7 @@ def trained(make_config):
 
 @pytest.fixture
 def evaluate(make_config, corpus):
-    """Function: the Evaluator of the corpus, with overrides by knob, on a runtime."""
+    """Function: the Evaluator of the corpus on a runtime, with knob overrides."""
 
     def build(runtime, accum=1, **overrides):
         config = make_config(**{"TRAIN_SEQ_LEN": 16, "VAL_BATCH_SIZE": 128} | overrides)
@@ -171,7 +171,7 @@ def evaluate(make_config, corpus):
 
 
 def byte_count(model, tokens):
-    """Bytes of tokens[1:], by the words of the design for a model that writes spaces as they are, one at a time."""
+    """Bytes of tokens[1:], one at a time, by the documented rule for a model that writes spaces unchanged."""
     total = 0
     for token in tokens[1:]:
         if model.is_control(token) or model.is_unknown(token) or model.is_unused(token):
@@ -280,7 +280,7 @@ def test_targets_without_bytes_or_no_targets_at_all_are_refused(make_config, run
 
 
 def test_a_mask_that_skips_targets_is_noticed(make_config, runtime, tmp_path):
-    """The count of targets is that of the mask, which decides whose losses count."""
+    """Targets are counted by the mask, which decides whose losses count."""
 
     class Skipping(Evaluator):
         def batches(self, chunk, number):
@@ -293,12 +293,12 @@ def test_a_mask_that_skips_targets_is_noticed(make_config, runtime, tmp_path):
         evaluator.score(*twice(FromFunction(lambda inputs, targets: targets.double())))
 
 
-# Models with distributions of their own, and models that learn from what has been scored
+# Models that define their own distributions, and models that train on what has been scored
 
 
 @pytest.mark.parametrize("tied", [1, 0])
 def test_losses_are_the_distributions_at_the_targets_in_row_major_order(make_config, tied):
-    """In float64 on both sides, so that only a fault could make a difference."""
+    """Both sides are float64, so that any difference is a bug."""
     config = make_config(TRAIN_SEQ_LEN=16, TIE_EMBEDDINGS=tied, LOGIT_SOFTCAP=4)
     model = scatter(new_model(config, kernels.blocked_attention, torch.float64).double().eval())
     generator = torch.Generator().manual_seed(0)
@@ -321,7 +321,7 @@ def test_distributions_of_a_bf16_model_are_fp32(make_config):
 
 
 class Halved(GPT):
-    """Half of its probability is spread over the vocabulary."""
+    """Spreads half of its probability uniformly over the vocabulary."""
 
     def distributions(self, contexts_BT, scored_BT):
         own = super().distributions(contexts_BT, scored_BT)
@@ -351,7 +351,7 @@ def test_a_model_that_overrides_distributions_is_scored_by_them(evaluate, runtim
 
 
 class Recorder(Model):
-    """Writes down what an evaluation asks of it, with the targets as the positions they are in `counting_stream`."""
+    """Records the calls that an evaluation makes; targets are positions, as in `counting_stream`."""
 
     def __init__(self, observe_every):
         super().__init__()
@@ -379,7 +379,7 @@ class Recorder(Model):
 
 
 def test_each_target_is_scored_once_and_before_it_is_observed(make_config, runtime, tmp_path):
-    """With some numbers of targets between two observations, among them fewer than a window has."""
+    """With various numbers of targets between two observations, some smaller than a window."""
     for number, case in enumerate(cases()):
         T, S, n = case.T, case.stride or case.T, case.scored
         chunks = sorted({1, 2, T, max(1, T - S), T + 1, 3 * T, case.targets, case.targets + 5})
@@ -414,13 +414,13 @@ def test_a_validation_in_training_neither_begins_nor_observes_nor_ends(make_conf
     model, lines = Recorder(8), []
     score = evaluator.score(*twice(model), lines.append)
     assert {kind for kind, _ in model.events} == {"score"} and score.tokens == 50 and not lines
-    plain = Recorder(0)  # a model that never observes begins and ends its final score
+    plain = Recorder(0)  # a model that never observes still begins and ends its final score
     evaluator.score(*twice(plain), lines.append, final=True)
     assert [kind for kind, _ in plain.events if kind != "score"] == ["begin", "end"]
 
 
 class Counts(Model):
-    """Laplace's rule on the tokens it has observed; it takes gradients in `observe`, as a model that trains there."""
+    """Laplace's rule on the tokens observed so far; it takes gradients in `observe`, like a model that trains there."""
 
     observe_every = 40
 

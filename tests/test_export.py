@@ -1,5 +1,5 @@
-"""Export: bounds of the quantization error, the format of the object, the way from weights to a file and back, what is
-no artifact, and sizes that are those of the files."""
+"""Export: bounds of the quantization error, the object format, the round trip from weights to a file, refusal of files
+that are not artifacts, and sizes that match the files."""
 
 import hashlib
 import re
@@ -14,10 +14,10 @@ import train_gpt
 from train_gpt import Coder, RunFolder, UserError, export, quantize_rows
 
 kernels, artifacts = train_gpt.tool("kernels"), train_gpt.tool("artifact")
-# Kinds of parameters that odd tensors are given out for.
+# Kinds of parameters, to which tensors of unusual shapes are assigned.
 A, B, C = "blocks.0.attn.c_q.weight", "blocks.0.mlp.fc.weight", "blocks.1.mlp.fc.weight"
 D, E = "blocks.0.mlp.proj.weight", "blocks.0.attn.c_k.weight"
-QUANTILE = 0.9999984  # the design: rows are clipped at the 99.99984th percentile
+QUANTILE = 0.9999984  # by design, rows are clipped at the 99.99984th percentile
 
 
 def quantize_matrix(w):
@@ -56,12 +56,12 @@ def test_the_error_is_at_most_half_the_stored_scale(std):
 
 
 def assert_scales_are(scale, expected):
-    """To the rounding of fp16."""
+    """Equal to fp16 rounding."""
     assert scale.dtype == torch.float16 and scale.double().numpy() == pytest.approx(expected, rel=2.0**-11)
 
 
 def test_the_clip_is_the_percentile_of_the_magnitudes():
-    """Of rows long enough for it to differ from the maximum by more than fp16 rounds, and of short ones."""
+    """For rows long enough that it differs from the maximum by more than fp16 rounding, and for short ones."""
     w = 0.02 * randn(2, 700_000)
     w[0, 5], w[1, 9] = 40.0, -3.0
     q, scale = quantize_matrix(w)
@@ -156,7 +156,7 @@ def test_the_object_has_the_keys_and_types_of_the_format(make_config):
 
 
 def packed(artifact):
-    """The file: ours ends in the checksum of its stream; one without `config`, as of the public reference, does not."""
+    """The file: ours ends in its stream's checksum; one without `config`, as from the public reference, does not."""
     stream = zlib.compress(torch_bytes(artifact), level=9)
     return stream + hashlib.sha256(stream).digest() * ("config" in list(artifact))
 
@@ -183,7 +183,7 @@ def test_every_tensor_comes_back_in_its_type_within_half_a_scale(make_config):
 
 
 def test_a_model_survives_the_round_trip(make_config, runtime):
-    """Of width 512, where the matrices of attention are large enough to be quantized, too."""
+    """Also at width 512, where the attention matrices are large enough to be quantized."""
     shape = {"MODEL_DIM": 512, "NUM_HEADS": 8, "NUM_KV_HEADS": 4}
     config = make_config(**shape, MUON_BACKEND_STEPS=2)
     model = new_model(config, kernels.blocked_attention)
@@ -205,7 +205,7 @@ def test_a_model_survives_the_round_trip(make_config, runtime):
 
 
 def foreign_artifact():
-    """As the public reference writes it: fields that would be empty are absent, and nothing of ours is there."""
+    """An artifact as the public reference writes it: without empty fields and without this project's additions."""
     q = torch.tensor([[127, -127, 64], [0, 1, -1]], dtype=torch.int8)
     return {
         "__quant_format__": "int8_clean_per_row_v1",
@@ -227,7 +227,7 @@ def test_an_artifact_of_the_public_reference_is_readable(make_config, orig):
 
 
 def test_what_is_no_artifact_is_refused_and_runs_no_code(make_config, tmp_path):
-    """tests/test_bad_input.py and tests/test_properties.py have more of them."""
+    """tests/test_bad_input.py and tests/test_properties.py have more cases."""
     good, ours = packed(foreign_artifact()), packed(foreign_artifact() | {"config": {}})
     trap = packed(foreign_artifact() | {"config": Canary(tmp_path / "trapped")})
     unnamed = {name: part for name, part in foreign_artifact().items() if name != "__quant_format__"}
@@ -251,7 +251,7 @@ def test_what_is_no_artifact_is_refused_and_runs_no_code(make_config, tmp_path):
 
 
 def test_the_script_reads_back_its_own_file_or_none(make_config):
-    """A disk that gives back something else must not be scored."""
+    """If the disk returns different bytes, they must not be scored."""
     coder = Coder(make_config())
     blob, facts = coder.encode({B: randn(300, 300)}, 0)
     assert [*coder.decode(blob)] == [B]

@@ -1,4 +1,4 @@
-"""The faults script with three kills; the full one, with twenty, is run by hand: python tests/faults.py."""
+"""The faults script with three kills; the full version, with twenty, is run by hand: python tests/faults.py."""
 
 import re
 
@@ -11,7 +11,7 @@ PHASES = ["checkpoint", "export", "evaluation"]
 
 @pytest.fixture
 def faults(corpus, tmp_path):
-    """Function: run the script with some knobs; its exit code and output."""
+    """Function: run the script with some knobs. Returns its exit code and output."""
 
     def run(*arguments, **knobs):
         environ = models.machine_settings(corpus, TMPDIR=tmp_path, VOCAB_SIZE=(corpus / "vocab_size").read_text())

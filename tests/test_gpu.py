@@ -1,4 +1,4 @@
-"""What only a CUDA device can show: compiled against eager at the size of a real micro-batch, the attention kernels,
+"""Tests that need a CUDA device: compiled against eager at the size of a real micro-batch, the attention kernels,
 fp32 masters, memory, the clock, two processes on one device."""
 
 import importlib.util
@@ -17,7 +17,7 @@ kernels = train_gpt.tool("kernels")
 CAPABLE = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not CAPABLE, reason="needs a CUDA device with bf16 and flash")]
 
-# Heads of 64, as in the reference: the width that every kernel supports.
+# Head width 64, as in the reference: every kernel supports it.
 SHAPE = {
     "DEVICE": "cuda",
     "DTYPE": "bfloat16",
@@ -28,8 +28,8 @@ SHAPE = {
     "TRAIN_BATCH_TOKENS": 2048,
     "VAL_BATCH_SIZE": 2048,
 }
-# A micro-batch of real size: from 4,096 rows on, inductor writes other kernels for a sum over the rows, which is what
-# the gradient of every vector is; it joins them with what comes before, and they add in another order.
+# A real-size micro-batch: from 4,096 rows on, inductor writes different kernels for a sum over the rows, which computes
+# the gradient of every vector. It fuses them with the preceding operations, and they add in a different order.
 REAL = {
     "DEVICE": "cuda",
     "DTYPE": "bfloat16",
@@ -47,7 +47,7 @@ REAL = {
 
 @pytest.fixture
 def on_device(make_config):
-    """Function: (config, runtime) of one process on the first GPU, with overrides by knob."""
+    """Function: (config, runtime) of one process on the first GPU, with knob overrides."""
 
     def start(**overrides):
         config = make_config(**SHAPE | overrides)
@@ -57,7 +57,7 @@ def on_device(make_config):
 
 
 def scatter(model):
-    """Random values in every parameter: at the initial ones half of the model multiplies by zero or by one."""
+    """Randomize every parameter: at the initial values half of the model multiplies by zero or by one."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
@@ -66,7 +66,7 @@ def scatter(model):
 
 
 def losses_and_gradients(forward, model, config):
-    """Of a whole step's sequences at once."""
+    """Losses and gradients of all sequences of a step at once."""
     shape = config.train_batch_tokens // config.train_seq_len, config.train_seq_len + 1
     tokens = torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(0)).cuda()
     model.zero_grad()
@@ -86,7 +86,7 @@ def assert_close_in_bf16(one, other):
 def test_auto_chooses_the_attention_of_the_chip(on_device):
     config, runtime = on_device()
     expected = {"flash"}
-    if torch.cuda.get_device_capability()[0] in (9, 10):  # FlashAttention 3 where it is installed and works here
+    if torch.cuda.get_device_capability()[0] in (9, 10):  # FlashAttention 3 if it is installed and works here
         expected = {"cudnn", "flash3"} if importlib.util.find_spec("flash_attn_interface") else {"cudnn"}
     attend, note = kernels.choose_attention(config, runtime, compiled=True)
     assert re.match(r"attention:(\w+) by (grouped|flash3)_attention", note)[1] in expected, note
@@ -102,7 +102,7 @@ def test_every_attention_backend_that_runs_agrees_with_our_own(on_device):
         try:
             attend, _ = kernels.choose_attention(config, runtime, compiled=False)
         except train_gpt.UserError:
-            continue  # cuDNN and the others depend on the chip and the build; flash must be there (see above)
+            continue  # cuDNN and the others depend on the chip and the build; flash must be available (see above)
         model = scatter(new_model(config, attend, torch.bfloat16).cuda())
         assert_close_in_bf16(losses_and_gradients(model, model, config), expected)
         tried.append(name)
@@ -121,7 +121,7 @@ def test_compiled_equals_eager_at_a_real_size(on_device, knobs):
 
 
 def test_every_master_is_fp32_and_a_compiled_model_learns(on_device):
-    """The embedding's too: in bf16 the late updates, of under half a unit in the last place, would be lost."""
+    """Including the embedding's: in bf16 late updates of less than half a unit in the last place would be lost."""
     config, runtime = on_device(COMPILE=1, GRAD_ACCUM_STEPS=1)
     trainer = build_trainer(config, runtime)
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}

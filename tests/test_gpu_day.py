@@ -15,7 +15,7 @@ import train_gpt
 
 TESTS = Path(__file__).resolve().parent
 
-# What the parts call, with a part that passes, fails, hangs, and one whose kernel is missing.
+# The commands of the parts: one passes, one fails, one hangs, and one lacks its kernel.
 PYTHON = r"""#!/bin/bash
 case "$*" in
   *device_count*) echo "$GPUS" ;;
@@ -39,7 +39,7 @@ esac
 
 @pytest.fixture
 def gpu_day(tmp_path):
-    """Function: run the script with the stand-in; the CompletedProcess."""
+    """Function: run the script with the stand-in. Returns the CompletedProcess."""
     python = tmp_path / "python"
     python.write_text(PYTHON)
     python.chmod(0o755)
@@ -74,7 +74,7 @@ def test_a_part_that_fails_or_hangs_does_not_stop_the_others(gpu_day, tmp_path):
         "attention_flash3": (3, "unavailable: no package"),
         "attention_math": (0, "5 ms a step math"),
     }
-    pid = int((folder / "pid").read_text())  # in a session of its own, as a worker of torchrun
+    pid = int((folder / "pid").read_text())  # has its own session, like a torchrun worker
     time.sleep(0.1)
     assert not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text()
     # Five GPUs cannot share a batch of 96 sequences.
@@ -111,7 +111,7 @@ def test_the_script_tries_every_attention_kernel_that_auto_tries(make_config, mo
 
 @pytest.fixture
 def profile_step(tiny, tmp_path):
-    """Function: run the bench on a tiny model; the CompletedProcess."""
+    """Function: run the bench on a tiny model. Returns the CompletedProcess."""
 
     def run(*options, **knobs):
         command = [sys.executable, str(TESTS / "bench" / "profile_step.py"), *map(str, options)]

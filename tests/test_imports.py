@@ -1,4 +1,4 @@
-"""Imports point one way: no circle of modules, and no arrow from a lower room to a higher one."""
+"""Imports point one way: no import cycles, and no import from a lower room into a higher one."""
 
 import ast
 import graphlib
@@ -55,12 +55,12 @@ def loaded_names(tree: ast.AST) -> set[str]:
 
 
 def graph() -> dict[Path, set[Path]]:
-    """{file: the files of this repository that it imports}, without what the script loads through its table."""
+    """{file: the files of this repository that it imports}, except those the script loads through its table."""
     rooms, edges = files(), {}
     for path in rooms:
         names = set() if rooms[path] == "script" else loaded_names(ast.parse(path.read_text(encoding="utf-8")))
         found = {other for other in rooms if other.stem in names and other != path}
-        # run.py and model.py of a ladder: a bare name is a file of the same folder if there is one.
+        # run.py and model.py of a ladder: a bare name is a file in the same folder if one exists.
         local = {other.stem for other in found if other.parent == path.parent}
         edges[path] = {other for other in found if other.parent == path.parent or other.stem not in local}
     return edges

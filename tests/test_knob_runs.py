@@ -1,5 +1,5 @@
-"""Knobs in whole runs: graphs that are compiled before the clock starts, and the average of the weights that is
-exported. Resumed runs, two ranks and scored artifacts of all knobs together: test_contract.py."""
+"""Knobs in complete runs: graphs compiled before the clock starts, and the exported average of the weights. Resumed
+runs, two ranks and scored artifacts with all knobs together: test_contract.py."""
 
 from types import SimpleNamespace
 
@@ -16,7 +16,7 @@ checkpoint = train_gpt.tool("checkpoint")
 
 @pytest.fixture(autouse=True)
 def all_kernels():
-    """A run pins torch's global attention switches: the tests after it need all kernels again."""
+    """Enable all attention kernels again: a run pins torch's global switches."""
     yield
     for switch in ("flash", "cudnn", "mem_efficient", "math"):
         getattr(torch.backends.cuda, f"enable_{switch}_sdp")(True)
@@ -24,13 +24,13 @@ def all_kernels():
 
 @pytest.fixture
 def go(corpus, tmp_path):
-    """Function: a short run with these knobs; what its folder holds."""
+    """Function: a short run with these knobs. Returns the contents of its folder."""
     return runs.starter(corpus, tmp_path)
 
 
 @pytest.fixture
 def raw_weights(monkeypatch):
-    """The weights after each step of the training, float64, those at its start first; the warm-up's are left out."""
+    """The float64 weights before training and after each training step; the warm-up's are left out."""
     seen, step, warm_up = [], Trainer.step, Trainer.warm_up
 
     def now(model):
@@ -59,7 +59,7 @@ def graphs(monkeypatch):
     yield from runs.counted_graphs(monkeypatch)
 
 
-# A model that changes in the middle of the run: from then on its second block runs, too.
+# A model that changes during the run: from then on its second block runs, too.
 STAGED = """
 import train_gpt
 
@@ -89,7 +89,7 @@ class Staged(train_gpt.GPT):
 
 @pytest.fixture
 def stages(go, tmp_path, monkeypatch):
-    """What the model is in each step of the training, of the warm-up, and in each validation; and a run of it."""
+    """Records the model's state in each warm-up step, training step and validation; `go` makes a run."""
     seen, step, warm_up, score = SimpleNamespace(), Trainer.step, Trainer.warm_up, Evaluator.score
     seen.steps, seen.warm, seen.scores, seen.now, seen.step_seconds = [], [], [], 0.0, 0.0
 
@@ -118,12 +118,12 @@ def test_a_model_advances_by_the_progress_of_the_steps(stages):
     run = stages.go(ITERATIONS=10, VAL_LOSS_EVERY=2)
     assert stages.steps == [False] * 5 + [True] * 5
     assert stages.warm == [False] * 2 + [True] * 2, "each graph that will run is warmed up"
-    # Validations after 0, 2, 4, 6, 8 and 10 steps and of the artifact; the exported model is as at the end.
+    # Validations after 0, 2, 4, 6, 8 and 10 steps and of the artifact; the exported model is in its final state.
     assert stages.scores == [False, False, False, True, True, True, True]
     assert run.losses[0] > run.losses[-1]
 
 
-# A tenth step of a second would end at 10 s. A step that might not end in time is not begun: of 6 s not even the first.
+# A tenth 1 s step would end at 10 s. A step that might not end in time is not started: with 6 s not even the first.
 @pytest.mark.parametrize("step_seconds, clock, early, late", [(1.0, 10, 5, 4), (6.0, 5, 0, 0)])
 def test_a_model_advances_by_the_progress_of_the_clock(stages, monkeypatch, step_seconds, clock, early, late):
     stages.step_seconds = step_seconds
@@ -134,7 +134,7 @@ def test_a_model_advances_by_the_progress_of_the_clock(stages, monkeypatch, step
 
 
 def test_all_graphs_are_compiled_before_the_clock_starts(stages, graphs, monkeypatch):
-    """Not in the middle of the run, where a compilation would cost a part of the training time."""
+    """Compiling during the run would cost training time."""
     before, warm_up = [], Trainer.warm_up
 
     def watched_warm_up(self, *args):
@@ -148,7 +148,7 @@ def test_all_graphs_are_compiled_before_the_clock_starts(stages, graphs, monkeyp
 
 
 def test_fitting_the_memory_compiles_nothing_but_what_the_training_uses(make_config, runtime, graphs):
-    """A graph for inputs and targets that are one tensor is of no use to any step, and takes a GPU as long as any."""
+    """A graph for inputs and targets that share a tensor is never used by a step, yet takes as long to compile."""
     trainer = models.build_trainer(make_config(), runtime)
     checkpoint.fit_memory(trainer)
     assert len(graphs) == 1
@@ -161,7 +161,7 @@ def test_fitting_the_memory_compiles_nothing_but_what_the_training_uses(make_con
 
 @pytest.mark.parametrize("decay, part", [(0, 1), (0.4, 1), (0.999, 0.6)])
 def test_the_average_of_the_weights_is_exported(go, raw_weights, decay, part):
-    """Or so much of it, and for the rest the last weights. The training is that without an average."""
+    """The average, or a mix of it with the last weights, is exported. Training is the same as without it."""
     run = go(EMA_DECAY=decay, EMA_SHARE=part, ITERATIONS=12, WARMUP_STEPS=2)
     assert len(raw_weights) == 13
     average = raw_weights[0]
@@ -181,11 +181,11 @@ def test_the_average_of_the_weights_is_exported(go, raw_weights, decay, part):
         assert run.result["pre_quant_val_loss"] != plain.result["pre_quant_val_loss"]
 
 
-# The clock that a calibration of the export needs
+# Reserving time for an export calibration
 
 
 def test_the_warmdown_ends_where_the_calibration_begins(go, monkeypatch):
-    """Under a clock the steps leave time for the calibration, and the rate has come down by then."""
+    """With a time limit, the steps leave time for the calibration, and the learning rate has decayed by then."""
     scales, plan = [], Trainer.plan
 
     def planned(self):

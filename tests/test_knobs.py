@@ -1,5 +1,5 @@
-"""Knobs of the model's shape, each and in random combinations, against a slow float64 reading of the formulas, forward
-and backward; and the default model, bit for bit what it was in the first release.
+"""Model-shape knobs, individually and in random combinations, against a slow float64 implementation of the formulas,
+forward and backward; and the default model, bit-identical to the first release.
 
 Causality, one graph, precision and parameters: test_contract.py. The techniques of records/models/frontier.py:
 tests/records/models/test_techniques.py."""
@@ -71,7 +71,7 @@ def test_a_tiny_softcap_gives_finite_logits():
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="needs a C++ compiler")
 @pytest.mark.parametrize("knobs", [{"NUM_LAYERS": 1}, EVERYTHING | {"NUM_LAYERS": 2}], ids=label)
 def test_inductor_gives_the_same_losses_and_gradients(knobs):
-    """In few layers, since each of its kernels takes a C++ compiler a third of a second."""
+    """With few layers, since each of inductor's kernels takes a C++ compiler a third of a second."""
     oracle.assert_inductor_agrees(config_of(**knobs))
 
 
@@ -79,7 +79,7 @@ def test_inductor_gives_the_same_losses_and_gradients(knobs):
 
 
 def test_the_default_model_starts_bit_for_bit_as_ever():
-    """The draws of the first release, redone: the same numbers for the same seed, whatever knobs have come since."""
+    """The first release's random draws, redone: the same numbers for the same seed, whatever knobs were added since."""
     config = Config()
     generator, expected = torch.Generator().manual_seed(1337), {}
 
@@ -109,8 +109,8 @@ GOLDEN = "9c92e75ae7253e1363ee9eb78b81e475702fd73d431ccd90f8d2461c3e794f3f"
 
 
 def test_the_initial_values_have_their_golden_hash():
-    """At a width of 64 the uniform draws are exact in fp32, so the hash is that of every processor; the normal ones of
-    the embedding go through each processor's own logarithm and are compared above."""
+    """At a width of 64 the uniform draws are exact in fp32, so the hash is the same on every processor; the embedding's
+    normal draws go through each processor's own logarithm and are compared above."""
     model = new_model(Config(model_dim=64, vocab_size=256, num_layers=3))
     digest = hashlib.sha256()
     for name, p in sorted(model.named_parameters()):
@@ -177,5 +177,5 @@ def test_the_parameters_of_a_wider_model_are_counted_exactly():
 
 
 def test_all_knobs_of_the_model_are_recorded_in_an_artifact():
-    """Whatever changes the function that the weights stand for must travel with them."""
+    """Every knob that changes the function computed from the weights must be stored with them."""
     assert {*EVERYTHING, *SMALL} <= artifact_knobs()

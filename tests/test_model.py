@@ -1,6 +1,6 @@
-"""The script's model: names and counts, initial values, RoPE, attention functions and the choice of one, FLOPs.
+"""The script's model: names and counts, initial values, RoPE, attention functions and how one is chosen, FLOPs.
 
-The contract (test_contract.py) and test_knobs.py have causality, one graph, precision and the float64 reference."""
+The contract (test_contract.py) and test_knobs.py cover causality, one graph, precision and the float64 reference."""
 
 import math
 import re
@@ -66,7 +66,7 @@ def test_rope_tables_are_float64_to_fp32_rounding_and_tell_all_positions_apart()
     # An angle in fp32 is off by a few half-ulps of itself (position times rounded frequency), its cosine by one more.
     bound = angles * 3 * 2.0**-24 + 2.0**-23
     assert ((cos - angles.cos()).abs() <= bound).all() and ((sin - angles.sin()).abs() <= bound).all()
-    for dtype in (torch.float32, torch.bfloat16):  # cast last: even in bf16 no two positions merge
+    for dtype in (torch.float32, torch.bfloat16):  # cast last: even in bf16 no two positions become equal
         rows = torch.cat([cos, sin], dim=1).to(dtype).float().numpy()
         assert len({row.tobytes() for row in rows}) == 4096
 
@@ -83,7 +83,7 @@ def test_a_bf16_model_keeps_its_rope_tables_in_fp32(make_config):
 @pytest.mark.parametrize("length", [1, 5, 127, 128, 129])
 def test_attention_forward_and_backward_equal_float64(attend, kv_heads, length):
     generator = torch.Generator().manual_seed(length)
-    # As the model passes them: [B, T, heads, d] transposed, so not contiguous.
+    # As the model passes them: [B, T, heads, d] transposed, hence not contiguous.
     q, k, v = (torch.randn(2, length, n, 8, generator=generator).requires_grad_() for n in (4, kv_heads, kv_heads))
     upstream = torch.randn(2, 4, length, 8, generator=generator)
     y = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
@@ -201,7 +201,7 @@ def test_a_backend_that_fails_is_passed_over_and_the_log_says_why(make_config, r
 
 
 def test_a_backend_that_gives_other_values_is_passed_over(make_config, runtime, monkeypatch):
-    """Regression: it was enough not to fail, as a mask that lets a token see the next one does not."""
+    """Regression: not failing was enough to be chosen, but a mask that lets a token see the next one does not fail."""
 
     def sees_the_next(q, k, v):
         seen = torch.ones(q.size(2), q.size(2), dtype=torch.bool).tril(1)
@@ -227,13 +227,13 @@ def test_the_proof_of_a_backend_takes_fewer_sequences_where_memory_is_short(make
     assert (attend, note, tried) == (small, "attention:math by small", [8, 4, 2])
 
 
-# ATTENTION=fastest, and what the log says of what was lost
+# ATTENTION=fastest, and the log of why the other backends were not chosen
 
 
 @pytest.fixture
 def gpu(make_config, monkeypatch):
-    """Function: choose_attention on a GPU that is not there, whose backends fail or take so many seconds; (function,
-    its log lines, the backends tried). Which backend it is shows in SDPA's switches, or in the function."""
+    """Function: choose_attention on a simulated GPU whose backends fail or take the given seconds. Returns (function,
+    its log lines, the backends tried). SDPA's switches, or the function itself, show which backend was chosen."""
 
     def choose(asked, seconds, capability=(9, 0), others=None):
         tried = []
@@ -269,7 +269,7 @@ def gpu(make_config, monkeypatch):
 TIMES = "; forward and backward of a sequence in a layer, ms: "
 
 
-FASTEST = {  # milliseconds: what the log says
+FASTEST = {  # milliseconds: the expected log text
     (3, 1.1, 2, 4.44): f"cudnn by grouped_attention{TIMES}cudnn 1.1, flash 2, flash3 3, efficient 4.44",
     (1, 1.1, 2, 4): f"flash3 by flash3_attention{TIMES}flash3 1, cudnn 1.1, flash 2, efficient 4",
     (None, 1.1, 1, 4): f"flash by grouped_attention{TIMES}flash 1, cudnn 1.1, efficient 4; flash3 flash3_attention "
@@ -324,7 +324,7 @@ def test_attention_is_proved_and_timed_with_the_shapes_and_strides_of_the_model(
     losses = new_model(config, attend)(*(random_tokens(config, 3, 32),) * 2)
     model, seen[:] = seen[:], []
     getattr(kernels, function)(attend, config, runtime, 3)
-    if function == "time_attention":  # what comes back from the output projection
+    if function == "time_attention":  # what the output projection returns
         losses.mean().backward()
         assert seen[0][3] == (torch.Size([3, 4, 32, 8]), (1024, 8, 32, 1))
     assert len(model) == 2 and all(shapes[:3] == model[0][:3] for shapes in (*model, *seen))
@@ -349,7 +349,7 @@ def test_the_fastest_attention_of_this_machine(make_config, runtime):
 
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="needs a C++ compiler")
 def test_compiled_code_that_is_kept_does_not_bring_back_another_backend():
-    """torch's key for it leaves SDPA's switches out: pytorch issue 185449."""
+    """torch's cache key does not include SDPA's switches: pytorch issue 185449."""
     inputs = [torch.randn(1, 2, 16, 8, requires_grad=True) for _ in range(3)]
     for name in ("flash", "math", "flash"):
         kernels.pin_attention(name)
@@ -363,7 +363,7 @@ def test_compiled_code_that_is_kept_does_not_bring_back_another_backend():
 
 
 def test_flash_attention_3_is_one_graph_with_the_model(make_config, runtime, monkeypatch):
-    """Regression: what imports it must be traceable, or the first step of a GPU that has it ends the run."""
+    """Regression: its import must be traceable, or the first step ends the run on any GPU that has it."""
     calls = []
 
     def flash_attn_func(q_BTHd, k_BTKd, v_BTKd, causal):
@@ -400,7 +400,7 @@ def test_flops_per_token_are_those_that_torch_counts(make_config, knobs):
 
 
 def test_the_default_model_takes_what_its_parameters_and_its_attention_say():
-    """Of 17.06 M parameters 17.04 M multiply; at a length of 4,096 attention takes more than twice as much as they."""
+    """17.04 M of 17.06 M parameters are used in matmuls; at length 4,096 attention takes over twice their FLOPs."""
     with torch.device("meta"):
         model = new_model(train_gpt.Config())
     matrices = 1024 * 512 + 9 * (2 * 512 * 512 + 2 * 512 * 256 + 2 * 512 * 1024)

@@ -1,4 +1,4 @@
-"""The mutants fit the code as it is; to try them takes a while and is done by hand: python tests/mutants.py."""
+"""The mutants apply to the current code; running them takes a while and is done by hand: python tests/mutants.py."""
 
 import mutants
 import pytest

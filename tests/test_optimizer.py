@@ -1,4 +1,4 @@
-"""Optimizer: groups of parameters; AdamW, Newton-Schulz and Muon against float64; ranks that share the work."""
+"""Optimizer: parameter groups; AdamW, Newton-Schulz and Muon against float64; work shared among ranks."""
 
 import copy
 import threading
@@ -42,7 +42,7 @@ def test_a_parameter_that_no_group_covers_raises(make_config, runtime, in_block)
 
 
 def well_conditioned(rows, cols, seed):
-    """A float64 matrix of Frobenius norm 1 whose singular values lie within a factor of four; its SVD."""
+    """A float64 matrix of Frobenius norm 1 whose singular values lie within a factor of four, and its SVD."""
     rank = min(rows, cols)
     u, _ = torch.linalg.qr(randn(rows, rank, seed=seed, dtype=torch.float64))
     v, _ = torch.linalg.qr(randn(cols, rank, seed=seed + 1, dtype=torch.float64))
@@ -75,7 +75,7 @@ def test_newton_schulz_of_a_batch_equals_one_by_one(dtype, tolerance):
 
 
 def orthogonalized(u):
-    """Five quintic steps in float64, of a matrix of any shape, from its Frobenius norm."""
+    """Five quintic steps in float64, of a matrix of any shape, after division by its Frobenius norm."""
     a, b, c = QUINTIC
     x = u / u.norm()
     for _ in range(5):
@@ -96,7 +96,7 @@ def test_muon_equals_a_plain_reference_over_steps_of_changing_rate_and_momentum(
     for t, (lr, mu) in enumerate([(0.1, 0.5), (0.05, 0.9), (0.2, 0.95), (0.0, 0.95), (0.03, 0.8)]):
         muon.param_groups[0].update(lr=lr, momentum=mu)
         for i, p in enumerate(params):
-            # The size of a gradient must not matter, and its rows span four orders of magnitude.
+            # The scale of a gradient must not matter, and its rows span four orders of magnitude.
             rows = torch.logspace(-2, 2, p.size(0))[:, None] if i % 2 else 1
             p.grad = randn(*p.shape, seed=100 * t + i) * rows * 10.0**-t
             g = p.grad.double()
@@ -164,7 +164,7 @@ def test_muon_leaves_the_gradients_alone_and_survives_a_zero_gradient(runtime):
 
 
 class Ranks:
-    """Several ranks as threads of this process: an all-reduce that waits for all of them."""
+    """Several ranks as threads of this process, with an all-reduce that waits for all of them."""
 
     def __init__(self, runtime, world_size):
         self.barrier, self.given, self.own = threading.Barrier(world_size, timeout=60), {}, threading.local()

@@ -1,5 +1,5 @@
-"""What is read from files and from the environment, by properties: whatever the bytes, a reader gives what the format
-says or raises a UserError, and nothing else."""
+"""Property tests of readers of files and the environment: for any bytes they return what the format defines or raise a
+UserError."""
 
 import contextlib
 import dataclasses
@@ -30,7 +30,7 @@ NUMBERS_OF_INTEREST = [0, 1, -1, 2, 255, 256, 65535, 65536, 2**31 - 1, -(2**31),
 
 @st.composite
 def mutations(draw, data: bytes) -> bytes:
-    """`data` after one to three edits: bytes changed, a part cut out, doubled, moved, or replaced by anything."""
+    """`data` after one to three edits: bytes changed, a part removed, duplicated, moved, or replaced by anything."""
     for _ in range(draw(st.integers(1, 3))):
         begin = draw(st.integers(0, max(len(data) - 1, 0)))
         end = min(begin + draw(st.sampled_from([1, 2, 4, 8, 50, len(data)])), len(data))
@@ -60,7 +60,7 @@ def shard(tokens, magic=20240520, version=1, count=None) -> bytes:
 
 
 def tokens_by_the_format(data: bytes) -> list[int] | None:
-    """Written from the description of the format; None for what is no shard."""
+    """Implemented from the description of the format; None if `data` is not a shard."""
     if len(data) < 1024 or struct.unpack("<2i", data[:8]) != (20240520, 1):
         return None
     count = struct.unpack("<i", data[8:12])[0]
@@ -96,7 +96,7 @@ def test_a_shard_is_read_as_the_format_says_or_refused(tmp_path_factory, data):
 
 # Configuration
 
-# What belongs to one call and is left out of texts().
+# Belongs to a single call; texts() leaves it out.
 HIDDEN = ("run_id", "mode", "artifact", "resume", "resume_force")
 NUMBERS = st.one_of(
     st.integers(-3, 5000).map(str),
@@ -110,7 +110,7 @@ LETTERS = st.text(st.characters() | st.sampled_from(" #'\"=$\\\n\t"), max_size=1
 
 @st.composite
 def environments(draw):
-    """Texts for some knobs: mostly of the right kind, so that some configurations are valid."""
+    """Strings for some knobs: mostly of the right kind, so that some configurations are valid."""
     texts = {}
     for name in draw(st.lists(st.sampled_from(sorted(KNOBS)), max_size=6, unique=True)):
         field = KNOBS[name]
@@ -129,7 +129,7 @@ def environments(draw):
 
 
 def assert_reads_back(config: Config):
-    """As an environment, and as the config.env that a run writes."""
+    """It reads back from an environment, and from the config.env that a run writes."""
     texts, shown = config.as_env(), {name: getattr(config, name) for name in HIDDEN}
     assert all(KNOBS.keys() >= {name} and type(text) is str for name, text in texts.items())
     again = Config.load([], texts)
@@ -202,7 +202,7 @@ def tiny_config() -> Config:
 
 @pytest.fixture(scope="module")
 def artifact():
-    """The smallest artifact of all, and whether other bytes are a model that could be loaded and used."""
+    """The smallest possible artifact, and a function: whether other bytes are a model that could be loaded and used."""
     config = tiny_config()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_gpt, "INT8_MIN_NUMEL", 20)
@@ -228,7 +228,7 @@ def weights(artifact):
 
 @pytest.fixture(scope="module")
 def saved():
-    """A checkpoint of no training, but with everything in its place, and whether other bytes are one of this run."""
+    """A complete checkpoint without any training, and a function: whether other bytes are a checkpoint of this run."""
     config, facts = tiny_config(), {"train_gpt.py": "0123", "training tokens": "99"}
     model = models.new_model(config)
     state = {
@@ -261,7 +261,7 @@ def file(request):
 
 
 def is_accepted(file, blob: bytes) -> bool:
-    """Whether it is read, or refused in one line."""
+    """Whether it is read; otherwise it must be refused in one line."""
     try:
         file.read(blob)
     except UserError as error:
@@ -292,7 +292,7 @@ def test_any_bytes_as_a_file(file, data):
 @settings(CHECKED, max_examples=250)
 @given(data=st.data())
 def test_a_file_that_was_tampered_with(file, data):
-    """With the old checksum it is refused, unless it is the same; with a new one, refused or complete all the same."""
+    """With the old checksum it is refused unless unchanged; with a new one it is refused, or complete nevertheless."""
     changed = data.draw(mutations(file.blob))
     assert changed == file.blob or not is_accepted(file, changed)
     changed = data.draw(mutations(file.packed))
@@ -314,7 +314,7 @@ STRANGE = st.one_of(
 
 @st.composite
 def altered(draw, value):
-    """A copy of nested dictionaries with one or two places taken out, renamed or filled with something else."""
+    """A copy of nested dictionaries with one or two entries removed, renamed or replaced by something else."""
     value = models.load(models.torch_bytes(value))
     for _ in range(draw(st.integers(1, 2))):
         place, deep = value, draw(st.integers(0, 3))
@@ -346,7 +346,7 @@ ODD_KNOBS = [{"vocab_size": torch.ones(4, 4)}, {"micro_batch_tokens": "au\nto"},
 
 @pytest.mark.parametrize("changes", [{"__quant_format__": name} for name in ODD_FORMATS] + ODD_KNOBS, ids=str)
 def test_what_an_artifact_says_of_itself_is_one_line_of_a_message(artifact, changes):
-    """Whatever the file holds in the place of a name."""
+    """Whatever the file contains in place of a name."""
     content = models.load(models.torch_bytes(artifact.content))
     (content if "__quant_format__" in changes else content["config"]).update(changes)
     assert not is_accepted(artifact, artifact.seal(models.torch_bytes(content)))

@@ -1,5 +1,5 @@
-"""Any number of processes trains and scores as one does, with accumulation, clipping and uneven validation; resumes
-what any number has saved; and outlives the death of one."""
+"""Any number of processes trains and scores like one, with accumulation, clipping and uneven validation; resumes
+checkpoints saved by any number of ranks; and survives the death of a rank."""
 
 import json
 import os
@@ -21,13 +21,13 @@ POSIX = pytest.mark.skipif(os.name == "nt", reason="needs signals that Windows l
 
 
 def run_alone(corpus, logs: Path, **knobs):
-    """The same run in this one process."""
+    """The same run in this single process."""
     values = models.tiny_settings(corpus, LOG_DIR=logs, **knobs)
     assert models.call_main(values) == 0
     return read_run(logs / values["RUN_ID"])
 
 
-# 7 validation windows, which neither 2 nor 3 ranks share evenly; the last one is ragged.
+# 7 validation windows, not divisible by 2 or 3 ranks; the last one is shorter.
 COMMON = {
     "ITERATIONS": 10,
     "TRAIN_LOG_EVERY": 1,
@@ -43,7 +43,7 @@ COMMON = {
     "ranks, knobs",
     [
         (2, {"NUM_LAYERS": 3, "GRAD_CLIP_NORM": 0.5, "GRAD_ACCUM_STEPS": 3}),
-        # The skip_weights of one layer are empty and get no gradient: the reduction must not wait for one.
+        # The skip_weights of one layer are empty and get no gradient: the all-reduce must not wait for one.
         (3, {"NUM_LAYERS": 1, "EVAL_STRIDE": 20}),
     ],
 )
@@ -68,7 +68,7 @@ def test_ranks_train_and_score_as_one_process(corpus, launch, tmp_path, ranks, k
 
 
 def test_an_error_of_rank_0_alone_ends_the_run(launch, tmp_path):
-    """The other rank waits in a collective for it, and must not keep it waiting in turn."""
+    """The other rank waits for it in a collective, and must not block it in turn."""
     (tmp_path / "logs" / "run").mkdir(parents=True)
     done = launch(ranks=2, timeout=120)
     assert done.returncode == 1, "torchrun's own code"
@@ -76,7 +76,7 @@ def test_an_error_of_rank_0_alone_ends_the_run(launch, tmp_path):
     assert not list((tmp_path / "logs" / "run").iterdir())
 
 
-# Checkpoints: a rank is disturbed in the middle of a step, by the environment
+# Checkpoints: a rank is disturbed in the middle of a step, as set by the environment
 
 DRIVER = f"""
 import json, os, shutil, signal, sys, time
@@ -130,7 +130,7 @@ def driver(tmp_path_factory):
 
 @pytest.fixture
 def disturb(corpus, launch, driver, tmp_path):
-    """Function: two ranks under torchrun, with faults; the CompletedProcess."""
+    """Function: two ranks under torchrun, with faults. Returns the CompletedProcess."""
 
     def start(*faults, max_restarts=0, **more):
         values = models.tiny_settings(corpus, LOG_DIR=tmp_path / "logs", **STEPS) | more
@@ -141,8 +141,8 @@ def disturb(corpus, launch, driver, tmp_path):
 
 @pytest.fixture(scope="module")
 def two(corpus, driver, tmp_path_factory):
-    """The folder of runs of two ranks: "two", which a signal to one rank makes save step 5; "two_two", which resumes
-    from that; "one_two", which resumes from the same step of "one", a run of one rank."""
+    """The folder of runs of two ranks: "two", which saves step 5 because of a signal to one rank; "two_two", which
+    resumes from it; "one_two", which resumes from the same step of "one", a run of one rank."""
     logs = tmp_path_factory.mktemp("two")
     step = train_gpt.Trainer.step
 
@@ -170,8 +170,8 @@ def two(corpus, driver, tmp_path_factory):
 
 @POSIX
 def test_any_number_of_ranks_resumes_what_any_other_has_saved(corpus, two):
-    """Two ranks resume their own checkpoint to the same bits; one rank that of two, and two that of one, to the same
-    numbers but for rounding."""
+    """Two ranks resume their own checkpoint bit-exactly. One rank resumes that of two, and two that of one, with equal
+    results up to rounding."""
     saved = {name: open_checkpoint(two / name / "checkpoint5.pt") for name in ("one", "two")}
     assert {name: (state["steps"], len(state["rng"])) for name, state in saved.items()} == {
         "one": (5, 1),
@@ -193,7 +193,7 @@ def test_any_number_of_ranks_resumes_what_any_other_has_saved(corpus, two):
 
 
 def test_a_signal_to_one_rank_stops_both_at_one_step_with_a_checkpoint(disturb, tmp_path):
-    """Regression: the rank that had nothing to write left at once; the launcher then ended the one that wrote."""
+    """Regression: the rank with nothing to write exited at once; the launcher then killed the one still writing."""
     done, path = disturb([0, 0, 5, signal.SIGTERM, False], SLOW_DISK="2"), tmp_path / "logs" / "run"
     assert done.returncode == 1, "torchrun's own code"
     log = (path / "train.log").read_text()
@@ -216,7 +216,7 @@ def test_a_signal_to_the_launcher_saves_too(disturb, tmp_path):
 
 @POSIX
 def test_a_killed_rank_leads_to_a_restart_in_the_same_folder_and_to_the_same_result(two, disturb, tmp_path):
-    """First the one rank, then the other; without a RUN_ID: the restart knows its folder by the launch."""
+    """First one rank is killed, then the other; without a RUN_ID, the restart identifies its folder by the launch."""
     kills, whole = [[0, 1, 4, signal.SIGKILL, False], [1, 0, 8, signal.SIGKILL, False]], read_run(two / "two")
     done = disturb(*kills, max_restarts=2, RUN_ID="", CHECKPOINT_EVERY_SECONDS="1e-9")
     assert done.returncode == 0, done.stderr

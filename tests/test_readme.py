@@ -1,4 +1,4 @@
-"""The README says what the code does."""
+"""The README matches the code."""
 
 import re
 from pathlib import Path
@@ -23,7 +23,7 @@ def test_ci_runs_the_two_commands_of_the_readme():
 
 def test_knobs_and_defaults_of_the_readme_are_those_of_the_script():
     named = set(re.findall(r"`([A-Z][A-Z0-9_]+)=?[^`]*`", README))
-    named = {name for name in named if not name.startswith(("TORCH_", "NCCL_", "SLURM_", "GLOO_"))}  # of others
+    named = {name for name in named if not name.startswith(("TORCH_", "NCCL_", "SLURM_", "GLOO_"))}  # of other programs
     assert named - set(KNOBS) <= {"KEY", "FILE", "GPT", "PARAMETERS"} and len(named) > 25
     rows = re.findall(r"^\| (`[A-Z].*?) \| (.*?) \|", README, flags=re.MULTILINE)
     checked = 0

@@ -1,4 +1,4 @@
-"""Recipes: each file is a valid configuration of the model that it names, fits the limit, and trains."""
+"""Recipes: each file is a valid configuration of the model it names, fits the size limit, and trains."""
 
 import json
 
@@ -21,7 +21,7 @@ SOURCES = {
     **{"demo_cpu": SCRIPT, "reference_cpu": SCRIPT, "case_marks_cpu": FRONTIER},
     **{"frontier_cpu": FRONTIER | {"canonical.py"}, "frontier_sp1024": CODER, "frontier_sp8192": CODER},
 }
-# Smaller values for a run of a second. Those of the frontier apply to recipes that set the knob.
+# Smaller values for a one-second run. Those of the frontier apply to recipes that set the knob.
 SMALL = """MODEL_DIM=32 TRAIN_SEQ_LEN=32 TRAIN_BATCH_TOKENS=64 VAL_BATCH_SIZE=256 VAL_TOKENS_LIMIT=200 ITERATIONS=2
     WARMUP_STEPS=1 MAX_WALLCLOCK_SECONDS=0"""
 SMALL_WHERE_SET = (
@@ -60,7 +60,7 @@ def test_a_recipe_is_a_configuration_that_fits_the_limit(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_trains_two_small_steps(name, corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_gpt, "INT8_MIN_NUMEL", 500)  # so that something is quantized
+    monkeypatch.setattr(train_gpt, "INT8_MIN_NUMEL", 500)  # so that some tensors are quantized
     texts = train_gpt.read_env_file(FOLDER / f"{name}.env")
     knobs = models.knobs(SMALL) | {
         knob: value for knob, value in models.knobs(SMALL_WHERE_SET).items() if knob in texts

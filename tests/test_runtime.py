@@ -1,4 +1,4 @@
-"""Runtime: importing does nothing, the device, the run folder, the stopwatch; and the rules the file itself keeps."""
+"""Runtime: import without side effects, the device, the run folder, the stopwatch; and the code rules of the file."""
 
 import ast
 import errno
@@ -29,7 +29,7 @@ ROOT = Path(train_gpt.__file__).resolve().parent
 SCRIPT = ROOT / "train_gpt.py"
 TOOLS = [ROOT / "tools" / f"{name}.py" for name in ("check", "checkpoint", "artifact")]
 
-# Runs in a process of its own. torch comes first: what it reads and prints is not ours.
+# Runs in its own process. torch is imported first: what it reads and prints is not part of the test.
 IMPORT_PROBE = """
 import os, sys
 import numpy, torch, torch.distributed, torch.nn.parallel
@@ -52,7 +52,7 @@ def fake_runtime(kind="cpu", is_master=True, broadcast=lambda value: value):
 
 
 def name_folder(folder, config):
-    """Without a look at what may be in it already."""
+    """Name the run folder without checking what it may already contain."""
     if type(folder) is RunFolder:
         folder.locate(config)
     else:
@@ -61,7 +61,7 @@ def name_folder(folder, config):
 
 @pytest.fixture
 def create(runtime, make_config):
-    """Function: a run folder on the disk, with the first files in it."""
+    """Function: a run folder on disk, with the first files in it."""
     created = []
 
     def new(kind=RunFolder, runtime=runtime, **knobs):
@@ -101,7 +101,7 @@ def test_one_process(runtime):
 
 
 def test_ranks_without_a_launcher(make_config):
-    """As the shells of some clusters leave them behind. Regression: without MASTER_PORT it was a traceback."""
+    """Variables that the shells of some clusters set. Regression: without MASTER_PORT it was a traceback."""
     address, port = {"MASTER_ADDR": "localhost"}, {"MASTER_PORT": "29500"}
     for rank, size, place in [
         *(("1", None, {}), ("x", None, {}), (None, "2", {}), ("0", "2", {}), ("0", "2", address), ("1", "2", port)),
@@ -114,14 +114,14 @@ def test_ranks_without_a_launcher(make_config):
 
 
 def test_a_port_that_is_taken_is_one_line(make_config):
-    """Regression: it was a traceback of torch."""
+    """Regression: it was a traceback from torch."""
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = str(other.getsockname()[1])
         environ = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError) as caught:
-            for name, text in environ.items():  # which torch reads too
+            for name, text in environ.items():  # torch reads them too
                 patch.setenv(name, text)
             Runtime(make_config(), environ)
     message = str(caught.value)
@@ -165,7 +165,7 @@ def test_folder_gets_everything_that_was_logged(runtime, make_config, capsys, ki
     folder.create(config, {"train_gpt.py": b"the code"})
     folder.log("late")
     assert folder.path == Path(config.log_dir) / "run"
-    # A run that is killed must leave its lines: they are read before `close`.
+    # A killed run must leave its lines, so they are read before `close`.
     assert (folder.path / "train.log").read_text(encoding="utf-8") == "early \u6d77\nlate\n"
     assert capsys.readouterr().out == "early \u6d77\nlate\n"
     folder.append("metrics.jsonl", '{"step": 1, "loss": 2.5}')
@@ -185,7 +185,7 @@ def test_other_ranks_write_nothing(make_config, create, tmp_path, capsys, kind):
     folder.append("metrics.jsonl", "{}")
     folder.close()
     assert capsys.readouterr().out == "" and not list(tmp_path.iterdir())
-    assert folder.path.name == "run"  # they know where it is all the same
+    assert folder.path.name == "run"  # they still know where it is
 
 
 @BOTH
@@ -196,7 +196,7 @@ def test_run_without_a_name_gets_that_of_rank_0(create, kind):
 
 @BOTH
 def test_runs_with_one_clock_and_one_process_id_get_folders_of_their_own(create, make_config, monkeypatch, kind):
-    """As two containers may have them. Regression: the second wrote into the folder of the first."""
+    """Two containers may share both. Regression: the second wrote into the folder of the first."""
     strftime, now = time.strftime, time.gmtime(10**9)
     monkeypatch.setattr(time, "strftime", lambda text: strftime(text, now))
     monkeypatch.setattr(os, "getpid", lambda: 1)
@@ -215,7 +215,7 @@ LACKING = ("ENOSYS", "ENOTSUP", "ENOLCK", "EOPNOTSUPP", "EINVAL")
 def test_a_file_system_without_locks_costs_a_warning_and_a_lock_of_another_run_the_run(
     create, monkeypatch, capsys, name
 ):
-    """Lustre, SMB and some NFS have no locks. Regression: it was taken for another run's lock."""
+    """Lustre, SMB and some NFS have no locks. Regression: this was mistaken for another run's lock."""
     fcntl, number = pytest.importorskip("fcntl"), getattr(errno, name)
 
     def fail(file, operation):
@@ -280,7 +280,7 @@ def test_a_file_is_on_disk_before_it_gets_its_name(create, monkeypatch):
 
     def checked_replace(source, target):
         assert synced == [5] and Path(source).read_bytes() == b"bytes"
-        assert Path(source).parent == Path(target).parent  # a rename across disks is no rename
+        assert Path(source).parent == Path(target).parent  # a rename across file systems is not atomic
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", checked_replace)
@@ -298,13 +298,13 @@ def test_stopwatch_adds_up_to_the_wall_time(monkeypatch):
     def wait(seconds):
         now[0] += seconds
 
-    watch = Stopwatch(lambda: wait(0.25))  # the device needs a quarter of a second to finish: time of the ending phase
+    watch = Stopwatch(lambda: wait(0.25))  # the device needs 0.25 s to finish, which counts for the ending phase
     wait(1)
     for phase, seconds in [("compile", 2), ("training", 4), ("evaluation", 8), ("training", 16), ("training", 32)]:
         watch.switch(phase)
         wait(seconds)
     assert watch.elapsed("training") == 4 + 0.25 + 16 + 0.25 + 32
-    assert watch.elapsed("evaluation") == 8.25  # the clock of another phase stands still
+    assert watch.elapsed("evaluation") == 8.25  # the clocks of other phases stand still
     watch.switch("export")
     wait(64)
     watch.switch("export")
@@ -359,7 +359,7 @@ def test_options_of_the_compiler(make_config, runtime, monkeypatch):
         torch.compile(abs, options=expected)  # inductor knows all of them
 
 
-# The rules of the file
+# Code rules of the file
 
 
 def test_script_is_under_1500_lines():
@@ -379,7 +379,7 @@ def test_no_function_over_80_lines_and_no_joined_statements(path):
 
 
 def test_the_visible_space_is_written_as_an_escape():
-    """A literal U+2581 looks like an underscore; it has been mistaken for one."""
+    """A literal U+2581 looks like an underscore and has been mistaken for one."""
     folders = ("data", "records", "tests", "tools")
     sources = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     sources += ROOT.glob("*.py")
@@ -388,5 +388,5 @@ def test_the_visible_space_is_written_as_an_escape():
 
 
 def test_at_the_top_there_is_the_script_alone():
-    """What stands around it belongs to a folder."""
+    """All other Python files belong in folders."""
     assert [path.name for path in ROOT.glob("*.py")] == ["train_gpt.py"]

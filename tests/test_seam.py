@@ -1,7 +1,7 @@
-"""The seam: MODEL_FILE, the one way in, and what a model file may replace.
+"""The seam: MODEL_FILE, the only entry point for a model file, and what a model file may replace.
 
-test_contract.py has what every model must do. Runs are made in this process by main(), unless a copy of the script must
-run, or several ranks."""
+test_contract.py covers what every model must do. Runs are made in this process by main(), unless they need a copy of
+the script or several ranks."""
 
 import copy
 import dataclasses
@@ -42,7 +42,7 @@ def process(values: dict[str, str], cwd: Path, code=0, **more):
 
 
 def same(one, other) -> bool:
-    """To the last digit, and bit for bit in the artifact."""
+    """Whether results match to the last digit, and artifacts bit for bit."""
     return [one.result[name] for name in SAME] == [other.result[name] for name in SAME] and one.losses == other.losses
 
 
@@ -54,7 +54,7 @@ def no_other_model_file():
 
 @pytest.fixture
 def go(corpus, tmp_path):
-    """Function: a run of tiny.py in this process; what its folder holds."""
+    """Function: a run of tiny.py in this process. Returns the contents of its folder."""
     return runs.starter(corpus, tmp_path, **STEPS, VAL_TOKENS_LIMIT=0)
 
 
@@ -89,7 +89,7 @@ def test_it_trains_by_its_own_schedule_and_learns(whole):
 
 
 def test_dropout_draws_by_the_seed_and_not_in_a_score(whole, go):
-    """Regression: what a model draws in training had no seed, so that no run could be repeated."""
+    """Regression: random draws of a model in training had no seed, so runs were not reproducible."""
     assert same(go(RUN_ID="again"), whole)
     first = r"^step:0/12 val_loss:.* val_bpb:\S+"
     for name, value in (("DROPOUT", 0), ("SEED", 1338)):
@@ -101,7 +101,7 @@ def test_dropout_draws_by_the_seed_and_not_in_a_score(whole, go):
 
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="needs a C++ compiler")
 def test_two_compiled_ranks_train_it_as_one_process(corpus, tmp_path, go):
-    """With its extra loss, which goes through DDP and the compiler beside the others."""
+    """Including its extra loss, which passes through DDP and the compiler together with the losses."""
     knobs = STEPS | {"DROPOUT": 0, "ITERATIONS": 6}
     one = go(RUN_ID="one", **knobs)
     values = models.tiny_settings(corpus, LOG_DIR=tmp_path / "logs", RUN_ID="two", COMPILE=1, TMPDIR=tmp_path, **knobs)
@@ -115,8 +115,8 @@ def test_two_compiled_ranks_train_it_as_one_process(corpus, tmp_path, go):
 
 @pytest.mark.parametrize("given, where, kept", [("absolute", "cwd", "run"), ("relative", "kept", "record")])
 def test_its_folder_runs_by_itself(place, corpus, tmp_path, given, where, kept):
-    """Copied elsewhere, where nothing else is any more, and without tools, which it says; with a tokenizer of
-    vocabularies.py, which is then a source, too."""
+    """Copied to an otherwise empty folder, without tools, which it reports; and with a tokenizer of vocabularies.py,
+    which is then a source, too."""
     shutil.move(place / "tools" / "vocabularies.py", place)
     shutil.rmtree(place / "tools")
     text = "".join(chr(97 + i * i % 23) for i in range(600)).encode()
@@ -164,7 +164,7 @@ def test_a_copy_that_is_changed_is_refused_at_a_resume(go, tmp_path, capsys):
 
 
 def test_it_is_scored_and_sampled_by_the_file_it_names_and_by_the_one_it_is_given(whole, bare, call, tmp_path):
-    """Beside the artifact or where it was: in records/models/."""
+    """Next to the artifact or in its original place, records/models/."""
     alone, beside = (
         Path(shutil.copy(whole.path / "final_model.int8.ptz", tmp_path)),
         whole.path / "final_model.int8.ptz",
@@ -182,7 +182,7 @@ def test_it_is_scored_and_sampled_by_the_file_it_names_and_by_the_one_it_is_give
 
 
 def named(whole, **source) -> bytes:
-    """Its artifact, which names another file."""
+    """Its artifact, naming another file."""
     artifact = models.open_artifact(whole.path / "final_model.int8.ptz")
     assert artifact["source"] == {"file": "tiny.py", "sha256": hashlib.sha256(TINY.read_bytes()).hexdigest()}
     return models.seal(models.torch_bytes(artifact | {"source": artifact["source"] | source}))
@@ -205,7 +205,7 @@ NAMES = [
 
 @pytest.mark.parametrize("source, said", NAMES, ids=str)
 def test_an_artifact_that_names_no_model_is_refused(whole, tmp_path, source, said):
-    """Only files beside it and in known folders are candidates, since a model file is a program that is run."""
+    """Only files next to it and in known folders are candidates, since a model file is a program that is executed."""
     evaluate = train_gpt.tool("artifact")
     place = tmp_path / "place"
     (place / "elsewhere").mkdir(parents=True)
@@ -226,7 +226,7 @@ def test_of_two_files_of_its_name_the_one_with_its_hash_is_taken(whole, tmp_path
         assert Path(sys.modules[found.__module__].__file__) == path
 
 
-# MODEL_FILE, the one way in
+# MODEL_FILE, the only entry point
 
 WHERE = """
 import inspect, sys
@@ -238,11 +238,11 @@ for text in sys.argv[1:]:
 
 
 def test_a_model_file_is_found_from_here_from_the_script_and_by_its_name(place, tmp_path):
-    """The first place where it is counts."""
+    """The first place that has it counts."""
     cwd = tmp_path / "cwd"
     for folder in (cwd / "mine", place / "mine"):
         folder.mkdir(parents=True)
-    for name in ("mine/m.py", "m.py", "n.py"):  # where it would be looked for later there is another
+    for name in ("mine/m.py", "m.py", "n.py"):  # each place that would be searched later has another file
         (place / name).write_text("1 / 0\n")
     for path in (cwd / "mine" / "m.py", place / "mine" / "n.py", place / "o.py"):
         shutil.copy(TINY, path)
@@ -280,7 +280,7 @@ def test_a_model_file_that_is_none_is_one_line(tmp_path, bare, call, text, file,
 
 @pytest.mark.parametrize("options", [[], ["-P"]], ids=str)
 def test_what_it_imports_as_train_gpt_is_the_script_that_runs(corpus, tmp_path, options):
-    """Whatever has that name in the working directory, on the module path or beside the model file."""
+    """Regardless of modules of that name in the working directory, on the module path or next to the model file."""
     for folder in ("cwd", "models", "modules"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "train_gpt.py").write_text("1 / 0\n")
@@ -292,7 +292,7 @@ def test_what_it_imports_as_train_gpt_is_the_script_that_runs(corpus, tmp_path, 
 
 
 def test_what_it_imports_from_its_own_folder_is_a_source_too(place, corpus, tmp_path):
-    """Its folder is the first place; what is imported is hashed, copied and counted, and the copy runs by itself."""
+    """Its folder is searched first; its imports are hashed, copied and counted, and the copy runs by itself."""
     shutil.rmtree(place / "tools")
     model_file = place / "own" / "tiny.py"
     model_file.parent.mkdir()
@@ -301,7 +301,7 @@ def test_what_it_imports_from_its_own_folder_is_a_source_too(place, corpus, tmp_
     (model_file.parent / "helper.py").write_text("import deeper\n\nnn = deeper.nn\n")
     (model_file.parent / "deeper.py").write_text("from torch import nn\n")
     (model_file.parent / "stranger.py").write_text("not imported\n")
-    for decoy in (place / "helper.py", tmp_path / "helper.py"):  # beside the script, and on the module path
+    for decoy in (place / "helper.py", tmp_path / "helper.py"):  # next to the script, and on the module path
         decoy.write_text("1 / 0\n")
     knobs = STEPS | {"LOG_DIR": tmp_path / "logs", "ITERATIONS": 2, "MODEL_FILE": "own/tiny.py", "PYTHONPATH": tmp_path}
     _, _, made = process(models.tiny_settings(corpus, **knobs), tmp_path, script=place / "train_gpt.py")
@@ -320,7 +320,7 @@ def test_what_it_imports_from_its_own_folder_is_a_source_too(place, corpus, tmp_
 
 @pytest.mark.parametrize("packaged", [True, False], ids=["package", "namespace"])
 def test_what_it_imports_from_a_folder_below_its_own_is_refused(go, tmp_path, monkeypatch, call, corpus, packaged):
-    """A run folder is flat: such a file would be neither copied nor counted. A folder of libraries may lie there."""
+    """A run folder is flat, so such a file would be neither copied nor counted. A folder of libraries is allowed."""
     own, package = tmp_path / "own", f"package{packaged}"
     for folder in (package, ".venv"):
         (own / folder).mkdir(parents=True)
@@ -374,7 +374,7 @@ def test_a_model_file_is_loaded_once_and_a_mistake_is_not_kept(tmp_path):
 
 
 def test_a_package_that_is_called_like_a_tool_is_no_source(make_config, monkeypatch, tmp_path):
-    """As any library may import."""
+    """Any library may import such a package."""
     (tmp_path / "__init__.py").write_text("")
     monkeypatch.setitem(sys.modules, "vocabularies", SimpleNamespace(__file__=str(tmp_path / "__init__.py")))
     assert set(train_gpt.source_paths(make_config())) == {"train_gpt.py"}
@@ -386,7 +386,7 @@ def test_a_package_that_is_called_like_a_tool_is_no_source(make_config, monkeypa
 
 
 def config_of(model, config: Config, **more):
-    """The same configuration of another model."""
+    """The same configuration with another model."""
 
     class Other(Config):
         @classmethod
@@ -397,7 +397,7 @@ def config_of(model, config: Config, **more):
 
 
 class Late(GPT):
-    """Adds parameters when all others are there."""
+    """Adds parameters after all others exist."""
 
     PARAMETERS = GPT.PARAMETERS | {
         "side": ParameterRule("qk_gain_init", "scalar", fp32=True),
@@ -434,7 +434,7 @@ def test_a_parameter_without_a_rule_raises_its_name(make_config, runtime):
 
 
 def test_a_parameter_that_a_subclass_adds_is_initialized_optimized_and_exported(make_config, runtime, monkeypatch):
-    """Regression: weights were initialized in the constructor of GPT, before those of its subclass were there."""
+    """Regression: weights were initialized in GPT's constructor, before those of its subclass existed."""
     monkeypatch.setattr(train_gpt, "INT8_MIN_NUMEL", 1000)
     config = config_of(Late, make_config(QK_GAIN_INIT=2.5))
     model, _, _ = train_gpt.build_model(config, runtime)
@@ -457,7 +457,7 @@ def test_a_parameter_that_a_subclass_adds_is_initialized_optimized_and_exported(
 
 
 class Deep(nn.Module):
-    """A part of a part, which leaves a loss."""
+    """A nested submodule that sets an extra loss."""
 
     def __init__(self, factor):
         super().__init__()
@@ -495,7 +495,7 @@ def test_extra_losses_of_nested_modules_are_summed_and_reset(make_config):
     gradients = [p.grad for p in plain.parameters()]
     compiled, graphs = oracle.graphs_of(model)
     for forward in (model, compiled):
-        for _ in range(2):  # nothing of the first is left for the second
+        for _ in range(2):  # the first call leaves nothing for the second
             found = oracle.losses_and_gradients(forward, model, tokens)
             torch.testing.assert_close(found, (losses, [expected], gradients), rtol=1e-5, atol=1e-6)
             assert left(model) == []
@@ -506,7 +506,7 @@ def test_extra_losses_of_nested_modules_are_summed_and_reset(make_config):
 
 
 def test_an_extra_loss_is_minimized_and_not_logged(make_config, runtime):
-    """It is a mean over the micro-steps, as the losses are."""
+    """It is averaged over the micro-steps, like the losses."""
     one = models.build_trainer(config_of(Regularized, make_config(GRAD_ACCUM_STEPS=4)), runtime)
     oracle.scatter(one.model)
     one.optimizers = []

@@ -1,4 +1,4 @@
-"""Training: one step against gradients computed by hand, warm-up without a trace, the clock, and what a run logs,
+"""Training: one step against gradients computed by hand, warm-up without side effects, the clock, and what a run logs,
 writes and repeats. Runs are made in this process by main()."""
 
 import contextlib
@@ -27,7 +27,7 @@ kernels = train_gpt.tool("kernels")
 
 @pytest.fixture
 def go(tiny, call, tmp_path):
-    """Function: a run with these knobs that ends well; what its folder holds."""
+    """Function: a run with these knobs that must succeed. Returns the contents of its folder."""
 
     def start(**knobs):
         assert call(tiny(**knobs))[::2] == (0, "")
@@ -48,7 +48,7 @@ def evaluator_of(config, runtime) -> Evaluator:
 
 
 class Recorder:
-    """Stands for the optimizers; keeps the gradients of a step."""
+    """Stands in for the optimizers and keeps the gradients of a step."""
 
     param_groups = ()
 
@@ -93,7 +93,7 @@ def test_a_step_has_the_gradient_of_the_mean_loss_clipped_once_after_accumulatio
 
 
 def test_an_extra_loss_trains_with_the_losses_and_is_in_no_log(make_config, build):
-    """It is a mean over the micro-steps, as they are."""
+    """It is averaged over the micro-steps, like the losses."""
     trainer = build(make_config(GRAD_ACCUM_STEPS=4))
     model = scatter(trainer.model)
     by_hand = copy.deepcopy(model)
@@ -203,8 +203,8 @@ def test_a_capped_run_ends_before_its_cap_and_validation_does_not_count(go, cloc
 
 
 def test_steps_of_uneven_length_still_end_before_the_cap(go, clock):
-    """If no step is slower than the slowest of the 20 before it, none ends after the limit. Slower ones than that are
-    forgotten (the last case), so that one hiccup does not cost the rest of the run."""
+    """If no step is slower than the slowest of the 20 before it, none ends after the limit. Even slower ones are
+    forgotten after a while (the last case), so that one hiccup does not cost the rest of the run."""
     durations = [2.0, 1.0, 0.25, 2.0, 1.75, 0.5, *itertools.repeat(0.25, 40)]
     for limit, steps in ((7, 4), (7.5, 5), (9.25, 6), (11, 12), (15, 35)):
         clock.steps = iter(durations)
@@ -223,7 +223,7 @@ def test_a_run_that_has_no_time_for_one_step_and_one_that_ends_in_time(go, clock
     assert [m["step"] for m in run.metrics if "val_loss" in m] == [2, 4]
 
 
-# Losses that are no numbers
+# Non-finite losses
 
 
 @pytest.mark.parametrize("bad_step, value", [(1, math.nan), (3, math.inf)])
@@ -247,13 +247,13 @@ def test_a_non_finite_loss_stops_the_run_and_exports_nothing(tiny, call, tmp_pat
 
 @pytest.mark.parametrize("knobs", [{"QK_GAIN_INIT": 3e38}, {"TIED_EMBED_LR": 1e9, "VAL_TOKENS_LIMIT": 50}], ids=str)
 def test_a_model_that_overflows_is_noticed(tiny, call, tmp_path, knobs):
-    """At once where the loss does, or where weights are more than fp16 holds in the artifact."""
+    """Immediately if the loss overflows, or if weights exceed the fp16 range of the artifact."""
     code, _, error = call(tiny(**knobs))
     assert code == 2 and ("step 1: the loss is nan" if "QK_GAIN_INIT" in knobs else "not finite in fp16") in error
     assert not (tmp_path / "logs" / "run" / "result.json").exists()
 
 
-# A whole run: its log, its files, its result
+# A complete run: its log, its files, its result
 
 
 @pytest.fixture(scope="module")

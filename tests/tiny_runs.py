@@ -1,4 +1,4 @@
-"""Run folders for the tests of the record tools: real runs of a two-layer model, made once for all of them."""
+"""Run folders for the tests of the record tools: real runs of a two-layer model, created once and shared."""
 
 import atexit
 import functools
@@ -30,7 +30,7 @@ def work() -> Path:
 
 
 def with_manifest(corpus: Path, folder: Path) -> Path:
-    """The corpus' shards under `folder`, with a manifest that states what they are."""
+    """Put the corpus's shards under `folder`, with a manifest that describes them."""
     vocab_size = int((corpus / "vocab_size").read_text())
     shutil.copytree(corpus / "data", folder)
     token_bytes = train_gpt.TokenBytes(str(corpus / "tok.model"), vocab_size)
@@ -46,7 +46,7 @@ def with_manifest(corpus: Path, folder: Path) -> Path:
 
 
 def settings(corpus: Path) -> dict[str, str]:
-    """The knobs of a run of a second."""
+    """The knobs of a one-second run."""
     data = work() / "data"
     data = data if data.exists() else with_manifest(corpus, data)
     knobs = models.run_settings(corpus, DATA_PATH=data, ITERATIONS=24, TRAIN_LOG_EVERY=4)
@@ -55,7 +55,7 @@ def settings(corpus: Path) -> dict[str, str]:
 
 @functools.cache
 def make_runs(corpus: Path) -> list[Path]:
-    """Run folders of seeds 1, 2 and 3, by one process."""
+    """Run folders of seeds 1, 2 and 3, made by one process."""
     logs = work() / "logs"
     environ = settings(corpus) | {"LOG_DIR": str(logs), "PYTHONPATH": str(ROOT)}
     done = models.process(environ, ROOT, options=["-c", RUN_ALL], args=SEEDS)

@@ -1,4 +1,4 @@
-"""What the benches share: settings as words, random data and weights, timing, and how results are printed."""
+"""Shared helpers for the benches: settings from words, random data and weights, timing, and printing of results."""
 
 import statistics
 import sys
@@ -16,7 +16,7 @@ FRONTIER = ROOT / "records" / "models" / "frontier.py"
 
 
 def parse(words: str) -> dict[str, str]:
-    """{KNOB: text} of words KNOB=value."""
+    """Parse words KNOB=value into {KNOB: string}."""
     return dict(word.split("=", 1) for word in words.split())
 
 
@@ -24,7 +24,7 @@ RANS = parse("CODEC=rans WEIGHT_BITS=6 EMBED_BITS=6 CLIP_ATTN=12.85 CLIP_MLP=12.
 
 
 def random_stream(config, count: int) -> train_gpt.TokenStream:
-    """A text in memory."""
+    """A token stream in memory."""
     stream = train_gpt.TokenStream.__new__(train_gpt.TokenStream)
     tokens = np.random.default_rng(0).integers(config.vocab_size, size=count, dtype=np.uint16)
     stream.shards, stream.ends = [tokens], np.array([count])
@@ -44,7 +44,7 @@ def build_trainer(config, runtime, tool=train_gpt, folder=None) -> train_gpt.Tra
 
 
 def random_weights(shapes: dict) -> dict[str, torch.Tensor]:
-    """About as large as trained ones, so that they compress about as well."""
+    """Random weights with about the scale of trained ones, so that they compress about as well."""
     generator = torch.Generator().manual_seed(0)
     return {name: 0.02 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
@@ -59,7 +59,7 @@ def timed(call, *args, wait=lambda: None):
 
 
 def take_turns(calls: dict, rounds: int, wait=lambda: None) -> dict[str, list[float]]:
-    """Seconds of each call in every round; every second round goes the other way round."""
+    """Seconds of each call in each round; every second round runs the calls in reverse order."""
     taken = {name: [] for name in calls}
     for turn in range(rounds):
         for name in list(calls)[:: -1 if turn % 2 else 1]:
@@ -68,12 +68,12 @@ def take_turns(calls: dict, rounds: int, wait=lambda: None) -> dict[str, list[fl
 
 
 def spread(values, digits=3) -> str:
-    """Median (least to most)."""
+    """Median (minimum to maximum)."""
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 def entropy(quantized: dict[str, torch.Tensor], kinds) -> float:
-    """Bits per weight of zeroth order, with a table for attention, MLP and embedding each."""
+    """Zeroth-order entropy in bits per weight, with separate tables for attention, MLP and embedding."""
     counts = np.zeros((3, 256))
     for kind, q in zip(kinds, quantized.values(), strict=True):
         counts[kind] += np.bincount(q.numpy().view(np.uint8).ravel(), minlength=256)

@@ -1,10 +1,10 @@
-"""What case marks are worth to a trained model: bits per byte of the original text, paired by seed. No test.
+"""Measure what case marks gain in a trained model: bits per byte of the original text, paired by seed. Not a test.
 
     python tests/bench/case_marks_gain.py TRAIN.jsonl.xz VAL.jsonl.xz --out DIR --megabytes 30 --config FILE.env
 
-Makes three data sets of the same text: without marks, with marks before the space next to a word, as the option
---case-marks has them, and with marks after it. Each is trained on with each seed, on as many bytes of text; the knobs
-come from the config and from the environment. What is in DIR already is not made again.
+Makes three datasets of the same text: without marks, with marks before the space next to a word, as the option
+--case-marks has them, and with marks after it. Trains on each with each seed, on equally many bytes of text; the knobs
+come from the config and the environment. Results already in DIR are reused.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def unmark_after(text: bytes) -> bytes:
 
 
 def make_data(kind: str, args: argparse.Namespace) -> tuple[Path, Path, dict]:
-    """Folder, tokenizer and training split of a data set."""
+    """Folder, tokenizer and training split of a dataset."""
     vocabularies.mark, vocabularies.unmark = (mark_after, unmark_after) if kind == "after" else (mark, unmark)
     options = [] if kind == "none" else ["--case-marks"]
     options += ["--tokenizer", f"train:sp{args.pieces}", "--val", args.val, "--name", kind, "--out", str(args.out)]

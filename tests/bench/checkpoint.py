@@ -1,11 +1,11 @@
-"""What a checkpoint costs at the reference shape: alternating pairs of windows, one with a checkpoint and one without.
+"""Measure the cost of a checkpoint at the reference shape: alternating pairs of windows, with and without a checkpoint.
 
     python tests/bench/checkpoint.py           PAIRS=8 STEPS=2 by default; any knob may be set
 
-A window is STEPS steps. In the one with a checkpoint the state is copied before the first step and written while the
-steps run; the window ends when both are done. The difference of the two is what a checkpoint costs, and 60 s, the
-default interval, is what it is compared with. On a CPU the writing takes time from the steps; on a GPU only the copy
-does. Steps are shortened to one sequence, which changes what a step takes but not what a checkpoint takes.
+A window is STEPS steps. In a window with a checkpoint, the state is copied before the first step and written while the
+steps run; the window ends when both are done. The difference between the two is the cost of a checkpoint, and it is
+compared with the default interval, 60 s. On a CPU, writing also takes time from the steps; on a GPU only the copy
+does. Steps use a single sequence, which changes the duration of a step but not the cost of a checkpoint.
 """
 
 import os

@@ -1,13 +1,13 @@
-"""What rANS saves over zlib and lzma on the same quantized weights, how long each takes, and what the size law says.
+"""Compare rANS with zlib and lzma on the same quantized weights: sizes, times, and the prediction of the size law.
 
     python tests/bench/export.py --model logs/<run_id>/final_model.pt      the weights of a run
-    python tests/bench/export.py --gaussian 17e6                           normal random matrices of so many weights
-    PAIRS=5 python tests/bench/export.py --gaussian 17e6                   rounds, whose medians are printed: 3
+        python tests/bench/export.py --gaussian 17e6                           this many normally distributed weights
+        PAIRS=5 python tests/bench/export.py --gaussian 17e6                   rounds (default 3); medians are printed
 
-Knobs of the export may be set (WEIGHT_BITS, EMBED_BITS, CLIP_ATTN, CLIP_MLP, CLIP_EMBED); without, it is 6 bits and
+Export knobs may be set (WEIGHT_BITS, EMBED_BITS, CLIP_ATTN, CLIP_MLP, CLIP_EMBED); the defaults are 6 bits and
 clips of 12.85 standard deviations. The coders take turns. Each codes the values as bytes, one per weight; "entropy" is
-that of zeroth order, for attention, MLP and embedding separately. Then the whole artifact of CODEC=rans is compared
-with what MODE=check projects by the size law.
+the zeroth-order entropy, for attention, MLP and embedding separately. Finally the complete artifact of CODEC=rans is
+compared with the size that MODE=check projects.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from bench_tools import FRONTIER, RANS, entropy, random_weights, timed, train_gp
 
 
 def gaussian_state(weights: int) -> dict[str, torch.Tensor]:
-    """A fifth of attention, three of MLP, one of embedding, 512 wide; a vector that is kept."""
+    """A fifth attention, three fifths MLP, one fifth embedding, width 512, and one vector that is kept unquantized."""
     shares = {"blocks.0.attn.c_q.weight": 1, "blocks.0.mlp.fc.weight": 3, "tok_emb.weight": 1}
     state = random_weights({name: (share * weights // 5 // 512, 512) for name, share in shares.items()})
     return state | {"blocks.0.attn_scale": torch.ones(512)}

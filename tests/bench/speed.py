@@ -1,16 +1,16 @@
-"""How fast this machine trains, scores and exports, and what each part takes: a table, then JSON in the last line.
+"""Measure how fast this machine trains, scores and exports, by part. Prints a table, then JSON in the last line.
 
     python tests/bench/speed.py                                  all parts at the bench shape
     python tests/bench/speed.py --parts step,split --pairs 15    step, split, start, evaluation, export, growth
     python tests/bench/speed.py --shape reference                bench, demo or reference
     MODEL_DIM=512 python tests/bench/speed.py                    any knob of train_gpt.py
 
-bench: 4 layers, width 256, sequence 256, 8,192 tokens a step, vocabulary 1,024. demo: that of demo_cpu.env.
-reference: 9 layers, width 512, sequence 1,024; 8,192 tokens a step on a CPU, 65,536 on a GPU, as each of eight has.
+bench: 4 layers, width 256, sequence 256, 8,192 tokens a step, vocabulary 1,024. demo: the shape of demo_cpu.env.
+reference: 9 layers, width 512, sequence 1,024; 8,192 tokens a step on a CPU, 65,536 on a GPU, as on each of eight.
 
-Whatever is compared takes turns in one process, the start in processes of its own, so that a machine whose speed drifts
-moves all alike: quote the ratios, which are those of neighbours in time. Every figure is a median over --pairs rounds
-(7), with the least and the most. The contender is tests/bench/plain.py, compiled and eager.
+Contenders take turns in one process (start-up: each in its own process), so that speed drift of the machine affects
+all alike: quote the ratios, which compare neighbors in time. Every figure is a median over --pairs rounds (7), with
+the minimum and the maximum. The baseline is tests/bench/plain.py, compiled and eager.
 """
 
 import argparse
@@ -56,9 +56,9 @@ SHAPES = {
     "demo": BENCH | parse("TRAIN_BATCH_TOKENS=4096 VOCAB_SIZE=2048"),
     "reference": parse(f"TRAIN_SEQ_LEN=1024 TRAIN_BATCH_TOKENS={REFERENCE_TOKENS} GRAD_ACCUM_STEPS=1"),
 }
-# Small shapes, eager, of which one knob at a time grows twofold and fourfold; heads stay 64 wide.
+# Small eager shapes; one knob at a time grows twofold and fourfold; heads stay 64 wide.
 GROWING = parse("TRAIN_SEQ_LEN=128 MODEL_DIM=128 NUM_LAYERS=2 VOCAB_SIZE=512 TRAIN_BATCH_TOKENS=2048")
-STEPS_ALONE = 15  # of a process, after those that compile
+STEPS_ALONE = 15  # per process, after those that compile
 PHASES = ("data", "forward", "backward", "clipping", "muon", "adamw", "collectives")
 
 
@@ -68,7 +68,7 @@ def load_config(knobs: dict) -> train_gpt.Config:
 
 
 class Table:
-    """Figures, each printed when it is known, and kept for the JSON."""
+    """Figures, each printed as soon as it is known, and kept for the JSON."""
 
     def __init__(self):
         self.figures = {}
@@ -80,7 +80,7 @@ class Table:
 
 
 def product_call(runtime):
-    """(function that makes a few square products of the trainer's type, FLOPs of all of them)."""
+    """(function that runs a few square matmuls in the trainer's dtype, their total FLOPs)."""
     size, count = (8192, 10) if runtime.device.type == "cuda" else (1024, 20)
     left, right = (torch.randn(size, size, device=runtime.device).to(runtime.dtype) for _ in range(2))
 
@@ -92,7 +92,7 @@ def product_call(runtime):
 
 
 def is_default_model(config) -> bool:
-    """Whether the plain port, which knows shapes but no other architecture, is the same model."""
+    """Whether the plain port, which supports all shapes but only this architecture, is the same model."""
     if type(config) is not train_gpt.Config or not config.tie_embeddings:
         return False
     shape = "TRAIN_SEQ_LEN VOCAB_SIZE NUM_LAYERS MODEL_DIM NUM_HEADS NUM_KV_HEADS MLP_MULT LOGIT_SOFTCAP ROPE_BASE"
@@ -105,7 +105,7 @@ def is_default_model(config) -> bool:
 
 
 def contenders(config, runtime) -> dict:
-    """{name: function that makes one step}; the plain ones compiled where ours is, and eager."""
+    """{name: function that runs one step}: ours, and the plain port both eager and, if ours is compiled, compiled."""
     trainer = build_trainer(config, runtime)
     print(trainer.note)
     calls = {"ours": lambda: trainer.step(1.0, 0.95)}
@@ -122,7 +122,7 @@ def contenders(config, runtime) -> dict:
 
 
 def bench_step(config, runtime, rounds: int, table: Table):
-    """Steps of the contenders, in turn with the product that bounds them."""
+    """Time the contenders' steps, in turn with the matmuls that bound them."""
     calls = contenders(config, runtime)
     with torch.device("meta"):
         model = config.model_class()(config)
@@ -149,7 +149,7 @@ def bench_step(config, runtime, rounds: int, table: Table):
 
 
 def split_step(trainer, clock) -> dict[str, float]:
-    """One step of the trainer, with its work taken apart: seconds of each phase by `clock`, which waits for the device.
+    """One training step, split into phases: seconds of each by `clock`, which waits for the device.
     On one rank nothing is reduced."""
     marks, spent = [clock()], dict.fromkeys(PHASES, 0.0)
 
@@ -180,7 +180,7 @@ def split_step(trainer, clock) -> dict[str, float]:
 
 
 def bench_split(config, runtime, rounds: int, table: Table):
-    """A step's phases, in turn with whole steps: waiting for the device between phases may make their sum longer."""
+    """Time a step's phases, in turn with complete steps: waiting between phases may make their sum longer."""
     trainer = build_trainer(config, runtime)
 
     def clock():
@@ -201,9 +201,9 @@ def bench_split(config, runtime, rounds: int, table: Table):
 
 
 def child(config, contender: str, spawned: float):
-    """In a process of its own, which nothing of the other contender has set up: from its start over the first step to
-    the third, and some steps more. Prints JSON. The memory is that of the GPU's tensors, on a CPU that of the process,
-    with its compiler's."""
+    """Run one contender in its own process, so that the other has set up nothing: times from process start to the
+    first step and to the third, then of some more steps. Prints JSON. Memory is the GPU's tensors, or on
+    a CPU the process including its compiler."""
     imported = time.time()
     runtime = train_gpt.Runtime(config, {})
     with contextlib.redirect_stdout(sys.stderr):
@@ -221,7 +221,7 @@ def child(config, contender: str, spawned: float):
     if runtime.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
     else:
-        import resource  # late: Windows has none
+        import resource  # imported here: Windows has no such module
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     found = {
@@ -234,7 +234,7 @@ def child(config, contender: str, spawned: float):
 
 
 def bench_start(config, shape: str, rounds: int, table: Table):
-    """Processes in turns: with an empty cache of compiled code, and once more with what the first has left there."""
+    """Start processes in turn: with an empty cache of compiled code, then again with the cache filled by the first."""
     found, names = {}, ["ours", "plain"] if is_default_model(config) else ["ours"]
     caches = ("eager",) if config.compile == "0" else ("empty cache", "warm cache")
     for turn in range(rounds):
@@ -257,7 +257,7 @@ def bench_start(config, shape: str, rounds: int, table: Table):
 
 
 def bytes_table(config) -> train_gpt.TokenBytes:
-    """Of a vocabulary whose tokens have a byte each; the counting itself is the trainer's."""
+    """A byte table in which every token has one byte; the counting itself is the trainer's."""
     table, size = train_gpt.TokenBytes.__new__(train_gpt.TokenBytes), config.vocab_size
     table.byte_count, table.boundary = np.ones(size, int), np.zeros(size, bool)
     table.leading_space, table.strips_first_space = np.zeros(size, bool), True
@@ -265,7 +265,7 @@ def bytes_table(config) -> train_gpt.TokenBytes:
 
 
 def bench_evaluation(config, runtime, rounds: int, table: Table):
-    """Eight batches of chunks and of windows, in turn with forwards over the same inputs that are there already."""
+    """Eight batches of chunks and of windows, in turn with forwards over the same inputs, already on the device."""
     model, compiled_model, _ = train_gpt.build_model(config, runtime)
     T, rows = config.train_seq_len, max(1, config.train_batch_tokens // config.train_seq_len)
     for label, stride in (("chunks", T), ("windows", config.eval_stride or max(1, T // 4))):
@@ -297,20 +297,20 @@ def serialized(artifact: dict) -> bytes:
 
 
 def unpacked(blob: bytes) -> dict:
-    """As the coder does it before it dequantizes."""
+    """Read an artifact as the coder does before it dequantizes."""
     assert hashlib.sha256(blob[:-32]).digest() == blob[-32:]
     return torch.load(io.BytesIO(zlib.decompress(blob[:-32])), weights_only=True)
 
 
 def export_phases(state: dict, config, folder: Path) -> dict[str, float]:
-    """Seconds of each phase from the weights to the artifact on the disk and back."""
+    """Seconds of each phase from the weights to the artifact on disk and back."""
     spent = {}
 
     def phase(name, call, *args):
         result, spent[name] = timed(call, *args)
         return result
 
-    run_folder = train_gpt.tool("checkpoint").RunFolder(train_gpt.Runtime(config, {}))  # which verifies what it wrote
+    run_folder = train_gpt.tool("checkpoint").RunFolder(train_gpt.Runtime(config, {}))  # verifies what it has written
     run_folder.path = folder
     coder = config.coder_class()(config)
     artifact = phase("quantize", coder.quantize, state)
@@ -328,9 +328,9 @@ def export_phases(state: dict, config, folder: Path) -> dict[str, float]:
 
 
 def bench_export(config, rounds: int, table: Table):
-    """The script's coder and the frontier's, in turns, on weights drawn at random.
+    """Compare the script's coder with the frontier's, in turns, on random weights.
 
-    Compression takes about as long as of trained ones. rANS needs a configuration of the frontier, of the same shape.
+    Compression takes about as long as with trained weights. rANS needs a frontier configuration of the same shape.
     """
     with torch.device("meta"):
         shapes = {name: t.shape for name, t in config.model_class()(config).state_dict().items()}
@@ -351,8 +351,8 @@ def bench_export(config, rounds: int, table: Table):
 
 
 def bench_growth(runtime, rounds: int, table: Table):
-    """Exponents: the slope of log time over log size, from the shape itself to four times as much of one knob. Longer
-    sequences are fewer in number, so that a step has as many tokens."""
+    """Exponents: the slope of log time over log size, from the shape itself to four times the value of one knob. Longer
+    sequences are fewer, so that the tokens per step stay the same."""
     calls, sizes = {}, (1, 2, 4)
     for knob in GROWING:
         for factor in sizes:

@@ -1,13 +1,13 @@
-"""How fast data/tokenize_text.py is, next to SentencePiece's own batch encoding on the same cores. No test.
+"""Compare the speed of data/tokenize_text.py with SentencePiece's batch encoding on the same cores. Not a test.
 
     python tests/bench/tokenize_speed.py TEXT.jsonl.xz                       # a tokenizer that the command trains
     python tests/bench/tokenize_speed.py TEXT.jsonl.xz --model FILE.model    # a given one
 
-Prints, for pairs of runs one after the other (so that what else the machine does disturbs both): MB of text a second of
-`SentencePieceProcessor.encode(documents, num_threads=2)` on documents in memory, the same of the whole command with two
-threads (start, reading, unpacking, encoding, proof, writing), their ratio, and the command's peak resident memory (as
-Linux counts it). The processor time of both is the better measure where other work takes turns on the cores. Then
-whether one thread makes the same shards.
+Prints, for pairs of consecutive runs (so that other load on the machine affects both): MB of text per second of
+`SentencePieceProcessor.encode(documents, num_threads=2)` on documents in memory, the same for the complete command with
+two threads (start, reading, unpacking, encoding, verification, writing), their ratio, and the command's peak resident
+memory (as Linux counts it). If other work shares the cores, the processor time of both is the better measure. Finally
+checks that one thread makes the same shards.
 """
 
 import argparse
@@ -27,7 +27,7 @@ sys.path.insert(0, str(SCRIPT.parent))
 
 import texts  # noqa: E402
 
-BATCH = 1000  # documents that SentencePiece gets at a time: all at once is slower, as it makes a list of every token
+BATCH = 1000  # documents per SentencePiece call: all at once is slower, as it makes a list of every token
 
 
 def read_documents(path: str, field: str) -> list[str]:

@@ -1,6 +1,6 @@
-"""data/download_fineweb.py against a hub made here: proved or absent, nothing fetched twice, errors that help.
+"""data/download_fineweb.py against a local hub: files are verified or absent, nothing is fetched twice, errors help.
 
-HF_ENDPOINT names a local server, which speaks the part of the hub's protocol that huggingface_hub needs.
+HF_ENDPOINT names a local server that implements the part of the hub's protocol that huggingface_hub needs.
 """
 
 import functools
@@ -80,7 +80,7 @@ def sha256(data: bytes) -> str:
 
 @functools.cache
 def git_oid(data: bytes) -> str:
-    """What `git hash-object` prints."""
+    """The hash that `git hash-object` prints."""
     return hashlib.sha1(b"blob " + str(len(data)).encode() + b"\0" + data).hexdigest()
 
 
@@ -101,15 +101,15 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Hub(ThreadingHTTPServer):
-    """A hub of one repository. How a connection is kept and taken up again is the library's to test."""
+    """A hub with one repository. Keeping and resuming connections is left to the library's own tests."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repo, self.files = REPO, make_repo()
         self.content = {}  # path -> what is sent instead of the bytes that the listing describes
-        self.status = {}  # what a URL contains -> (status, headers, body) that answer it
-        self.entry = {}  # path -> what the listing says instead
-        self.log = []  # paths asked for
+        self.status = {}  # part of a URL -> (status, headers, body) of the response
+        self.entry = {}  # path -> what the listing has instead
+        self.log = []  # requested paths
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
@@ -121,11 +121,11 @@ class Hub(ThreadingHTTPServer):
         self.files["datasets/manifest.json"] = json.dumps(manifest).encode()
 
     def fetched(self) -> list[str]:
-        """Names of the files that were asked for since the last `log.clear()`, but for the manifest."""
+        """Names of the files requested since the last `log.clear()`, except the manifest."""
         return sorted({Path(path).name for path in self.log if "/resolve/" in path} - {"manifest.json"})
 
     def respond(self, path: str) -> tuple[int, dict, bytes]:
-        """Status, headers and body."""
+        """Status, headers and body of the response."""
         self.log.append(path)
         for part, answer in self.status.items():
             if part in path:
@@ -141,7 +141,7 @@ class Hub(ThreadingHTTPServer):
         return 200, {"X-Repo-Commit": self.commit, "ETag": f'"{etag}"'}, self.content.get(name, self.files[name])
 
     def describe(self, path: str) -> dict:
-        """The listing's entry of a file."""
+        """The listing's entry for a file."""
         data = self.files[path]
         lfs = {"lfs": {"sha256": sha256(data), "size": len(data), "pointerSize": 134}} if path.endswith(LFS) else {}
         entry = {"rfilename": path, "size": len(data), "blobId": git_oid(data)}
@@ -170,8 +170,7 @@ def root(tmp_path):
 @pytest.fixture
 def run(script, hub, root, tmp_path, monkeypatch, capfd):
     """Function: run the script in this process, with these options and environment variables, until its last thread
-    has ended; returncode, stdout and stderr. `free` is what the disk is said to have. Waits between retries are left
-    out."""
+    has ended. Returns returncode, stdout and stderr. `free` is the simulated free disk space. Retries do not wait."""
     for name in [name for name in os.environ if name.startswith(("HF_", "MATCHED_"))]:
         monkeypatch.delenv(name)
     template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
@@ -191,7 +190,7 @@ def run(script, hub, root, tmp_path, monkeypatch, capfd):
             if free is not None:
                 patch.setattr(script.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
             capfd.readouterr()
-            close_session()  # which knows the environment of its first request
+            close_session()  # it keeps the environment of its first request
             code = script.main([*out, *options])
             for thread in set(threading.enumerate()) - before:
                 if "ThreadPool" in thread.name:
@@ -212,7 +211,7 @@ def expected_files(hub: Hub, train: int = 3) -> dict[str, bytes]:
 
 
 def snapshot(root: Path) -> dict[str, bytes]:
-    """Local path -> content of everything below the data root but record, lock and what is not in place yet."""
+    """Local path -> content of everything below the data root except record, lock and files not yet in place."""
     files = [path for path in root.rglob("*") if path.is_file() and path.suffix != ".part"]
     names = {path.relative_to(root).as_posix(): path for path in files}
     return {name: path.read_bytes() for name, path in names.items() if not name.startswith("downloads/fineweb")}
@@ -226,7 +225,7 @@ def assert_done(done, root: Path, expected: dict[str, bytes], *said):
 
 
 def assert_error(done, *words):
-    """One message on standard error, with these words in it."""
+    """Standard error is one message that contains these words."""
     assert done.returncode == 2, done.stdout + done.stderr
     message = done.stderr.splitlines()[-1]
     assert message.startswith("error: ") and "Traceback" not in done.stderr, done.stderr
@@ -425,11 +424,11 @@ def test_a_hub_that_cannot_be_reached_is_offline(hub, run, root):
         assert_error(run(HF_ENDPOINT=nobody), "no earlier run")
 
 
-# What is refused changes nothing
+# A refused request changes nothing
 
 
 def answers(status: int, body=b"", part="/api/datasets/", **headers):
-    """The hub answers so what it is asked for."""
+    """The hub answers matching requests like this."""
     headers = {name.replace("_", "-"): value for name, value in headers.items()}
     return lambda hub: hub.status.update({part: (status, headers, body)})
 
@@ -452,13 +451,13 @@ def sends_another_manifest(hub):
 
 
 def nothing(hub):
-    """The hub is as ever; the mistake is the user's."""
+    """The hub is unchanged; the mistake is the user's."""
 
 
 ODD_COMMIT = b'{"id": "x", "sha": "../../x", "siblings": [{"rfilename": "a", "size": 1, "blobId": "%s"}]}' % (b"0" * 40)
 ID, PREFIX, VARIANTS = "MATCHED_FINEWEB_REPO_ID", "MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", "fineweb10B_byte260, " + NAME
 PLACED, SHARD, MANIFEST = "was not put in place", FIRST.removeprefix("datasets/"), "datasets/manifest.json"
-REFUSALS = [  # what the hub does; options and environment of the command; what it says
+REFUSALS = [  # change to the hub; options and environment of the command; the message
     (answers(401, b'{"error": "Invalid username or password."}'), [], {}, ["401", ID, "HF_TOKEN"]),
     (answers(403, X_Error_Code="GatedRepo"), [], {}, ["403", "gated", "HF_TOKEN"]),
     (answers(403, X_Error_Code="GatedRepo", part=FIRST), [], {}, [FIRST, "403", "HF_TOKEN"]),
@@ -495,7 +494,7 @@ REFUSALS = [  # what the hub does; options and environment of the command; what 
 
 
 def short(value) -> str:
-    """In the name of a test: without the address of a function, which differs between two workers."""
+    """For a test's name: without the address of a function, which differs between two workers."""
     return getattr(value, "__name__", str(value))[:40]
 
 
@@ -512,7 +511,7 @@ def test_a_refusal_is_one_message_that_says_what_to_do(hub, run, root, change, o
 
 
 def test_without_the_library_or_with_variables_that_it_cannot_read(tmp_path):
-    (tmp_path / "huggingface_hub.py").write_text("")  # a version without what is needed
+    (tmp_path / "huggingface_hub.py").write_text("")  # a version that lacks what the script needs
     for name, value, *words in (
         ("HF_HUB_DOWNLOAD_TIMEOUT", "long", "'long'", "HF_HUB_DOWNLOAD_TIMEOUT"),
         ("PYTHONPATH", str(tmp_path), "huggingface-hub", "pip install -r requirements.txt"),
@@ -522,7 +521,7 @@ def test_without_the_library_or_with_variables_that_it_cannot_read(tmp_path):
         assert_error(done, *words)
 
 
-# A repository that means harm
+# A malicious repository
 
 
 ODD = ["..", ".", "a", "a/b", "../a", "/a", "a\\b", "C:", "a\0", "", "tokenizers/t", NAME]
@@ -537,7 +536,7 @@ ENTRIES = st.fixed_dictionaries(FIELDS | {"stats": STATS})
 @settings(max_examples=200)
 @given(st.lists(ENTRIES, max_size=3), st.lists(ENTRIES, max_size=3), st.data())
 def test_no_manifest_leads_out_of_the_data_root(script, datasets, tokenizers, data):
-    """Whatever it says, and whatever files the repository has: a UserError, or files in their folders."""
+    """Whatever its content and the repository's files: a UserError, or files in their folders."""
 
     class Everything(dict):
         def __contains__(self, key):

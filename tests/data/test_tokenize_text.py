@@ -1,4 +1,4 @@
-"""data/tokenize_text.py: every form of input, every kind of tokenizer, true bytes, the same files whatever happens."""
+"""data/tokenize_text.py: every input format, every kind of tokenizer, true byte counts, reproducible files."""
 
 import functools
 import gzip
@@ -62,7 +62,7 @@ def manifest_of(root: Path) -> dict:
 
 
 def read_bytes_split(root: Path, split: str) -> list[str]:
-    """Documents of a byte260 data set, without the code under test."""
+    """Documents of a byte260 dataset, read without the code under test."""
     tokens = shards.read_tokens(only_folder(root), split)
     parts = np.split(tokens, np.flatnonzero(tokens == 1))
     assert len(parts[0]) == 0 and all((part[1:] >= 4).all() for part in parts[1:])
@@ -81,14 +81,14 @@ DOCUMENTS = ["first\r\n\ttab", f" {EMOJI}\u00e9 \u4e2d", "\ufeffmark\n", "x" * 5
 def pack(path: Path, data: bytes) -> Path:
     if path.suffix == ".zst":
         zstandard = pytest.importorskip("zstandard")
-        half = len(data) // 2  # two frames, as parallel packers make them
+        half = len(data) // 2  # two frames, as parallel compressors make them
         data = b"".join(zstandard.ZstdCompressor().compress(part) for part in (data[:half], data[half:]))
     path.write_bytes({".gz": gzip.compress, ".xz": lzma.compress}.get(path.suffix, bytes)(data))
     return path
 
 
 def write_form(folder: Path, form: str, monkeypatch) -> list:
-    """The DOCUMENTS in a form; the arguments that read them."""
+    """Write the DOCUMENTS in a format. Returns the arguments that read them."""
     folder.mkdir()
     if form == "folder":
         (folder / "b").mkdir()
@@ -117,7 +117,7 @@ def write_form(folder: Path, form: str, monkeypatch) -> list:
         return [write_jsonl(folder / "a.data", DOCUMENTS, "content"), "--field", "content", "--format", "jsonl"]
     options = ["--separator", r"<|sep|>\n"] if "txt" in form else []
     data = "<|sep|>\n".join([*DOCUMENTS, "", ""]).encode()
-    if not options:  # with empty texts, which are no documents, and empty lines
+    if not options:  # with empty texts, which are not documents, and empty lines
         lines = (json.dumps({"text": text}).encode() for text in ["", *DOCUMENTS, ""])
         data = b"\xef\xbb\xbf" + b"\n\n".join(lines)
     if form.startswith("-"):
@@ -133,7 +133,7 @@ FORMS = ["folder", "glob", "several files", "parquet", "field and format", *PACK
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_gives_the_documents(tmp_path, form, monkeypatch):
-    monkeypatch.setattr(texts, "BLOCK_BYTES", 37)  # so that records, separators and characters lie across blocks
+    monkeypatch.setattr(texts, "BLOCK_BYTES", 37)  # so that records, separators and characters cross block boundaries
     arguments = write_form(tmp_path / "in", form, monkeypatch)
     assert run(tmp_path / "out", *arguments, *BYTES, "--val-docs", 2) == 0
     assert read_bytes_split(tmp_path / "out", "val") == DOCUMENTS[:2]
@@ -156,7 +156,7 @@ BAD_LINES = {
     "half": (b'{"text": "\\ud800"}', "surrogate"),
     "deep": (b"[" * 100_000, "JSON"),
 }
-FAULTS = {  # file: its content, None where it is missing; what the message says of it; options
+FAULTS = {  # file: its content, None if missing; the message; options
     "no_utf8.txt": (b"one\n\ntwo\n\nthr\xffee\n\nfour", ["no_utf8.txt: line 5", "0xff", "UTF-8"], "--separator=\\n\\n"),
     "missing.txt": (None, ["missing.txt", "cannot be read"]),
     "*.txt": (None, ["*.txt", "no text found"]),
@@ -220,7 +220,7 @@ def test_a_mistake_is_one_line(tmp_path, options, capsys):
     source = write_jsonl(tmp_path / "a.jsonl", [f"document {i}" for i in range(30)])
     try:
         assert run(tmp_path / "out", source, *options.split()) == 2
-    except SystemExit as ended:  # of argparse, after its usage
+    except SystemExit as ended:  # from argparse, after its usage
         assert ended.code == 2 and MISTAKES[options] in capsys.readouterr().err
     else:
         assert_one_line(capsys, MISTAKES[options])
@@ -276,13 +276,13 @@ def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, given, monkeypatch, 
 
 # Tokenizers
 
-FOREIGN = {  # how models of other origin differ from those made here
+FOREIGN = {  # how third-party models differ from those trained here
     "published": {"add_dummy_prefix": False},  # newlines become spaces, spaces are merged and stripped
-    "prefixed": {},  # SentencePiece's defaults: a space of its own before the text
+    "prefixed": {},  # SentencePiece's defaults: it prepends a space to the text
     "prefixed, keeping spaces": shards.PLAIN | {"add_dummy_prefix": True},
     "stripped": shards.PLAIN | {"remove_extra_whitespaces": True},
     "suffixed": {"treat_whitespace_as_suffix": True},
-    "with a rule": {"normalization_rule_tsv": None, "add_dummy_prefix": False},  # which is not its own repetition
+    "with a rule": {"normalization_rule_tsv": None, "add_dummy_prefix": False},  # a rule that is not idempotent
     "unigram": shards.PLAIN | {"model_type": "unigram"},
     "across spaces": shards.PLAIN | {"split_by_whitespace": False},
     "with symbols": shards.PLAIN | {"user_defined_symbols": ["king of", "\n", "<user>"]},
@@ -299,7 +299,7 @@ KINDS = [*OWN, "bytes", GPT2]
 
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory):
-    """{kind: Tokenizer}; one of SentencePiece has the `path` of its model."""
+    """{kind: Tokenizer}; those of SentencePiece have the `path` of their model."""
     documents, folder = make_documents(200, seed=1), tmp_path_factory.mktemp("models")
     rule = folder / "rule.tsv"
     rule.write_text("6E\t6B\n6B\t73\n")  # n to k, k to s
@@ -323,7 +323,7 @@ def tokenizers(tmp_path_factory):
         return made | {"bytes": vocab.Bytes()} | ({"gpt2": vocab.Tiktoken("gpt2")} if GPT2_FOLDER else {})
 
 
-# Characters of every script and plane; and what tokenizers treat in a way of their own.
+# Characters of every script and plane, and those that tokenizers treat specially.
 CHARACTERS = st.characters(exclude_categories=["Cs"])
 SPECIAL = [" ", "  ", " " * 20, "\n", "\r\n", "\t", "\0", "\x1b", MARK, f"{MARK} ", EMOJI, "\U0001f469\u200d\U0001f4bb"]
 SPECIAL += ["\u0301", "\u202e", "\ufeff", "\ufffd", "\u2585", "\ufb01", "\u00a0", "\u3000", "\u6d77", "\u1100\u1161"]
@@ -360,10 +360,10 @@ def test_every_text_comes_back(tokenizers, kind, text):
 def test_encoding_is_the_models_own_and_any_tokens_weigh_what_they_spell(tokenizers, name, text, data):
     tokenizer = tokenizers[name]
     assert tokenizer.exact == (name in EXACT) and tokenizer.case_marks == (name == "case marks")
-    if data is not None and name != "case marks":  # their marks out of place are tested with tools/vocabularies.py
+    if data is not None and name != "case marks":  # misplaced marks are tested with tools/vocabularies.py
         tokens = data.draw(st.lists(st.integers(0, tokenizer.size - 1), min_size=1))
         assert tokenizer.table.count(np.array([tokenizer.start, *tokens])) == len(tokenizer.table.spell(tokens))
-    if tokenizer.exact:  # these are spelled in bytes on purpose
+    if tokenizer.exact:  # deliberately spelled in bytes
         assert tokenizer.encode([" a"])[0][0] == tokenizer.sp.piece_to_id("<0x20>") or tokenizer.case_marks
         text = text.replace(MARK, "").lstrip(" ")
     assert tokenizer.encode([text])[0].tolist() == tokenizer.table.encode(text)
@@ -371,7 +371,7 @@ def test_encoding_is_the_models_own_and_any_tokens_weigh_what_they_spell(tokeniz
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_long_text_is_encoded_in_parts_to_the_same_tokens(tokenizers, kind, monkeypatch):
-    """Or, where there is no place to cut, to other tokens of the same text."""
+    """If there is no place to cut, the tokens differ but decode to the same text."""
     tokenizer = tokenizers[kind]
     text = "  \n\n   lead" + "\n   x\t  y".join(make_documents(20, seed=3)) + "   \n  end  "
     whole = tokenizer.encode([text])[0].tolist()
@@ -389,7 +389,7 @@ def test_a_long_text_is_encoded_in_parts_to_the_same_tokens(tokenizers, kind, mo
 
 @pytest.mark.parametrize("kind, as_shard", [("case marks", True), (GPT2.values[0], False)])
 def test_tokens_of_another_tool_become_documents(tokenizers, tmp_path, kind, as_shard, monkeypatch, capsys):
-    """nanoGPT ends each document with <|endoftext|>; shards begin them with it."""
+    """nanoGPT ends each document with <|endoftext|>; shards start them with it."""
     if kind not in tokenizers:
         pytest.skip("needs GPT-2's files")
     monkeypatch.setattr(texts, "BLOCK_BYTES", 10)
@@ -539,7 +539,7 @@ def source(tmp_path) -> Path:
 def test_the_manifest_is_true_and_the_trainer_accepts_what_is_made(
     tmp_path, source, tokenizers, name, capsys, small_batches
 ):
-    """With any tokenizer. Exact, or LOSSY with the number; the trainer's audit counts the bytes of the manifest."""
+    """With any tokenizer: exact, or LOSSY with the number. The trainer's audit reproduces the manifest's byte count."""
     spec = name.split() if name.startswith("train:") else [getattr(tokenizers[name], "path", name)]
     assert run(tmp_path / "out", source, "--tokenizer", *spec, "--val-docs", 20, "--shard-tokens", 4000) == 0
     manifest, folder, out = manifest_of(tmp_path / "out"), only_folder(tmp_path / "out"), capsys.readouterr().out
@@ -551,7 +551,7 @@ def test_the_manifest_is_true_and_the_trainer_accepts_what_is_made(
     for split, members in {"val": documents[:20], "train": documents[20:]}.items():
         entry = shards.check_split(folder, manifest, split, members, about["start"], 4000)
         difference = entry["token_bytes"] - entry["bytes"]
-        # A model's own space before a text weighs nothing, and only one text begins with another.
+        # A model's own space before a text counts zero bytes, and only one text starts with another.
         if name not in FOREIGN or name in EXACT or (name, split) == ("prefixed, keeping spaces", "train"):
             assert entry["lossless"] and difference == entry["lossy_documents"] == 0 and f"{split}: lossless" in out
         else:
@@ -598,7 +598,7 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 
 
 def forked(*arguments, end_at=None, by="SIGKILL"):
-    """The command in a process of its own, which a signal ends just before the Nth file or folder gets its name."""
+    """The command in its own process, which a signal ends just before the Nth file or folder gets its final name."""
 
     def work():
         left = [end_at]
@@ -632,7 +632,7 @@ def test_a_killed_run_leaves_nothing_that_looks_complete(tmp_path, source, momen
     process.join()
     assert process.exitcode == -signal.SIGKILL
     left = {name: data for name, data in snapshot(tmp_path / "out").items() if not re.search("~|[.]tmp$", name)}
-    if moment < 2:  # the mark of the working folder, then the former data set steps aside
+    if moment < 2:  # the mark of the working folder, then the previous dataset is moved aside
         assert left == former
     else:
         assert not any(name.startswith("datasets") for name in left), "beside which tokenizer?"
@@ -678,7 +678,7 @@ def test_a_printed_line_never_ends_a_run(tmp_path, terminal):
 
 
 SHARD = "fineweb_train_000000.bin"
-DAMAGES = {  # file: what it becomes, None where it is lost; by default nothing happens
+DAMAGES = {  # file: its new content, None if lost; by default nothing happens
     "nothing": (),
     "a changed bit": (SHARD, lambda data: data[:-1] + b"x"),
     "a lost shard": ("fineweb_val_000000.bin", None),
@@ -693,7 +693,7 @@ DAMAGES = {  # file: what it becomes, None where it is lost; by default nothing 
 
 @pytest.mark.parametrize("what", DAMAGES)
 def test_damage_is_repaired_and_a_second_run_changes_nothing(tmp_path, source, what, monkeypatch, capsys):
-    """Where no manifest says whose the files are, only with --overwrite."""
+    """If no manifest says which files belong to the dataset, only with --overwrite."""
     assert run(tmp_path / "out", source, *LEARNED) == 0
     whole, before, folder = snapshot(tmp_path / "out"), shards.times(tmp_path / "out"), only_folder(tmp_path / "out")
     for name, change in [DAMAGES[what]] if DAMAGES[what] else []:

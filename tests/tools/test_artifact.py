@@ -1,5 +1,5 @@
-"""MODE=eval scores as the run did, with nothing but the artifact, the data and the machine; MODE=sample prints the text
-that the model generates, and nothing else."""
+"""MODE=eval reproduces the run's score from the artifact, the data and the machine settings alone; MODE=sample prints
+only the text that the model generates."""
 
 import copy
 import hashlib
@@ -27,7 +27,7 @@ from train_gpt import GPT, Config, TokenBytes, UserError
 
 kernels, artifacts = train_gpt.tool("kernels"), train_gpt.tool("artifact")
 SampleKnobs = artifacts.SampleKnobs
-CHECKED = settings()  # those of the profile that conftest.py loads
+CHECKED = settings()  # from the profile that conftest.py loads
 
 
 def logged(run: Path) -> str:
@@ -36,13 +36,13 @@ def logged(run: Path) -> str:
 
 
 def assumed(text: str) -> set[str]:
-    """What the file did not tell of its model."""
+    """The model settings that the file did not state."""
     return set(re.search(r"^assumed, since the file does not tell: (.*)$", text, re.MULTILINE)[1].split())
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_other_processes_give_the_same_digits(trained, corpus, tmp_path, ranks):
-    """With nothing but the artifact, the data and the machine; and they leave nothing behind."""
+    """Given only the artifact, the data and the machine settings; and they leave nothing behind."""
     here = tmp_path / "here"
     here.mkdir()
     artifact = Path(shutil.copy(trained / "final_model.int8.ptz", here / "some.name"))
@@ -76,7 +76,7 @@ def test_an_artifact_tells_all_that_its_score_needs(corpus, tmp_path, bare, call
 
 
 def test_the_digits_depend_on_what_the_artifact_tells(trained, corpus, tmp_path, bare, call):
-    """So equal digits prove something. A stride is no part of training: the score is that of a run with it."""
+    """So equal digits are meaningful. A stride does not affect training: the score is that of a run with it."""
     found = {}
     for name, value in {"ROPE_BASE": 10_000, "LOGIT_SOFTCAP": 30, "EVAL_STRIDE": 8, "TRAIN_SEQ_LEN": 64}.items():
         code, out, _ = call(bare(MODE="eval", ARTIFACT=trained / "final_model.int8.ptz", **{name: value}))
@@ -108,7 +108,7 @@ def test_the_model_before_quantization_gives_the_digits_of_before(trained, bare,
 
 
 def reference_artifact(state: dict) -> dict:
-    """As the public reference writes it, by its description; the large matrices on purpose coarser than ours."""
+    """An artifact by the public reference's description; its large matrices are deliberately coarser than ours."""
     names = {"tok_emb.weight", "blocks.0.mlp.fc.weight", "blocks.1.mlp.proj.weight"}
     scales = {name: (state[name].abs().amax(1) / 100).half() for name in names}
     kept = {name: tensor for name, tensor in state.items() if name not in names}
@@ -126,7 +126,7 @@ def reference_artifact(state: dict) -> dict:
 
 
 def test_an_artifact_of_the_public_reference(trained, tmp_path, bare, call):
-    """No configuration, no checksum; its score is that of the weights that its numbers stand for."""
+    """No configuration, no checksum; the score is that of the weights its numbers represent."""
     artifact = reference_artifact(models.load((trained / "final_model.pt").read_bytes()))
     (tmp_path / "foreign.ptz").write_bytes(zlib.compress(models.torch_bytes(artifact), 9))
     meant = {name: tensor.float() for name, tensor in artifact["passthrough"].items()}
@@ -178,7 +178,7 @@ class Config(train_gpt.Config):
 
 @pytest.fixture(scope="module")
 def small(corpus, tmp_path_factory):
-    """The folder of a run of a model file, which is in none of the places where it would be looked for."""
+    """The folder of a run of a model file that is in none of the places searched for it."""
     folder = tmp_path_factory.mktemp("small")
     (folder / "small.py").write_text(MODEL)
     return models.train_tiny(corpus, folder, MODEL_FILE=folder / "small.py")
@@ -186,14 +186,14 @@ def small(corpus, tmp_path_factory):
 
 @pytest.fixture
 def artifact(small, tmp_path):
-    """A copy of its artifact and its model file in a folder of their own."""
+    """A copy of its artifact and its model file in their own folder."""
     (tmp_path / "copy").mkdir()
     shutil.copy(small / "small.py", tmp_path / "copy")
     return Path(shutil.copy(small / "final_model.int8.ptz", tmp_path / "copy"))
 
 
 def changed(artifact: Path, **parts):
-    """Give the artifact other parts, and a checksum that holds."""
+    """Replace parts of the artifact, and update its checksum."""
     artifact.write_bytes(models.seal(models.torch_bytes(models.open_artifact(artifact) | parts)))
 
 
@@ -238,7 +238,7 @@ def test_an_old_artifact_may_hold_knobs_that_moved_to_a_model_file_and_are_off(t
     hint = "a knob of a model file: set MODEL_FILE=records/models/frontier.py"
     assert call(bare(MODE="eval", ARTIFACT=artifact))[::2] == (2, f"error: {artifact} records MLP_SLOPE=0.5, {hint}\n")
     changed(artifact, config=told | {"mlp_slope": 0.0})
-    for more in ({}, {"MODEL_FILE": ROOT / models.FRONTIER}):  # whose parameters have the same names
+    for more in ({}, {"MODEL_FILE": ROOT / models.FRONTIER}):  # the frontier's parameters have the same names
         code, out, err = call(bare(MODE="eval", ARTIFACT=artifact, **more))
         assert code == 0 and exact_line(out) == logged(trained), err
 
@@ -248,7 +248,7 @@ def test_a_claim_that_cannot_be_true_is_one_line(trained, tmp_path, bare, call):
     artifact = Path(shutil.copy(trained / "final_model.int8.ptz", tmp_path))
     whole = artifact.read_bytes()
     sources = [5, ["small.py"], {"sha256": "x"}, {"file": 5}, {"file": ""}]
-    # Tensors that unpack to much: a stride of 0, or many tensors of one storage.
+    # Tensors that unpack to huge sizes: a stride of 0, or many tensors sharing one storage.
     large = [{"x": torch.zeros(1).expand(2**20)}, {"x": torch.zeros(1).expand(2**34)}]
     large += [dict.fromkeys(map(str, range(20)), torch.zeros(2**24))]
     for parts in [{"source": source} for source in sources] + [{"a part of another coder": part} for part in large]:
@@ -285,14 +285,14 @@ def generate(model, config: Config, words, **changes) -> list[str]:
 
 
 def text_of(words, prompt: str, tokens: list[int]) -> str:
-    """What the tokens say after the prompt."""
+    """The text of the tokens after the prompt."""
     before = [words.model.bos_id(), *words.model.encode(prompt)]
     return words.model.decode(before + tokens).removeprefix(words.model.decode(before))
 
 
 @torch.no_grad()
 def greedy(model, words, prompt: str, count: int, length: int) -> str:
-    """The likeliest continuation, each token by a forward pass over exactly its past: no padding."""
+    """The most likely continuation, each token by a forward pass over exactly its past: no padding."""
     tokens = [words.model.bos_id(), *words.model.encode(prompt)]
     start = len(tokens)
     while len(tokens) < start + count:
@@ -310,7 +310,7 @@ LONG = "the king of the sea sleeps and the night of love is caf\u00e9 na\u00efve
 )
 @pytest.mark.parametrize("length", [32, 160])
 def test_without_temperature_it_is_the_likeliest_continuation(model, words, prompt, length):
-    """Over contexts of every length up to the longest and beyond, padded or not."""
+    """For contexts of every length up to the maximum and beyond, padded or not."""
     options = {"sample_prompt": prompt, "sample_tokens": 70, "train_seq_len": length, "train_batch_tokens": length}
     pieces = generate(*model, words, temperature=0.0, **options)
     expected = greedy(model[0], words, prompt, 70, length).rstrip("\ufffd")
@@ -332,7 +332,7 @@ def test_the_best_of_one_is_the_likeliest_and_a_seed_gives_one_text(model, words
 
 
 class Script:
-    """A model that says these tokens, whatever it gets; it keeps what it got."""
+    """A model that generates these tokens regardless of its input, and records the input."""
 
     def __init__(self, says: list[int], vocab_size: int):
         self.says, self.vocab_size, self.got = says, vocab_size, []
@@ -354,7 +354,7 @@ def say(words, tokens: list[int], prompt="", length=160, count=None) -> tuple[li
 
 
 def assert_streamed(pieces: list[str], prompt: str, expected: str):
-    """All of the text is there but a broken character at its end, and no piece ends with half a character."""
+    """The complete text is printed except for a broken character at its end, and no piece ends within a character."""
     streamed = "".join(pieces[1:])
     assert pieces[0] == prompt and expected.startswith(streamed) and not expected[len(streamed) :].strip("\ufffd")
     assert expected.endswith("\ufffd") or streamed == expected
@@ -368,7 +368,7 @@ def byte_tokens(words, text: str) -> list[int]:
 @CHECKED
 @given(data=st.data(), prompt=st.sampled_from(["", "the king", "caf\u00e9", " a", "\u6d77 ", "x" * 300]))
 def test_what_is_streamed_is_what_the_tokens_decode_to(words, data, prompt):
-    """Any tokens at all, broken characters among them: nothing is lost, doubled or taken back."""
+    """For any tokens, including broken characters: nothing is lost, duplicated or retracted."""
     boundary = set(np.flatnonzero(words.boundary).tolist())
     any_token = st.integers(0, words.size - 1) | st.sampled_from(byte_tokens(words, "\u00e9\u6d77\U0001f600z"))
     tokens = data.draw(st.lists(any_token.filter(lambda token: token not in boundary), min_size=1, max_size=25))
@@ -379,7 +379,7 @@ def test_what_is_streamed_is_what_the_tokens_decode_to(words, data, prompt):
 @given(data=st.binary(min_size=1, max_size=20), prompt=st.sampled_from(["", "na\u00efve"]))
 @example(data="\U0001f600".encode()[:3] + "\u6d77".encode(), prompt="")
 def test_any_bytes_of_a_model_of_bytes(data, prompt):
-    """Without a tokenizer every byte is a token, and text is whatever they make together."""
+    """Without a tokenizer every byte is a token, and text is whatever the bytes decode to together."""
     pieces, script = say(TokenBytes("bytes", 260), [byte + 4 for byte in data], prompt, length=32)
     assert_streamed(pieces, prompt, data.decode(errors="replace"))
     assert script.got[0][: 1 + len(prompt.encode())] == [1, *(byte + 4 for byte in prompt.encode())]
@@ -404,7 +404,7 @@ MARKED = ["The", "Sea", "king", "KING", " ", "OF", "Mc", "I", "x", "\u00c9", "\u
 @example(texts=["", "\ue004\u2581\ue003\ue002"])
 @example(texts=["The K", "ing NASA"])
 def test_what_is_streamed_has_capitals_for_case_marks(marked, texts):
-    """The prompt as it was asked for, and never a character that turns into another."""
+    """The prompt exactly as given, and no printed character is changed later."""
     prompt, text = texts
     tokens = marked.encode(text)
     pieces, script = say(marked, tokens or [marked.model.eos_id()], prompt)
@@ -436,7 +436,7 @@ def test_without_a_start_token_a_document_begins_with_another_boundary(words):
 
 
 class Dice(Script):
-    """A model with the same logits always."""
+    """A model that always has the same logits."""
 
     def __init__(self, logits):
         super().__init__([0], len(logits))
@@ -467,7 +467,7 @@ def test_tokens_are_drawn_from_the_softmax(words, temperature, top_k):
 
 
 def test_ids_that_only_pad_the_vocabulary_are_never_drawn_and_logits_must_be_numbers(corpus, words):
-    """However likely a model finds them."""
+    """However likely the model considers them."""
     padded, logits = TokenBytes(str(corpus / "tok.model"), 384), torch.zeros(384)
     logits[words.size :] = 50.0
     logits[words.boundary.nonzero()[0]] = -50.0
@@ -484,7 +484,7 @@ def test_ids_that_only_pad_the_vocabulary_are_never_drawn_and_logits_must_be_num
 
 
 def env_file(folder: Path, prompt: str) -> Path:
-    """A FILE.env whose prompt is written with escapes for what a line cannot hold."""
+    """A FILE.env whose prompt uses escapes for characters that a line cannot hold."""
     odd = r'["\\\x00-\x1f\x7f-\x9f\u2028\u2029]'
     text = re.sub(odd, lambda match: f"\\u{ord(match[0]):04x}", prompt)
     (folder / "x.env").write_text(f'SAMPLE_PROMPT="{text}"\nSEED=3\n', encoding="utf-8")
@@ -533,7 +533,7 @@ def test_a_bad_knob_is_one_line(trained, bare, call, given, said):
 
 
 def test_only_the_text_goes_to_stdout_and_a_run_ignores_the_knobs_of_a_sample(trained, corpus, tmp_path, bare):
-    """A FILE.env may hold both. Without data, and on a terminal that lacks letters."""
+    """A FILE.env may hold both. Works without data, and on a terminal that lacks characters."""
     (tmp_path / "x.env").write_text(r'SAMPLE_PROMPT="the king\nof"' + '\nSAMPLE_TOKENS="20"\nTEMPERATURE="0"\n')
     values = models.tiny_settings(corpus, LOG_DIR=tmp_path / "logs", ITERATIONS=1)
     assert models.call_main(values, tmp_path / "x.env") == 0

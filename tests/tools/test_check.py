@@ -1,4 +1,4 @@
-"""MODE=check reports what would go wrong and what a run needs; warnings about variables that are almost knobs; --help.
+"""MODE=check reports problems and requirements of a run in advance; warnings about misspelled knobs; --help.
 
 Missing and damaged data in MODE=check: tests/test_bad_input.py."""
 
@@ -30,7 +30,7 @@ check = train_gpt.tool("check")
 
 @pytest.fixture
 def checked(corpus, tmp_path, monkeypatch, call):
-    """Function: (facts, problems) of MODE=check, which writes nothing."""
+    """Function: (facts, problems) of MODE=check, which must write nothing."""
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
@@ -187,7 +187,7 @@ def test_check_in_a_process_of_its_own(corpus, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# The meeting of the ranks
+# Rendezvous of the ranks
 
 
 def meet(rank=0, world_size=2, restarts=0):
@@ -199,7 +199,7 @@ def meet(rank=0, world_size=2, restarts=0):
 
 @pytest.fixture
 def store(monkeypatch):
-    """A store that is met at once, and an alarm that does not wait."""
+    """A store that connects at once, and an alarm that does not wait."""
     made = torch.distributed.HashStore()
     monkeypatch.setattr(check.dist, "rendezvous", lambda *args, **options: iter([(made, 0, 2)]))
     alarm = SimpleNamespace(start=lambda: None, cancel=lambda: None)
@@ -217,7 +217,7 @@ def test_ranks_that_cannot_meet_say_where_and_what_to_set(monkeypatch):
 
 
 def test_ranks_that_meet_print_nothing(store, capsys):
-    """Each at its own time: rank 1 came first, and waited."""
+    """At different times: rank 1 came first, and waited."""
     first = threading.Thread(target=meet, args=(1,))
     first.start()
     met = meet()
@@ -226,7 +226,7 @@ def test_ranks_that_meet_print_nothing(store, capsys):
 
 
 def test_a_restart_does_not_take_the_dead_for_the_living(store):
-    """Regression: the store of a launch on one host outlives its ranks, and still holds that they were here."""
+    """Regression: the store of a launch on one host outlives its ranks, and still lists them as present."""
     meet(world_size=1)
     met = meet(world_size=1, restarts=1)
     assert not met.check(["here 5"]) and met.check(["here 0"])
@@ -235,7 +235,7 @@ def test_a_restart_does_not_take_the_dead_for_the_living(store):
 
 
 def test_a_rank_that_waits_for_another_names_it(store, monkeypatch, capsys):
-    """After ten seconds, which are none here."""
+    """After ten seconds, which are skipped here."""
     late = [2, 1]
 
     def wait(keys, timeout):
@@ -250,12 +250,12 @@ def test_a_rank_that_waits_for_another_names_it(store, monkeypatch, capsys):
     assert capsys.readouterr().out == "rank 0 of 2 waits at node-17:29500 for rank 1\n" and not late
 
 
-# The schedule in words
+# The schedule described in words
 
 
 @pytest.mark.parametrize("clock", [0, 600, 7200])
 def test_the_schedule_in_words_is_that_of_the_run(clock):
-    """Every number in the words is where the learning rate turns."""
+    """Every number in the description is a point where the learning rate changes slope."""
     for fraction in (0, 0.3526, 0.5, 1):
         config = Config(warmdown_frac=fraction, max_wallclock_seconds=clock, iterations=2000)
         words = check.schedule(config)
@@ -295,7 +295,7 @@ def test_a_slip_of_any_knob_draws_a_warning():
             assert match[1] == name or (match[1] in KNOBS and near), "another only if it is as near"
 
 
-HINTS = [  # what is set in the environment or in FILE.env, the hint of the warning and of the error
+HINTS = [  # settings in the environment or in FILE.env; the hint in the warning and in the error
     ("ITERATION", "did you mean ITERATIONS?"),
     ("MATRXI_LR", "did you mean MATRIX_LR?"),
     ("iterations", "did you mean ITERATIONS?"),
@@ -342,7 +342,7 @@ def test_what_launchers_and_shells_set_draws_no_warning():
 @given(names=st.lists(st.text(max_size=12)))
 @example(names=["ITERATION\udcff", "SEEDS\n", "", "\x1b[2J"])
 def test_a_warning_can_always_be_printed(names):
-    """Also about names that are not text."""
+    """Even about names that are not valid text."""
     for warning in check.typo_warnings(dict.fromkeys(names, "1"), KNOBS):
         assert warning.isprintable() and warning.encode()
 
@@ -354,7 +354,7 @@ FRONTIER = "records/models/frontier.py"
 
 
 def test_a_moved_knob_is_accepted_at_the_value_at_which_it_does_nothing(tmp_path):
-    """Files of before hold all knobs."""
+    """Files written before the move contain all knobs."""
     path = tmp_path / "x.env"
     path.write_text("".join(f'{name}="{text}"\n' for name, text in check.MOVED.items()) + "SEED=3\n")
     assert Config.load([str(path)], {}) == Config(seed=3)
@@ -369,7 +369,7 @@ ON = "CLIP_ATTN=13 LOOP_LAYERS=3-4 CODEC=rans CODEC=0 XYZZY=0"
 
 
 def test_numbers_are_compared_as_numbers():
-    """Regression: 0 was taken for another value than 0.0."""
+    """Regression: 0 was considered different from 0.0."""
     for off, text in [*((True, text) for text in OFF.split()), *((False, text) for text in ON.split())]:
         name, value = text.split("=")
         assert check.is_moved_and_off(name, value) == off, text
@@ -379,7 +379,7 @@ def test_numbers_are_compared_as_numbers():
 
 
 def test_files_of_all_records_load(monkeypatch):
-    """Their config.env is that of the old script: it loads as it is, or says which model file to name."""
+    """Their config.env is the old script's: it loads unchanged, or the error says which model file to name."""
     monkeypatch.chdir(ROOT)
     for path in sorted(ROOT.glob("records/track_*/*/config.env")):
         moved = {name for name, text in train_gpt.read_env_file(path).items() if name in check.MOVED}
@@ -405,7 +405,7 @@ def help_of(capsys, monkeypatch, model_file="", flag="--help") -> dict[str, list
 
 
 def assert_explains(lines, knobs):
-    """Each line has name, default, meaning, choices, and whether the knob may change at a resume."""
+    """Each line has name, default, meaning, choices, and whether the knob may change on resume."""
     assert [line.split("=")[0] for line in lines] == list(knobs)
     for line, (name, field) in zip(lines, knobs.items(), strict=True):
         default = int(field.default) if isinstance(field.default, bool) else field.default
@@ -465,7 +465,7 @@ def test_help_with_a_model_file_explains_its_config(capsys, monkeypatch, tmp_pat
 
 
 def test_every_graph_is_timed_and_counts_by_its_share_of_the_run(runtime, monkeypatch):
-    """A graph counts by the steps that are taken with it, until the clock has come to the next one."""
+    """A graph's weight is the number of steps taken with it, until the clock reaches the start of the next one."""
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(check.time, "perf_counter", lambda: clock.now)
 
@@ -498,7 +498,7 @@ def test_every_graph_is_timed_and_counts_by_its_share_of_the_run(runtime, monkey
 
 @pytest.mark.parametrize("columns", [64, 512, 2048])
 def test_bits_per_weight_are_the_entropy_of_quantized_gaussians(columns):
-    """Against an experiment; with a clip in standard deviations, and with that of the script's coder."""
+    """Compared with an experiment, for a clip in standard deviations and for the script's coder."""
     w = torch.randn(2**22 // columns, columns, generator=torch.Generator().manual_seed(columns))
 
     def entropy(q):

@@ -1,5 +1,5 @@
-"""Checkpoints: a run that was stopped anywhere ends like an undisturbed one; what may change before it resumes; damaged
-files; signals; micro-batches that fit the memory. Runs are made in this process by main()."""
+"""Checkpoints: a run stopped anywhere ends like an undisturbed one; what may change before it resumes; damaged files;
+signals; micro-batches that fit the memory. Runs are made in this process by main()."""
 
 import contextlib
 import copy
@@ -33,7 +33,7 @@ RunFolder = checkpoint.RunFolder
 KNOBS = train_gpt.Config.knobs()
 POSIX = pytest.mark.skipif(os.name == "nt", reason="needs signals that Windows lacks")
 EVERY_STEP = {"CHECKPOINT_EVERY_SECONDS": 1e-9}
-# Six steps, the last half of them in the warmdown, while the momentum still warms up; three validations.
+# Six steps, the last half of them in the warmdown, while the momentum is still warming up; three validations.
 SHORT = {
     "ITERATIONS": 6,
     "WARMDOWN_FRAC": 0.5,
@@ -50,7 +50,7 @@ def text_of(path: Path) -> str:
 
 
 def run_main(corpus, logs, **knobs):
-    """What came of main() with these knobs, and what the run folder holds."""
+    """The outcome of main() with these knobs, and the contents of the run folder."""
     values = models.tiny_settings(corpus, LOG_DIR=logs, **SHORT | knobs)
     errors = io.StringIO()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
@@ -73,7 +73,7 @@ def go(corpus, tmp_path):
 
 
 def disturb(patch, number: int, action):
-    """Do something once, in the middle of this step of the training (1 is the first)."""
+    """Do something once, in the middle of this training step (1 is the first)."""
     step, left = Trainer.step, [action]
 
     def disturbed(self, *args):
@@ -111,7 +111,7 @@ def stopped_once(corpus, tmp_path_factory):
 
 @pytest.fixture
 def stopped(stopped_once, tmp_path):
-    """The folder of a run that was stopped after three steps: a copy, which `go` resumes."""
+    """The folder of a run stopped after three steps: a copy, which `go` resumes."""
     return shutil.copytree(stopped_once, tmp_path / "logs" / "run")
 
 
@@ -133,7 +133,7 @@ def assert_ended_well(run, like):
 
 
 def assert_equal(one, other):
-    """To the last bit, through dictionaries and lists."""
+    """Bit-exact, through dictionaries and lists."""
     torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
@@ -250,19 +250,19 @@ def test_the_generators_of_cpu_and_gpu_are_restored(make_config, build, runtime,
     trainer, given = build(make_config()), []
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: torch.tensor([1, 2, 3], dtype=torch.uint8))
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state: given.append(state.tolist()))
-    runtime.device = torch.device("cuda")  # as far as generators go
+    runtime.device = torch.device("cuda")  # as far as the generators are concerned
     state = trainer.checkpoints.state(trainer)
     drawn = torch.rand(5)
     torch.rand(100)
     trainer.checkpoints.restore(trainer, state)
     assert torch.equal(torch.rand(5), drawn) and given == [[1, 2, 3]]
-    runtime.device = torch.device("cpu")  # resumes what a GPU has saved
+    runtime.device = torch.device("cpu")  # resumes a checkpoint saved on a GPU
     trainer.checkpoints.restore(trainer, state)
     runtime.device = torch.device("cuda")
-    del state["rng"][0]["cuda"]  # and the other way round
+    del state["rng"][0]["cuda"]  # and vice versa
     trainer.checkpoints.restore(trainer, state)
     assert len(given) == 1
-    # Each rank gets its own, as far as there are some.
+    # Each rank gets its own, as far as the saved states suffice.
     state["rng"] = [{"cpu": torch.Generator().manual_seed(seed).get_state()} for seed in (1, 2)]
     for runtime.rank in (0, 1, 2):
         trainer.checkpoints.restore(trainer, state | {"optimizer": {}, "steps": 0})
@@ -270,7 +270,7 @@ def test_the_generators_of_cpu_and_gpu_are_restored(make_config, build, runtime,
 
 
 def test_the_step_count_of_adam_stays_exact_beside_bf16_moments(make_config, build):
-    """bfloat16 has no 257, and the moments of a bfloat16 parameter are of its type."""
+    """bfloat16 cannot represent 257, and the moments of a bfloat16 parameter have its dtype."""
     trainer, other = build(make_config()), build(make_config())
     for one in (trainer, other):
         one.model.tok_emb.to(torch.bfloat16)
@@ -285,7 +285,7 @@ def test_the_step_count_of_adam_stays_exact_beside_bf16_moments(make_config, bui
 
 
 def test_a_checkpoint_waits_for_the_last_loss_and_copies_the_state(make_config, build):
-    """The file is written while training goes on."""
+    """The file is written while training continues."""
     trainer = build(make_config(EMA_DECAY=0.9))
     trainer.step(1.0, 0.9)
     state = trainer.checkpoints.state(trainer)
@@ -314,7 +314,7 @@ CLOCKED = {"ITERATIONS": 1000, "WARMUP_STEPS": 2, "VAL_LOSS_EVERY": 0}
 
 @pytest.mark.parametrize("limit, warmup_steps, cut", [(10, 2, 1), (10, 0, 5), (9.5, 0, 8), (9.5, 2, 9)])
 def test_the_clock_continues_where_it_stood(go, clock, monkeypatch, limit, warmup_steps, cut):
-    """The time between two processes and that of writing the last checkpoint do not count. Regression: without a
+    """The time between two processes and the time to write the last checkpoint do not count. Regression: without a
     warm-up, a resumed run did not know yet how long a step takes."""
     capped = CLOCKED | {"MAX_WALLCLOCK_SECONDS": limit, "WARMUP_STEPS": warmup_steps}
     clock.slow(checkpoint, "write_checkpoint", 1000)
@@ -343,7 +343,7 @@ def test_the_clock_continues_where_it_stood(go, clock, monkeypatch, limit, warmu
     ],
 )
 def test_when_a_checkpoint_is_due(go, clock, limit, knobs, expected):
-    """By default every minute of training if the limit is over five, else only at the end."""
+    """By default every minute of training if the limit is over five minutes, else only at the end."""
     clock.steps = itertools.repeat(20.0)
     run = go(**CLOCKED | {"MAX_WALLCLOCK_SECONDS": limit} | knobs)
     lines = re.findall(r"^checkpoint: saved step:(\d+) bytes:(\d+) write_time:\d+ms$", run.log, re.MULTILINE)
@@ -355,8 +355,8 @@ def test_when_a_checkpoint_is_due(go, clock, limit, knobs, expected):
 
 @pytest.mark.parametrize("limit", [13.5, 15.5, 18, 18.5, 20.5, 21, 27.5])
 def test_the_pause_of_a_checkpoint_is_training_time_but_no_part_of_a_step(go, clock, trainers, limit):
-    """2 s every 5 s, but none right before the end, since it could pass the limit (regression). As a part of a step it
-    would end the run earlier."""
+    """2 s every 5 s, but not right before the end, where it could exceed the limit (regression). If it counted as part
+    of a step, it would end the run earlier."""
     clock.slow(checkpoint.Checkpoints, "state", 2)
     run = go(**CLOCKED | {"MAX_WALLCLOCK_SECONDS": limit, "CHECKPOINT_EVERY_SECONDS": 5})
     assert set(trainers[0].step_seconds) == {1.0}
@@ -367,7 +367,7 @@ def test_the_pause_of_a_checkpoint_is_training_time_but_no_part_of_a_step(go, cl
 
 
 def test_a_run_that_is_killed_after_its_training_resumes_there(go, whole, monkeypatch):
-    """Right after the last validation (regression: the export went ahead, without a score), in the export, and in the
+    """Right after the last validation (regression: the export continued, without a score), in the export, and in the
     final evaluation."""
     train, export, score, calls = Trainer.train, train_gpt.export, Evaluator.score, itertools.count(1)
 
@@ -386,7 +386,7 @@ def test_a_run_that_is_killed_after_its_training_resumes_there(go, whole, monkey
             run = go(WARMUP_STEPS=2)
         assert run.code == code and run.result is None and open_checkpoint(run.checkpoint)["finished"] is True
         assert (run.path / "final_model.int8.ptz").exists() == exported
-    monkeypatch.setattr(Trainer, "step", None)  # there is nothing left to train, nor to warm up
+    monkeypatch.setattr(Trainer, "step", None)  # nothing is left to train or warm up
     run = go(WARMUP_STEPS=2)
     assert_ended_well(run, like=whole)
     assert len(re.findall(r"^resumed: step:6 from .* finished$", run.log, re.MULTILINE)) == 3
@@ -414,7 +414,7 @@ def test_more_steps_or_time_continue_a_finished_run(go, clock, first, longer):
 
 # Which knobs may change
 
-# Where things are, what is logged and validated, how a step is cut, and what happens after the training.
+# Where things are, what is logged and validated, how a step is split, and what happens after training.
 FREE = """MODE DATA_PATH TOKENIZER_PATH MODEL_FILE LOG_DIR RUN_ID CHECKPOINT_EVERY_SECONDS RESUME RESUME_FORCE DEVICE
     COMPILE ATTENTION TARGET_WORLD_SIZE WARMUP_STEPS GRAD_ACCUM_STEPS MICRO_BATCH_TOKENS TRAIN_LOG_EVERY VAL_LOSS_EVERY
     VAL_AT_START VAL_BATCH_SIZE VAL_TOKENS_LIMIT EVAL_STRIDE ARTIFACT""".split()
@@ -439,14 +439,14 @@ def test_a_knob_that_shapes_the_result_must_not_change(make_config):
             assert str(error).startswith(f"FILE is of another run: {said}: change that back")
             assert "RESUME_FORCE=1" in str(error) and "RUN_ID" in str(error) and "\n" not in str(error)
             assert differences(config.as_env(), replace(changed, resume_force=True)) == [said]
-    assert free == {*FREE, "ITERATIONS"}  # more of them; but 1 s is less than 0, which is no limit
+    assert free == {*FREE, "ITERATIONS"}  # more iterations are allowed; but 1 s is less than 0, which is no limit
     older = {name: text for name, text in config.as_env().items() if name != "SEED"}
     with pytest.raises(UserError, match="FILE is of another run: SEED was unset, is 1337"):
         differences(older, config)
 
 
 def test_knobs_that_moved_to_model_files_may_be_off(make_config):
-    """An old checkpoint has all of them."""
+    """An old checkpoint contains all of them."""
     check, config = train_gpt.tool("check"), make_config(RESUME_FORCE=1)
     before = config.as_env() | check.MOVED | dict.fromkeys(check.SAMPLE_KNOBS, "5")
     assert differences(before, config) == differences(before | {"CLIP_ATTN": "0"}, config) == []
@@ -472,7 +472,7 @@ def test_changed_knobs_are_refused_and_listed_unless_forced(go, stopped, whole):
     before, changes = tree(stopped), {"MATRIX_LR": 0.5, "SEED": 3, "ITERATIONS": 5}
     said = "ITERATIONS was 6, is 5; MATRIX_LR was 0.02, is 0.5; SEED was 1337, is 3"
     assert_one_line(go(**changes), said)
-    assert_one_line(go(MODEL_DIM=64, RESUME_FORCE=1), f"error: {stopped / 'checkpoint.pt'} ")  # force cannot do that
+    assert_one_line(go(MODEL_DIM=64, RESUME_FORCE=1), f"error: {stopped / 'checkpoint.pt'} ")  # cannot be forced
     assert tree(stopped) == before
     run = go(**changes, RESUME_FORCE=1)
     assert run.code == 0 and re.search(rf"^resumed: step:3 from \S+ train_time:\d+ms; {said}$", run.log, re.MULTILINE)
@@ -487,7 +487,7 @@ def test_free_knobs_may_change(go, stopped, whole):
 
 
 def test_an_average_that_begins_or_ends_by_force(go, stopped, tmp_path):
-    """It begins with the weights of the checkpoint."""
+    """It starts with the weights of the checkpoint."""
     begun = go(EMA_DECAY=0.9, RESUME_FORCE=1)
     assert begun.code == 0 and "; EMA_DECAY was 0.0, is 0.9\n" in begun.log
     ended = go(RUN_ID="ended", RESUME=begun.path, RESUME_FORCE=1)
@@ -495,7 +495,7 @@ def test_an_average_that_begins_or_ends_by_force(go, stopped, tmp_path):
 
 
 def test_other_training_data_is_noticed(go, stopped, whole, corpus, tmp_path):
-    """Regression: as many tokens were taken for the same tokens."""
+    """Regression: equal token counts were taken for equal tokens."""
     data = shutil.copytree(corpus / "data", tmp_path / "data")
     path = data / "fineweb_train_000000.bin"
     tokens = np.fromfile(path, dtype="<u2", offset=1024).tolist()
@@ -520,7 +520,7 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_again(go, whole, sto
 
 
 def test_the_checkpoint_in_its_own_folder_goes_before_that_of_resume(go, whole, stopped, monkeypatch):
-    """A run that began with RESUME=PATH is started again with the same command when it dies."""
+    """A run that started with RESUME=PATH is restarted with the same command when it dies."""
     disturb(monkeypatch, 5, send("SIGTERM"))
     again = {"RUN_ID": "again", "RESUME": stopped}
     assert go(**again).code == 143
@@ -540,7 +540,7 @@ BROKEN = [
     lambda state: state.update(average=[torch.ones(1)]),
     lambda state: state.update(recent="x"),
     lambda state: state.update(train_seconds=1),
-    # Regression: missing state was taken for zeros, or found missing by the optimizer in the first step.
+    # Regression: missing state was taken for zeros, or the optimizer noticed it only in the first step.
     lambda state: state["optimizer"].pop(EMB),
     lambda state: state["optimizer"].update({FC: {}}),
     lambda state: state["optimizer"][EMB].pop("exp_avg_sq"),
@@ -570,7 +570,7 @@ def test_an_incomplete_checkpoint_is_refused_although_its_checksum_is_right(go, 
     "owner, failing, others", [(os, "fsync", 2), (os, "replace", 2), (checkpoint, "matches_checksum", 0)]
 )
 def test_a_disk_that_fails_costs_the_checkpoint_and_not_the_run(go, whole, monkeypatch, owner, failing, others):
-    """Or one that stores something else. Two other files are written before."""
+    """Or a disk that stores something else. Two other files are written before."""
     real, count = getattr(owner, failing), itertools.count(1 - others)
 
     def fail(*args):
@@ -618,7 +618,7 @@ def test_what_is_not_finite_never_replaces_the_last_good_checkpoint(go, whole, m
 
 @POSIX
 def test_usr1_saves_and_a_terminal_closed_under_nohup_changes_nothing(go, whole, monkeypatch):
-    """USR1 in the training, and before it, which saves its beginning. nohup ignores HUP before the program starts."""
+    """USR1 during training and before it, which saves the initial state. nohup ignores HUP before the script starts."""
     fit = checkpoint.fit_memory
     monkeypatch.setattr(checkpoint, "fit_memory", lambda trainer: send("SIGUSR1")() and fit(trainer))
     disturb(monkeypatch, 3, send("SIGUSR1"))
@@ -656,18 +656,18 @@ def test_outside_of_the_training_the_first_signal_ends_at_once(go, monkeypatch, 
     [("SIGTERM", 1, 0), ("SIGINT", 3, 4), ("SIGHUP", 4, 6), ("SIGUSR1", 3, 4), ("SIGUSR1", 4, 6)],
 )
 def test_a_signal_during_a_validation(go, whole, monkeypatch, name, validation, step):
-    """A run that ends drops the validation, and makes it again when it goes on."""
+    """A run that stops discards the validation, and repeats it when it continues."""
     number, batches, calls = getattr(signal, name), Evaluator.batches, itertools.count(1)
 
     def disturbed(self, *args):
         call = next(calls)
         for index, batch in enumerate(batches(self, *args)):
-            if call == validation + 1 and index == 2:  # the first call is that of the warm-up
+            if call == validation + 1 and index == 2:  # the first call is the warm-up's
                 os.kill(os.getpid(), number)
             yield batch
 
     monkeypatch.setattr(Evaluator, "batches", disturbed)
-    run = go(VAL_BATCH_SIZE=32)  # a window at a time
+    run = go(VAL_BATCH_SIZE=32)  # one window at a time
     if name != "SIGUSR1":
         state = open_checkpoint(run.checkpoint)
         assert run.code == 128 + number and state["steps"] == step and state["finished"] == (step == 6)
@@ -679,7 +679,7 @@ def test_a_signal_during_a_validation(go, whole, monkeypatch, name, validation, 
     assert timeless(run.metrics) == timeless(undisturbed.metrics), "each validation is there once"
 
 
-# One process for each run
+# One process per run
 
 
 def test_two_processes_cannot_use_one_folder(go, make_config, runtime, stopped, whole, monkeypatch):
@@ -699,7 +699,7 @@ def test_two_processes_cannot_use_one_folder(go, make_config, runtime, stopped, 
     with monkeypatch.context() as patch, pytest.raises(BaseException, match="killed"):
         disturb(patch, 5, die)
         go()
-    gc.collect()  # what no handler of signals refers to any more
+    gc.collect()  # objects that no signal handler refers to any more
     assert_ended_well(go(), like=whole)
 
 
@@ -721,7 +721,7 @@ def test_a_restart_finds_the_folder_of_its_launch(make_config, runtime, tmp_path
     for launch, found in (("abc", "made0"), ("abcd", "made1"), ("none", "made5")):  # the latest of its name
         assert folder_of(runtime, config, RUN_ID=launch, RESTART_COUNT=1).run_id == found
     assert folder_of(runtime, make_config(RUN_ID="mine"), RUN_ID="abc", RESTART_COUNT=1).run_id == "mine"
-    monkeypatch.setattr(os, "getppid", lambda: 1)  # a launch without a name is known by its agent
+    monkeypatch.setattr(os, "getppid", lambda: 1)  # a launch without a name is identified by its agent
     for launch, restarts in (("abc", 0), ("ab", 1), ("none", 1)):
         new = folder_of(runtime, config, RUN_ID=launch, RESTART_COUNT=restarts).run_id
         assert re.fullmatch(r"\d{4}(-\d\d){2}_\d\d(-\d\d){2}_\d+", new)
@@ -759,7 +759,7 @@ TWELVE = {"TRAIN_BATCH_TOKENS": 384, "VAL_BATCH_SIZE": 32, "WARMUP_STEPS": 1}
     ],
 )
 def test_the_micro_batch_is_halved_until_it_fits(go, small_memory, fits, error, tried):
-    """The run is the one with that micro-batch given."""
+    """The run equals one with that micro-batch given."""
     small_memory(fits, error)
     expected = go(RUN_ID="given", **TWELVE, MICRO_BATCH_TOKENS=tried[-1][1] if tried else 384)
     run = go(**TWELVE)

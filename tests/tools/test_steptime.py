@@ -1,4 +1,4 @@
-"""The time of a step on eight H100: coefficients, errors and mixtures against other ways to find them."""
+"""Step time on eight H100s: coefficients, errors and mixtures against independent computations."""
 
 import math
 from dataclasses import replace
@@ -29,7 +29,7 @@ def frontier(**knobs) -> Config:
 
 
 def table(form) -> tuple[np.ndarray, np.ndarray]:
-    """Features and times of the public runs, reckoned here from the shapes, without the tool's own functions."""
+    """Features and times of the public runs, computed here from the shapes, without the tool's own functions."""
     rows = []
     for run in steptime.PUBLIC_RUNS:
         tokens, layer = run.tokens / 8, 2 * 512 * 512 + 2 * 512 * 256 + 2 * 512 * 512 * run.mlp
@@ -50,7 +50,7 @@ def table(form) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("form", steptime.FORMS, ids=" ".join)
 def test_coefficients_and_errors_are_those_of_another_least_squares(form):
-    """scipy's non-negative one, with the same relative errors."""
+    """scipy's non-negative least squares, with the same relative errors."""
     features, ms = table(form)
     fit = steptime.fit_form(form)
     np.testing.assert_allclose(fit.coefficients, nnls(features / ms[:, None], np.ones(len(ms)))[0], atol=1e-8)
@@ -68,7 +68,7 @@ def test_the_form_taken_errs_least_and_little():
 
 
 def test_a_fit_without_negative_coefficients_against_that_of_scipy():
-    """Random columns, of which some would get a negative coefficient."""
+    """Random columns, some of which would get a negative coefficient."""
     for seed in range(20):
         random = np.random.default_rng(seed)
         columns, target = random.normal(size=(9, 5)), random.normal(size=9)
@@ -76,7 +76,7 @@ def test_a_fit_without_negative_coefficients_against_that_of_scipy():
 
 
 def test_a_public_run_and_the_same_model_here_have_the_same_features():
-    """So the fit describes this project's models: 17,059,912 parameters are the defaults; the frontier has loops."""
+    """So the fit applies to this project's models: the defaults have 17,059,912 parameters; the frontier has loops."""
     looped = frontier(CONTEXTS="")
     for config, rows in ((Config(train_seq_len=2048), [(9, 2, 1024)]), (looped, [(11, 4, 8192), (17, 4, 8192)])):
         graphs = steptime.flops_by_graph(config, build(config))
@@ -87,7 +87,7 @@ def test_a_public_run_and_the_same_model_here_have_the_same_features():
 
 
 def test_parameters_in_the_table_are_those_of_the_shape():
-    """But for an embedding of bigrams, gates and the like: up to 6%, and never fewer."""
+    """Except for a bigram embedding, gates and similar: up to 6% more, and never fewer."""
     for run in steptime.PUBLIC_RUNS:
         if run.layers <= 11:
             config = Config(num_layers=run.layers, mlp_mult=float(run.mlp), vocab_size=run.vocabulary)
@@ -160,7 +160,7 @@ OUTSIDE = {
 
 
 def test_what_is_outside_the_table_is_named():
-    """Layers of depth recurrence count as often as they run. A model on the seam is another architecture."""
+    """Layers of depth recurrence count as often as they run. A model on the seam is a different architecture."""
 
     def outside(config, gpus=8):
         return steptime.predict(config, build(config), gpus)["step_time_extrapolates"]

@@ -1,4 +1,4 @@
-"""Tokenizers that tools/vocabularies.py adds, tiktoken, bytes and case marks: weighed, trained on and scored."""
+"""Tokenizers added by tools/vocabularies.py (tiktoken, bytes and case marks): byte counts, training and scoring."""
 
 import json
 import math
@@ -33,7 +33,7 @@ def local_gpt2(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """{kind: (knobs of a data set, bytes of its validation text)}, as data/tokenize_text.py makes them."""
+    """{kind: (knobs of a dataset, bytes of its validation text)}, as data/tokenize_text.py makes them."""
     root, made = tmp_path_factory.mktemp("made"), {}
     documents = with_capitals(make_documents(60, seed=3))
     source = root / "text.jsonl"
@@ -66,7 +66,7 @@ letters = st.one_of(
 )
 words = st.lists(st.sampled_from(["the", "   ", "<s>", "<|endoftext|>", "\n\n", " The", "KING", "iPhone"])).map("".join)
 texts = st.one_of(st.text(letters, max_size=80), words)
-# Marks where no text has them, too: a model may generate them in any order.
+# Misplaced marks, too: a model may generate them in any order.
 marked_texts = st.lists(st.sampled_from([*CASE_MARKS, " ", "a", "bc", "A", "\u00e9", MARK])).map("".join)
 
 
@@ -79,7 +79,7 @@ marked_texts = st.lists(st.sampled_from([*CASE_MARKS, " ", "a", "bc", "A", "\u00
 @example(text="a\u2581 \u2581")
 def test_the_table_weighs_the_bytes_of_any_text(tables, kind, text):
     table = tables[kind]
-    if kind == "sentencepiece":  # which writes a space as U+2581 and so cannot hold that sign
+    if kind == "sentencepiece":  # it writes a space as U+2581 and so cannot represent that character
         text = text.replace(MARK, "")
     tokens = [table.start, *table.encode(text)]
     assert table.count(np.array(tokens)) == len(text.encode())
@@ -119,7 +119,7 @@ def test_marks_weigh_nothing_and_are_no_boundaries(tables):
 @settings(max_examples=500)
 @given(data=st.data())
 def test_whatever_tokens_there_are_they_weigh_what_they_spell(tables, data):
-    """Marks out of place, halves of escapes and of characters among them."""
+    """Including misplaced marks, and partial escapes and characters."""
     table = tables["case marks"]
     usual = st.integers(3, table.size - 1).filter(lambda token: table.pieces[token] != b"\xee")  # a mark's first byte
     marks = st.sampled_from([*map(table.model.piece_to_id, CASE_MARKS)])
@@ -129,7 +129,7 @@ def test_whatever_tokens_there_are_they_weigh_what_they_spell(tables, data):
     assert decoded == spelled or b"\xef\xbf\xbd" in decoded
 
 
-NOT_MARKED = [  # three marks, marks that are no symbols, models that change the text
+NOT_MARKED = [  # three marks, marks that are not symbols, models that change the text
     {"user_defined_symbols": [*CASE_MARKS[:3]]},
     {"user_defined_symbols": [], "required_chars": CASE_MARKS},
     {"byte_fallback": False},
@@ -141,7 +141,7 @@ NOT_MARKED = [  # three marks, marks that are no symbols, models that change the
 
 @pytest.mark.parametrize("change", NOT_MARKED, ids=lambda change: ", ".join(change))
 def test_a_model_that_lacks_a_sign_of_case_marks_has_none(tmp_path, change):
-    """U+E001 is a letter like others there."""
+    """U+E001 is an ordinary letter there."""
     path = tmp_path / "tok.model"
     path.write_bytes(train_model(make_documents(100, seed=1), 330, **vocab.MARKS_OPTIONS | PLAIN | change))
     table = TokenBytes(str(path))
@@ -234,7 +234,7 @@ def test_a_run_on_each_is_scored_over_the_true_bytes(kind, made, tmp_path, tiny,
 
 
 def test_the_tool_is_needed_and_is_a_source_of_the_run(made, tmp_path, tiny):
-    """Copied, hashed and counted like the script; the run folder by itself makes the run again."""
+    """It is copied, hashed and counted like the script; the run folder alone reproduces the run."""
     knobs, size = made["case marks"]
     (tmp_path / "alone").mkdir()
     script = Path(shutil.copy(SCRIPT, tmp_path / "alone"))
@@ -257,7 +257,7 @@ def test_the_tool_is_needed_and_is_a_source_of_the_run(made, tmp_path, tiny):
     assert done.returncode == 0, done.stderr.decode()
     again = json.loads((tmp_path / "logs" / "again" / "result.json").read_text())
     assert again["sources"] == first["sources"]
-    assert again["val_bpb"] == pytest.approx(first["val_bpb"], rel=1e-4)  # by another kernel
+    assert again["val_bpb"] == pytest.approx(first["val_bpb"], rel=1e-4)  # computed with a different kernel
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "case marks", "bytes"])

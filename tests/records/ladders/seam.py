@@ -1,4 +1,4 @@
-"""Ladders for tests: their model files, and copies of the folder to run one in."""
+"""Helpers for ladder tests: loads their model files, and copies the folder to run a ladder in."""
 
 import importlib.util
 import shutil
@@ -16,7 +16,7 @@ LADDERS = ROOT / "records" / "ladders"
 
 
 def load(file: str):
-    """The module of a model file, such as small/small.py, as MODEL_FILE loads it."""
+    """The module of a model file, such as small/small.py, loaded as MODEL_FILE loads it."""
     return sys.modules[train_gpt.load_model_file(str(LADDERS / file)).__module__]
 
 
@@ -26,7 +26,7 @@ def count_parameters(config) -> int:
 
 
 def copy_ladders(folder: Path):
-    """Copy what the ladders need of the repository, without their logs."""
+    """Copy what the ladders need from the repository, without their logs."""
     ignore = shutil.ignore_patterns("logs", "*.png", "__pycache__")
     for name in ("records/ladders", "tools"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignore)
@@ -39,13 +39,13 @@ def load_run(folder: Path, name: str):
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", list(sys.path))
-        sys.modules.pop("ladder", None)  # it may be that of another copy
+        sys.modules.pop("ladder", None)  # it may come from another copy
         spec.loader.exec_module(module)
     return module
 
 
 def settings(corpus: Path, logs: Path, **overrides) -> dict[str, str]:
-    """The environment of a short run on the corpus. The numbers of heads are the model's own."""
+    """The environment of a short run on the corpus. The numbers of heads are the model's defaults."""
     vocab_size = int((corpus / "vocab_size").read_text()) + 4
     more = {"LOG_DIR": logs, "VOCAB_SIZE": vocab_size, "VAL_TOKENS_LIMIT": 400, "CHECKPOINT_EVERY_SECONDS": 0}
     values = models.run_settings(corpus, **more | overrides)

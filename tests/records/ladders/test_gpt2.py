@@ -1,6 +1,6 @@
-"""The ladders gpt2 and precision: the published counts, the formulas in float64, and each run.py.
+"""The ladders gpt2 and precision: the published parameter counts, the formulas in float64, and each run.py.
 
-test_contract.py has the rest of what the model must do."""
+test_contract.py covers the rest of what the model must do."""
 
 import importlib.util
 import json
@@ -49,7 +49,7 @@ def layer_norm(x, weight, bias):
 
 
 def reference_losses(state, tokens, targets, heads):
-    """GPT-2's forward pass from its description, for one sequence, head by head."""
+    """GPT-2's forward pass, implemented from its description, for one sequence, head by head."""
     T, D = len(tokens), state["tok_emb.weight"].size(1)
     x = state["tok_emb.weight"][tokens] + state["pos_emb.weight"][:T]
     layer = 0
@@ -81,7 +81,7 @@ def test_losses_are_those_of_a_reference_in_float64(init, tied):
     for attend in (train_gpt.grouped_attention, train_gpt.tool("kernels").blocked_attention):
         model = models.new_model(config, attend, torch.float64).double()
         generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():  # so that no vector is zeros or ones
+        with torch.no_grad():  # so that no vector is all zeros or ones
             for p in model.parameters():
                 p.add_(0.1 * torch.randn(p.shape, generator=generator, dtype=torch.float64))
         tokens = torch.randint(0, 260, (3, 17), generator=generator)
@@ -141,7 +141,7 @@ def test_what_does_not_fit_is_refused():
 
 @pytest.fixture
 def start(tmp_path):
-    """Function: run a script in a process of its own, on shards of bytes. Returns what it printed."""
+    """Function: run a script in its own process, on shards of bytes. Returns its output."""
     text = "".join(chr(97 + i * i % 23) for i in range(600))
     (tmp_path / "data").mkdir()
     for split, part in (("train", text), ("val", text[:100])):
@@ -203,7 +203,7 @@ def test_the_ladders_run_once_and_write_their_tables(ladders, tmp_path, monkeypa
     assert f"| 10.82 (0) | {log['losses'][0]:.3f} (0), " in readme
     assert "| not run: `python records/ladders/gpt2/run.py e_timing` |" in readme
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "logs").rglob("*")}
-    rungs.main(["d_init"])  # a finished run is not run again
+    rungs.main(["d_init"])  # a finished run is not repeated
     assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "logs").rglob("*")}
     assert readme == (folder / "README.md").read_text()
 
@@ -223,7 +223,7 @@ def test_the_ladders_run_once_and_write_their_tables(ladders, tmp_path, monkeypa
     assert tf32["skipped"].startswith("no TF32") and "ATTENTION=cudnn does not run on cpu" in cudnn["skipped"]
     assert f"not run: {tf32['skipped']}" in (folder / "README.md").read_text()
     assert "tiny_shakespeare_gpt2" in fp32["text"]
-    assert dict(os.environ) == environ | {"TRAIN_BATCH_TOKENS": "2048"}  # only the runs get more
+    assert dict(os.environ) == environ | {"TRAIN_BATCH_TOKENS": "2048"}  # only the runs get additional variables
     with pytest.raises(train_gpt.UserError, match="no rung x"):
         rungs.main(["x"])
     monkeypatch.setenv("TINY_SHAKESPEARE", str(tmp_path / "nowhere.txt"))

@@ -1,6 +1,6 @@
-"""Latent attention and experts against their formulas in float64, their balance, the schedule, and run.py.
+"""Latent attention and experts against their formulas in float64, load balancing, the schedule, and run.py.
 
-test_contract.py has the rest of what the model must do."""
+test_contract.py covers the rest of what the model must do."""
 
 import functools
 import json
@@ -63,7 +63,7 @@ def test_latent_attention_is_its_formula(x):
     angle = torch.arange(T, dtype=torch.float64)[:, None] * 10_000 ** (-2 * pairs / 8)
     rotate = functools.partial(train_gpt.rotate, cos=angle.cos()[:, None], sin=angle.sin()[:, None])
 
-    def turn(z):  # [T, 8]: the pair (i, i + 4) by the angle of position and i
+    def turn(z):  # [T, 8]: rotate the pair (i, i + 4) by the angle of position and i
         pairs = torch.complex(z[:, :4], z[:, 4:]) * torch.polar(torch.ones_like(angle), -angle)
         return torch.cat([pairs.real, pairs.imag], dim=1)
 
@@ -86,7 +86,7 @@ def test_latent_attention_is_its_formula(x):
 
 def test_experts_are_dropless_and_equal_to_a_slow_loop(x):
     experts = double().blocks[0].experts
-    experts.bias.copy_(torch.tensor([0.3, 0, 0, 0, -0.2]))  # nearly every token takes the first
+    experts.bias.copy_(torch.tensor([0.3, 0, 0, 0, -0.2]))  # nearly every token selects the first expert
     rows = x.flatten(0, 1)
     expected = []
     for row in rows:
@@ -113,7 +113,7 @@ def test_experts_are_dropless_and_equal_to_a_slow_loop(x):
 
 @pytest.mark.parametrize("chosen", [1, 2])
 def test_flops_are_those_that_torch_counts(chosen):
-    """Only the experts that a token passes through count: the shared one, and one or two of five."""
+    """Only the experts that process a token count: the shared one, and one or two of five."""
     oracle.assert_flops(config(EXPERTS_PER_TOKEN=chosen))
 
 
@@ -147,7 +147,7 @@ def test_targets_without_the_shift_in_training_alone():
 
 
 def test_biases_move_toward_an_even_load(runtime, monkeypatch):
-    """By the tokens of all ranks."""
+    """The update uses the token counts of all ranks."""
     here, other = torch.tensor([10.0, 4, 0, 3, 3]), torch.tensor([0.0, 6, 10, 2, 2])
     monkeypatch.setattr(latent_moe.dist, "all_reduce", lambda loads: loads.add_(other))
     two = SimpleNamespace(world_size=2)
@@ -175,7 +175,7 @@ def test_the_auxiliary_loss_is_one_when_even(x):
         experts.router.weight.zero_()
         experts.bias.copy_(torch.arange(5))
         experts(x)
-        assert float(experts.extra_loss) == pytest.approx(1)  # all take the same two, but prefer none
+        assert float(experts.extra_loss) == pytest.approx(1)  # all select the same two, but with equal probabilities
         experts.router.weight[3:] = 0.05
         experts(x.abs())
         assert float(experts.extra_loss) > 1.1
@@ -208,7 +208,7 @@ def test_the_full_shape_is_stopped_resumed_and_stopped_again(ladder, monkeypatch
     ladder.main(["full"])
     kept = json.loads((ladder.HERE / "logs" / "full.json").read_text())
     lines = {name: "\n".join(process["log"]) for name, process in kept.items()}
-    saved = int(re.search(r"checkpoint: saved step:(\d+) ", lines["first"])[1])  # 3, or more if the signal was late
+    saved = int(re.search(r"checkpoint: saved step:(\d+) ", lines["first"])[1])  # 3, or more if the signal arrived late
     assert saved >= 3 and "step:3/10000 train_loss:" in lines["first"] and "resumed" not in lines["first"]
     assert f"resumed: step:{saved} from " in lines["resumed"]
     assert f"step:{saved + 1}/10000 train_loss:" in lines["resumed"]
@@ -217,7 +217,7 @@ def test_the_full_shape_is_stopped_resumed_and_stopped_again(ladder, monkeypatch
         assert 0.01 < process["peak_gib"] < 8 and f"VmHWM:{process['peak_gib']}GiB" in process["log"][-1]
 
     shutil.rmtree(ladder.ladder.run_folder(ladder.environment("full")))
-    monkeypatch.setenv("ITERATIONS", "2")  # over before the SIGTERM
+    monkeypatch.setenv("ITERATIONS", "2")  # finishes before the SIGTERM
     monkeypatch.setenv("LR_WARMUP_STEPS", "1")
     with pytest.raises(train_gpt.UserError, match="full ended with exit code 0; 143 and a checkpoint were expected"):
         ladder.run_full()

@@ -1,6 +1,6 @@
-"""The small ladder: the published counts, the formulas in float64, dropout, the schedule, and its run.py.
+"""The small ladder: the published parameter counts, the formulas in float64, dropout, the schedule, and its run.py.
 
-test_contract.py has the rest of what the model must do."""
+test_contract.py covers the rest of what the model must do."""
 
 import json
 
@@ -66,7 +66,7 @@ def test_dropout_keeps_the_expectation_and_is_off_in_evaluation(monkeypatch):
     assert not model(tokens).equal(model(tokens))
     assert model.eval()(tokens).equal(plain(tokens)) and model(tokens).equal(plain.eval()(tokens))
     assert model.train()(tokens).sub(plain(tokens)).abs().max() > 0.1
-    # Its places: the embedding, then in each block after attention, in and after the feed-forward part.
+    # Dropout is applied to the embedding, then in each block after attention, in and after the feed-forward part.
     dropped = []
     monkeypatch.setattr(torch.nn.functional, "dropout", lambda x, p, *how: dropped.append(p) or x)
     model(tokens)
@@ -79,7 +79,7 @@ def layer_norm(x, w, name):
 
 
 def reference_losses(w, tokens, targets, config):
-    """The tutorial's transformer from its description, for one sequence, head by head."""
+    """The tutorial's transformer, implemented from its description, for one sequence, head by head."""
 
     def linear(x, name):
         return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
@@ -147,7 +147,7 @@ def test_losses_are_those_of_a_reference_in_float64(rung):
         losses = model(tokens[:, :-1], tokens[:, 1:])
         for row, ours in zip(tokens, losses, strict=True):
             expected = reference_losses(model.state_dict(), row[:-1], row[1:], settings)
-            assert (ours - expected).abs().max() < 1e-6  # the sinusoids and the tables of RoPE are fp32
+            assert (ours - expected).abs().max() < 1e-6  # the sinusoids and the RoPE tables are fp32
 
 
 @pytest.fixture
@@ -175,7 +175,7 @@ def test_a_rung_is_validated_at_thirds_of_its_steps_and_kept(ladder, monkeypatch
     assert "| ours: steps 2, 4, 5 |" in readme and f"| 06_ema | {kept['model_params']:,} | 2.66, 2.63, 2.62 |" in readme
     assert (ladder.HERE / "losses.png").stat().st_size > 1000
     monkeypatch.setattr(ladder.ladder, "finish", None)
-    ladder.main(["06_ema"])  # a finished run is not run again
+    ladder.main(["06_ema"])  # a finished run is not repeated
     assert readme == (ladder.HERE / "README.md").read_text()
     for steps, every in (("900", "300"), ("1000", "334"), ("50", "17")):
         monkeypatch.setenv("ITERATIONS", steps)
@@ -203,7 +203,7 @@ def test_the_table_names_the_steps_of_the_runs(ladder):
     assert "| ours: steps 300, 600, 900 |" in lines[0]
     assert "| 4.000, 3.000, 2.500 | 0.500 |" in lines[2] and "| 4.000, 3.000, 2.000 | one seed |" in lines[3]
     assert any("| 0.500 (steps 50) | one seed |" in line for line in lines)
-    # Published, 01 is worse than 02, and 04 is the worst: of three pairs only the first agrees.
+    # In the published results 01 is worse than 02, and 04 is the worst: of three pairs only the first agrees.
     assert lines[-1].startswith("Of 3 pairs of rungs whose last published losses differ, 1 have the same order here.")
     assert lines[-1].endswith("Ours: 04_rope, 02_adam, 01_sgd.")
     assert "ours: steps none yet" in ladder.table({})

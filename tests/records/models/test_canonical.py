@@ -1,5 +1,5 @@
-"""The canonical mask: its table against SentencePiece itself and against merging by hand, for models of every kind;
-what it does to losses, scores and samples; what is refused."""
+"""The canonical mask: its table against SentencePiece and against manual merging, for models of every kind;
+its effect on losses, scores and samples; and what is refused."""
 
 import itertools
 import json
@@ -41,7 +41,7 @@ def bits_of(path, size: int) -> np.ndarray:
 
 
 def encode_by_hand(text: str, pieces: list) -> list[str]:
-    """BPE as SentencePiece defines it, as plainly as it can be said. Unused pieces are not split again."""
+    """BPE as SentencePiece defines it, in its simplest form. Unused pieces are not split again."""
     scores = {piece: score for piece, score, kind in pieces if kind in (NORMAL, USER_DEFINED, UNUSED)}
     whole = sorted((piece for piece, _, kind in pieces if kind == USER_DEFINED), key=len, reverse=True)
     symbols = []
@@ -68,7 +68,7 @@ def number(value: int) -> bytes:
 
 
 def message(*parts: tuple) -> bytes:
-    """A protocol buffer of (number, value) with integers, floats, and bytes or text."""
+    """A protocol buffer of (number, value) with integers, floats, and bytes or strings."""
     done = b""
     for key, value in parts:
         if isinstance(value, int):
@@ -82,7 +82,7 @@ def message(*parts: tuple) -> bytes:
 
 
 def model_of(pieces: list, model_type=2) -> bytes:
-    """A SentencePiece model that changes nothing of its text before it cuts it."""
+    """A SentencePiece model that does not normalize its text."""
     return b"".join(
         [
             *(message((1, message((1, text), (2, float(score)), (3, kind)))) for text, score, kind in pieces),
@@ -119,7 +119,7 @@ def test_the_reader_sees_what_sentencepiece_does(trained_model):
 
 def test_the_table_equals_merging_every_pair_by_hand(trained_model):
     pieces = canonical.read_pieces(str(trained_model))
-    size = len(pieces) + 3  # ids that only fill the vocabulary up
+    size = len(pieces) + 3  # ids that only pad the vocabulary
     expected = np.ones((size, size), bool)
     for (a, (x, _, x_kind)), (b, (y, _, y_kind)) in itertools.product(enumerate(pieces), repeat=2):
         if x_kind == y_kind == NORMAL:
@@ -130,8 +130,8 @@ def test_the_table_equals_merging_every_pair_by_hand(trained_model):
 
 @st.composite
 def piece_lists(draw):
-    """Few letters and many pieces of them, scores in any order and often equal: merges that go astray, pieces that are
-    never made, user-defined ones that overlap, unused ones."""
+    """Few letters and many pieces of them, with arbitrary and often equal scores: merges that lead to dead ends, pieces
+    that never occur, overlapping user-defined pieces, unused pieces."""
     texts = draw(st.lists(st.text("abc", min_size=2, max_size=5), min_size=2, max_size=14, unique=True))
     kinds = draw(
         st.sampled_from(
@@ -146,7 +146,8 @@ def piece_lists(draw):
 @given(pieces=piece_lists(), texts=st.lists(st.text("abc", min_size=2, max_size=30), min_size=20, max_size=20))
 @example(pieces=[("<unk>", 0, UNKNOWN), ("aa", -1, NORMAL), ("a", -2, NORMAL), ("b", -3, NORMAL)], texts=["aaaba"])
 def test_any_model_and_any_text(tmp_path_factory, pieces, texts):
-    """What a text has is allowed; and without unused pieces, what is allowed for two others is what both give."""
+    """Pairs that occur in a text are allowed. Without unused pieces, a pair is allowed if and only if encoding the text
+    of both gives that pair."""
     path = tmp_path_factory.mktemp("any") / "tok.model"
     path.write_bytes(model_of(pieces))
     model, table = spm.SentencePieceProcessor(model_file=str(path)), bits_of(path, len(pieces))
@@ -161,12 +162,12 @@ def test_any_model_and_any_text(tmp_path_factory, pieces, texts):
             assert model.encode(x + y, out_type=str) == encode_by_hand(x + y, pieces)
 
 
-# What it does to a model
+# Effect on a model
 
 
 @pytest.fixture(scope="module")
 def masked(corpus):
-    """A model at random weights with the mask, in evaluation; its table; some of the text [B, T + 1]."""
+    """A model with random weights and the mask, in eval mode; its table; some of the text [B, T + 1]."""
     knobs = models.tiny_settings(corpus, MODEL_FILE=models.FRONTIER, CANONICAL=1)
     config = train_gpt.Config.load([], knobs)
     runtime = train_gpt.Runtime(config, {})
@@ -184,7 +185,7 @@ def test_excluded_tokens_have_no_probability_and_the_others_all_of_it(masked):
     logits, losses = model(inputs), model(inputs, targets)
     assert torch.equal(logits == -math.inf, ~table[inputs]) and (~table[inputs]).any()
     torch.testing.assert_close(logits.exp().sum(-1).log() - logits.gather(-1, targets[..., None])[..., 0], losses)
-    every = torch.arange(len(table))[:, None].expand(-1, 32).contiguous()  # as targets of one context, each in turn
+    every = torch.arange(len(table))[:, None].expand(-1, 32).contiguous()  # each token in turn as a context's target
     sums = torch.exp(-model(inputs[:1].expand(len(table), -1).contiguous(), every).double()).sum(0)
     torch.testing.assert_close(sums, torch.ones_like(sums), rtol=0, atol=1e-5)
 
@@ -218,7 +219,7 @@ def test_any_size_of_vocabulary_fits_into_bits(size, monkeypatch):
 
 @pytest.fixture(scope="module")
 def runs(corpus, tmp_path_factory):
-    """Run folders of the same training with the mask and without."""
+    """Run folders of the same training with and without the mask."""
     folder = tmp_path_factory.mktemp("runs")
     knobs = {"MODEL_FILE": models.FRONTIER, "ITERATIONS": 30, "TRAIN_LOG_EVERY": 1}
     found = {}
@@ -256,7 +257,7 @@ def test_an_artifact_tells_of_it_and_scores_the_same_elsewhere(runs, bare, call)
 
 @pytest.mark.parametrize("knobs", [{}, {"top_k": 5}, {"temperature": 3.0}, {"temperature": 0.0}], ids=str)
 def test_a_sample_never_has_an_excluded_pair(masked, corpus, knobs):
-    """Of a model that wants little else, and otherwise tokens that exclude some: without the mask it writes them."""
+    """The logits favor excluded pairs, then tokens that exclude others: without the mask, excluded pairs appear."""
     (model, table, _), said = masked, []
     tokenizer = train_gpt.TokenBytes(str(corpus / "tok.model"), len(table))
     mask, decode, excluded = model.mask, tokenizer.decode, {}

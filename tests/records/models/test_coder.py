@@ -1,5 +1,5 @@
-"""The coder of the frontier: bits and clips of each matrix, the way to a file and back, clips that fit the size, and
-the size that MODE=check projects. test_rans.py has the entropy coder, test_gptq.py the rounding."""
+"""The coder of the frontier: bits and clips of each matrix, the round trip through a file, clips that fit the size, and
+the size that MODE=check projects. test_rans.py covers the entropy coder, test_gptq.py the rounding."""
 
 import re
 from types import SimpleNamespace
@@ -51,7 +51,7 @@ def number(pattern, text):
     return int(found)
 
 
-# Which coder, and what it does with a matrix
+# Which coder is used, and what it does with a matrix
 
 
 NEEDED_BY = {"CODEC": "rans", "WEIGHT_BITS": 7, "EMBED_BITS": 7, "CLIP_ATTN": 13, "CLIP_MLP": 12, "CLIP_EMBED": 15}
@@ -85,7 +85,7 @@ def test_a_clip_in_standard_deviations(coder_of, bits, k):
     w[4], w[9] = 0, 0.25
     q, scale = coder_of(WEIGHT_BITS=bits, CLIP_MLP=k).quantize_matrix("blocks.0.mlp.fc.weight", w)
     expected = k * w.double().numpy().std(axis=1) / qmax
-    expected[4], expected[9] = 1, 0.25 / qmax  # a row of zeros; a row of one value, which does not spread
+    expected[4], expected[9] = 1, 0.25 / qmax  # a row of zeros; a row of one value, whose deviation is 0
     assert scale.double().numpy() == pytest.approx(expected, rel=2.0**-11)
     assert q.abs().max() == qmax and (q[4] == 0).all() and (q[9] == qmax).all()
     stored = scale.double()[:, None]
@@ -200,7 +200,7 @@ def test_clips_are_not_stretched_beyond_reason(coder_of, runtime, limit, multipl
 
 
 def test_what_fitted_is_kept_when_nothing_else_does(coder_of, runtime):
-    """Sizes that follow no law."""
+    """The sizes follow no law."""
     noise = torch.randint(256, (400_000,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     sizes = iter([260_000, 150_000, 170_000, *[290_000] * 5])
     made = coder_of(CODEC="rans", SIZE_LIMIT=200_000, **CLIPS)
@@ -239,7 +239,7 @@ def test_with_fit_size_the_projected_size_is_what_the_limit_leaves(coder_of):
         made = coder_of(CODEC="rans", SIZE_LIMIT=code + free, **CLIPS)
         projected = made.projected_size(model, check)
         assert (projected + code <= made.config.size_limit) is (free > 1000)
-        # Beyond the widest clips the law does not hold, but then nothing fits by far.
+        # Beyond the widest clips the law does not hold, but then the size misses the limit by far.
         assert free == 1000 or projected == pytest.approx(len(made.encode(state, code)[0]), rel=0.015)
 
 

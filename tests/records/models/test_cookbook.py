@@ -1,4 +1,4 @@
-"""The cookbook, records/models/README.md: its model files are as its table counts them, train, and score again."""
+"""The cookbook, records/models/README.md: its model files match its table, train, and reproduce their scores."""
 
 import ast
 import json
@@ -17,7 +17,7 @@ ROW = re.compile(r"^\| (?P<change>[^|]+) \| (?P<inside>\d), \+\d+ -\d+ \| (?P<ow
 TABLE = {row["change"]: row for row in ROW.finditer(README)}
 SECTIONS = [section.partition("\n```python\n") for section in README.split("\n### ")[1:]]
 SHOWN = {heading: rest.partition("```\n")[0] for heading, _, rest in SECTIONS}
-OTHERS = {}  # the model files that the README has no room for
+OTHERS = {}  # model files omitted from the README for lack of space
 
 OTHERS["A cosine schedule"] = """\
 import math
@@ -171,7 +171,7 @@ FILES = SHOWN | OTHERS
 
 @pytest.fixture(autouse=True)
 def imports_of_this_process(monkeypatch):
-    """What a model file puts first on the module path is not there for the next test."""
+    """Undo what a model file adds to the module path before the next test."""
     monkeypatch.setattr(sys, "path", list(sys.path))
 
 
@@ -216,7 +216,7 @@ def test_it_trains_and_its_artifact_is_scored_again(change, corpus, tmp_path, ca
         assert decoded[name].shape == tensor.shape and error <= tensor.abs().max() / 127, name
 
     capfd.readouterr()
-    values = models.machine_settings(corpus, MODE="eval", ARTIFACT=run / coder.file)  # which names its model file
+    values = models.machine_settings(corpus, MODE="eval", ARTIFACT=run / coder.file)  # it names its model file
     assert models.call_main(values) == 0
     exact = r"^final_\S+_exact .*$"
     (line,) = re.findall(exact, capfd.readouterr().out, re.MULTILINE)

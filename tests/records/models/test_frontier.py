@@ -1,7 +1,7 @@
-"""records/models/frontier.py: with its knobs off it is the script; recurrence, contexts, prefix loss, mask and Muon's
-options against their formulas; the rules of a score; what changes while a run goes on.
+"""records/models/frontier.py: with its knobs off it equals the script; recurrence, contexts, prefix loss, mask and
+Muon's options against their formulas; the rules of a score; what changes during a run.
 
-test_techniques.py has the architecture, test_contract.py whole runs with everything on."""
+test_techniques.py covers the architecture, test_contract.py complete runs with everything on."""
 
 import itertools
 import math
@@ -26,13 +26,13 @@ OFF = {"MODEL_FILE": models.FRONTIER}
 
 @pytest.fixture
 def config_of(tiny):
-    """Function: the FrontierConfig of `tiny`, with overrides by knob."""
+    """Function: the FrontierConfig of `tiny`, with knob overrides."""
     return lambda **overrides: FrontierConfig.load([], tiny(**overrides))
 
 
 @pytest.fixture
 def go(corpus, tmp_path):
-    """Function: a short run of the frontier with these knobs; what its folder holds."""
+    """Function: a short run of the frontier with these knobs. Returns the contents of its folder."""
     with models.no_siblings():
         yield runs.starter(corpus, tmp_path, MODEL_FILE=models.FRONTIER)
 
@@ -42,7 +42,7 @@ def randn(*shape, seed=0, dtype=torch.float64):
 
 
 def scatter(model):
-    """Random values in every parameter: many of the initial ones are 0."""
+    """Randomize every parameter: many of the initial values are 0."""
     with torch.no_grad():
         for seed, p in enumerate(model.parameters()):
             p.copy_(0.5 * randn(*p.shape, seed=seed))
@@ -50,7 +50,7 @@ def scatter(model):
 
 
 def double(config):
-    """The model in float64, but for its RoPE tables."""
+    """The model in float64, except for its RoPE tables."""
     return new_model(config, train_gpt.grouped_attention, torch.float64).double()
 
 
@@ -63,7 +63,7 @@ def random_tokens(config, batch=3, seed=0):
 
 
 def test_with_every_knob_off_it_trains_bit_for_bit_as_the_script(go, monkeypatch):
-    monkeypatch.setattr(train_gpt, "INT8_MIN_NUMEL", 1000)  # so that something is quantized
+    monkeypatch.setattr(train_gpt, "INT8_MIN_NUMEL", 1000)  # so that some tensors are quantized
     knobs = {"WARMUP_STEPS": 1, "NUM_LAYERS": 3, "TIE_EMBEDDINGS": 0}
     ours, theirs = (go(RUN_ID=name, MODEL_FILE=file, **knobs) for name, file in (("a", models.FRONTIER), ("b", "")))
     assert len(ours.losses) == 4 and ours.losses == theirs.losses
@@ -88,7 +88,7 @@ LEAN = {"FOLD_SCALES": 1, "FUSE_QKV": 1}
 
 
 def test_folded_and_fused_there_are_fewer_passes_over_the_tokens(config_of):
-    """By what the graph keeps for the backward and does: no output of a projection, and two products less a block."""
+    """Measured by the graph's saved tensors and operations: no projection outputs, and two matmuls fewer per block."""
     counts = []
     for knobs in ({}, LEAN):
         config, kept, products = config_of(**knobs), [], []
@@ -122,7 +122,7 @@ def test_folded_and_fused_gptq_sees_the_inputs_of_every_matrix(config_of, runtim
 
 
 def test_a_checkpoint_and_an_artifact_do_not_ask_whether_they_are_folded_and_fused(go, corpus, tmp_path, capsys):
-    """A run goes on with both; without them its artifact has the same score up to rounding."""
+    """A run continues with both; without them its artifact has the same score up to rounding."""
     common = {"CODEC": "rans", "GPTQ_BATCHES": 1, "WEIGHT_BITS": 6, "WARMDOWN_FRAC": 0, "ITERATIONS": 6}
     begun = go(**common | {"ITERATIONS": 3}, RUN_ID="begun")
     resumed = {"RESUME": begun.path / "checkpoint.pt"} | common
@@ -142,7 +142,7 @@ def test_a_checkpoint_and_an_artifact_do_not_ask_whether_they_are_folded_and_fus
 
 
 def by_singular_values(u, quintics):
-    """U p(S) V^T of a matrix, where p is the quintics one after the other."""
+    """U p(S) V^T of a matrix, where p is the composition of the quintics."""
     left, s, right = torch.linalg.svd(u, full_matrices=False)
     for a, b, c in quintics:
         s = a * s + b * s**3 + c * s**5
@@ -188,8 +188,8 @@ def test_a_step_of_muon_equals_the_formulas_piece_by_piece(config_of, runtime, h
 @pytest.mark.parametrize("rows, cols", [(24, 24), (8, 32), (32, 8)])
 @pytest.mark.parametrize("steps", [1, 4, 5, 6, 10])
 def test_polar_express_brings_singular_values_nearer_to_1_than_the_usual_coefficients(rows, cols, steps):
-    """In the worst case, from the first iteration on, and from the fifth on in the mean, too: of singular values from a
-    thousandth to 1, for which the paper's iterations are the best."""
+    """In the worst case from the first iteration on, and on average from the fifth on: for singular values from a
+    thousandth to 1, the range for which the paper's iterations are optimal."""
     left, right = (torch.linalg.qr(randn(n, n, seed=n))[0] for n in (rows, cols))
     values, errors = torch.logspace(-3, -0.01, min(rows, cols), dtype=torch.float64), []
     matrix = left[:, : len(values)] @ values.diag() @ right[:, : len(values)].T
@@ -212,7 +212,7 @@ def token_bytes(config_of):
 
 
 def slow_prefixes(token_bytes, vocab_size):
-    """Of each token, by looking at all the others."""
+    """The prefix of each token, by comparison with all the others."""
     texts = {}
     for i, piece in enumerate(token_bytes.pieces):
         if piece is not None and (piece or i in token_bytes.leading):
@@ -220,14 +220,14 @@ def slow_prefixes(token_bytes, vocab_size):
     table = [-100] * vocab_size
     for i, text in texts.items():
         shorter = [j for j in texts if text.startswith(texts[j]) and len(texts[j]) < len(text)]
-        # The longest; of equals one that is no byte.
+        # The longest; among equals, one that is not a byte piece.
         shorter.sort(key=lambda j: (len(texts[j]), j not in token_bytes.byte_ids))
         table[i] = shorter[-1] if shorter else -100
     return table
 
 
 def test_the_table_of_prefixes_equals_a_search_through_all_tokens(token_bytes):
-    size = token_bytes.size + 3  # ids that only fill the vocabulary up
+    size = token_bytes.size + 3  # ids that only pad the vocabulary
     table = frontier.longest_prefixes(token_bytes, size).tolist()
     assert table == slow_prefixes(token_bytes, size)
     names = token_bytes.model.id_to_piece([*range(token_bytes.size)])
@@ -303,7 +303,7 @@ def test_the_mask_in_training_leaves_a_distribution_over_what_is_allowed(config_
     bits = frontier.sibling("canonical").allowed_pairs(config.tokenizer_path, config.vocab_size)
     bits = torch.from_numpy(np.unpackbits(bits, axis=1, count=config.vocab_size, bitorder="little").astype(bool))
     table = slow_prefixes(token_bytes, config.vocab_size)
-    # Targets that the mask excludes, and others whose prefixes it does.
+    # Targets that the mask excludes, and others whose prefixes it excludes.
     pairs = [*itertools.product(range(config.vocab_size), repeat=2)]
     odd = [(a, b) for a, b in pairs if not bits[a, b]][:16]
     odd += [(a, b) for a, b in pairs if bits[a, b] and table[b] >= 0 and not bits[a, table[b]]][:16]
@@ -339,14 +339,14 @@ def test_no_score_knows_tokens_to_come(config_of, runtime, token_bytes, stride, 
     knobs |= {"VAL_TOKENS_LIMIT": 700, "EVAL_STRIDE": stride}
     config = config_of(**knobs, TTT_CHUNK=128 * learns, TTT_LR=0.05, TTT_BATCH_TOKENS=64)
     model = scatter(new_model(config))
-    model.advance(0.0)  # as training leaves it: contexts cut short, which a score is not to see
+    model.advance(0.0)  # as training leaves it: shortened contexts, which a score must not use
     model.prepare(config, runtime)
     stream = train_gpt.TokenStream(config.data_path, "val", config.vocab_size)
     evaluator = Evaluator(stream, token_bytes, config, runtime)
     assert oracle.moved_before_a_changed_token(model, evaluator, (40, 300, 650)) == [0.0] * 3
 
 
-# What changes while a run goes on
+# What changes during a run
 
 
 @pytest.fixture
@@ -356,8 +356,8 @@ def graphs(monkeypatch):
 
 @pytest.mark.parametrize("learns", [{}, contract.TTT], ids=["fixed", "learns"])
 def test_all_graphs_are_compiled_before_the_clock_starts(go, graphs, monkeypatch, learns):
-    """Not at the switch, where a compilation would cost a part of the training time, nor in the final evaluation: its
-    clock starts after Model.begin."""
+    """Compiling at the switch would cost training time, and the final evaluation must not compile either: its clock
+    starts after Model.begin."""
     counts, warm_up, observe = [], Trainer.warm_up, frontier.GPT.observe
 
     def watched_warm_up(self, *args):
@@ -374,7 +374,7 @@ def test_all_graphs_are_compiled_before_the_clock_starts(go, graphs, monkeypatch
     go(**contract.FRONTIER | {"TTT_CHUNK": 0} | small | learns)
     in_training, *in_evaluation = counts
     assert in_training >= 4 + 2, "contexts of 8 and 16, 16 and 32 with recurrence; validations with and without it"
-    more = 2 if learns else 0  # a batch of two windows, and a step of SGD in evaluation mode
+    more = 2 if learns else 0  # a batch of two windows, and an SGD step in eval mode
     assert in_evaluation == [in_training + more] * (2 if learns else 0)
     assert len(graphs) == in_training + more, "something was compiled during the run"
 
@@ -387,7 +387,7 @@ def test_an_artifact_recurs_even_if_the_run_never_did(go, corpus, tmp_path, caps
     assert "\nfinal_int6_rans_roundtrip_exact val_loss:" in run.log
 
 
-# The clock that GPTQ needs
+# Reserving time for GPTQ
 
 
 def test_a_calibration_that_would_take_the_whole_clock_is_refused(corpus, tmp_path, capsys):
@@ -397,7 +397,7 @@ def test_a_calibration_that_would_take_the_whole_clock_is_refused(corpus, tmp_pa
 
 
 def test_the_clock_is_reserved_for_the_calibration(go, monkeypatch):
-    """By the time of two of its micro-batches, half as much again."""
+    """It reserves the measured time of two micro-batches plus 50%."""
     reserved, plan = [], Trainer.plan
     monkeypatch.setattr(Trainer, "plan", lambda self: reserved.append(self.reserve) or plan(self))
     go(GPTQ_BATCHES=2, ITERATIONS=2)

@@ -1,5 +1,5 @@
-"""GPTQ: the values of the elimination of one column after the other in float64, which err less than plain rounding; and
-Hessians, against a direct computation."""
+"""GPTQ: results equal column-by-column elimination in float64 and have less error than plain rounding; and Hessians,
+against a direct computation."""
 
 import copy
 from types import SimpleNamespace
@@ -17,12 +17,12 @@ coder = frontier.sibling("coder")
 
 
 def quantize_rows(w, qmax, k):
-    """Rows that are clipped at k standard deviations."""
+    """Quantize rows clipped at k standard deviations."""
     return train_gpt.quantize_rows(w, k * w.std(1, correction=0), qmax)
 
 
 def problem(rows=24, width=300, qmax=31, seed=0, samples=900):
-    """(w, scale, Hessian of correlated inputs) as a trained layer might have them."""
+    """(w, scale, Hessian of correlated inputs) similar to those of a trained layer."""
     generator = torch.Generator().manual_seed(seed)
     w = 0.02 * torch.randn(rows, width, generator=generator)
     mixing = torch.randn(width, width, generator=generator) / width**0.5 + torch.eye(width)
@@ -31,8 +31,8 @@ def problem(rows=24, width=300, qmax=31, seed=0, samples=900):
 
 
 def reference(w, scale, hessian, qmax, damp=0.01):
-    """Optimal brain quantisation in float64: round a column, spread its error by the inverse Hessian of the columns
-    that are left, then take the column out of that inverse. No Cholesky factor and no blocks."""
+    """Optimal brain quantization in float64: round a column, spread its error by the inverse Hessian of the remaining
+    columns, then eliminate the column from that inverse. No Cholesky factor and no blocks."""
     w, scale, H = w.double().clone(), scale.double(), hessian.double().clone()
     unused = H.diagonal() == 0
     H[unused, unused] = 1
@@ -63,7 +63,7 @@ def test_the_values_are_those_of_float64_column_by_column(qmax, block):
     assert all(torch.equal(a, b) for a, b in zip(kept, (w, scale, hessian), strict=True)), "the arguments stay"
     assert q.dtype == torch.int8 and q.shape == w.shape and q.abs().max() <= qmax and q.is_contiguous()
     expected = reference(w, scale, hessian, qmax)
-    # float32 decides a few ties otherwise, and the columns after one make up for it
+    # float32 breaks a few ties differently, and the columns after one compensate for it
     assert (q == expected).double().mean() > 0.995 and (q - expected).abs().max() <= 2
     ours = loss(w, q, scale, hessian)
     assert ours == pytest.approx(loss(w, expected, scale, hessian), rel=2e-3)
@@ -97,7 +97,7 @@ def test_a_hessian_of_few_samples_is_damped():
 def test_what_has_no_factor_is_damped_ten_times_as_much():
     w, scale, _ = problem(width=40)
     hessian = torch.eye(40)
-    hessian[0, 1] = hessian[1, 0] = 1.05  # the least eigenvalue is -0.05: 0.01 is too little
+    hessian[0, 1] = hessian[1, 0] = 1.05  # the smallest eigenvalue is -0.05: 0.01 is not enough
     assert torch.equal(coder.gptq_round(w, scale, hessian, 31), reference(w, scale, hessian, 31, damp=0.1))
 
 
@@ -119,7 +119,7 @@ def small_model(make_config, **knobs):
 
 
 def direct_hessians(model, batches, monkeypatch) -> dict:
-    """In float64, by a Linear that notes what it is given."""
+    """Computed in float64, with a Linear that records its inputs."""
     exact = copy.deepcopy(model).double()
     exact.dtype = torch.double
     names = {id(module): f"{name}.weight" for name, module in exact.named_modules()}
@@ -140,7 +140,7 @@ def direct_hessians(model, batches, monkeypatch) -> dict:
 
 
 def gathered(model, batches, runtime):
-    """coder.collect_hessians over these micro-batches, as the first of a step each."""
+    """coder.collect_hessians over these micro-batches, each the first of a step."""
     loader = SimpleNamespace(next_step=map(lambda tokens: ([tokens], None), batches).__next__)
     return coder.collect_hessians(model, loader, len(batches), runtime)
 
@@ -149,7 +149,7 @@ def gathered(model, batches, runtime):
 def test_hessians_are_those_of_a_direct_computation(make_config, runtime, monkeypatch, tied, twice):
     _, model, batches = small_model(make_config, TIE_EMBEDDINGS=tied)
     if twice:
-        model.blocks[2] = model.blocks[0]  # whose layers are then called twice a pass
+        model.blocks[2] = model.blocks[0]  # its layers are then called twice per pass
     found, expected = gathered(model, batches, runtime), direct_hessians(model, batches, monkeypatch)
     assert set(found) == set(expected) and len(found) == 1 + 6 * (2 if twice else 3)
     for name, hessian in found.items():

@@ -1,5 +1,5 @@
-"""rANS: the words of a scalar coder in Python's integers, sizes near the entropy, and a container whose reader takes
-nothing that its writer would not have written."""
+"""rANS: the words of a scalar coder in Python integers, sizes near the entropy, and a container whose reader accepts
+only what its writer could have written."""
 
 import zlib
 
@@ -25,7 +25,7 @@ def tables_of(groups):
 
 
 def scalar_encode(groups, tables, steps):
-    """One symbol after the other, from the last to the first: symbol i of a group belongs to lane i % lanes."""
+    """One symbol at a time, from the last to the first: symbol i of a group belongs to lane i % lanes."""
     lanes, words = sum(map(len, groups)) // steps + 1, []
     states = [2**16] * lanes
     for group, table in zip(reversed(groups), reversed(tables.tolist()), strict=True):
@@ -40,7 +40,7 @@ def scalar_encode(groups, tables, steps):
 
 
 def gaussian_groups(count, seed=0, step=0.4145):
-    """Rounded normal numbers in three groups, each with its own spread."""
+    """Rounded normally distributed numbers in three groups, each with its own standard deviation."""
     rng = np.random.default_rng(seed)
     sizes = (count // 2, count // 3, count - count // 2 - count // 3)
     symbols = [np.round(rng.standard_normal(n) * s / step) for n, s in zip(sizes, (1.0, 0.6, 2.0), strict=True)]
@@ -48,7 +48,7 @@ def gaussian_groups(count, seed=0, step=0.4145):
 
 
 def entropy_bytes(groups):
-    """Of the zeroth order, each group by itself."""
+    """Zeroth-order entropy in bytes, each group separately."""
     bits = 0.0
     for group in groups:
         counts = np.bincount(group)
@@ -110,7 +110,7 @@ def test_frequencies_make_a_table_of_exactly_what_occurs(counts):
 
 
 def test_a_damaged_stream_is_refused_or_is_another_stream_of_the_coder():
-    """Some changes make the exact code of other symbols. No coder can tell those, so a checksum stands around it."""
+    """Some changes give the exact code of other symbols. No coder can detect those; a checksum protects the stream."""
     groups = gaussian_groups(300)
     tables, counts, taken = tables_of(groups), [*map(len, groups)], 0
     words = coder.rans_encode(groups, tables, 100)
@@ -198,7 +198,7 @@ def put(part, value):
 
 
 def inside(part, value, index=0):
-    """Change one value of a dictionary of the container: the shape of a matrix, its scales, a kept tensor."""
+    """Change one value in a dictionary of the container: the shape of a matrix, its scales, a kept tensor."""
 
     def change(artifact):
         name = list(artifact[part])[index]
@@ -242,7 +242,7 @@ TAMPERED = {
     "a matrix is gone": lambda artifact: artifact["quantized"].popitem(),
     "a matrix of nothing": lambda artifact: add(artifact, "more", [0, 4]),
     "thousands of matrices": lambda artifact: [add(artifact, f"more{i}", [0, 4]) for i in range(100)],
-    # regression: 4 * 2**30 is 0 in int32, in which the product of such a shape is
+    # regression: 4 * 2**30 is 0 in int32, in which such a shape's product was computed
     "terabytes in int32": shape(torch.tensor([2**30], dtype=torch.int32)),
     "terabytes in tensors": shape([torch.tensor(2**30, dtype=torch.int32)]),
     "another class": renamed("tok_emb.weight", "blocks.0.attn.tok_emb.weight"),
@@ -293,7 +293,7 @@ TAMPERED = {
 
 @pytest.mark.parametrize("name", TAMPERED)
 def test_what_was_tampered_with_is_refused_although_its_checksum_holds(name, monkeypatch):
-    monkeypatch.setattr(coder, "MOST_TENSORS", 100)  # of thousands, which take a while to write
+    monkeypatch.setattr(coder, "MOST_TENSORS", 100)  # instead of thousands, which take a while to write
     artifact = copy_of(tiny_artifact()[1])
     read(artifact)
     TAMPERED[name](artifact)

@@ -1,5 +1,5 @@
-"""Score-first test-time training: what is learned has been scored; the score is that of a slow oracle, for any number
-of ranks; and nothing of it stays but the score."""
+"""Score-first test-time training: tokens are scored before they are trained on; the score equals that of a slow oracle
+for any number of ranks; and only the score remains afterwards."""
 
 import copy
 import math
@@ -31,16 +31,16 @@ class BothConfig(ScoreFirstConfig, TinyConfig):
 
 
 class Both(ScoreFirst, tiny_model.Tiny):
-    """A model with dropout and an extra loss, which learns while it is scored."""
+    """A model with dropout and an extra loss that is trained while it is scored."""
 
 
-# A rate at which a tiny model learns enough to see; windows of 32, chunks of 128 targets.
+# A learning rate at which a tiny model improves visibly; windows of 32, chunks of 128 targets.
 LEARNS = {"TTT_CHUNK": 128, "TTT_LR": 0.05, "TTT_EPOCHS": 2, "TTT_BATCH_TOKENS": 64, "VAL_TOKENS_LIMIT": 700}
 
 
 @pytest.fixture
 def make(tiny, runtime):
-    """Function: (config, model, evaluator, stream) of these knobs; the weights are not those of a beginning, where half
+    """Function: (config, model, evaluator, stream) for these knobs. The weights are randomized: at initialization half
     of the gradients are zero."""
 
     def build(config_class=FrontierConfig, dtype=torch.float32, **knobs):
@@ -59,25 +59,25 @@ def score(model, evaluator, log=lambda line: None):
 
 
 def mixin_of(model):
-    """ScoreFirst among its bases. frontier.py imports its module under another name than this file."""
+    """ScoreFirst among its bases. frontier.py imports its module under a different name than this file."""
     return next(cls for cls in type(model).__mro__ if cls.__name__ == "ScoreFirst")
 
 
 def plain_score(model, evaluator):
-    """As a validation during training."""
+    """The score as in a validation during training."""
     return evaluator.score(model, model)
 
 
-# What it computes
+# The score
 
 
 def slow_score(config, model, tokens: np.ndarray) -> float:
-    """Nats, by one window and one sequence at a time, with SGD written out."""
+    """The score in nats, one window and one sequence at a time, with SGD written out."""
     T, C = config.train_seq_len, config.ttt_chunk
     S, targets = config.eval_stride or T, min(config.val_tokens_limit, len(tokens) - 1)
     tokens, params = torch.from_numpy(tokens.astype(np.int64)), [*model.parameters()]
     momenta, nats = [torch.zeros_like(p) for p in params], 0.0
-    first = [0]  # targets that windows score from on
+    first = [0]  # first target that each window scores
     while first[-1] + (S if len(first) > 1 else T) < targets:
         first.append(first[-1] + (S if len(first) > 1 else T))
     chunks = 1 + first[-1] // C
@@ -136,7 +136,7 @@ def test_the_score_is_that_of_an_oracle_in_float64(make, knobs):
 @pytest.mark.parametrize("knobs", [{}, {"EVAL_STRIDE": 8}], ids=str)
 @pytest.mark.parametrize("off", [{"TTT_LR": 0}, {"TTT_CHUNK": 0}], ids=str)
 def test_without_a_rate_or_a_chunk_it_is_the_plain_score_to_the_last_digit(make, knobs, off):
-    """Batches of one window, or whole chunks, so that both sum the same batches."""
+    """Batches of one window, or complete chunks, so that both sum over the same batches."""
     _, model, evaluator, _ = make(**{"VAL_BATCH_SIZE": 32} | knobs | off)
     plain, found = plain_score(model, evaluator), score(model, evaluator)
     assert (found.loss, found.bpb, found.tokens, found.bytes) == (plain.loss, plain.bpb, plain.tokens, plain.bytes)
@@ -190,7 +190,7 @@ def test_no_score_knows_tokens_to_come_unless_it_peeks(make, monkeypatch, config
     begin, chunk = mixin_of(model).begin, model.config.ttt_chunk
 
     def peeking(self, targets, forward):
-        """A saboteur trains on the text before it is scored."""
+        """A saboteur that trains on the text before it is scored."""
         line = begin(self, targets, forward)
         for start in range(0, targets, chunk):
             self.trainer.trained = 0
@@ -204,7 +204,7 @@ def test_no_score_knows_tokens_to_come_unless_it_peeks(make, monkeypatch, config
     assert max(moved) == 0.0 if honest else max(moved) > 1e-3
 
 
-# What stays
+# What remains afterwards
 
 
 @pytest.mark.parametrize("config_class", [ScoreFirstConfig, BothConfig])
@@ -223,13 +223,13 @@ def test_the_end_of_a_score_that_fails_restores_the_weights(make):
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(UserError, match="the run diverged"):
         score(model, evaluator)
-    if hasattr(model, "trainer"):  # unless the script has called it
+    if hasattr(model, "trainer"):  # unless the script has already called it
         assert model.end(None) is None
     assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_no_random_number_is_drawn(make):
-    """Of the generators that a run shares: neither by dropout nor by the warm-up."""
+    """Neither dropout nor the warm-up draws from the generators that the run shares."""
     _, model, evaluator, _ = make(BothConfig)
     before = torch.random.get_rng_state()
     assert score(model, evaluator).loss < 10 and torch.random.get_rng_state().equal(before)
@@ -291,8 +291,8 @@ def digits(text: str) -> tuple[float, float]:
 
 
 def test_ranks_train_and_score_as_one_process(corpus, tmp_path, capsys):
-    """Two train, and the hooks of DDP are still on the weights when the score begins; three score, which share neither
-    the windows of a chunk nor the sequences of a step evenly."""
+    """Two ranks train, and DDP's hooks are still on the weights when scoring starts; three ranks score, and neither the
+    windows of a chunk nor the sequences of a step divide evenly among them."""
     knobs = LEARNS | {"MODEL_FILE": FILE, "EVAL_STRIDE": 16, "ITERATIONS": 12}
     values = models.tiny_settings(corpus, LOG_DIR=tmp_path, **knobs)
     assert models.call_main(values | {"RUN_ID": "one"}) == 0

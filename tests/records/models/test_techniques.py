@@ -1,5 +1,5 @@
-"""The techniques of records/models/frontier.py: each of them, and random combinations, against float64, forward and
-backward; what their parameters start as and who trains them; the switch of the recurrence under the compiler; FLOPs."""
+"""The techniques of records/models/frontier.py, individually and in random combinations, against float64, forward and
+backward; initialization and optimizers of their parameters; the recurrence switch under the compiler; FLOPs."""
 
 import shutil
 
@@ -87,7 +87,7 @@ def knob_sets(draw):
         "MLP_SLOPE": draw(st.sampled_from([0, 0.3, 0.5, 1])),
         "MLP_MULT": draw(st.sampled_from([1, 2, 2.6, 3.1])),
         "ROPE_DIMS": draw(st.sampled_from(range(0, head_dim + 1, 2))),
-        # Of two dimensions one less leaves little but rounding errors.
+        # With two dimensions, projecting out one leaves little but rounding errors.
         "XSA_LAYERS": draw(st.integers(0, layers + 1)) if head_dim > 2 else 0,
         "PARALLEL_FROM": draw(st.integers(-1, layers - 1)),
         "START_TOKEN": draw(st.integers(0, 4)),
@@ -110,7 +110,7 @@ def test_any_combination_of_knobs_equals_float64(knobs, looping, seed, attend):
 
 
 def test_the_order_of_the_recurrence_by_hand():
-    """Independent of the code that both sides of the tests above have in common."""
+    """Independent of the code that both sides of the tests above share."""
     config = config_of(NUM_LAYERS=6, LOOP_LAYERS="2-3", LOOP_PASSES=3)
     model, seen = scatter(new_model(config)), []
     for i, block in enumerate(model.blocks):
@@ -122,7 +122,7 @@ def test_the_order_of_the_recurrence_by_hand():
 
 
 def test_the_compiled_model_of_everything_follows_the_switch_of_the_recurrence():
-    """A switch that the graph has folded into a constant would leave the recurrence off for ever."""
+    """If the graph folded the switch into a constant, the recurrence would stay off forever."""
     config = config_of(**EVERYTHING | {"NUM_LAYERS": 3, "LOOP_LAYERS": "1-1", "LOOP_PASSES": 2, "PARALLEL_FROM": 2})
     model = scatter(new_model(config))
     compiled, graphs = oracle.graphs_of(model)
@@ -139,7 +139,7 @@ def test_the_compiled_model_of_everything_follows_the_switch_of_the_recurrence()
 
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="needs a C++ compiler")
 def test_inductor_gives_the_losses_and_gradients_of_a_combination():
-    """In one layer, since each of its kernels takes a C++ compiler a third of a second."""
+    """With one layer, since each of inductor's kernels takes a C++ compiler a third of a second."""
     knobs = {"NUM_LAYERS": 1, "XSA_LAYERS": 1, "XSA_GATE": 1, "ATTN_GATE": 1, "SMEAR_GATE": 1, "PARALLEL_FROM": 0}
     oracle.assert_inductor_agrees(config_of(X0_MIX=0, **knobs))
 
@@ -166,7 +166,7 @@ SHAPES = [
     ({"XSA_LAYERS": 2, "XSA_GATE": 1}, {f"blocks.{i}.attn.attend.gate": (4,) for i in (2, 3)}),
     ({"GATED_SKIPS": 1, "SMEAR_GATE": 1}, {"skip_gates": (2, 32), "skip_weights": (2, 32), "smear": (13,)}),
     ({"GATED_SKIPS": 1, "NUM_LAYERS": 1}, {"skip_gates": (0, 32), "skip_weights": (0, 32)}),
-    ({"LOOP_LAYERS": "1-3", "LOOP_PASSES": 3}, {"skip_weights": (5, 32)}),  # of ten layers in order
+    ({"LOOP_LAYERS": "1-3", "LOOP_PASSES": 3}, {"skip_weights": (5, 32)}),  # with ten layers in execution order
     ({"X0_MIX": 0, "LOOP_LAYERS": "0-0", "GATED_SKIPS": 1}, {"skip_weights": (3, 32), "skip_gates": (3, 32)}),
 ]
 
@@ -216,7 +216,7 @@ def test_a_bad_value_is_a_user_error_that_names_the_knob(text):
 
 
 def test_a_single_layer_cannot_recur():
-    """While the recurrence is off it would have skips that get no gradient, and DDP would wait for one."""
+    """While the recurrence is off it would have skips without a gradient, and DDP would wait for one."""
     with pytest.raises(UserError, match="LOOP_LAYERS=0-0.*2 or more"):
         config_of(NUM_LAYERS=1, LOOP_LAYERS="0-0")
 
@@ -253,7 +253,7 @@ def test_flops_per_token_are_those_that_torch_counts(knobs):
 
 
 def test_what_the_gates_take_is_left_out():
-    """Twelve channels of an input: a product that is nothing compared with the others."""
+    """They are matmuls with twelve input channels, negligible compared with the others."""
     config = config_of(ATTN_GATE=1, SMEAR_GATE=1)
     model = new_model(config, kernels.expanded_attention)
     gates = 6 * config.num_layers * config.num_heads * 12

@@ -1,4 +1,4 @@
-"""The CPU's own attention, loss and Newton-Schulz iterations against the same mathematics in float64."""
+"""The CPU's own attention, loss and Newton-Schulz iterations against the same math in float64."""
 
 import contextlib
 import math
@@ -78,7 +78,7 @@ def distance(found, exact) -> float:
     "shape", [(3, 256, 4, 2, 40), (1, 1024, 8, 4, 64), (1, 320, 2, 2, 22), (1, 128, 3, 1, 2)], ids=str
 )
 def test_attention_and_its_gradients_err_no_more_than_plain_matmuls(dtype, shape):
-    """In fp32 rounding is that of sums: those of one lane, in their order, where a library has several."""
+    """In fp32 rounding depends on how sums are ordered: those of one lane here, where a library has several."""
     tensors, longer_sums = draw(dtype, *shape), 1.0 if dtype == torch.bfloat16 else 4.0
     exact = run(train_gpt.grouped_attention, tensors, torch.float64)
     plain, fused = run(kernels.blocked_attention, tensors), run(cpu_kernels.fused_attention, tensors)
@@ -87,7 +87,7 @@ def test_attention_and_its_gradients_err_no_more_than_plain_matmuls(dtype, shape
 
 
 def test_sharp_and_flat_attention(dtype):
-    """Scores of hundreds, where a sum of exponentials without their maximum would overflow, and scores of 0."""
+    """Scores of hundreds, whose exponentials would overflow unless the maximum is subtracted, and scores of 0."""
     for size in (30.0, 0.0):
         q, k, v, dy = draw(dtype, 1, 128, 2, 1, 32)
         exact = run(train_gpt.grouped_attention, [q * size, k, v, dy], torch.float64)
@@ -117,7 +117,7 @@ def test_the_number_of_threads_and_the_layout_change_nothing(dtype):
         for count in (1, 2):
             torch.set_num_threads(count)
             results.append(run(cpu_kernels.fused_attention, tensors))
-    apart = [F.pad(x, (0, 8))[..., :-8] for x in tensors]  # rows that do not follow each other
+    apart = [F.pad(x, (0, 8))[..., :-8] for x in tensors]  # rows that are not contiguous
     for other in (results[1], run(cpu_kernels.fused_attention, apart)):
         assert all(map(torch.equal, results[0], other))
 
@@ -132,7 +132,7 @@ def test_what_the_kernel_does_not_take_goes_to_plain_matmuls():
 
 
 class Masked:
-    """Like the Mask of records/models/canonical.py, of a random table in which each token may follow itself."""
+    """Like the Mask of records/models/canonical.py, with a random table in which each token may follow itself."""
 
     def __init__(self, V, seed=0):
         self.allowed = torch.rand(V, V, generator=torch.Generator().manual_seed(seed)) < 0.7
@@ -145,7 +145,7 @@ class Masked:
 
 
 def plain_losses(x, weight, targets, softcap, mask=None, before=None):
-    """As the model has them. A target that the mask excludes counts 0 in training, without a gradient."""
+    """The model's own computation. A target excluded by the mask counts 0 in training and has no gradient."""
     logits = softcap * torch.tanh(train_gpt.at_least_fp32(x @ weight.mT) / softcap)
     losses = F.cross_entropy(mask(logits, before) if mask else logits, targets, reduction="none")
     return losses.masked_fill(losses == math.inf, 0.0) if mask else losses
@@ -178,7 +178,7 @@ def losses_and_gradients(function, dtype, x, weight, *more):
     ],
 )
 def test_losses_and_gradients_are_those_of_the_softcapped_cross_entropy(dtype, N, D, V, softcap, size, masked):
-    """No worse than the model's own way, and one rounding more where the loss's own gradient comes in."""
+    """No worse than the model's own computation, apart from one more rounding of the loss's own gradient."""
     generator, mask = torch.Generator().manual_seed(N), Masked(V)
     x, weight = (size * torch.randn(rows, D, generator=generator).to(dtype) for rows in (N, V))
     before, targets = (torch.randint(V, (N,), generator=generator) for _ in range(2))
@@ -210,7 +210,7 @@ def test_logits_far_beyond_the_cap_give_finite_losses(dtype):
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_what_is_no_number_stays_none(dtype, masked):
-    """Regression: a model that had diverged scored as one that knows nothing, and the run went on."""
+    """Regression: a model that had diverged scored like one that predicts uniformly, and the run continued."""
     generator, targets = torch.Generator().manual_seed(0), torch.tensor([0, 5])
     x, weight = (torch.randn(rows, 16, generator=generator).to(dtype) for rows in (2, 32))
     x[1, 3] = math.nan
@@ -240,7 +240,7 @@ def test_iterations_err_no_more_than_matmuls_in_bf16(shape):
         exact = train_gpt.newton_schulz(stack.double(), polynomials)
         plain, ours = (tool.newton_schulz(stack, polynomials) for tool in (train_gpt, cpu_kernels))
         assert ours.shape == stack.shape and ours.dtype == torch.bfloat16
-        assert distance(ours, exact) <= 1.02 * distance(plain, exact)  # sums in another order
+        assert distance(ours, exact) <= 1.02 * distance(plain, exact)  # the summation order differs
         assert torch.equal(stack, normed(*shape)), "the input is unchanged"
 
 
@@ -324,7 +324,7 @@ def test_compiled_as_a_whole_the_model_gives_the_same(config):
         results.append(losses_and_parameter_gradients(model, tokens))
         with torch.no_grad():  # another graph
             assert torch.allclose(model(tokens[:, :-1], tokens[:, 1:]), results[-1][0], atol=tolerances[0])
-    # The next start finds the graphs: torch keeps none with an operator whose derivative it cannot see.
+    # The next start finds the graphs: torch caches none with an operator whose derivative it cannot see.
     assert not torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_bypass"]
     assert_close(*results, *tolerances, floor=1e-5)
 
@@ -387,6 +387,6 @@ class OfSilent(Silent):
 
 
 def test_a_model_that_changes_the_loss_gets_the_kernel_only_if_each_change_says_that_it_calls_it():
-    """A class states it in its own body: what it inherits was said of another computation."""
+    """A class must declare it in its own body: an inherited declaration refers to a different computation."""
     classes = (train_gpt.Model, train_gpt.GPT, Silent, Calling, Heir, Changed, OfSilent)
     assert [c for c in classes if kernels.uses_fused_loss(c)] == [train_gpt.Model, train_gpt.GPT, Calling, Heir]

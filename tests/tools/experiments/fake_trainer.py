@@ -1,6 +1,7 @@
-"""Stands in for a training script in tests of the tools that start one: the same files and lines, no training.
+"""Stands in for a training script in tests of the tools that start one: the same files and log lines, no training.
 
-Knobs: LEVEL is the loss it falls to, STEPS and STEP_MS its length, FAIL an error to end with, STUBBORN ignores SIGTERM.
+Knobs: LEVEL is the final loss, STEPS and STEP_MS set its length, FAIL is an error to end with, STUBBORN ignores
+SIGTERM.
 """
 
 import json
@@ -11,7 +12,7 @@ import time
 from pathlib import Path
 
 
-class RunFolder:  # by this name the tools know a script that takes a FILE.env and makes a run folder
+class RunFolder:  # the tools recognize a script that takes a FILE.env and makes a run folder by this name
     pass
 
 

@@ -43,7 +43,7 @@ def test_it_continues_where_it_was_stopped_but_not_with_changed_files(two, tmp_p
     def start(target, knobs, folder, *ranks, anew):
         started.append(knobs["RUN_ID"])
         if started == ["pair1_a", "pair1_b", "pair2_b"]:
-            (folder / "pair2_b").mkdir(parents=True)  # a run folder that was begun
+            (folder / "pair2_b").mkdir(parents=True)  # a run folder that was started
             raise KeyboardInterrupt
         return real(target, knobs, folder, *ranks, anew=anew)
 

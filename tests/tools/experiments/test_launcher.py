@@ -1,4 +1,4 @@
-"""launcher.py and guard.py: a run ends with its tool, is started once at a time, and gets its knobs."""
+"""launcher.py and guard.py: a run ends with its tool, is started only once at a time, and gets its knobs."""
 
 import os
 import re
@@ -16,7 +16,7 @@ import sweep
 from train_gpt import UserError
 
 FAKE = Path(__file__).with_name("fake_trainer.py")
-# ab.py with less patience.
+# ab.py with shorter timeouts.
 TOOL = f"import sys; sys.path.insert(0, {str(Path(launcher.__file__).parent)!r}); import ab, launcher"
 TOOL += "; launcher.PATIENCE = 0.3; sys.exit(ab.main(sys.argv[1:]))"
 
@@ -98,7 +98,7 @@ def test_the_exit_code_is_that_of_the_run_which_leaves_no_process_behind(code, e
 
 @pytest.mark.parametrize("tool", ["ab", "sweep"])
 def test_a_public_script_gets_the_knobs_of_a_file_and_a_folder_of_its_own(tool, tmp_path, monkeypatch):
-    """It reads no FILE.env, and leaves its model where it runs."""
+    """It reads no FILE.env, and writes its model to its working directory."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train.py").write_text(
         "import os, pathlib, sys\n"

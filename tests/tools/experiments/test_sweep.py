@@ -50,7 +50,7 @@ def test_a_trial_on_two_ranks(space, tmp_path, monkeypatch):
 
 
 def test_the_pruner_stops_a_hopeless_trial_early(space, capsys):
-    """Four good trials, then a bad one, which would take ten seconds to its end."""
+    """Four good trials, then a bad one, which would take ten seconds to finish."""
     pruner = (
         "\n[pruner]\nstartup_trials = 3\nafter = 0.1\n[fixed]\nLEVEL = {}\n[space]\nOTHER = {{low = 0, high = 9}}\n"
     )
@@ -169,7 +169,7 @@ SPACE = "[space]\nLEVEL = [1]\n"
         ("[fixed]\nOTHER = [1]\n" + SPACE, "fixed.OTHER"),
         ('[fixed]\nRUN_ID = "x"\n' + SPACE, "RUN_ID"),
         ('[space]\nLOG_DIR = ["x"]\n', "LOG_DIR"),
-        ("\udcff", "space.toml"),  # bytes that are no text
+        ("\udcff", "space.toml"),  # bytes that are not text
     ],
 )
 def test_a_mistake_gets_one_line_before_any_trial(text, message, tmp_path, capsys, monkeypatch):
@@ -184,7 +184,7 @@ def test_a_mistake_gets_one_line_before_any_trial(text, message, tmp_path, capsy
 
 @pytest.mark.parametrize("new", ["[1.0, 2.0]", "{low = 1.0, high = 3.0}"])
 def test_a_study_continues_in_its_own_space_alone(new, space, capsys):
-    """Other choices would be another study: optuna keeps the two apart, so the user must know."""
+    """With other choices it would be another study: optuna keeps the two apart, so the user must know."""
     text = "[fixed]\nSTEPS = 2\n[space]\nLEVEL = [1.0]\n"
     assert sweep.main([space(text, 1)]) == 0
     assert sweep.main([space(text.replace("[1.0]", new), 2)]) == 2

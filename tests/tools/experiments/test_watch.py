@@ -1,4 +1,4 @@
-"""watch.py: each step once and whole, across restarts, several runs at once; the same calls to wandb."""
+"""watch.py: each step once and complete, across restarts, several runs at once; the same calls to wandb."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def going(corpus, tmp_path):
 
 
 class Fake(SimpleNamespace):
-    """Stands in for wandb: keeps what it is told."""
+    """Stands in for wandb and records its calls."""
 
     def init(self, **options):
         self.options, self.step = options, getattr(self, "step", 0)
@@ -98,7 +98,7 @@ def test_invalid_lines_of_metrics_are_not_sent(going, fake):
 
 
 def test_a_folder_that_is_waited_for_is_named(tmp_path, monkeypatch, capsys):
-    """A mistyped name would be waited for without end."""
+    """Otherwise the tool would wait forever for a mistyped name."""
 
     def stop(seconds):
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""The board of records/README.md and the pictures: from the folders alone, reproducible, and never stale unnoticed."""
+"""The board of records/README.md and the plots: built from the folders alone, reproducible, never silently stale."""
 
 import json
 import re

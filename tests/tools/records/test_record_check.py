@@ -1,4 +1,4 @@
-"""record.py check: a sound record passes, and each of many sabotages is found by its own check and by no other."""
+"""record.py check: a valid record passes, and each of many sabotages is found by its own check and by no other."""
 
 import functools
 import json
@@ -35,7 +35,7 @@ def sound(corpus, tmp_path_factory):
 
 
 class Saboteur:
-    """A copy of a sound record, and ways to damage it that keep the rest consistent."""
+    """A copy of a valid record, and ways to damage it that keep the rest consistent."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -46,7 +46,7 @@ class Saboteur:
         return self.folder / name
 
     def edit(self, name, change):
-        """Let `change` alter the object in a JSON file; a dict replaces fields."""
+        """Apply `change` to the object in a JSON file; a dict replaces fields."""
         value = json.loads(self.path(name).read_text())
         value.update(change) if isinstance(change, dict) else change(value)
         self.path(name).write_text(json.dumps(value))
@@ -72,13 +72,13 @@ class Saboteur:
             self.sub(name, pattern, new)
 
     def readme(self):
-        """Cover the traces: generate the table again."""
+        """Cover the traces: regenerate the table."""
         fresh = results_table(record_runs(self.folder))
         text = re.sub(rf"{TABLE}\n\n(\|.*\n)+", lambda _: fresh + "\n", self.path("README.md").read_text())
         self.path("README.md").write_text(text)
 
     def grow(self, code=0, artifact=0):
-        """Let every number of every file say that code and artifact have so many bytes more."""
+        """Increase the sizes of code and artifact by this many bytes in every file that states them."""
 
         def add(more):
             return lambda value: value.update({key: value[key] + count for key, count in more.items()})
@@ -111,7 +111,7 @@ class Saboteur:
         self.readme()
 
     def set_time(self, seconds, log, result, claim, row):
-        """Another time of training or evaluation of seed 2, wherever it is stated."""
+        """Change the training or evaluation time of seed 2 wherever it is stated."""
         self.edit("result_seed2.json", result)
         self.sub("train_seed2.log", rf"{log}:\d+ms", f"{log}:{1000 * seconds:.0f}ms")
         self.claim({claim: seconds})
@@ -130,14 +130,14 @@ class Saboteur:
         self.claim(drop)
 
     def leak(self, shard="fineweb_train_000001.bin"):
-        """Train on the validation text too, by another copy of the data."""
+        """Train on the validation text too, by using another copy of the data."""
         data = open_record(self.folder).config["DATA_PATH"]
         leaky = shutil.copytree(data, self.folder / "leaky")
         write_shard(leaky / shard, [*open_shard(leaky / shard), *open_shard(leaky / "fineweb_val_000000.bin")])
         self.sub("config.env", re.escape(data), str(leaky))
 
     def rewrite_script(self, text):
-        """Ship another script, and let every hash and every number agree with it."""
+        """Ship another script, and make every hash and number agree with it."""
         old = len(self.path("train_gpt.py").read_bytes())
         self.path("train_gpt.py").write_text(text)
         digest = sha256(self.path("train_gpt.py"))
@@ -152,7 +152,7 @@ class Saboteur:
         self.path(name).write_text(self.path(name).read_text() + text)
 
     def copy(self, *pairs):
-        """Copies of the files as they are now, under other names."""
+        """Copies of the current files, under other names."""
         for name, data in [(new, self.path(old).read_bytes()) for old, new in pairs]:
             self.path(name).write_bytes(data)
 
@@ -166,7 +166,7 @@ def best_seed_as_the_mean(value):
 
 
 def population_deviation(value):
-    """That of a population is smaller than that of a sample."""
+    """The population's standard deviation is smaller than the sample's."""
     value["val_bpb_std"] = np.std([row["val_bpb"] for row in value["seed_results"].values()])
 
 
@@ -206,7 +206,7 @@ def wrong_sum(s):
 
 LOG2, EXACT = "train_seed2.log", r"(_exact val_loss:\S+ val_bpb:)\S+"
 FOURTH = [(f"{name}_seed3.{end}", f"{name}_seed4.{end}") for name, end in (("train", "log"), ("metrics", "jsonl"))]
-SABOTAGES = {  # name: (the check that must find it, what is done to the folder)
+SABOTAGES = {  # name: (the check that must find it, how the folder is changed)
     "edited score": ("score", lambda s: s.claim({"val_bpb": 0.9})),
     "edited loss": ("score", lambda s: s.claim({"val_loss": 1.9})),
     "edited deviation": ("score", lambda s: s.claim({"val_bpb_std": 0.001})),
@@ -312,7 +312,7 @@ def test_every_tool_reads_a_configuration_as_the_script_does(copy, tmp_path):
 
 @pytest.fixture
 def checkout(sound, tmp_path):
-    """A repository with one commit, the branch `base`, and a function that commits the tree as it stands."""
+    """A repository with one commit, the branch `base`, and a function that commits the current tree."""
     root = tmp_path / "checkout"
     old = root / "records" / TRACK / "2026-01-01_old"
     shutil.copytree(sound, old)
@@ -367,7 +367,7 @@ def test_check_against_a_base_exits_with_1_and_names_the_files(checkout, capsys)
     assert [(f["check"], f["place"]) for f in findings] == [("scope", "train_gpt.py")]
 
 
-MISTAKES = [  # (arguments, what the message says)
+MISTAKES = [  # (arguments, the message)
     (["check"], "nothing to check"),
     (["check", "/nowhere"], "no such folder"),
     (["check", "--all", "--root", "/nowhere"], "there is no /nowhere/records"),
@@ -386,7 +386,7 @@ MISTAKES = [  # (arguments, what the message says)
 
 @pytest.mark.parametrize("arguments, said", MISTAKES)
 def test_a_mistake_gets_one_line_and_exit_code_2(arguments, said, corpus, tmp_path, capsys):
-    """A record without a name or a date is not begun."""
+    """A record without a name or a date is not started."""
     command, *options = arguments
     if command == "new":
         records = ["--slug", "s", "--records", str(tmp_path / "records")]
@@ -398,7 +398,7 @@ def test_a_mistake_gets_one_line_and_exit_code_2(arguments, said, corpus, tmp_pa
 
 
 OTHER = {"train_gpt.py": {"sha256": "0" * 64, "bytes": 1}}
-NOT_PACKED = [  # (what is done to a copy of a run folder, what the message says)
+NOT_PACKED = [  # (change to a copy of a run folder, the message)
     (lambda s: None, "each seed once"),
     (lambda s: s.path("metrics.jsonl").unlink(), "has no metrics.jsonl"),
     (lambda s: s.edit("result.json", {"seed": 9, "partial": True}), "scored a part of the validation text"),
@@ -420,7 +420,7 @@ JSON_FILES = ("result_seed2.json", "submission.json", "data_manifest.json")
 
 
 def places(value, path=()):
-    """The way to every value in an object of objects."""
+    """The paths to all values in nested objects."""
     for key, inner in value.items():
         yield (*path, key)
         yield from places(inner, (*path, key)) if isinstance(inner, dict) else ()
@@ -428,14 +428,14 @@ def places(value, path=()):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Without the checks that take long and read no JSON."""
+    """Skip the checks that take long and read no JSON."""
     for name in ("compile", "leak"):
         monkeypatch.setitem(record_check.CHECKS, name, lambda record: [])
 
 
 @pytest.mark.parametrize("name", JSON_FILES)
 def test_no_value_of_a_wrong_kind_breaks_the_check(name, copy, quick):
-    """Each value in turn is missing, or of another kind: every time there is an answer."""
+    """Each value in turn is missing or has another type: the check always gives an answer."""
     whole = copy.path(name).read_text()
     for number, (*way, last) in enumerate(places(json.loads(whole))):
         for odd in ({last: ODD[number % len(ODD)]}, {last: ODD[(number + 3) % len(ODD)]}, {}):

@@ -1,4 +1,4 @@
-"""record.py compare: Welch's test against scipy and against a worked example, the seeds it asks for, the compute."""
+"""record.py compare: Welch's test against scipy and a worked example, the number of seeds needed, the compute."""
 
 import json
 import math
@@ -42,7 +42,7 @@ def test_one_seed_or_no_spread_allows_no_test():
 def test_the_rule_is_in_nats_where_tokens_agree_and_in_bpb_where_not():
     same = record_test(runs_with(A), runs_with(B))
     assert same.margin == 0.005 and same.p == pytest.approx(welch(A, B, 0.005).p, abs=1e-12) and same.p < 0.01
-    # The same text in larger pieces: more nats a token, fewer tokens.
+    # The same text in larger pieces: more nats per token, fewer tokens.
     larger = runs_with([loss * 1.5 for loss in B], 2.4359 * 1.5, round(1000 / 1.5))
     other = record_test(runs_with(A), larger)
     assert other.margin == pytest.approx(0.005 / math.log(2) / 2.4359)
@@ -51,7 +51,7 @@ def test_the_rule_is_in_nats_where_tokens_agree_and_in_bpb_where_not():
 
 
 def test_seeds_needed_give_the_power_that_is_promised():
-    """Drawn at random: with one seed fewer on each side the test succeeds less often than asked, with these at least
+    """Simulated: with one seed fewer on each side the test succeeds less often than requested, with these at least
     about as often."""
     gain, deviations = 0.004, (0.003, 0.0015)
     n = seeds_needed(gain, *deviations)
@@ -74,7 +74,7 @@ def run_of(folder, name, losses, seconds_a_step, tokens):
 
 
 def test_compute_multiplier_is_the_share_of_the_others_run(tmp_path):
-    """B falls twice as fast with steps of half the tokens and a third of the time."""
+    """B's loss falls twice as fast with steps of half the tokens and a third of the time."""
     a = run_of(tmp_path, "a", [10 - 0.01 * step for step in range(1, 401)], 3.0, 2048)
     b = run_of(tmp_path, "b", [10 - 0.02 * step for step in range(1, 401)], 1.0, 1024)
     share = compute_multiplier([a], [b])

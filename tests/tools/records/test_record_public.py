@@ -1,5 +1,5 @@
-"""record.py check on synthetic folders of the public challenge, in each dialect of its logs: sound ones raise nothing,
-and each kind of fault that public pull requests had raises one finding."""
+"""record.py check on synthetic folders of the public challenge, in each of its log formats: valid folders raise no
+finding, and each kind of fault that occurred in public pull requests raises one."""
 
 import json
 import math
@@ -51,8 +51,8 @@ Total submission size int8+zlib: {total} bytes
 
 
 def april_log(seed, bpb, ms=596_137, eval_s=455.3, total=15_989_499, tokens=TOKENS["sp8192"]):
-    """Spaces after the colons, indented hyperparameters, times in minutes, code plain and compressed, scores before
-    and after the export, and learning while scoring."""
+    """Spaces after the colons, indented hyperparameters, times in minutes, code size plain and compressed, scores
+    before and after the export, and test-time training."""
     loss = loss_of(bpb, tokens)
     return f"""Hyperparameters:
   adam_eps: 1e-08
@@ -78,7 +78,7 @@ total_eval_time:{eval_s}s
 
 
 def sliding_log(eval_ms=72_000):
-    """The reference's log of a script that scores in overlapping windows, and states the time on that line alone."""
+    """The reference's log of a script that scores in overlapping windows, and states the time only on that line."""
     window = f"final_int6_sliding_window val_loss:{loss_of(1.1502):.4f} val_bpb:1.1502 stride:64 eval_time:{eval_ms}ms"
     old, new = "final_int8_zlib_roundtrip val_loss:", "final_int8_zlib_roundtrip_of_windows val_loss:"
     return march_log(1, 1.1502).replace(old, f"{window}\n{new}", 1).replace("eval_time:2098ms", "")
@@ -86,7 +86,7 @@ def sliding_log(eval_ms=72_000):
 
 @pytest.fixture
 def write(tmp_path):
-    """Function: a folder of the challenge; a text is its only log, None leaves a file out."""
+    """Function: a folder of the challenge; a string is its only log, None omits a file."""
 
     def make(submission, logs, script=SCRIPT, track="track_10min_16mb"):
         folder = tmp_path / track / "2026-03-19_run"

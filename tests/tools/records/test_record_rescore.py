@@ -1,6 +1,6 @@
-"""record.py rescore: the verdict on a score. Honest runs of every kind hold; each way to cheat is found by its rule."""
+"""record.py rescore: the verdict on a score. Honest runs of every kind pass; each cheat is caught by its rule."""
 
-import tiny_runs  # first: it knows where the tools are
+import tiny_runs
 
 # isort: split
 import functools
@@ -35,14 +35,14 @@ can_isolate = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True, scope="module")
 def without_kernels():
-    """Every process has a cache of its own, in which it would compile the C++ of tools/cpu/ again."""
+    """Each process has its own cache, and would compile the C++ of tools/cpu/ again."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CXX", "no_compiler")
         yield
 
 
 def run_once(corpus, script=tiny_runs.ROOT / "train_gpt.py", **knobs) -> Path:
-    """The folder of a run in a process of its own."""
+    """The folder of a run in its own process."""
     logs = tiny_runs.work() / "logs"
     environ = os.environ | tiny_runs.settings(corpus) | {"LOG_DIR": str(logs), "ITERATIONS": "4"}
     environ |= {name: str(value) for name, value in knobs.items()}
@@ -58,7 +58,7 @@ def honest_run(corpus) -> Path:
 
 @pytest.fixture
 def copy(corpus, tmp_path):
-    """Function: a copy of the honest run, with places of its script replaced."""
+    """Function: a copy of the honest run, with replacements in its script."""
 
     def make(*replacements, run=None, file="train_gpt.py"):
         folder = shutil.copytree(run or honest_run(corpus), tmp_path / "run")
@@ -73,7 +73,7 @@ def copy(corpus, tmp_path):
 
 
 def rescore(folder, capsys, *more):
-    """(exit code, {rule: what was said} of findings, report)."""
+    """(exit code, {rule: message} of findings, report)."""
     code = record.main(["rescore", str(folder), "--json", "--seed", "1", "--places", "64", *more])
     captured = capsys.readouterr()
     assert captured.out, captured.err
@@ -146,7 +146,7 @@ def test_an_honest_run_holds(name, corpus, capsys):
     [("2026-11-26_demo_cpu/train_gpt.py", {}), ("2026-11-26_frontier_cpu_fp32/frontier.py", {"TTT_CHUNK": 512})],
 )
 def test_runs_of_older_scripts_are_scored_again(script, knobs, corpus, capsys):
-    """Snapshots of the first generation. One that learns while it is scored has no interface for the blind process."""
+    """Snapshots of the first generation. A test-time-training script has no interface for the blind process."""
     folder = run_once(corpus, script=OLD / script, RUN_ID=f"old{len(knobs)}", **knobs)
     code, findings, report = rescore(folder, capsys)
     assert (code, findings) == (0, {})
@@ -169,7 +169,7 @@ READ_TEXT = (
     "                Path(place, 'stolen').write_bytes(Path(paths[0]).read_bytes())\n"
 )
 CHEATS = {
-    # name: (replacements in the script, the rules that are broken besides that of the score)
+    # name: (replacements in the script, the rules broken in addition to that of the score)
     "peeks by one token": (
         [("self.tok_emb(tokens_BT)", "(self.tok_emb(tokens_BT) + self.tok_emb(tokens_BT.roll(-1, 1)))")],
         {"blind"},
@@ -321,7 +321,7 @@ def test_a_folder_of_a_public_script_is_left_to_check(tmp_path, capsys):
 def test_windows_are_those_of_the_evaluator(length, stride, targets, runtime, make_config):
     """For each target the context is its row of the evaluation's batches, up to the target."""
     config = make_config(TRAIN_SEQ_LEN=length, EVAL_STRIDE=stride, TRAIN_BATCH_TOKENS=length, VAL_BATCH_SIZE=24)
-    tokens = np.arange(targets + 1, dtype=np.uint16)  # token i is i, so that a row says where it begins
+    tokens = np.arange(targets + 1, dtype=np.uint16)  # token i is i, so that a row shows where it starts
 
     class Stream:
         def __len__(self):
@@ -370,7 +370,7 @@ def test_the_comparison_takes_no_number_that_is_none(odd):
 
 
 def test_the_detectable_cheat_is_found_as_often_as_it_says():
-    """A lowering by `detectable` is found in 95% of 400 draws, within four standard deviations of that frequency."""
+    """A reduction by `detectable` is found in 95% of 400 draws, within four standard deviations of that frequency."""
     random, found, draws = np.random.default_rng(0), 0, 400
     for _ in range(draws):
         blind = np.full(256, 3.0)
@@ -474,7 +474,7 @@ def test_nothing_leads_out(layers, tmp_path, monkeypatch):
 
 
 def test_the_sources_of_a_record_are_compared_with_those_of_the_repository_wherever_they_are(tmp_path):
-    """Regression: a record is flat, so a model file and a tool looked all new."""
+    """Regression: a record is flat, so a model file and a tool all looked new."""
     places = ["train_gpt.py", "records/models/score_first.py", "tools/vocabularies.py"]
     for place in places:
         shutil.copy(tiny_runs.ROOT / place, tmp_path)
