@@ -1,4 +1,4 @@
-"""Checks of what a record ships: the script that ran, all code counted, the size, the configuration, the tokenizer."""
+"""Checks of a record's files: the script that ran, code size, total size, configuration, and tokenizer."""
 
 import shutil
 import statistics
@@ -10,7 +10,7 @@ from pathlib import Path
 from record_folder import Fault, Record, Skip, sha256
 from record_read import sources_of
 
-# Knobs that may differ between the seeds of a record: they do not shape what is trained or scored.
+# Knobs that may differ between seeds because they do not affect training or the score.
 MAY_DIFFER = {
     *("SEED", "LOG_DIR", "DATA_PATH", "TOKENIZER_PATH", "TARGET_WORLD_SIZE", "MICRO_BATCH_TOKENS"),
     *("CHECKPOINT_EVERY_SECONDS", "TRAIN_LOG_EVERY", "VAL_LOSS_EVERY", "VAL_AT_START"),
@@ -19,14 +19,14 @@ MAY_DIFFER = {
 
 
 def plain_size(path: Path) -> set[int]:
-    """Bytes of a text file, and of the same with the other line ends: git may have changed them at checkout."""
+    """Return the size of a text file as it is, with LF and with CRLF line endings: git may convert them at checkout."""
     data = path.read_bytes()
     unix = data.replace(b"\r\n", b"\n")
     return {len(data), len(unix), len(unix) + unix.count(b"\n")}
 
 
 def check_script(record: Record) -> Iterator[Fault | Skip]:
-    """The files are the code that ran: hashes of result.json, or the source that a public log holds."""
+    """Check that the files are the code that ran, by the hashes in result.json or the source in a public log."""
     judged, script = False, record.folder / "train_gpt.py"
     for run in record.runs:
         for name, stated in sources_of(run.result).items() if run.result else ():
@@ -55,7 +55,7 @@ def check_script(record: Record) -> Iterator[Fault | Skip]:
 
 
 def check_code(record: Record) -> Iterator[Fault | Skip]:
-    """Bytes of code: all of it counted, and the count that of the files."""
+    """Check that the claimed code size includes every source file and matches the files."""
     claim, remedy = record.claim, "count every source file that shapes the run, in bytes, as result.json does"
     logged = set().union(*(run.log.code_bytes for run in record.runs if run.log))
     if record.ours:
@@ -76,7 +76,7 @@ def check_code(record: Record) -> Iterator[Fault | Skip]:
     else:
         sizes = [plain_size(path) for path in record.folder.glob("*.py")]
         allowed = logged.union(*sizes)
-        allowed |= {sum(map(end, sizes)) for end in (min, max) if sizes}  # all files, with either line end
+        allowed |= {sum(map(end, sizes)) for end in (min, max) if sizes}  # all files, with LF or CRLF
     if not claim or claim.bytes_code is None or not allowed:
         yield Skip("no claimed bytes of code" if allowed else "no script")
     elif int(claim.bytes_code) not in allowed:
@@ -85,7 +85,7 @@ def check_code(record: Record) -> Iterator[Fault | Skip]:
 
 
 def check_artifact(record: Record) -> Iterator[Fault | Skip]:
-    """The artifact in the folder, if there is one, is that of a run, by its hash and its size."""
+    """Check that any artifact in the folder has the hash and size recorded by one of the runs."""
     made = {result["sha256_artifact"]: result["bytes_artifact"] for result in record.results}
     files = sorted(record.folder.glob("final_model.*.ptz"))
     if not files or not made:
@@ -96,7 +96,7 @@ def check_artifact(record: Record) -> Iterator[Fault | Skip]:
 
 
 def check_size(record: Record) -> Iterator[Fault | Skip]:
-    """Code plus artifact: the sum, the claim, the limit in decimal bytes."""
+    """Check the size of code plus artifact: the sum, the claim, and the track's limit in decimal bytes."""
     claim, limit, remedy = record.claim, record.track.bytes, "take the total that the run logged"
     totals = {}
     for run in record.runs:
@@ -125,7 +125,8 @@ def check_size(record: Record) -> Iterator[Fault | Skip]:
 
 
 def known_total(record: Record, stated: int, totals: list[int]) -> bool:
-    """Ours states the largest total; public folders also the artifact alone, the mean, or any seed's."""
+    """Return True if the claimed size matches the runs. Our records state the largest total; public folders may also
+    state the artifact's size alone, the mean, or the total of any seed."""
     if record.ours:
         return stated == max(totals)
     artifacts = [run.log.artifact_bytes for run in record.runs if run.log and run.log.artifact_bytes]
@@ -150,7 +151,7 @@ def check_config(record: Record) -> Iterator[Fault | Skip]:
 
 
 def check_compile(record: Record) -> Iterator[Fault | Skip]:
-    """The sources are Python. Newer syntax than this interpreter's is tried with a newer one, if there is one."""
+    """Check that the sources compile. If this interpreter fails, a newer one is tried if it is installed."""
     paths = {*record.folder.glob("*train*.py"), *(record.folder / name for name in record.sources)}
     paths = sorted(filter(Path.is_file, paths))
     versions = range(20, sys.version_info.minor, -1)
