@@ -115,7 +115,8 @@ def curve(run: Run) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def compute_multiplier(a: list[Run], b: list[Run]) -> dict | None:
     """Return the fractions of A's steps, tokens and seconds that B needs to reach A's final loss: medians over all
-    pairs of runs, where a pair counts as infinite if B never reaches it. None if a run has no loss curve."""
+    pairs of runs, where a pair counts as infinite if B never reaches it. None if a run has no loss curve. Both curves
+    must be of the same kind (see `curve`)."""
     pairs = []
     for one in a:
         for other in b:
