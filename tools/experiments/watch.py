@@ -86,7 +86,7 @@ def follow(folder: Path, sink: str, project: str, once: bool):
     """Send one run's metrics until it finishes, or only once. Waits for the run folder unless `once`."""
     waited_for = folder / "config.env"
     if not waited_for.is_file() and not once:
-        print(f"waiting for {folder}, which is no run folder yet", file=sys.stderr)
+        print(f"waiting for {folder}, which is not a run folder yet", file=sys.stderr)
     while not waited_for.is_file() and not once:
         time.sleep(POLL_SECONDS)
     read_run(folder)  # raises UserError if this is not a run folder

@@ -47,14 +47,14 @@ def check_files(record: Record) -> Iterator[Fault | Skip]:
 
 def check_schema(record: Record) -> Iterator[Fault | Skip]:
     if record.unreadable:
-        yield Fault("submission.json", record.unreadable, "write it anew with `record.py new`")
+        yield Fault("submission.json", record.unreadable, "regenerate it with `record.py new`")
     elif record.claim:
         for where, problem in schema_errors(record.plain, record.ours):
             yield Fault(f"submission.json: {where}", problem, "records/README.md lists the fields")
         track, folder = record.plain.get("track"), record.folder.parent.name
         if record.ours and track not in (None, folder):
             problem = f"is {track!r}, the folder is in {folder}"
-            yield Fault("submission.json: track", problem, "put the folder where it says, or write it anew")
+            yield Fault("submission.json: track", problem, "move the folder to that track, or regenerate it")
 
 
 def check_readme(record: Record) -> Iterator[Fault | Skip]:
@@ -64,7 +64,7 @@ def check_readme(record: Record) -> Iterator[Fault | Skip]:
     if not record.ours or TABLE not in text or record.contradicted:
         yield Skip("no generated table of results, or a log and its result.json contradict each other")
     elif results_table(list(record.scored().values())) not in text:
-        yield Fault("README.md", "its table of results is not that of the runs", "generate it again: `record.py new`")
+        yield Fault("README.md", "its results table does not match the runs", "regenerate it with `record.py new`")
 
 
 def check_claims(record: Record) -> Iterator[Fault | Skip]:
@@ -102,16 +102,16 @@ def check_leak(record: Record) -> Iterator[Fault | Skip]:
     except UserError as error:
         told = record.manifest.get("dropped", {}).get("duplicates_of_validation")
         said = "" if told is None else f"; its manifest says that {told} duplicates of validation were dropped"
-        yield Skip(f"the data is not here, or not whole: {str(error).partition(';')[0]}{said}")
+        yield Skip(f"the data is missing or incomplete: {str(error).partition(';')[0]}{said}")
         return
     if {result.get("sha256_val_tokens") for result in record.results} != {record_data.hash_tokens(folder, "val")}:
-        yield Skip(f"{folder} holds another validation text than the one that was scored")
+        yield Skip(f"{folder} holds a different validation set from the one that was scored")
         return
     count, documents, share = record_data.leaked(folder, record_data.start_token(folder))
     if share > LEAK_SHARE:
         found = f"{count} of {documents} validation documents ({share:.2%} of the tokens)"
         problem = f"{found} are also in the training shards"
-        yield Fault("DATA_PATH", problem, "split the text again, and train again")
+        yield Fault("DATA_PATH", problem, "split the data again and retrain")
 
 
 CHECKS = {
@@ -206,7 +206,7 @@ def against_base(root: Path, base: str) -> tuple[list[Path], list[Finding]]:
         add(folders, "more than one record folder", "one pull request for each record")
     outside = [name for name, p in parts.items() if Path(*p[:3]) not in folders and not name.startswith(BOARD_FILES)]
     if outside:
-        remedy = "leave them out, or propose them in a pull request of their own"
+        remedy = "move them to a separate pull request"
         add(outside[:5], f"{len(outside)} files outside the record folder", remedy)
     old = [name for status, name in changed if status != "A" and Path(*parts[name][:3]) in folders]
     if old:

@@ -51,7 +51,7 @@ def check_script(record: Record) -> Iterator[Fault | Skip]:
         if problem:
             yield Fault("train_gpt.py", problem, "ship the script that made the log")
     if not judged:
-        yield Skip("no log or result tells the hash, the text or the size of its code")
+        yield Skip("no log or result states the hash, source or size of its code")
 
 
 def check_code(record: Record) -> Iterator[Fault | Skip]:
@@ -89,10 +89,10 @@ def check_artifact(record: Record) -> Iterator[Fault | Skip]:
     made = {result["sha256_artifact"]: result["bytes_artifact"] for result in record.results}
     files = sorted(record.folder.glob("final_model.*.ptz"))
     if not files or not made:
-        yield Skip("the folder holds no artifact" if made else "no result tells the hash of an artifact")
+        yield Skip("the folder holds no artifact" if made else "no result states the hash of an artifact")
     for path in files if made else ():
         if made.get(sha256(path)) != path.stat().st_size:
-            yield Fault(path.name, "is the artifact of none of the runs", "ship the one that was scored")
+            yield Fault(path.name, "is not the artifact of any run", "ship the one that was scored")
 
 
 def check_size(record: Record) -> Iterator[Fault | Skip]:
@@ -146,7 +146,7 @@ def check_config(record: Record) -> Iterator[Fault | Skip]:
         odd = [name for name in names if config.get(name) != logged.get(name)]
         if odd:
             told = ", ".join(f"{n}={config.get(n, 'unset')} (log: {logged.get(n, 'unset')})" for n in odd[:3])
-            problem = f"is not the configuration of {record.log_of(run)}: {told}"
+            problem = f"differs from the configuration in {record.log_of(run)}: {told}"
             yield Fault("config.env", problem, "take config.env of the run folder; all seeds must run the same")
 
 
@@ -164,7 +164,7 @@ def check_compile(record: Record) -> Iterator[Fault | Skip]:
         except (SyntaxError, ValueError) as error:
             command = [newer, "-c", "import sys; compile(open(sys.argv[1], 'rb').read(), sys.argv[1], 'exec')", path]
             if same or (newer and subprocess.run(command, capture_output=True, check=False).returncode):
-                place, problem = f"{path.name}:{getattr(error, 'lineno', 0)}", f"is no Python: {error.args[0]}"
+                place, problem = f"{path.name}:{getattr(error, 'lineno', 0)}", f"is not valid Python: {error.args[0]}"
                 yield Fault(place, problem, "ship the script that ran")
             elif not newer:
                 yield Skip(f"{path.name} does not compile on Python {sys.version.split()[0]}, and no newer one is here")
@@ -177,7 +177,7 @@ def check_tokenizer(record: Record) -> Iterator[Fault | Skip]:
     stated = record.manifest.get("tokenizer", {})
     stated = stated.get("sha256") if stated.get("kind") == "sentencepiece" else None
     if not hashes:
-        yield Skip("no result tells the hash of its tokenizer")
+        yield Skip("no result states the hash of its tokenizer")
     elif len(hashes) > 1 or (stated and hashes != {stated}):
         known = f", the data was made with {stated[:12]}..." if stated else ""
         problem = f"runs used {sorted(digest[:12] for digest in hashes)}{known}"

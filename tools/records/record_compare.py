@@ -204,7 +204,7 @@ def main(arguments: argparse.Namespace) -> int:
     for key, (one, other) in (("compute", "BA"), ("compute_reverse", "AB")):
         share = found[key]
         if share is None:
-            print("compute: not known, as metrics.jsonl is not there")
+            print("compute: unknown, because metrics.jsonl is missing")
             break
         if all(map(math.isfinite, share.values())):
             told = ", ".join(f"{share[of]:.2f} of its {of.replace('seconds', 'time')}" for of in share)

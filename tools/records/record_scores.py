@@ -22,7 +22,7 @@ def check_seeds(record: Record) -> Iterator[Fault | Skip]:
     for run in record.runs:
         logged, named = run.log.seeds if run.log else set(), re.search(r"seed[_-]?(\d+)", run.name.replace(" ", ""))
         if run.result and run.log and run.result.get("seed") not in logged:
-            problem = f"is the log of seed {sorted(logged)}, beside the result of seed {run.result.get('seed')}"
+            problem = f"is the log of seed {sorted(logged)}, but the result is of seed {run.result.get('seed')}"
             yield Fault(record.log_of(run), problem, "put the log of that seed in its place")
         elif named and logged and int(named[1]) not in logged | {run.seed}:
             yield Fault(run.name, f"its log says seed {sorted(logged)}", "put the right log in its place")
@@ -43,7 +43,7 @@ def check_seeds(record: Record) -> Iterator[Fault | Skip]:
         yield Fault("submission.json", problem, remedy)
     seeds = [run.seed for run in record.runs if run.seed is not None]
     for seed in sorted({seed for seed in seeds if seeds.count(seed) > 1 and record.ours}):
-        yield Fault(f"seed {seed}", "is there twice", remedy)
+        yield Fault(f"seed {seed}", "appears twice", remedy)
 
 
 def check_score(record: Record) -> Iterator[Fault | Skip]:
