@@ -1,12 +1,12 @@
-"""Two configurations or scripts in alternating pairs on this machine: what is faster, smaller, better, and how surely.
+"""Compare two configurations or scripts in alternating pairs on this machine: speed, size, score, with intervals.
 
     python tools/experiments/ab.py old.env new.env --pairs 5
-    python tools/experiments/ab.py train_gpt.py,a.env other/train_gpt.py --pairs 5   any script with such log lines
+    python tools/experiments/ab.py train_gpt.py,a.env other/train_gpt.py --pairs 5   any script with the same log format
 
-A and B run one after the other, A first in one pair and B first in the next, so that a machine whose speed drifts is
-not taken for a difference. Both runs of a pair have the seed of the pair. The first pair warms up (compiled kernels,
-files in memory) and does not count. Ratios are B over A; their geometric mean comes with a 95% bootstrap interval over
-the pairs. Finished runs are kept in the work folder: the same command goes on where it was stopped.
+A and B run one after the other. A goes first in one pair and B in the next, so that drift in the machine's speed does
+not look like a difference. Both runs of a pair use the same seed. The first pair is a warm-up (compiled kernels, file
+cache) and is not counted. Ratios are B / A, reported as a geometric mean with a 95% bootstrap interval over the pairs.
+Finished runs are kept in the work folder, so an interrupted comparison resumes when the same command is run again.
 """
 
 import argparse
@@ -24,14 +24,14 @@ from scipy import stats
 
 from train_gpt import require
 
-FEW = 3  # pairs; with fewer a bootstrap says nothing
+FEW = 3  # minimum number of pairs for a bootstrap interval
 RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One run. step_ms is the mean after the first ten logged steps, which are slower. memory is the device's peak
-    where the log states one, else the process's."""
+    """Measurements of one run. step_ms is the mean from step 10 on, as early steps are slower. memory_mib is the
+    device's peak memory if logged, else the peak memory of the run's largest process."""
 
     step_ms: float | None
     tokens_per_second: float | None
@@ -41,7 +41,7 @@ class Measured:
 
 
 def steady_step_ms(run: Run) -> float | None:
-    """Mean step time from step 10 on; of a shorter run, over all of it."""
+    """Return the mean step time from step 10 on, or over the complete run if it is too short."""
     lines = re.findall(r"^step: ?(\d+)/\d+ train_loss.*?train_time: ?(\d+)ms", run.log.text, re.MULTILINE)
     pairs = [(int(step), int(ms)) for step, ms in lines]
     late = [pair for pair in pairs if pair[0] >= 10]
@@ -59,7 +59,7 @@ def measure(folder: Path, run_id: str, resident_mib: float) -> Measured:
 
 
 def run_once(target: launcher.Target, folder: Path, run_id: str, seed: int, ranks: int) -> Measured:
-    """Run, unless it was run before. One that was stopped starts anew: half a run measures nothing."""
+    """Run one side of a pair, or load its saved result. Interrupted runs restart, as partial runs cannot be timed."""
     kept, output = folder / f"{run_id}.json", folder / f"{run_id}.out"
     if kept.is_file():
         return Measured(**read_json(kept))
@@ -73,7 +73,7 @@ def run_once(target: launcher.Target, folder: Path, run_id: str, seed: int, rank
 
 
 def ratio(a: list[float], b: list[float]) -> dict | None:
-    """Geometric mean of B / A over pairs with its 95% interval by scipy's BCa bootstrap; None without numbers."""
+    """Return the geometric mean of B / A over pairs with a 95% BCa bootstrap interval (scipy); None without data."""
     pairs = [(x, y) for x, y in zip(a, b, strict=True) if x and y]
     if not pairs:
         return None
@@ -89,7 +89,8 @@ def ratio(a: list[float], b: list[float]) -> dict | None:
 
 
 def open_folder(folder: Path, targets: list[launcher.Target], seed: int, ranks: int):
-    """Pin what is compared: a work folder holds pairs of two unchanged files, on as many ranks."""
+    """Create the work folder and record the files' hashes, the first seed and the rank count in ab.json. Raises
+    UserError if the folder belongs to a comparison with different ones."""
     files = [path for target in targets for path in (target.script, target.config) if path]
     told = {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files} | {"first seed": seed}
     told |= {"ranks": ranks} if ranks > 1 else {}
@@ -102,7 +103,7 @@ def open_folder(folder: Path, targets: list[launcher.Target], seed: int, ranks: 
 
 
 def run_pairs(targets: list[launcher.Target], folder: Path, options: argparse.Namespace):
-    """Yields (pair number from 1, A, B) as they are measured."""
+    """Yield (pair number, A, B) after each measured pair. Numbers start at 1."""
     for number in range(1 - options.warm_up, options.pairs + 1):
         order = (0, 1) if number % 2 else (1, 0)
         found = {}
@@ -152,13 +153,11 @@ def main(argv: list[str] | None = None) -> int:
     for side in "ab":
         parser.add_argument(side, metavar=side.upper(), help="FILE.env, SCRIPT.py, or SCRIPT.py,FILE.env")
     parser.add_argument("--pairs", type=launcher.at_least(1), default=5)
-    parser.add_argument("--warm-up", type=launcher.at_least(0), default=1, help="pairs before those that count")
-    parser.add_argument(
-        "--seed", type=launcher.at_least(0), default=1337, help="of the first pair; the next has the next"
-    )
-    parser.add_argument("--ranks", type=launcher.at_least(1), default=1, help="processes of a run, under torchrun")
-    parser.add_argument("--work", type=Path, help="folder of the runs; default: logs/ab_<A>_<B>")
-    parser.add_argument("--json", action="store_true", help="also print all numbers as JSON, in the last line")
+    parser.add_argument("--warm-up", type=launcher.at_least(0), default=1, help="warm-up pairs, which are not counted")
+    parser.add_argument("--seed", type=launcher.at_least(0), default=1337, help="of the first pair; +1 for each pair")
+    parser.add_argument("--ranks", type=launcher.at_least(1), default=1, help="processes per run, under torchrun")
+    parser.add_argument("--work", type=Path, help="folder for the runs; default: logs/ab_<A>_<B>")
+    parser.add_argument("--json", action="store_true", help="also print all numbers as JSON on the last line")
     arguments = parser.parse_args(argv)
 
     def tool():

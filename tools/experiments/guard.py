@@ -1,13 +1,13 @@
-"""Runs a command that must not outlive the process that started it.
+"""Run a command that must not outlive the process that started it.
 
     python guard.py SECONDS COMMAND...
 
-Standard input is a pipe that the starting process holds open and never writes to. It closes when that process ends,
-even by a SIGKILL. Then the command gets a SIGTERM, and a SIGKILL if it does not end within SECONDS. What it leaves
-behind, such as the ranks of a torchrun that was killed, gets a SIGKILL (elsewhere than on Linux: its process group).
-The exit code is that of the command, or 128 + N if signal N ended it.
+Standard input is a pipe that the parent holds open and never writes to. It closes when the parent exits, even by
+SIGKILL. The guard then sends SIGTERM to the command, and SIGKILL if it does not exit within SECONDS. When the command
+has exited, any remaining descendants, such as the ranks of a killed torchrun, get SIGKILL (outside Linux: only its
+process group). The exit code is the command's, or 128 + N if signal N killed it.
 
-This file imports little, so that it starts at once and needs little memory.
+This file has few imports, so it starts fast and uses little memory.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 
-SET_PARENT_DEATH_SIGNAL, SET_CHILD_SUBREAPER = 1, 36  # of Linux's prctl
+SET_PARENT_DEATH_SIGNAL, SET_CHILD_SUBREAPER = 1, 36  # options of Linux's prctl
 
 
 def prctl(option: int, value: int):
@@ -29,7 +29,7 @@ def prctl(option: int, value: int):
 
 
 def children(pid: int) -> list[int]:
-    """Live processes whose parent is `pid` (Linux)."""
+    """Return the live child processes of `pid` (Linux; elsewhere none)."""
     found = []
     for name in filter(str.isdecimal, os.listdir("/proc") if os.path.isdir("/proc") else []):
         with contextlib.suppress(OSError), open(f"/proc/{name}/stat", errors="replace") as file:
@@ -40,14 +40,15 @@ def children(pid: int) -> list[int]:
 
 
 def kill_all(command: subprocess.Popen):
-    """SIGKILL to the command and whatever it started. Processes without a parent were adopted by this one."""
+    """Send SIGKILL to the command and all its descendants. On Linux, orphaned descendants are children of the guard,
+    because it is a subreaper."""
     if sys.platform != "linux":
         with contextlib.suppress(OSError, AttributeError):
             os.killpg(command.pid, signal.SIGKILL)
         return command.kill()
     while found := children(os.getpid()):
         for pid in found:
-            found += children(pid)  # and theirs in turn, before their parent is gone
+            found += children(pid)  # list grandchildren too, before their parent is killed
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.002)
@@ -55,7 +56,7 @@ def kill_all(command: subprocess.Popen):
 
 def main(patience: float, arguments: list[str]) -> int:
     prctl(SET_CHILD_SUBREAPER, 1)
-    # If this process is killed, too, the command gets a SIGTERM.
+    # If the guard itself is killed, the command gets SIGTERM.
     posix = {"preexec_fn": lambda: prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGTERM), "start_new_session": True}
     command = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, **posix if os.name == "posix" else {})
     ended = threading.Event()

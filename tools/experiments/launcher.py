@@ -1,7 +1,7 @@
-"""Starts runs as processes, for tools that compare, search or repeat them.
+"""Start training runs as subprocesses, for tools that compare, search or repeat runs.
 
-Every run ends with the tool that started it, whatever ends the tool: see guard.py. The script may be any one with the
-standard environment variables and log lines, from this repository or from the public challenge.
+A run never outlives the tool that started it, even if the tool is killed: see guard.py. The script can be any one that
+uses the standard environment variables and log lines, from this repository or from the public challenge.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "records"))  # the readers of runs
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "records"))  # record_read
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # train_gpt
 
 from record_read import Run, parse_log, read_result
@@ -39,7 +39,7 @@ class Target:
 
     @property
     def ours(self) -> bool:
-        """Whether it takes a FILE.env and makes a run folder, as the script, its copies and older model files do."""
+        """True if the script reads FILE.env and writes a run folder: train_gpt.py, its copies, older model files."""
         text = read_script(self.script)
         return "train_gpt.main(" in text or bool(re.search(r"^class RunFolder\b", text, re.MULTILINE))
 
@@ -49,14 +49,14 @@ def read_script(path: Path) -> str:
 
 
 def is_model_file(path: Path) -> bool:
-    """Whether this is a model file, which is no program: it subclasses Config, and never calls main."""
+    """Return True for a model file, which cannot be run directly: it subclasses Config and never calls main."""
     text = read_script(path)
     imports = re.search(r"^(import train_gpt|from train_gpt import)\b", text, re.MULTILINE)
     return bool(imports and re.search(r"^class Config\(", text, re.MULTILINE)) and "train_gpt.main(" not in text
 
 
 def parse_target(spec: str) -> Target:
-    """FILE.env (this repository's script), SCRIPT.py, or SCRIPT.py,FILE.env."""
+    """Parse FILE.env (for this repository's script), SCRIPT.py, or SCRIPT.py,FILE.env."""
     paths = [Path(part) for part in spec.split(",")]
     expected = "expected FILE.env, SCRIPT.py or SCRIPT.py,FILE.env"
     missing = [str(path) for path in paths if not path.is_file()]
@@ -71,37 +71,40 @@ def parse_target(spec: str) -> Target:
 
 
 def command(script: Path, *arguments, ranks: int = 1) -> list:
-    """The command of a run, under torchrun if it has several ranks."""
+    """Return the command for a run, under torchrun if ranks > 1."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     return [sys.executable, *torchrun, script, *arguments]
 
 
 def spawn(command: list, environ: dict[str, str], stdout, cwd: Path | None = None) -> subprocess.Popen:
-    """Start a command that ends with this process. The Popen is that of the guard, whose exit code is the command's.
+    """Start a command that is stopped when this process exits. Returns the Popen of its guard, which exits with the
+    command's exit code.
 
-    Keep it until the command has ended, and do not communicate(): both would close the guard's pipe.
+    Keep a reference to it until the command ends and do not call communicate(): either would close the guard's pipe.
     """
     guard = [sys.executable, "-I", "-S", Path(__file__).with_name("guard.py"), str(PATIENCE)]
     pipes = {"stdin": subprocess.PIPE, "stdout": stdout, "stderr": stdout and subprocess.STDOUT}
     environ = environ | {"PYTHONUNBUFFERED": "1"}
-    # In a session of its own: Ctrl+C reaches this process alone, which then ends the run.
+    # A new session, so that Ctrl+C reaches only this process, which then stops the run.
     return subprocess.Popen([*guard, *command], env=environ, cwd=cwd, start_new_session=True, **pipes)
 
 
 def lock(file, wait: bool = False):
-    """Lock an open file until every process that inherited it has ended. BlockingIOError if others have it locked."""
-    if os.name != "nt":  # which has no fcntl
+    """Lock an open file until all processes that inherited it have exited. Raises BlockingIOError if another process
+    holds the lock and `wait` is False. Without effect on Windows and on file systems without locks."""
+    if os.name != "nt":  # Windows has no fcntl
         import fcntl
 
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError as error:  # Lustre, SMB and some NFS have no such locks
+        except OSError as error:  # Lustre, SMB and some NFS versions do not support flock
             if isinstance(error, BlockingIOError):
                 raise
 
 
 def open_output(path: Path):
-    """A new file for the output of one start, locked while its run lives. That of an earlier start is renamed."""
+    """Open a new output file, locked while its run is active. An earlier output file is renamed. Raises UserError if
+    the run is still active."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         if path.exists():
@@ -117,11 +120,11 @@ def open_output(path: Path):
 
 
 def start(target: Target, knobs: dict[str, str], folder: Path, ranks: int = 1, anew=False) -> subprocess.Popen:
-    """Start a run that logs under `folder`/<RUN_ID>, with its output in `folder`/<RUN_ID>.out.
+    """Start a run that logs to `folder`/<RUN_ID>, with its output in `folder`/<RUN_ID>.out.
 
-    `anew` renames what a stopped run of that name left; otherwise it may resume. A public script reads no FILE.env and
-    leaves its model in its working directory. So it gets the knobs of the file as environment variables, and a
-    directory of its own.
+    `anew` renames the folder of an interrupted run with the same RUN_ID; otherwise the run may resume. A public script
+    does not read FILE.env and writes its model to the working directory. It therefore gets the file's knobs as
+    environment variables and a separate working directory.
     """
     where = folder / knobs["RUN_ID"]
     environ = os.environ | knobs | {"LOG_DIR": str(folder.resolve())}
@@ -143,7 +146,8 @@ def start(target: Target, knobs: dict[str, str], folder: Path, ranks: int = 1, a
 
 
 def wait(process: subprocess.Popen) -> tuple[int, float]:
-    """The exit code of a run, and the peak memory in MiB of its largest process. A stopped tool stops its run."""
+    """Wait for a run. Returns its exit code and the peak memory of its largest process in MiB. An exception, such as
+    KeyboardInterrupt, stops the run."""
     try:
         _, status, usage = os.wait4(process.pid, 0)
     except BaseException:
@@ -154,12 +158,12 @@ def wait(process: subprocess.Popen) -> tuple[int, float]:
 
 
 def follow(process: subprocess.Popen, output: Path) -> Iterator[str]:
-    """The lines of a run's output as they are written, until it ends. A caller that leaves early stops the run."""
+    """Yield the lines of a run's output as they are written, until it ends. Closing the generator stops the run."""
     line = ""
     try:
         with open(output, encoding="utf-8", errors="replace") as file:
             while True:
-                ended = process.poll() is not None  # asked first, so that nothing is missed
+                ended = process.poll() is not None  # polled before reading, so that no line is missed
                 line += file.readline()
                 if line and (ended or line.endswith("\n")):
                     yield line
@@ -173,15 +177,15 @@ def follow(process: subprocess.Popen, output: Path) -> Iterator[str]:
 
 
 def stop(process: subprocess.Popen):
-    """SIGTERM, and SIGKILL if the run does not end within PATIENCE, both by its guard."""
+    """Stop a run: its guard sends SIGTERM, then SIGKILL if the run does not exit within PATIENCE seconds."""
     process.stdin.close()
     process.wait()
 
 
 def run_tool(tool: Callable[[], int | None], advice: str) -> int:
-    """The exit code of a tool: 2 after an error of the user, 128 + N after signal N, each with a message of one line.
+    """Run a tool and return its exit code: 2 after a user error, 128 + N after signal N, each with a one-line message.
 
-    A signal raises KeyboardInterrupt, so that the tool stops its runs on the way out.
+    Signals raise KeyboardInterrupt, so the tool stops its runs before it exits.
     """
 
     def leave(number, frame):
@@ -191,7 +195,7 @@ def run_tool(tool: Callable[[], int | None], advice: str) -> int:
     before = {number: signal.getsignal(number) for number in numbers}
     try:
         for number in numbers:
-            if before[number] != signal.SIG_IGN:  # which nohup sets
+            if before[number] != signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, leave)
         return tool() or 0
     except KeyboardInterrupt as stopped:
@@ -207,7 +211,7 @@ def run_tool(tool: Callable[[], int | None], advice: str) -> int:
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """The type of a whole number from `least` on, for argparse."""
+    """Return an argparse type for integers >= `least`."""
 
     def parse(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
@@ -218,14 +222,14 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def read_finished(folder: Path, run_id: str) -> Run:
-    """The files of a finished run: its output as the log, and result.json and metrics.jsonl if it writes them."""
+    """Read a finished run: its output as the log, and result.json and metrics.jsonl if they exist."""
     log, result = parse_log(folder / f"{run_id}.out"), folder / run_id / "result.json"
     content = read_result(result) if result.is_file() else None
     return Run(run_id, log, content, result, folder / run_id / "metrics.jsonl")
 
 
 def last_words(output: Path) -> str:
-    """The line that says why a run failed: its error, or its last line."""
+    """Return the line that explains why a run failed: its last `error:` line, else its last line."""
     lines = output.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     errors = [line for line in lines if line.startswith("error:")]
     return (errors or lines or ["no output"])[-1]

@@ -1,11 +1,11 @@
-"""Pictures of runs and of tracks.
+"""Plot runs and tracks.
 
-    python tools/experiments/plot.py logs/a logs/b                         one color each; writes runs.png
-    python tools/experiments/plot.py "logs/wide_*" logs/c,logs/d -o x.svg  a glob or commas: one group, its mean and std
-    python tools/experiments/plot.py records/track_10min_16mb              a track: its records, and size against score
+    python tools/experiments/plot.py logs/a logs/b                         one color per run; writes runs.png
+    python tools/experiments/plot.py "logs/wide_*" logs/c,logs/d -o x.svg  two groups (a glob, a list): mean and std
+    python tools/experiments/plot.py records/track_10min_16mb              a track: scores by date, size against score
 
-Runs: train_loss, val_bpb and the learning rate's scale against steps, tokens and training seconds, from metrics.jsonl;
-runs may be going on. Colors are those of Okabe and Ito, which color-blind readers tell apart.
+For runs, plots train_loss, val_bpb and the learning-rate scale over steps, tokens and training seconds, all from
+metrics.jsonl. Runs may still be active. Uses the color-blind-safe palette of Okabe and Ito.
 """
 
 import argparse
@@ -27,11 +27,11 @@ ROWS = {
     "val_bpb": "val_bpb (bits per byte)",
     "lr_scale": "learning rate (share of the full)",
 }
-SMOOTH = 0.02  # of a run: the running mean of its noisy train_loss
+SMOOTH = 0.02  # running-mean window for train_loss, as a fraction of the run
 
 
 def curves(run: Run) -> dict[str, dict[str, np.ndarray]]:
-    """{train_loss, val_bpb, lr_scale: {value, steps, tokens, seconds}} of a run."""
+    """Return {metric: {value, steps, tokens, seconds}} for train_loss, val_bpb and lr_scale. Tokens in millions."""
     lines, found = run.metrics(), {}
     clock = {m["step"]: m["train_seconds"] for m in lines if "train_seconds" in m} | {0: 0.0}
     for key in ROWS:
@@ -44,7 +44,7 @@ def curves(run: Run) -> dict[str, dict[str, np.ndarray]]:
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Running mean over the past; shorter at the start."""
+    """Return the trailing running mean; the window is shorter at the start."""
     width = max(1, round(SMOOTH * len(values)))
     total = np.cumsum(np.concatenate([[0.0], values]))
     ends = np.arange(1, len(values) + 1)
@@ -53,8 +53,10 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 
 def mean_and_spread(series: list[tuple[np.ndarray, np.ndarray, np.ndarray]]):
-    """(x, mean, sample standard deviation) of curves (share of the run, x, y), point by point of that share: runs by
-    the clock differ in their steps, and runs by steps in their time, but all of them begin and end."""
+    """Return (mean x, mean y, sample std of y) of curves given as (fraction of the run, x, y).
+
+    Curves are interpolated to common fractions, because time-limited runs differ in steps and step-limited runs in
+    time."""
     if len(series) == 1:
         return series[0][1], series[0][2], np.zeros(len(series[0][2]))
     shares = np.unique(np.concatenate([share for share, _, _ in series]))
@@ -63,7 +65,7 @@ def mean_and_spread(series: list[tuple[np.ndarray, np.ndarray, np.ndarray]]):
 
 
 def draw_group(axes: dict[tuple[str, str], plt.Axes], label: str, runs: list[Run], color: str, dash: str):
-    """Draw a group of runs into the panels {(row of ROWS, column of AXES): axes}."""
+    """Draw a group of runs into the panels {(key of ROWS, key of AXES): axes}."""
     found = [curves(run) for run in runs]
     name = label + (f" (mean ± std, n = {len(runs)})" if len(runs) > 1 else "")
     for (key, by), panel in axes.items():
@@ -85,7 +87,7 @@ def draw_group(axes: dict[tuple[str, str], plt.Axes], label: str, runs: list[Run
 
 
 def draw_runs(groups: dict[str, list[Run]], rows=tuple(ROWS), columns=tuple(AXES)):
-    """A figure with a panel for each of these rows and columns. The star is the score of the artifact."""
+    """Return a figure with one panel per row and column. Stars mark the artifact's score."""
     size = (11, 8.5) if len(rows) > 1 else (7, 3.2)
     figure, grid = plt.subplots(len(rows), len(columns), figsize=size, sharex="col", sharey="row", squeeze=False)
     axes = {(key, by): grid[i, j] for i, key in enumerate(rows) for j, by in enumerate(columns)}
@@ -99,7 +101,7 @@ def draw_runs(groups: dict[str, list[Run]], rows=tuple(ROWS), columns=tuple(AXES
             panel.set_xlabel(AXES[by])
     drawn = [curves(run) for runs in groups.values() for run in runs]
     losses = [found["train_loss"]["value"] for found in drawn if "train_loss" in found]
-    if losses and rows[0] == "train_loss":  # the first steps would squeeze the rest
+    if losses and rows[0] == "train_loss":  # cut off the first steps, which would compress the rest
         tops = [np.quantile(loss, 0.97) for loss in losses]
         grid[0, 0].set_ylim(min(loss.min() for loss in losses) - 0.05, max(tops) + 0.05)
     handles, labels = grid[0, 0].get_legend_handles_labels()
@@ -117,7 +119,7 @@ def label_of(spec: str) -> str:
 
 
 def readable(groups: dict[str, list[Run]]) -> dict[str, list[Run]]:
-    """The groups without runs that have nothing to draw yet, which are named."""
+    """Drop runs without metrics and print their names. Raises UserError if no run is left."""
     kept = {label: [run for run in runs if curves(run)] for label, runs in groups.items()}
     names = [run.name for label, runs in groups.items() for run in runs if run not in kept[label]]
     told = f"{', '.join(names)} has no numbers yet: its metrics.jsonl is empty or not there"
@@ -144,9 +146,9 @@ def picture(specs: list[str], panel: str = ""):
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("specs", nargs="+", metavar="LOG_FOLDER", help="run folders, groups of them, records, a track")
-    parser.add_argument("-o", "--output", type=Path, default=Path("runs.png"), help="a .png, .svg or .pdf")
-    parser.add_argument("--panel", default="", metavar="ROW,AXIS", help="one panel, such as train_loss,seconds")
+    parser.add_argument("specs", nargs="+", metavar="LOG_FOLDER", help="run folders, groups of runs, records, a track")
+    parser.add_argument("-o", "--output", type=Path, default=Path("runs.png"), help="output file: .png, .svg or .pdf")
+    parser.add_argument("--panel", default="", metavar="ROW,AXIS", help="draw one panel, such as train_loss,seconds")
     arguments = parser.parse_args(argv)
 
     def tool():

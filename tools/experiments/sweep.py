@@ -1,34 +1,34 @@
-"""Searches over knobs, by optuna: its samplers, its median pruner fed while a run goes on, its storage.
+"""Hyperparameter search with optuna: its samplers, its median pruner on live training losses, and its storage.
 
-    python tools/experiments/sweep.py space.toml             starts or continues; several workers may run at once
-    python tools/experiments/sweep.py space.toml --show      the table so far
+    python tools/experiments/sweep.py space.toml             start or resume; several workers may run at once
+    python tools/experiments/sweep.py space.toml --show      print the results so far
 
 space.toml:
     name = "rates"
-    trials = 30                                      # in all, over every worker
+    trials = 30                                      # total over all workers
     config = "records/recipes/demo_cpu.env"          # optional; script = "train_gpt.py" is the default
-    objective = "val_bpb"                            # of result.json; lower is better
+    objective = "val_bpb"                            # a field of result.json; lower is better
     storage = "sqlite:///logs/rates/study.db"        # the default; see below
-    sampler = "TPESampler"                           # any of optuna.samplers that needs no arguments
-    seed = 1                                         # of the sampler, for one worker; several want none
+    sampler = "TPESampler"                           # any of optuna.samplers without required arguments
+    seed = 1                                         # of the sampler; omit it with several workers
     [fixed]
     SEED = 1337
     [space]
     MATRIX_LR = {low = 0.01, high = 0.1, log = true}
-    NUM_LAYERS = {low = 3, high = 6}                 # whole numbers
-    MLP_SLOPE = [0, 0.5]                             # a choice
+    NUM_LAYERS = {low = 3, high = 6}                 # integers, because both bounds are
+    MLP_SLOPE = [0, 0.5]                             # categorical
     [pruner]
-    startup_trials = 5                               # that run to their end before any is stopped
-    after = 0.2                                      # share of a run before which none is stopped; off = true: never
+    startup_trials = 5                               # trials completed before any is pruned
+    after = 0.2                                      # never prune before this fraction of a run; off = true disables
 
-A trial is a process of the script with its knobs as environment, in logs/<name>/. While it runs, its train_loss from
-metrics.jsonl, averaged over each 5% of the run, goes to the median pruner, which stops what is worse than the median of
-the others there. A trial that fails is kept with its error. A worker that was killed leaves a trial without an end: the
-next start on its machine gives those knobs to a new trial.
+Each trial runs the script in logs/<name>/ with its knobs as environment variables. During the run, train_loss from
+metrics.jsonl, averaged over each 5% of the run, is reported to the median pruner, which stops a trial that is worse
+than the median of the others at that stage. Failed trials are kept with their error. If a worker is killed, its
+unfinished trial is retried with the same knobs the next time a worker starts on that machine.
 
-Several machines: one study in one database (storage = "postgresql://..." or "mysql://...", with its driver installed),
-or a journal on a disk that all see (storage = "/shared/rates.journal"); start the same command on each. SQLite is for
-the workers of one machine. `optuna-dashboard <storage>` (a package of its own) shows a study while it grows.
+On several machines, run the same command on each, with a shared database (storage = "postgresql://..." or
+"mysql://...", with the driver installed) or a journal on a shared disk (storage = "/shared/rates.journal"). SQLite only
+supports workers on one machine. `optuna-dashboard <storage>` (a separate package) shows a study live.
 """
 
 import argparse
@@ -56,14 +56,14 @@ except ModuleNotFoundError as missing:
 KEYS = dict.fromkeys(["name", "config", "script", "objective", "storage", "sampler"], str)
 KEYS |= dict.fromkeys(["trials", "seed"], int) | dict.fromkeys(["fixed", "space", "pruner"], dict)
 SAID = {str: "a text", int: "a whole number", dict: "a table"}
-OWN = {"RUN_ID", "LOG_DIR"}  # knobs that a trial gets from here
+OWN = {"RUN_ID", "LOG_DIR"}  # knobs set by this tool
 PRUNER = {
     "startup_trials": lambda n: type(n) is int and n >= 0,
     "after": lambda x: is_number(x) and 0 <= x <= 1,
     "off": lambda x: isinstance(x, bool),
 }
-FACTS = {"step_ms": ".1f", "steps": "", "bytes_total": ",", "seconds": ".1f"}  # of a trial, in the table
-STAGES = 20  # of a run, at each of which the pruner is asked
+FACTS = {"step_ms": ".1f", "steps": "", "bytes_total": ",", "seconds": ".1f"}  # table columns: {attribute: format}
+STAGES = 20  # per run; the pruner is called after each
 POLL_SECONDS = 0.5
 
 
@@ -78,7 +78,7 @@ def read_space(path: Path) -> dict:
 
 
 def fault(space: dict) -> str:
-    """What is wrong with a space.toml, the first of it, or nothing."""
+    """Return the first error in a space.toml, or ""."""
     odd = space.keys() - KEYS.keys()
     if odd or not space.get("space"):
         return f"{f'unknown keys {sorted(odd)}' if odd else 'no [space]'}: expected {sorted(KEYS)}"
@@ -111,7 +111,7 @@ def fault(space: dict) -> str:
 
 
 def distribution(form):
-    """What a knob is drawn from: a choice, or by its bounds. Whole bounds make whole numbers."""
+    """Return a knob's optuna distribution: categorical for a list, else a range, of integers if all bounds are."""
     if isinstance(form, list):
         if not form or not all(isinstance(choice, str | int | float) for choice in form):
             raise ValueError("no choices, or choices that are no text, number, true or false")
@@ -127,11 +127,11 @@ def distribution(form):
 
 
 def open_storage(where: str):
-    """A database by its URL, or a journal by the path of a file."""
+    """Open a database given by URL or a journal given by file path."""
     if "://" in where:
         if where.startswith("sqlite:///"):
             Path(where.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-            # Two workers may write at once: wait for the other instead of failing.
+            # If two workers write at once, wait up to 60 s for the lock instead of failing.
             return optuna.storages.RDBStorage(where, engine_kwargs={"connect_args": {"timeout": 60}})
         return optuna.storages.RDBStorage(where)
     Path(where).parent.mkdir(parents=True, exist_ok=True)
@@ -156,7 +156,7 @@ def open_study(space: dict) -> optuna.Study:
         else optuna.pruners.MedianPruner(options.get("startup_trials", 5), round(STAGES * options.get("after", 0.2)))
     )
     where = space.get("storage", f"sqlite:///logs/{space['name']}/study.db")
-    for patience in range(10):  # two workers that begin at once may both try to make the tables
+    for patience in range(10):  # workers that start together may both try to create the tables
         try:
             about = {"study_name": space["name"], "sampler": sampler, "pruner": pruner, "load_if_exists": True}
             return optuna.create_study(storage=open_storage(where), **about)
@@ -167,7 +167,7 @@ def open_study(space: dict) -> optuna.Study:
 
 
 def check_same_space(study: optuna.Study, space: dict):
-    """A knob keeps its kind and its choices while a study goes on; bounds may be moved."""
+    """Check that no knob changed its type or choices since the study began; bounds may change."""
     for trial in study.get_trials(deepcopy=False):
         for knob, old in trial.distributions.items():
             try:
@@ -180,7 +180,7 @@ def check_same_space(study: optuna.Study, space: dict):
 
 @contextlib.contextmanager
 def one_at_a_time(folder: Path):
-    """Of the workers on this machine: a grid would give the same values to two that ask at once."""
+    """Let only one worker on this machine sample at a time: a grid would give two workers the same values."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "asking.lock", "w") as file:
         launcher.lock(file, wait=True)
@@ -188,7 +188,7 @@ def one_at_a_time(folder: Path):
 
 
 def suggest(trial: optuna.Trial, space: dict) -> dict[str, str]:
-    """{KNOB: text}"""
+    """Sample a trial's knobs. Returns {KNOB: value as a string}, including the fixed ones."""
     knobs = {}
     with one_at_a_time(Path("logs") / space["name"]):
         for name, form in space["space"].items():
@@ -207,8 +207,8 @@ def text_of(value) -> str:
 
 
 def stages(run: Run, config: dict[str, str]) -> dict[int, float]:
-    """{stage from 1: mean train_loss in it} of the stages that are over. Progress is by steps or by the clock, as the
-    script counts it, so that runs of different speeds are compared at equal shares of their budgets."""
+    """Return {stage: mean train_loss} for finished stages, numbered from 1. Progress is by steps or by the clock,
+    whichever is further, as in the script, so runs are compared at equal fractions of their budgets."""
     iterations, clock = (float(config.get(name, 0)) for name in ("ITERATIONS", "MAX_WALLCLOCK_SECONDS"))
     losses = {}
     for line in run.metrics():
@@ -220,7 +220,7 @@ def stages(run: Run, config: dict[str, str]) -> dict[int, float]:
 
 
 def watch(trial: optuna.Trial, process, folder: Path, run_id: str) -> bool:
-    """Report while the run goes on; whether the pruner stopped it."""
+    """Report losses to the pruner until the run ends. Returns True if the pruner stopped it."""
     reported = 0
     while process.poll() is None:
         time.sleep(POLL_SECONDS)
@@ -237,14 +237,14 @@ def watch(trial: optuna.Trial, process, folder: Path, run_id: str) -> bool:
 
 
 class TrialFailed(Exception):
-    """A run that ended without a score."""
+    """Raised when a run ends without a score."""
 
 
 def run_trial(trial: optuna.Trial, space: dict, target: launcher.Target, ranks: int) -> float:
-    """The objective: one run."""
+    """Run one trial and return its objective. Raises TrialPruned or TrialFailed."""
     knobs, run_id = suggest(trial, space), f"trial{trial.number:04d}"
     folder = Path("logs") / space["name"]
-    # The host comes last: another worker may look in between, and asks for the process where the host is its own.
+    # Set the host last: another worker on this host reads the pid as soon as it sees the host.
     for name, value in (("pid", os.getpid()), ("run_id", run_id), ("host", socket.gethostname())):
         trial.set_user_attr(name, value)
     process = launcher.start(target, knobs | {"RUN_ID": run_id}, folder, ranks)
@@ -271,7 +271,7 @@ def run_trial(trial: optuna.Trial, space: dict, target: launcher.Target, ranks: 
 
 
 def search(study: optuna.Study, space: dict, target: launcher.Target, ranks: int):
-    """Trials until there are as many as asked for, over all workers, or the sampler has no more to try."""
+    """Run trials until all workers together reach the requested number or the sampler is exhausted."""
 
     def after(study: optuna.Study, trial):
         print(f"trial {trial.number} {trial.state.name}: {begun(study)} of {space['trials']}", flush=True)
@@ -284,13 +284,13 @@ def search(study: optuna.Study, space: dict, target: launcher.Target, ranks: int
 
 
 def reclaim(study: optuna.Study):
-    """Give the knobs of trials whose worker on this machine is dead to new trials."""
+    """Re-enqueue the knobs of trials whose worker on this machine died."""
     for frozen in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         about = frozen.user_attrs
         if about.get("host") == socket.gethostname() and not is_alive(about["pid"]):
             try:
                 study.tell(frozen.number, state=TrialState.FAIL)
-            except (ValueError, RuntimeError):  # another worker was first
+            except (ValueError, RuntimeError):  # another worker reclaimed it first
                 continue
             study.enqueue_trial(frozen.params, user_attrs={"again": frozen.number}, skip_if_exists=False)
 
@@ -304,14 +304,14 @@ def is_alive(pid: int) -> bool:
 
 
 def begun(study: optuna.Study) -> int:
-    """Trials that count against the number asked for: all but those that wait, or whose worker died."""
+    """Return the number of trials that count toward the requested total: all except waiting and reclaimed ones."""
     trials = study.get_trials(deepcopy=False)
     again = {trial.user_attrs.get("again") for trial in trials}
     return sum(trial.state != TrialState.WAITING and trial.number not in again for trial in trials)
 
 
 def table(study: optuna.Study, objective: str) -> str:
-    """Markdown, the best first; then what was pruned, then what failed."""
+    """Return a Markdown table: completed trials, best first, then pruned ones, then failed ones."""
     trials = study.get_trials(deepcopy=False)
     order = {TrialState.COMPLETE: 0, TrialState.PRUNED: 1, TrialState.FAIL: 2}
     ranked = sorted(
@@ -337,10 +337,10 @@ def table(study: optuna.Study, objective: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("space", type=Path, metavar="SPACE.toml")
-    parser.add_argument("--show", action="store_true", help="only the table")
-    parser.add_argument("--ranks", type=launcher.at_least(1), default=1, help="processes of a run, under torchrun")
+    parser.add_argument("--show", action="store_true", help="only print the table")
+    parser.add_argument("--ranks", type=launcher.at_least(1), default=1, help="processes per run, under torchrun")
     arguments = parser.parse_args(argv)
-    optuna.logging.set_verbosity(optuna.logging.ERROR)  # what fails is in the table
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # failures appear in the table
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
 
     def tool():

@@ -1,16 +1,16 @@
-"""Feeds runs, finished or going on, into a page of live curves: trackio's, local and without an account.
+"""Send the metrics of active or finished runs to a live dashboard: trackio, which is local and needs no account.
 
-    python tools/experiments/watch.py logs/a logs/b      follows both until they are finished; Ctrl+C ends only that
-    trackio show --project train_gpt                   the page, in another terminal: http://localhost:7860
-    python tools/experiments/watch.py logs/* --once      what is there now, and no more
-    python tools/experiments/watch.py logs/a --to wandb  the same calls into Weights & Biases, or --to tensorboard
+    python tools/experiments/watch.py logs/a logs/b      follow both until they finish; Ctrl+C does not stop the runs
+    trackio show --project train_gpt                     the dashboard, in another terminal: http://localhost:7860
+    python tools/experiments/watch.py logs/* --once      send the current metrics and exit
+    python tools/experiments/watch.py logs/a --to wandb  use Weights & Biases instead, or --to tensorboard
 
-On a machine behind ssh run both there, and on your own: ssh -N -L 7860:localhost:7860 HOST, then open the same address.
+For a remote machine, run both there, and ssh -N -L 7860:localhost:7860 HOST locally, then open the same address.
 
-It only reads the run folders, so it may begin late, be stopped and be started again at any time: what is there already
-is not sent twice. A step is sent when it is whole, with its validation if it has one; where a resumed run repeats a
-step, the first counts. Each run is fed by a process of its own. Packages: trackio (in requirements-dev.txt), wandb or
-tensorboard, whichever is asked for.
+The tool only reads the run folders. It can start late, stop and restart at any time without sending a step twice. A
+step is sent once it is complete, including its validation if it has one. If a resumed run repeats a step that was
+already sent, the first version is kept. Each run has its own process. Requires trackio (in requirements-dev.txt), wandb
+or tensorboard, depending on --to.
 """
 
 import argparse
@@ -31,7 +31,7 @@ SINKS = ("trackio", "wandb", "tensorboard")  # packages
 
 
 class Curves:
-    """Where a run's numbers go: trackio, or wandb, whose interface trackio has."""
+    """Writes a run's metrics to trackio or wandb. trackio has the same API as wandb."""
 
     def __init__(self, name: str, project: str, run_id: str, config: dict[str, str]):
         about = {"project": project, "name": run_id, "config": config, "resume": "allow"}
@@ -52,7 +52,7 @@ class Curves:
 
 
 class TensorBoard:
-    """Events in runs/<project>/<run_id>; a restart writes all of them again, and hides the earlier ones."""
+    """Writes events to runs/<project>/<run_id>. A restart rewrites all events and hides the earlier ones."""
 
     def __init__(self, name: str, project: str, run_id: str, config: dict[str, str]):
         from torch.utils.tensorboard import SummaryWriter
@@ -68,7 +68,7 @@ class TensorBoard:
 
 
 def whole_steps(run: Run, finished: bool) -> Iterator[tuple[int, dict[str, float]]]:
-    """(step, its numbers), in order; the last one only of a finished run, since its validation may follow."""
+    """Yield (step, metrics) in order. The last step of an unfinished run is held back: its validation may follow."""
     steps = {}
     for line in run.metrics():
         numbers = {name: value for name, value in line.items() if name not in ("step", "partial")}
@@ -83,17 +83,17 @@ def whole_steps(run: Run, finished: bool) -> Iterator[tuple[int, dict[str, float
 
 
 def follow(folder: Path, sink: str, project: str, once: bool):
-    """Feed one run until it is finished, or once."""
+    """Send one run's metrics until it finishes, or only once. Waits for the run folder unless `once`."""
     waited_for = folder / "config.env"
     if not waited_for.is_file() and not once:
-        print(f"waiting for {folder}, which is no run folder yet", file=sys.stderr)
+        print(f"waiting for {folder}, which is not a run folder yet", file=sys.stderr)
     while not waited_for.is_file() and not once:
         time.sleep(POLL_SECONDS)
-    read_run(folder)  # names what is no run folder
+    read_run(folder)  # raises UserError if this is not a run folder
     to = (TensorBoard if sink == "tensorboard" else Curves)(sink, project, folder.name, read_env_file(waited_for))
     try:
         while True:
-            result = folder / "result.json"  # written last
+            result = folder / "result.json"  # written last, so it marks a finished run
             finished = result.is_file()
             run = Run(folder.name, None, read_result(result) if finished else None, result, folder / "metrics.jsonl")
             for step, numbers in whole_steps(run, finished):
@@ -116,8 +116,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, metavar="LOG_FOLDER", help="run folders: logs/<run_id>")
     parser.add_argument("--to", choices=SINKS, default="trackio", metavar="|".join(SINKS), dest="sink")
-    parser.add_argument("--project", default="train_gpt", help="a name for the page")
-    parser.add_argument("--once", action="store_true", help="what is there now, and no more")
+    parser.add_argument("--project", default="train_gpt", help="project name on the dashboard")
+    parser.add_argument("--once", action="store_true", help="send the current metrics and exit")
     arguments = parser.parse_args(argv)
 
     def tool():

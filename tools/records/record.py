@@ -1,12 +1,12 @@
-"""Records as pull requests: pack run folders, check, rescore, compare, and keep the board.
+"""Manage records: build them from run folders, check, rescore and compare them, and update the board.
 
     python tools/records/record.py new logs/a logs/b --track track_10min_16mb --slug wider --author A --github-id a
     python tools/records/record.py check records/track_10min_16mb/2026-01-31_wider     or --all, or --base origin/main
-    python tools/records/record.py rescore records/track_10min_16mb/2026-01-31_wider   the artifact, by its own script
+    python tools/records/record.py rescore records/track_10min_16mb/2026-01-31_wider   rescore the artifact
     python tools/records/record.py compare A B                                         records or run folders
     python tools/records/record.py board                                               the table in records/README.md
 
-This file only dispatches; each command is in record_<command>.py. Needs requirements-dev.txt.
+This file only dispatches to the record_*.py modules. Requires the packages in requirements-dev.txt.
 """
 
 import argparse
@@ -16,14 +16,14 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parents[1])]  # also under python -P: the parts of this tool, and train_gpt
+sys.path[:0] = [str(HERE), str(HERE.parents[1])]  # for record_*.py and train_gpt, also under python -P
 
 COMMANDS = {
-    "new": ("record_pack", "a record folder from run folders, one per seed; ends with check"),
-    "check": ("record_check", "everything a program can judge about a record; exit code 1 if it finds a fault"),
-    "rescore": ("record_rescore", "score the artifact again by the record's own script, and test the rules on it"),
-    "compare": ("record_compare", "is B better than A: Welch's test, effect, cost"),
-    "board": ("record_board", "the table and the pictures of records/README.md, from the folders alone"),
+    "new": ("record_pack", "build a record folder from run folders, one per seed, and check it"),
+    "check": ("record_check", "run all automatic checks on a record; exits with 1 if there are findings"),
+    "rescore": ("record_rescore", "rescore the artifact with the record's own script and test it against the rules"),
+    "compare": ("record_compare", "test whether B is better than A: Welch's t-test, effect size, cost"),
+    "board": ("record_board", "generate the table and plots of records/README.md from the record folders"),
 }
 
 
@@ -33,18 +33,18 @@ def main(argv: list[str] | None = None) -> int:
     chosen = (sys.argv[1:] if argv is None else argv)[:1]
     for name, (module, about) in COMMANDS.items():
         command = commands.add_parser(name, help=about, description=about)
-        if chosen == [name]:  # the others' libraries are not wanted
+        if chosen == [name]:  # avoid importing the other commands' dependencies
             try:
                 importlib.import_module(module).add_arguments(command)
             except ModuleNotFoundError as error:
                 print(f"error: {error}: pip install -r requirements-dev.txt", file=sys.stderr)
                 return 2
     arguments = parser.parse_args(argv)
-    from train_gpt import UserError  # late: it takes a second, and --help without a command needs no torch
+    from train_gpt import UserError  # imported late: takes a second, and --help works without torch
 
     try:
         return importlib.import_module(COMMANDS[arguments.command][0]).main(arguments)
-    except BrokenPipeError:  # a reader like `head` has seen enough
+    except BrokenPipeError:  # stdout was closed, for example by `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (UserError, OSError) as error:

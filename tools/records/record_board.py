@@ -1,6 +1,6 @@
-"""record.py board: the table and the pictures of records/README.md, from the record folders alone.
+"""record.py board: generate the table and plots of records/README.md from the record folders.
 
-Committed and generated: CI runs `record.py board --check`, which changes nothing and fails where they differ.
+The generated files are committed. CI runs `record.py board --check`, which fails if they are out of date.
 """
 
 import argparse
@@ -23,7 +23,7 @@ TITLES = "rank|val_bpb|n|record|author|steps|ms a step|bytes|hardware|beats the 
 
 
 def scored(records: Path) -> dict[str, list[Record]]:
-    """{track: its records that have a score, the best first}; a tie goes to the older."""
+    """Return {track: records with a score, best first}. On a tie the older record comes first."""
     tracks = {}
     for folder in all_records(records):
         if is_record(folder):
@@ -38,7 +38,7 @@ def bpb(record: Record) -> float:
 
 
 def beaten(record: Record, found: list[Record]) -> str:
-    """How surely it beats the best record that is older, by the rule."""
+    """Describe whether this record beats the best older one by the record rule, with the p-value."""
     older = [other for other in found if other.folder.name < record.folder.name]
     if not older:
         return "the first"
@@ -76,15 +76,15 @@ def board(tracks: dict[str, list[Record]]) -> str:
 
 
 def drawn(found: list[Record]) -> str:
-    """A hash of what a picture shows, which the picture carries: fonts and versions may draw it with other bytes."""
-    from pictures import ladder_rows  # late: matplotlib takes a second
+    """Return a hash of a plot's data. The SVG stores it because its bytes vary with fonts and library versions."""
+    from pictures import ladder_rows  # imported late: matplotlib takes a second
 
     return hashlib.sha256(json.dumps(ladder_rows(found)).encode()).hexdigest()
 
 
 def add_arguments(parser: argparse.ArgumentParser):
-    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if it is not up to date")
-    parser.add_argument("--records", type=Path, default=ROOT / "records", help="the folder of the tracks")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the board is out of date")
+    parser.add_argument("--records", type=Path, default=ROOT / "records", help="folder that contains the tracks")
 
 
 def main(arguments: argparse.Namespace) -> int:

@@ -1,8 +1,8 @@
-"""record.py check: everything about a record that a program can judge, each finding with its place and its remedy.
+"""record.py check: run all automatic checks on a record. Each finding has a location and a fix.
 
-A check is a function of a Record that yields Faults, or a Skip that names what it could not judge. Each fault is
-reported by one check only. Folders of the public challenge are read too, with their varying names; of them a check asks
-only what their format can answer.
+A check is a function that takes a Record and yields Faults, or a Skip with the reason why it could not run. Each fault
+is reported by exactly one check. Folders of the public challenge work too, despite their varying field names; they are
+checked only for what their format provides.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from record_schema import schema_errors
 
 from train_gpt import UserError, require
 
-LEAK_SHARE = 1e-3  # of the validation tokens; a few documents repeat in any large crawl
+LEAK_SHARE = 1e-3  # of validation tokens; any large crawl has a few duplicate documents
 JUDGED_ELSEWHERE = {"val_loss", "val_bpb", "val_bpb_std", "bytes_total", "bytes_code", "seeds", "seed_results"}
 BOARD_FILES = ("records/README.md", "records/board/")  # generated, and part of a record's pull request
 
@@ -47,28 +47,28 @@ def check_files(record: Record) -> Iterator[Fault | Skip]:
 
 def check_schema(record: Record) -> Iterator[Fault | Skip]:
     if record.unreadable:
-        yield Fault("submission.json", record.unreadable, "write it anew with `record.py new`")
+        yield Fault("submission.json", record.unreadable, "regenerate it with `record.py new`")
     elif record.claim:
         for where, problem in schema_errors(record.plain, record.ours):
             yield Fault(f"submission.json: {where}", problem, "records/README.md lists the fields")
         track, folder = record.plain.get("track"), record.folder.parent.name
         if record.ours and track not in (None, folder):
             problem = f"is {track!r}, the folder is in {folder}"
-            yield Fault("submission.json: track", problem, "put the folder where it says, or write it anew")
+            yield Fault("submission.json: track", problem, "move the folder to that track, or regenerate it")
 
 
 def check_readme(record: Record) -> Iterator[Fault | Skip]:
-    """The generated table of the README is that of the runs."""
+    """Check that the generated table in the README matches the runs."""
     path = record.folder / "README.md"
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     if not record.ours or TABLE not in text or record.contradicted:
         yield Skip("no generated table of results, or a log and its result.json contradict each other")
     elif results_table(list(record.scored().values())) not in text:
-        yield Fault("README.md", "its table of results is not that of the runs", "generate it again: `record.py new`")
+        yield Fault("README.md", "its results table does not match the runs", "regenerate it with `record.py new`")
 
 
 def check_claims(record: Record) -> Iterator[Fault | Skip]:
-    """Everything else that submission.json computes from the runs, computed again."""
+    """Recompute all other fields of submission.json that derive from the runs, and compare."""
     runs = sorted(record.scored().values(), key=lambda run: run.seed)
     seeds = [run.seed for run in runs]
     if not record.ours or record.contradicted or seeds != record.plain.get("seeds") or len(runs) < len(record.runs):
@@ -94,7 +94,7 @@ def check_claims(record: Record) -> Iterator[Fault | Skip]:
 
 
 def check_leak(record: Record) -> Iterator[Fault | Skip]:
-    """No validation document is also a training document, where the data is at hand."""
+    """Check that the training shards contain no validation documents. Skipped if the data is not available locally."""
     folder = ROOT / record.config.get("DATA_PATH", "unknown")
     try:
         for split in ("train", "val"):
@@ -102,16 +102,16 @@ def check_leak(record: Record) -> Iterator[Fault | Skip]:
     except UserError as error:
         told = record.manifest.get("dropped", {}).get("duplicates_of_validation")
         said = "" if told is None else f"; its manifest says that {told} duplicates of validation were dropped"
-        yield Skip(f"the data is not here, or not whole: {str(error).partition(';')[0]}{said}")
+        yield Skip(f"the data is missing or incomplete: {str(error).partition(';')[0]}{said}")
         return
     if {result.get("sha256_val_tokens") for result in record.results} != {record_data.hash_tokens(folder, "val")}:
-        yield Skip(f"{folder} holds another validation text than the one that was scored")
+        yield Skip(f"{folder} holds a different validation set from the one that was scored")
         return
     count, documents, share = record_data.leaked(folder, record_data.start_token(folder))
     if share > LEAK_SHARE:
         found = f"{count} of {documents} validation documents ({share:.2%} of the tokens)"
         problem = f"{found} are also in the training shards"
-        yield Fault("DATA_PATH", problem, "split the text again, and train again")
+        yield Fault("DATA_PATH", problem, "split the data again and retrain")
 
 
 CHECKS = {
@@ -134,12 +134,12 @@ CHECKS = {
     "readme": check_readme,
     "significance": record_scores.check_significance,
 }
-# What no file of a record can show: `record.py rescore` runs the artifact for these.
+# Rules that cannot be checked from a record's files alone: `record.py rescore` runs the artifact to test them.
 NEEDS_RESCORE = ("causality", "normalisation", "each target once", "evaluation without training data")
 
 
 def unreadable(folder: Path, error: UserError | OSError) -> Finding:
-    """A file that no check can read, as a finding."""
+    """Turn an error from reading a file into a finding."""
     if isinstance(error, OSError):
         place, problem, remedy = str(error.filename), f"cannot be read ({error.strerror})", ""
     else:
@@ -149,7 +149,7 @@ def unreadable(folder: Path, error: UserError | OSError) -> Finding:
 
 
 def examine(folder: Path) -> dict:
-    """{findings, passed, not_checked} of one record."""
+    """Run all checks on one record. Returns {findings, passed, not_checked}."""
     findings, passed, skipped, checks = [], [], {}, CHECKS
     try:
         record = open_record(folder)
@@ -174,7 +174,7 @@ def examine(folder: Path) -> dict:
         elif not found:
             passed.append(name)
     skipped |= dict.fromkeys(NEEDS_RESCORE, "run `record.py rescore`")
-    findings = [asdict(finding) for finding in dict.fromkeys(findings)]  # two checks may want the same file
+    findings = [asdict(finding) for finding in dict.fromkeys(findings)]  # two checks may need the same file
     return {"folder": str(folder), "findings": findings, "passed": passed, "not_checked": skipped}
 
 
@@ -187,9 +187,10 @@ def git(root: Path, *words: str) -> str:
 
 
 def against_base(root: Path, base: str) -> tuple[list[Path], list[Finding]]:
-    """(record folders that a pull request touches, what is wrong with the set of its files).
+    """Return (record folders that a pull request touches, findings about its set of changed files).
 
-    A change without any record is an ordinary one, and free; a record brings one new folder, and the board."""
+    A pull request that touches no record is not restricted. One with a record may only add a single new record folder
+    and update the board."""
     lines = git(root, "diff", "--name-status", "--no-renames", f"{base}...HEAD").splitlines()
     changed = [line.split("\t") for line in lines]
     parts = {name: Path(name).parts for _, name in changed}
@@ -205,7 +206,7 @@ def against_base(root: Path, base: str) -> tuple[list[Path], list[Finding]]:
         add(folders, "more than one record folder", "one pull request for each record")
     outside = [name for name, p in parts.items() if Path(*p[:3]) not in folders and not name.startswith(BOARD_FILES)]
     if outside:
-        remedy = "leave them out, or propose them in a pull request of their own"
+        remedy = "move them to a separate pull request"
         add(outside[:5], f"{len(outside)} files outside the record folder", remedy)
     old = [name for status, name in changed if status != "A" and Path(*parts[name][:3]) in folders]
     if old:
@@ -225,13 +226,13 @@ def show(report: dict) -> str:
 def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help="records/<track>/<date>_<slug>")
     parser.add_argument("--all", action="store_true", help="every record of this repository")
-    parser.add_argument("--base", metavar="GITREF", help="what a pull request against this commit adds, and where")
-    parser.add_argument("--json", action="store_true", help="the reports as JSON")
-    parser.add_argument("--root", type=Path, default=ROOT, help="another checkout, for --all and --base")
+    parser.add_argument("--base", metavar="GITREF", help="check the records that a pull request against GITREF adds")
+    parser.add_argument("--json", action="store_true", help="print the reports as JSON")
+    parser.add_argument("--root", type=Path, default=ROOT, help="checkout for --all and --base; default: this one")
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """The exit code: 1 if there are findings."""
+    """Return the exit code: 1 if there are findings."""
     given = arguments.folders or arguments.all or arguments.base
     require(given, "nothing to check: give a record folder, --all, or --base GITREF")
     folders, scope = list(arguments.folders), []

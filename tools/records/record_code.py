@@ -1,4 +1,4 @@
-"""Checks of what a record ships: the script that ran, all code counted, the size, the configuration, the tokenizer."""
+"""Checks of a record's files: the script that ran, code size, total size, configuration, and tokenizer."""
 
 import shutil
 import statistics
@@ -10,7 +10,7 @@ from pathlib import Path
 from record_folder import Fault, Record, Skip, sha256
 from record_read import sources_of
 
-# Knobs that may differ between the seeds of a record: they do not shape what is trained or scored.
+# Knobs that may differ between seeds because they do not affect training or the score.
 MAY_DIFFER = {
     *("SEED", "LOG_DIR", "DATA_PATH", "TOKENIZER_PATH", "TARGET_WORLD_SIZE", "MICRO_BATCH_TOKENS"),
     *("CHECKPOINT_EVERY_SECONDS", "TRAIN_LOG_EVERY", "VAL_LOSS_EVERY", "VAL_AT_START"),
@@ -19,14 +19,14 @@ MAY_DIFFER = {
 
 
 def plain_size(path: Path) -> set[int]:
-    """Bytes of a text file, and of the same with the other line ends: git may have changed them at checkout."""
+    """Return the size of a text file as it is, with LF and with CRLF line endings: git may convert them at checkout."""
     data = path.read_bytes()
     unix = data.replace(b"\r\n", b"\n")
     return {len(data), len(unix), len(unix) + unix.count(b"\n")}
 
 
 def check_script(record: Record) -> Iterator[Fault | Skip]:
-    """The files are the code that ran: hashes of result.json, or the source that a public log holds."""
+    """Check that the files are the code that ran, by the hashes in result.json or the source in a public log."""
     judged, script = False, record.folder / "train_gpt.py"
     for run in record.runs:
         for name, stated in sources_of(run.result).items() if run.result else ():
@@ -51,11 +51,11 @@ def check_script(record: Record) -> Iterator[Fault | Skip]:
         if problem:
             yield Fault("train_gpt.py", problem, "ship the script that made the log")
     if not judged:
-        yield Skip("no log or result tells the hash, the text or the size of its code")
+        yield Skip("no log or result states the hash, source or size of its code")
 
 
 def check_code(record: Record) -> Iterator[Fault | Skip]:
-    """Bytes of code: all of it counted, and the count that of the files."""
+    """Check that the claimed code size includes every source file and matches the files."""
     claim, remedy = record.claim, "count every source file that shapes the run, in bytes, as result.json does"
     logged = set().union(*(run.log.code_bytes for run in record.runs if run.log))
     if record.ours:
@@ -76,7 +76,7 @@ def check_code(record: Record) -> Iterator[Fault | Skip]:
     else:
         sizes = [plain_size(path) for path in record.folder.glob("*.py")]
         allowed = logged.union(*sizes)
-        allowed |= {sum(map(end, sizes)) for end in (min, max) if sizes}  # all files, with either line end
+        allowed |= {sum(map(end, sizes)) for end in (min, max) if sizes}  # all files, with LF or CRLF
     if not claim or claim.bytes_code is None or not allowed:
         yield Skip("no claimed bytes of code" if allowed else "no script")
     elif int(claim.bytes_code) not in allowed:
@@ -85,18 +85,18 @@ def check_code(record: Record) -> Iterator[Fault | Skip]:
 
 
 def check_artifact(record: Record) -> Iterator[Fault | Skip]:
-    """The artifact in the folder, if there is one, is that of a run, by its hash and its size."""
+    """Check that any artifact in the folder has the hash and size recorded by one of the runs."""
     made = {result["sha256_artifact"]: result["bytes_artifact"] for result in record.results}
     files = sorted(record.folder.glob("final_model.*.ptz"))
     if not files or not made:
-        yield Skip("the folder holds no artifact" if made else "no result tells the hash of an artifact")
+        yield Skip("the folder holds no artifact" if made else "no result states the hash of an artifact")
     for path in files if made else ():
         if made.get(sha256(path)) != path.stat().st_size:
-            yield Fault(path.name, "is the artifact of none of the runs", "ship the one that was scored")
+            yield Fault(path.name, "is not the artifact of any run", "ship the one that was scored")
 
 
 def check_size(record: Record) -> Iterator[Fault | Skip]:
-    """Code plus artifact: the sum, the claim, the limit in decimal bytes."""
+    """Check the size of code plus artifact: the sum, the claim, and the track's limit in decimal bytes."""
     claim, limit, remedy = record.claim, record.track.bytes, "take the total that the run logged"
     totals = {}
     for run in record.runs:
@@ -125,7 +125,8 @@ def check_size(record: Record) -> Iterator[Fault | Skip]:
 
 
 def known_total(record: Record, stated: int, totals: list[int]) -> bool:
-    """Ours states the largest total; public folders also the artifact alone, the mean, or any seed's."""
+    """Return True if the claimed size matches the runs. Our records state the largest total; public folders may also
+    state the artifact's size alone, the mean, or the total of any seed."""
     if record.ours:
         return stated == max(totals)
     artifacts = [run.log.artifact_bytes for run in record.runs if run.log and run.log.artifact_bytes]
@@ -145,12 +146,12 @@ def check_config(record: Record) -> Iterator[Fault | Skip]:
         odd = [name for name in names if config.get(name) != logged.get(name)]
         if odd:
             told = ", ".join(f"{n}={config.get(n, 'unset')} (log: {logged.get(n, 'unset')})" for n in odd[:3])
-            problem = f"is not the configuration of {record.log_of(run)}: {told}"
+            problem = f"differs from the configuration in {record.log_of(run)}: {told}"
             yield Fault("config.env", problem, "take config.env of the run folder; all seeds must run the same")
 
 
 def check_compile(record: Record) -> Iterator[Fault | Skip]:
-    """The sources are Python. Newer syntax than this interpreter's is tried with a newer one, if there is one."""
+    """Check that the sources compile. If this interpreter fails, a newer one is tried if it is installed."""
     paths = {*record.folder.glob("*train*.py"), *(record.folder / name for name in record.sources)}
     paths = sorted(filter(Path.is_file, paths))
     versions = range(20, sys.version_info.minor, -1)
@@ -163,7 +164,7 @@ def check_compile(record: Record) -> Iterator[Fault | Skip]:
         except (SyntaxError, ValueError) as error:
             command = [newer, "-c", "import sys; compile(open(sys.argv[1], 'rb').read(), sys.argv[1], 'exec')", path]
             if same or (newer and subprocess.run(command, capture_output=True, check=False).returncode):
-                place, problem = f"{path.name}:{getattr(error, 'lineno', 0)}", f"is no Python: {error.args[0]}"
+                place, problem = f"{path.name}:{getattr(error, 'lineno', 0)}", f"is not valid Python: {error.args[0]}"
                 yield Fault(place, problem, "ship the script that ran")
             elif not newer:
                 yield Skip(f"{path.name} does not compile on Python {sys.version.split()[0]}, and no newer one is here")
@@ -176,7 +177,7 @@ def check_tokenizer(record: Record) -> Iterator[Fault | Skip]:
     stated = record.manifest.get("tokenizer", {})
     stated = stated.get("sha256") if stated.get("kind") == "sentencepiece" else None
     if not hashes:
-        yield Skip("no result tells the hash of its tokenizer")
+        yield Skip("no result states the hash of its tokenizer")
     elif len(hashes) > 1 or (stated and hashes != {stated}):
         known = f", the data was made with {stated[:12]}..." if stated else ""
         problem = f"runs used {sorted(digest[:12] for digest in hashes)}{known}"

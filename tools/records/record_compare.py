@@ -1,8 +1,8 @@
-"""record.py compare A B: is B better than A, by how much, how surely, and at what cost.
+"""record.py compare A B: test whether B is better than A, by how much, and at what cost.
 
-Welch's one-sided t-test (unequal variances) of the seeds' losses against the rule that a record must win by 0.005 nats
-at p < 0.01, and the same in bits per byte; the difference with its 95% confidence interval; the seeds that would settle
-it; step time and bytes; and how much of A's run B needs for A's loss.
+Prints Welch's one-sided t-test (unequal variances) on the losses of the seeds, under the rule that a record must win by
+0.005 nats at p < 0.01; the differences in nats and bits per byte with 95% confidence intervals; the number of seeds
+needed to decide; step time and bytes; and the fraction of A's run that B needs to reach A's loss.
 """
 
 import argparse
@@ -22,8 +22,8 @@ MARGIN_NATS, P_VALUE, POWER, CONFIDENCE, MOST_SEEDS = 0.005, 0.01, 0.8, 0.95, 10
 
 @dataclass(frozen=True)
 class Comparison:
-    """Welch's test that B is lower than A by more than `margin`. `difference` is mean(A) - mean(B); the interval is
-    two-sided. p and the interval are None where a side has a single seed, or no spread at all."""
+    """Welch's test of whether B is lower than A by more than `margin`. `difference` is mean(A) - mean(B); the interval
+    is two-sided. p and the interval are None if either side has a single seed or neither has any variance."""
 
     n_a: int
     n_b: int
@@ -41,7 +41,7 @@ class Comparison:
 
 
 def welch(a: list[float], b: list[float], margin: float) -> Comparison:
-    from scipy import stats  # late: it takes a second
+    from scipy import stats  # imported late: takes a second
 
     means = statistics.fmean(a), statistics.fmean(b)
     deviations = tuple(statistics.stdev(x) if len(x) > 1 else None for x in (a, b))
@@ -55,8 +55,9 @@ def welch(a: list[float], b: list[float], margin: float) -> Comparison:
 
 
 def seeds_needed(gain: float, std_a: float, std_b: float) -> int | None:
-    """Seeds on each side with which a test at P_VALUE sees a true `gain` over the margin with a chance of POWER, if the
-    deviations are those seen; None if there is nothing to see. The noncentral t distribution gives the chance."""
+    """Return the seeds per side for a test at level P_VALUE to detect a true `gain` over the margin with power POWER,
+    given the observed standard deviations. None if gain <= 0 or more than MOST_SEEDS are needed. The power is computed
+    from the noncentral t distribution."""
     from scipy import stats
 
     if gain <= 0:
@@ -64,7 +65,7 @@ def seeds_needed(gain: float, std_a: float, std_b: float) -> int | None:
     variances = std_a**2, std_b**2
     for n in range(2, MOST_SEEDS + 1):
         error = sum(variances) / n
-        freedom = error**2 / sum((v / n) ** 2 / (n - 1) for v in variances)  # Welch and Satterthwaite
+        freedom = error**2 / sum((v / n) ** 2 / (n - 1) for v in variances)  # Welch-Satterthwaite
         critical = stats.t.ppf(1 - P_VALUE, freedom)
         if stats.nct.sf(critical, freedom, gain / math.sqrt(error)) >= POWER:
             return n
@@ -72,13 +73,13 @@ def seeds_needed(gain: float, std_a: float, std_b: float) -> int | None:
 
 
 def nats_per_bpb(runs: list[Run]) -> float:
-    """What a bit per byte of this text is in nats per token: the ratio of a run's two scores."""
+    """Return the factor from bits per byte to nats per token: the mean ratio of val_loss to val_bpb."""
     return statistics.fmean(run.val_loss / run.val_bpb for run in runs if run.val_loss and run.val_bpb)
 
 
 def record_test(a: list[Run], b: list[Run]) -> Comparison:
-    """The rule for records: B beats A by 0.005 nats. Where their tokenizers cut the text into different numbers of
-    tokens nats do not compare: then bits per byte do, with the margin that 0.005 nats are in A's tokens."""
+    """Test the record rule: B must beat A by 0.005 nats per token. With different tokenizers, nats per token are not
+    comparable, so bits per byte are compared, with the margin converted at A's ratio."""
     a, b = ([run for run in runs if run.val_bpb and run.val_loss] for runs in (a, b))
     if not a or not b:
         return Comparison(len(a), len(b), problem="no scores")
@@ -95,8 +96,8 @@ def record_test(a: list[Run], b: list[Run]) -> Comparison:
 
 
 def curve(run: Run) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(steps, losses, training seconds) of a run: its validations if there are several, else train_loss as a running
-    mean over 5% of the run."""
+    """Return (steps, losses, training seconds) of a run: its validation losses if there are more than two, else
+    train_loss as a running mean over 5% of the run."""
     lines = run.metrics()
     keys = "step", "train_loss", "train_seconds"
     train = [tuple(m[key] for key in keys) for m in lines if m.keys() >= set(keys)]
@@ -113,8 +114,9 @@ def curve(run: Run) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def compute_multiplier(a: list[Run], b: list[Run]) -> dict | None:
-    """The share of A's steps, tokens and seconds in which B reaches A's final loss, medians over the pairs of runs;
-    None for a pair where B does not. Both curves are of the same kind, or there is nothing to compare."""
+    """Return the fractions of A's steps, tokens and seconds that B needs to reach A's final loss: medians over all
+    pairs of runs, where a pair counts as infinite if B never reaches it. None if a run has no loss curve. Both curves
+    must be of the same kind (see `curve`)."""
     pairs = []
     for one in a:
         for other in b:
@@ -134,7 +136,7 @@ def compute_multiplier(a: list[Run], b: list[Run]) -> dict | None:
 
 
 def compare(a: list[Run], b: list[Run]) -> dict:
-    """All of it, as plain values."""
+    """Run all comparisons. Returns plain values that can be written as JSON."""
     for name, runs in (("A", a), ("B", b)):
         require(present(runs, "val_bpb"), f"{name} has no run with a score: give finished runs")
         whole = not any(run.partial for run in runs)
@@ -184,8 +186,8 @@ def verdict(test: dict) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser):
     for name in ("a", "b"):
-        parser.add_argument(name, metavar=name.upper(), help="a record, a run folder, or several by a glob or commas")
-    parser.add_argument("--json", action="store_true", help="all numbers as JSON")
+        parser.add_argument(name, metavar=name.upper(), help="a record or run folder, or several as a glob or list")
+    parser.add_argument("--json", action="store_true", help="print all numbers as JSON")
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -202,7 +204,7 @@ def main(arguments: argparse.Namespace) -> int:
     for key, (one, other) in (("compute", "BA"), ("compute_reverse", "AB")):
         share = found[key]
         if share is None:
-            print("compute: not known, as metrics.jsonl is not there")
+            print("compute: unknown, because metrics.jsonl is missing")
             break
         if all(map(math.isfinite, share.values())):
             told = ", ".join(f"{share[of]:.2f} of its {of.replace('seconds', 'time')}" for of in share)

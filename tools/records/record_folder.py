@@ -1,4 +1,4 @@
-"""A record folder as the checks see it, and what a check returns."""
+"""Record: a record folder parsed for the checks. Fault, Finding and Skip: their results."""
 
 import hashlib
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from train_gpt import UserError, read_env_file, require
 
 
 class Fault(NamedTuple):
-    """What a check found."""
+    """A problem found by a check: where, what, and how to fix it."""
 
     place: str
     problem: str
@@ -22,7 +22,7 @@ class Fault(NamedTuple):
 
 @dataclass(frozen=True)
 class Finding:
-    """A fault, and the check or rule that found it."""
+    """A fault with the name of the check or rule that found it."""
 
     check: str
     place: str
@@ -32,7 +32,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Skip:
-    """What a check could not judge, and why."""
+    """The reason why a check could not run."""
 
     why: str
 
@@ -78,14 +78,14 @@ class Record:
 
     @cached_property
     def contradicted(self) -> bool:
-        """Whether a log and its result.json differ. Then what would be computed from them is not judged further."""
+        """True if a log and its result.json disagree. Values computed from them are then not checked."""
         return any(run.contradictions for run in self.runs)
 
     def log_of(self, run: Run) -> str:
         return run.log.path.relative_to(self.folder).as_posix() if run.log else run.name
 
     def scored(self) -> dict[int, Run]:
-        """{seed: run} of the runs that have a score and a seed."""
+        """Return {seed: run} for the runs that have both a seed and a score."""
         return {run.seed: run for run in self.runs if run.seed is not None and run.val_bpb}
 
 
@@ -101,7 +101,7 @@ def open_record(folder: Path) -> Record:
 
 
 def all_records(records: Path) -> list[Path]:
-    """The record folders of all tracks."""
+    """Return the record folders of all tracks."""
     wanted = "give a checkout of the repository, or its folder of records"
     require(records.is_dir(), f"there is no {records}: {wanted}")
     return sorted(path for path in records.glob("track_*/*") if path.is_dir())

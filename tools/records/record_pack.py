@@ -1,4 +1,4 @@
-"""record.py new: a record folder from run folders, one per seed. Every number is computed, none is typed."""
+"""record.py new: build a record folder from run folders, one per seed. All numbers are computed from the runs."""
 
 import argparse
 import datetime
@@ -16,8 +16,8 @@ from record_results import computed, results_table
 
 from train_gpt import UserError, read_env_file, require
 
-DIFF_LINES = 200  # of a script's difference that a README shows
-COPIED = {  # what a record keeps of each run: {file of a run folder: its name in a record}
+DIFF_LINES = 200  # maximum lines of code diff in a README
+COPIED = {  # files copied from each run: {name in the run folder: name in the record}
     "train.log": "train_seed{}.log",
     "metrics.jsonl": "metrics_seed{}.jsonl",
     "result.json": "result_seed{}.json",
@@ -25,7 +25,8 @@ COPIED = {  # what a record keeps of each run: {file of a run folder: its name i
 
 
 def read_runs(folders: list[Path]) -> dict[Path, Run]:
-    """{folder: finished run} by seed, in which they all differ; UserError for what cannot be one record."""
+    """Return {folder: finished run}, sorted by seed. Raises UserError if the runs cannot form one record: they must be
+    finished, use the same code and have different seeds."""
     for folder in folders:
         missing = [name for name in (*COPIED, "config.env") if not (folder / name).is_file()]
         wanted = "expected a finished run's folder, logs/<run_id>"
@@ -56,7 +57,7 @@ def submission(runs: list[Run], arguments: argparse.Namespace, date: str, blurb:
 
 
 def config_changes(run: Run, config: dict[str, str], base: Path | None) -> list[tuple[str, str, str]]:
-    """(knob, there, here) against the record `base`, or the knobs that the log marks as other than the defaults."""
+    """Return (knob, old value, new value) relative to the record `base`; without one, the non-default knobs."""
     passing = {"SEED", "LOG_DIR", "DATA_PATH", "TOKENIZER_PATH"}
     if base:
         theirs = read_env_file(base / "config.env") if (base / "config.env").is_file() else {}
@@ -66,9 +67,9 @@ def config_changes(run: Run, config: dict[str, str], base: Path | None) -> list[
 
 
 def script_changes(folder: Path, names: list[str], base: Path) -> tuple[str, list[str]]:
-    """One line, and the unified difference, of the sources against those of a record or of a repository.
+    """Return a one-line summary and the unified diff of the sources against those of a record or the repository.
 
-    A record is flat. In a repository a source is the script, a tool or a model file.
+    A record folder is flat. In the repository, a source file is the script, a tool or a model file.
     """
     difference = []
     for name in names:
@@ -87,9 +88,9 @@ def read_lines(path: Path) -> list[str]:
 
 
 def command(run: Run, folder: Path) -> str:
-    """The command that runs a seed again from the record folder.
+    """Return the command that reruns a seed from the record folder.
 
-    It starts the script, whose config.env names the model file, or an older model file, which is a program.
+    It runs the script, whose config.env names any model file. Older model files are run directly.
     """
     names = [n for n in sources_of(run.result) if n != "train_gpt.py"]
     models = [n for n in names if "train_gpt.main(" in (folder / n).read_text(encoding="utf-8")]
@@ -138,14 +139,14 @@ Data: `{config.get("DATA_PATH")}`; the tokens of its validation text have sha256
 
 
 def copy_data_manifest(config: dict[str, str], target: Path):
-    """The manifest of the data, if it is at hand: it states the true bytes of the text and the tokenizer's hash."""
+    """Copy the data's manifest if available: it has the byte count of the text and the tokenizer's hash."""
     path = ROOT / config.get("DATA_PATH", "") / "manifest.json"
     if path.is_file():
         shutil.copyfile(path, target / "data_manifest.json")
 
 
 def build(found: dict[Path, Run], target: Path, arguments: argparse.Namespace, date: str):
-    """Fill the folder of a record."""
+    """Write all files of a record into the empty folder `target`."""
     runs, first = list(found.values()), next(iter(found))
     for name in (*sources_of(runs[0].result), "config.env"):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -170,16 +171,16 @@ def build(found: dict[Path, Run], target: Path, arguments: argparse.Namespace, d
 
 def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("folders", nargs="+", type=Path, metavar="LOG_FOLDER", help="logs/<run_id>, one per seed")
-    parser.add_argument("--track", required=True, help="track_10min_16mb: its name tells the limits")
-    parser.add_argument("--slug", required=True, help="a few words for the folder's name: letters, digits, - and _")
+    parser.add_argument("--track", required=True, help="such as track_10min_16mb: the name sets the limits")
+    parser.add_argument("--slug", required=True, help="short name for the folder: letters, digits, - and _")
     parser.add_argument("--author", required=True)
     parser.add_argument("--github-id", required=True)
-    parser.add_argument("--name", help="a title; default: the slug")
-    parser.add_argument("--blurb", help="what is new, in a sentence or two; default: the knobs that differ")
-    parser.add_argument("--base", type=Path, metavar="RECORD", help="the record of the same track that it beats")
-    parser.add_argument("--artifact", action="store_true", help="ship the artifact of the best seed, for rescore")
+    parser.add_argument("--name", help="title; default: the slug")
+    parser.add_argument("--blurb", help="what is new, in one or two sentences; default: the changed knobs")
+    parser.add_argument("--base", type=Path, metavar="RECORD", help="the record in the same track that this one beats")
+    parser.add_argument("--artifact", action="store_true", help="include the best seed's artifact, for rescore")
     parser.add_argument("--date", help="YYYY-MM-DD; default: today, UTC")
-    parser.add_argument("--records", type=Path, default=ROOT / "records", help="the folder of the tracks")
+    parser.add_argument("--records", type=Path, default=ROOT / "records", help="folder that contains the tracks")
 
 
 def main(arguments: argparse.Namespace) -> int:

@@ -1,8 +1,8 @@
-"""Reads what runs leave behind: run folders of train_gpt.py, records made of them, folders of the public challenge.
+"""Parse the output of runs: train_gpt.py run folders, records built from them, and folders of the public challenge.
 
-A run has up to two witnesses, its log and its result.json. Where both speak and agree to the digits of the log, the
-value is that of result.json, which has more of them; where they differ it is the log's, and record_check says so. What
-nobody says is None. Nothing here judges.
+A run is described by its log, its result.json, or both. If both state a value and agree to the log's precision, the
+value comes from result.json, which has more digits. If they disagree, it comes from the log, and record_check reports
+the contradiction. Values that neither file states are None. This module only reads; record_check.py does the checking.
 """
 
 import glob
@@ -18,29 +18,30 @@ from train_gpt import UserError, require
 
 ROOT = Path(__file__).resolve().parents[2]
 LOG_SUFFIXES = (".log", ".txt", ".out")
-# Labels of scores of weights that are not those of the artifact, in the logs of the public challenge.
+# Score labels in public challenge logs that refer to weights before export, not to the artifact.
 BEFORE_EXPORT = re.compile(r"pre.?quant|post.?ema|post.?swa|unquantized|raw.?(model|weights)", re.IGNORECASE)
 
 
 def is_number(value) -> bool:
-    """Whether a value of a JSON file is a finite number; NaN and Infinity pass as JSON in Python, and true as 1."""
+    """Return True for a finite JSON number. Rejects NaN and Infinity, which Python's JSON parser accepts, and booleans,
+    which Python counts as integers."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def digits(number: Decimal) -> float:
-    """The value of a number's last written digit: 1e-4 for 1.2032. Scores agree if they differ by at most that."""
+    """Return the place value of a number's last digit: 1e-4 for 1.2032. Scores agree if they differ by at most that."""
     return 10.0 ** number.as_tuple().exponent
 
 
 def agree(exact: float, written: Decimal, coarsest: float = 1.0) -> bool:
-    """Whether a number is `written`, rounded or cut to its digits; fewer than `coarsest` has are not taken for an
-    excuse."""
+    """Return True if `written` is `exact` rounded or truncated to the digits of `written`. The tolerance is capped at
+    `coarsest`, so a number with very few digits does not match everything."""
     return abs(exact - float(written)) <= min(digits(written), coarsest) * (1 + 1e-6)
 
 
 @dataclass(frozen=True)
 class Score:
-    """A line of a log that scores a model after its training."""
+    """A log line with a score computed after training."""
 
     label: str
     loss: Decimal
@@ -58,34 +59,34 @@ class Score:
 
 @dataclass
 class Log:
-    """What a training log says; times in milliseconds, sizes in bytes, `tokens` the targets of the validation text."""
+    """A parsed training log. Times are in milliseconds, sizes in bytes; `tokens` counts validation targets."""
 
     path: Path
     text: str
     seeds: set[int] = field(default_factory=set)
     scores: list[Score] = field(default_factory=list)
     knobs: dict[str, str] = field(default_factory=dict)
-    changed: set[str] = field(default_factory=set)  # knobs that the log marks as other than the defaults
+    changed: set[str] = field(default_factory=set)  # knobs that the log marks as non-default
 
     @property
     def final(self) -> Score | None:
-        """The score of record: the last exact one of the artifact, or the last one with fewer digits."""
+        """The final score: the last full-precision (`exact`) score of the artifact, else its last rounded one."""
         scores = [score for score in self.scores if not score.before_export]
         exact = [score for score in scores if "exact" in score.label]
         return (exact or scores or [None])[-1]
 
     @cached_property
     def body(self) -> str:
-        """What the run printed: all but its source, which names defaults that the run may not have had."""
+        """The log without the script's source, whose default values may differ from the run's settings."""
         return self.text[len(self.source or "") :]
 
     def last(self, pattern: str, kind=int):
-        """The group of the last match, as `kind`."""
+        """Return the captured group of the last match, converted by `kind`, or None."""
         found = re.findall(pattern, self.body, re.MULTILINE)
         return kind(found[-1]) if found else None
 
     def last_of(self, *patterns: str) -> int | None:
-        """The number of the first pattern that is found."""
+        """Return the last number captured by the first pattern that matches."""
         return next(filter(None, map(self.last, patterns)), None)
 
     @cached_property
@@ -101,8 +102,8 @@ class Log:
 
     @cached_property
     def eval_ms(self) -> float | None:
-        """Of the score of record; public scripts that learn while they score also print a total, and others state the
-        time on a line of the same score with another name."""
+        """Evaluation time of the final score. Public scripts with test-time training also print a total; others print
+        the time on a line with the same score under another label."""
         total = self.last(r"^total_eval_time: ?([\d.]+)s", float)
         if total or not self.final:
             return total * 1000 if total else self.last(r"^final .*eval_time: ?(\d+)ms")
@@ -117,12 +118,12 @@ class Log:
 
     @cached_property
     def code_bytes(self) -> set[int]:
-        """Several where a script logs its code both plain and compressed."""
+        """Code sizes in the log; more than one if the script logs both its plain and its compressed size."""
         return {int(n) for n in re.findall(r"^Code size[^:\n]*: ?(\d+)", self.body, re.MULTILINE)}
 
     @cached_property
     def total_bytes(self) -> int | None:
-        """Of the compressed artifact and the code: the line with a tag after `size`."""
+        """Size of compressed artifact plus code, from the line that has the codec's name after `size`."""
         return self.last(r"^Total submission size \S[^:\n]*: ?(\d+)")
 
     @cached_property
@@ -131,7 +132,7 @@ class Log:
 
     @cached_property
     def source(self) -> str | None:
-        """The script, which the public reference writes into its log in front of a line of equals signs."""
+        """The script's source, which the public reference logs before a line of equals signs."""
         head, ruler, _ = self.text.partition("\n" + "=" * 100)
         return head if ruler and re.search(r"^import torch", head, re.MULTILINE) else None
 
@@ -157,7 +158,7 @@ def parse_log(path: Path) -> Log:
 
 @dataclass
 class Run:
-    """One seed: its log and, if train_gpt.py of this repository ran it, its result.json and metrics.jsonl."""
+    """One seed: its log and, if it was run by this repository's train_gpt.py, its result.json and metrics.jsonl."""
 
     name: str
     log: Log | None = None
@@ -167,7 +168,7 @@ class Run:
 
     @property
     def witness(self) -> Log | None:
-        """The log, unless it is that of another seed than the result's."""
+        """The log, or None if its seed differs from the seed in result.json."""
         other = self.log and self.result and self.log.seeds and self.result.get("seed") not in self.log.seeds
         return None if other else self.log
 
@@ -175,7 +176,7 @@ class Run:
         return getattr(self.witness, key) if self.witness else None
 
     def _value(self, key: str, logged, scale: float = 1.0):
-        """`key` of result.json where it agrees with what the log says, else the latter."""
+        """Return `key` of result.json if it agrees with the logged value, else the logged value divided by `scale`."""
         stated = (self.result or {}).get(key)
         if logged is None or (stated is not None and agree(stated * scale, Decimal(str(logged)))):
             return stated
@@ -183,7 +184,7 @@ class Run:
 
     @property
     def contradictions(self) -> list[str]:
-        """Keys of result.json that its log contradicts."""
+        """Keys of result.json whose values differ from the log."""
         if not self.result or not self.witness:
             return []
         final = self.witness.final
@@ -210,7 +211,7 @@ class Run:
 
     @property
     def tokens(self) -> int | None:
-        """Targets that were scored."""
+        """Number of scored targets."""
         return self._value("scored_tokens", None if self.partial else self._logged("tokens"))
 
     @property
@@ -224,7 +225,8 @@ class Run:
 
     @property
     def train_seconds(self) -> float | None:
-        """The log's, unless result.json counts as much or more (a calibration after the last step is training)."""
+        """Training time: result.json's, unless it is lower than the log's. It may be higher because calibration after
+        the last step counts as training."""
         stated, logged = (self.result or {}).get("seconds", {}).get("training"), self._logged("train_ms")
         if stated is None or (logged is not None and 1000 * stated < logged - 1):
             return logged if logged is None else logged / 1000
@@ -255,14 +257,16 @@ class Run:
 
     @property
     def implied_bytes(self) -> float | None:
-        """Bytes of text that a score was divided by: tokens * loss / (ln 2 * BPB)."""
+        """Byte count implied by the score: tokens * loss / (ln 2 * BPB)."""
         if not (self.tokens and self.val_loss and self.val_bpb):
             return None
         return self.tokens * self.val_loss / (math.log(2) * self.val_bpb)
 
     def metrics(self) -> list[dict]:
-        """Lines of metrics.jsonl by step: their finite numbers, and `partial`. A resumed run wrote some steps twice:
-        the later line counts. What is no such line is left out, as the last one of a run that is still writing."""
+        """Return the lines of metrics.jsonl sorted by step, reduced to finite numbers and `partial`.
+
+        A resumed run may write a step twice; the later line wins. Malformed lines are skipped, such as an unfinished
+        last line of an active run."""
         if not self.metrics_path or not self.metrics_path.is_file():
             return []
         kept = {}
@@ -278,26 +282,26 @@ class Run:
 
 
 def sources_of(result: dict) -> dict[str, dict]:
-    """{file: {sha256, bytes}} of the code that shaped a run; older results know the script alone."""
+    """Return {file: {sha256, bytes}} of a run's source files. Older results list only the script."""
     script = {"sha256": result.get("sha256_code"), "bytes": result.get("bytes_code")}
     return result.get("sources") or {"train_gpt.py": script}
 
 
 def read_json(path: Path) -> dict:
-    """The object in a file; UserError for anything else."""
+    """Read a JSON object. Raises UserError if the file is unreadable or holds anything else."""
     remedy = "take the file that the run wrote"
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): {remedy}") from error
-    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or too deep
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deep
         raise UserError(f"{path} is no JSON ({error}): {remedy}") from error
     require(isinstance(value, dict), f"{path} holds a {type(value).__name__}, expected an object: {remedy}")
     return value
 
 
-# What the tools read of result.json and manifest.json. A value is of the kind that is named here, an object of others,
-# or null, which is the same as not there. Other fields may follow.
+# Schemas for the fields that the tools read from result.json and manifest.json: each value has the type listed here, is
+# an object of such values, or is null, which is treated as missing. Additional fields are allowed.
 COUNT, NUMBER, TEXT, FLAG, ANY = "a whole number", "a number", "a text", "true or false", "anything"
 RESULT = {
     **dict.fromkeys(("seed", "steps", "scored_tokens", "scored_bytes", "world_size"), COUNT),
@@ -320,14 +324,14 @@ MANIFEST = {
 
 
 def without_nulls(value):
-    """An object, and the objects in it, without the keys that are null."""
+    """Remove null values from an object, recursively."""
     if not isinstance(value, dict):
         return value
     return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
 
 
 def misfits(value, kind, name: str) -> list[str]:
-    """What is wrong with a value, and inside of it, as text."""
+    """Return descriptions of all schema violations in a value, recursively."""
     if kind == ANY:
         return []
     if isinstance(kind, dict):
@@ -344,8 +348,8 @@ def misfits(value, kind, name: str) -> list[str]:
 
 
 def read_shaped(path: Path, kind: dict, needed: set[str]) -> dict:
-    """The object in a JSON file, without its nulls; UserError for a field of another kind, or one of `needed` that is
-    not there."""
+    """Read a JSON object and drop its nulls. Raises UserError if a field has the wrong type or a field in `needed` is
+    missing."""
     value = without_nulls(read_json(path))
     problems = misfits(value, kind, "")
     problems += [f"{name} is missing" for name in sorted(needed - value.keys())]
@@ -357,17 +361,17 @@ def read_shaped(path: Path, kind: dict, needed: set[str]) -> dict:
 
 
 def read_result(path: Path, whole: bool = False) -> dict:
-    """A run's result.json; `whole` if a record needs it, and not what any script may write."""
+    """Read a run's result.json. `whole` requires every field that a record needs; other scripts may write fewer."""
     return read_shaped(path, RESULT, RESULT.keys() - MAY_LACK if whole else set())
 
 
 def read_manifest(path: Path) -> dict:
-    """The manifest.json of data, or nothing where there is none."""
+    """Read a dataset's manifest.json; {} if the file does not exist."""
     return read_shaped(path, MANIFEST, set()) if path.is_file() else {}
 
 
 def read_run(folder: Path) -> Run:
-    """A run folder, finished or not."""
+    """Read a run folder, finished or not. Raises UserError if it has no train.log."""
     log = folder / "train.log"
     require(log.is_file(), f"{folder} has no train.log: expected logs/<run_id>, a run folder of train_gpt.py")
     path = folder / "result.json"
@@ -376,7 +380,7 @@ def read_run(folder: Path) -> Run:
 
 
 def record_runs(folder: Path) -> list[Run]:
-    """The runs of a record folder: result_seed*.json with their logs, or else every file that looks like a log."""
+    """Read the runs of a record folder: result_seed*.json and their logs or, if there are none, every log file."""
     results = sorted(folder.glob("result_seed*.json"), key=lambda path: (len(path.name), path.name))
     runs = []
     for path in results:
@@ -387,7 +391,7 @@ def record_runs(folder: Path) -> list[Run]:
     for path in sorted(folder.rglob("*")) if not results else []:
         if path.suffix in LOG_SUFFIXES and path.is_file() and "requirements" not in path.name:
             log = parse_log(path)
-            if log.final or log.steps:  # other text files are none of our business
+            if log.final or log.steps:  # skip other text files
                 runs.append(Run(path.relative_to(folder).as_posix(), log))
     return runs
 
@@ -397,7 +401,7 @@ def is_record(folder: Path) -> bool:
 
 
 def read_group(spec: str) -> list[Run]:
-    """The runs of `spec`: a record folder, a run folder, or several run folders by a glob or with commas between."""
+    """Read the runs of `spec`: a record folder, a run folder, or several of them as a glob or comma-separated list."""
     folders = [Path(path) for part in spec.split(",") for path in (sorted(glob.glob(part)) or [part])]
     missing, remedy = [str(folder) for folder in folders if not folder.is_dir()], "give run folders or a record"
     require(not missing, f"{', '.join(missing)}: no such folder: {remedy}")

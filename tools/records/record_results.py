@@ -1,11 +1,11 @@
-"""What follows from the runs of a record: the fields of submission.json and the table of its README."""
+"""Values computed from a record's runs: the fields of submission.json and the results table of its README."""
 
 import statistics
 
 from record_read import Run
 
 TABLE = "<!-- results: generated, do not edit -->"
-COLUMNS = {  # of the table: {title: (field of a Run, format)}
+COLUMNS = {  # table columns: {title: (field of Run, format)}
     "val_bpb": ("val_bpb", ".5f"),
     "val_loss": ("val_loss", ".5f"),
     "before export": ("pre_quant_val_bpb", ".5f"),
@@ -17,18 +17,18 @@ COLUMNS = {  # of the table: {title: (field of a Run, format)}
 
 
 def present(runs: list[Run], key: str) -> list[float]:
-    """The values of a field in the runs that have it."""
+    """Return a field's values from the runs where it is not None."""
     return [value for run in runs if (value := getattr(run, key)) is not None]
 
 
 def spread(values: list[float], form: str) -> str:
-    """Mean and sample standard deviation as text."""
+    """Format the mean and, for two or more values, the sample standard deviation."""
     deviation = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):{form}}{deviation}"
 
 
 def results_table(runs: list[Run]) -> str:
-    """Markdown: a row for each seed, then means with standard deviations. A check computes it again from the runs."""
+    """Return a Markdown table: one row per seed, then mean ± std. record_check recomputes and compares it."""
     runs = sorted(runs, key=lambda run: run.seed or 0)
     lines = [["seed", *COLUMNS, "bytes"], ["---"] * (len(COLUMNS) + 2)]
     for run in runs:
@@ -46,7 +46,7 @@ def hardware(run: Run) -> str:
 
 
 def computed(runs: list[Run]) -> dict:
-    """The fields of submission.json that follow from the runs."""
+    """Compute the fields of submission.json that derive from the runs."""
     scores = [run.val_bpb for run in runs]
     results = {
         str(run.seed): {

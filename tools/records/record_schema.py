@@ -1,5 +1,5 @@
-"""submission.json: what a record of this repository must state, and what the public challenge's files state in their
-drifting names; and what the name of a track says of its limits."""
+"""Schemas of submission.json, for records of this repository and for the public challenge's files with their varying
+field names; and the limits encoded in a track's name."""
 
 import datetime
 import json
@@ -12,7 +12,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from train_gpt import UserError, require
 
-MEGABYTE = 10**6  # decimal: 16 MB are 16,000,000 bytes, and not 16 MiB, which are 16,777,216
+MEGABYTE = 10**6  # decimal: 16 MB is 16,000,000 bytes; 16 MiB would be 16,777,216
 DATE = r"^\d{4}-\d{2}-\d{2}([T ].*)?$"
 Text = Field(pattern=r"\S")
 Positive = Field(gt=0, allow_inf_nan=False)
@@ -29,7 +29,7 @@ class SeedResult(BaseModel):
 
 
 class Submission(BaseModel):
-    """A record of this repository. Every number is computed by `record.py new`; more fields may follow."""
+    """A record of this repository. `record.py new` computes every number. Additional fields are allowed."""
 
     model_config = ConfigDict(extra="allow", strict=True)
     author: str = Text
@@ -54,7 +54,7 @@ class Submission(BaseModel):
     base: str | None = Field(description="folder of the record that this one claims to beat, in the same track")
 
 
-ALIASES = {  # every name of a field seen in public folders, in order of preference
+ALIASES = {  # all field names found in public folders, in order of preference
     "author": ("author", "authors", "submitter", "author_name", "team"),
     "github_id": ("github_id", "github", "github_username", "github_user", "github_handle", "submitter"),
     "name": "name title run_name submission_name record_name blurb notes description".split(),
@@ -68,7 +68,7 @@ ALIASES = {  # every name of a field seen in public folders, in order of prefere
     ).split(),
     "bytes_code": ("bytes_code", "code_bytes", "code_size_bytes", "code_size"),
 }
-COMPARED = ("val_bpb", "val_loss", "val_bpb_std", "bytes_total", "bytes_code")  # numbers, where they are stated
+COMPARED = ("val_bpb", "val_loss", "val_bpb_std", "bytes_total", "bytes_code")  # numeric fields, checked if present
 
 
 def alias(name: str, **rules):
@@ -76,7 +76,7 @@ def alias(name: str, **rules):
 
 
 class PublicSubmission(BaseModel):
-    """The core fields, under every name seen in public folders."""
+    """The core fields, accepted under any name found in public folders."""
 
     model_config = ConfigDict(extra="allow")
     author: str | list[str] = alias("author", min_length=1)
@@ -91,7 +91,7 @@ SEED_TABLES = ("seed_results", "per_seed", "results", "per_seed_results", "runs"
 
 @dataclass
 class Claim:
-    """submission.json as it is compared: numbers with the digits they were written with."""
+    """The claims in submission.json, as Decimals that keep the digits as written."""
 
     raw: dict
     val_bpb: Decimal | None = None
@@ -99,7 +99,7 @@ class Claim:
     val_bpb_std: Decimal | None = None
     bytes_total: Decimal | None = None
     bytes_code: Decimal | None = None
-    seeds: dict[int, dict[str, Decimal]] = field(default_factory=dict)  # what is claimed for each seed
+    seeds: dict[int, dict[str, Decimal]] = field(default_factory=dict)  # per-seed claims
     listed: list[int] = field(default_factory=list)
 
 
@@ -111,7 +111,7 @@ def number(value, from_text: bool = False) -> Decimal | None:
 
 
 def stated(row: dict, from_text: bool) -> dict[str, Decimal]:
-    """{field: number} of what a row states, under the first of its names that holds a number."""
+    """Return {field: number} for a row, taking each field from the first of its names that holds a number."""
     found = {}
     for name in COMPARED:
         values = (number(row.get(choice), from_text) for choice in ALIASES[name])
@@ -120,7 +120,8 @@ def stated(row: dict, from_text: bool) -> dict[str, Decimal]:
 
 
 def seed_claims(raw: dict, from_text: bool) -> dict[int, dict[str, Decimal]]:
-    """{seed: {field: number}} of tables by seed (1337, "seed_42"), lists of rows, or bare scores."""
+    """Return {seed: {field: number}} from a table keyed by seed (1337, "seed_42") or a list of rows with a seed. A
+    table's value may also be a bare score."""
     table = next((raw[name] for name in SEED_TABLES if isinstance(raw.get(name), dict | list)), {})
     listed = [] if isinstance(table, dict) else [row for row in table if isinstance(row, dict) and "seed" in row]
     rows = table.items() if isinstance(table, dict) else [(row["seed"], row) for row in listed]
@@ -134,7 +135,7 @@ def seed_claims(raw: dict, from_text: bool) -> dict[int, dict[str, Decimal]]:
 
 
 def read_claim(path: Path, ours: bool) -> tuple[Claim, dict]:
-    """(numbers to compare, the same file as plain JSON to validate). Public files also hold numbers as text."""
+    """Return (numbers to compare, plain JSON to validate). In public files, numbers may also be strings."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         raw, plain = json.loads(text, parse_float=Decimal), json.loads(text)
@@ -149,7 +150,7 @@ def read_claim(path: Path, ours: bool) -> tuple[Claim, dict]:
 
 
 def schema_errors(plain: dict, ours: bool) -> list[tuple[str, str]]:
-    """(field, what is wrong with it)."""
+    """Return (field, problem) pairs."""
     try:
         (Submission if ours else PublicSubmission).model_validate(plain)
     except ValidationError as error:
@@ -167,8 +168,8 @@ def schema_errors(plain: dict, ours: bool) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class Track:
-    """Limits by the name of a track: track_10min_16mb is 600 s, for training and for evaluation each, and 16,000,000
-    bytes. A part that the name lacks is no limit."""
+    """Limits encoded in a track's name: track_10min_16mb means 600 s each for training and evaluation, and 16,000,000
+    bytes. A limit missing from the name does not apply."""
 
     name: str
     seconds: float | None

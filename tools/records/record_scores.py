@@ -1,4 +1,4 @@
-"""Checks of what a record claims to have measured: scores, seeds, times, the validation text, significance."""
+"""Checks of a record's measurements: scores, seeds, times, validation data, and statistical significance."""
 
 import math
 import re
@@ -11,18 +11,18 @@ from record_compare import P_VALUE, record_test
 from record_folder import Fault, Record, Skip
 from record_read import Run, agree, digits, record_runs
 
-# A claim may be rounded, but not to fewer digits than this; ours is computed, and has them all.
+# Coarsest rounding allowed in a claimed score. Claims in our own records are computed and have full precision.
 COARSEST_PUBLIC, COARSEST_OURS = 1e-3, 1e-8
-COMPUTED = "copy no number by hand: `record.py new` computes all of them"  # the remedy of a wrong claim
+COMPUTED = "copy no number by hand: `record.py new` computes all of them"  # the fix for a wrong claim
 
 
 def check_seeds(record: Record) -> Iterator[Fault | Skip]:
-    """Claimed seeds, listed seeds and seeds that left logs are the same; every file is of the seed it names."""
+    """Check that the claimed, listed and logged seeds are the same, and that each file holds the seed in its name."""
     claim, remedy = record.claim, "include every seed that was run, each with its own log"
     for run in record.runs:
         logged, named = run.log.seeds if run.log else set(), re.search(r"seed[_-]?(\d+)", run.name.replace(" ", ""))
         if run.result and run.log and run.result.get("seed") not in logged:
-            problem = f"is the log of seed {sorted(logged)}, beside the result of seed {run.result.get('seed')}"
+            problem = f"is the log of seed {sorted(logged)}, but the result is of seed {run.result.get('seed')}"
             yield Fault(record.log_of(run), problem, "put the log of that seed in its place")
         elif named and logged and int(named[1]) not in logged | {run.seed}:
             yield Fault(run.name, f"its log says seed {sorted(logged)}", "put the right log in its place")
@@ -34,7 +34,7 @@ def check_seeds(record: Record) -> Iterator[Fault | Skip]:
     claimed, ran = set(claim.seeds or claim.listed), {run.seed for run in record.runs} - {None}
     if ran and claimed - ran:
         yield Fault("submission.json", f"claims seeds {sorted(claimed - ran)}, which left no log", remedy)
-    # Public folders also hold logs of ablations: only one that is named like the claimed ones is a dropped seed.
+    # Public folders also hold ablation logs: a log counts as a dropped seed only if its name fits the claimed ones.
     forms = {run.name.replace(str(run.seed), "*") for run in record.runs if run.seed in claimed}
     named = {run.seed for run in record.runs if record.ours or run.name.replace(str(run.seed), "*") in forms}
     dropped = sorted(named - claimed - {None})
@@ -43,11 +43,11 @@ def check_seeds(record: Record) -> Iterator[Fault | Skip]:
         yield Fault("submission.json", problem, remedy)
     seeds = [run.seed for run in record.runs if run.seed is not None]
     for seed in sorted({seed for seed in seeds if seeds.count(seed) > 1 and record.ours}):
-        yield Fault(f"seed {seed}", "is there twice", remedy)
+        yield Fault(f"seed {seed}", "appears twice", remedy)
 
 
 def check_score(record: Record) -> Iterator[Fault | Skip]:
-    """Log against result.json, seed by seed; claims against both; mean and deviation computed again."""
+    """Compare each seed's log with its result.json and the claims with both; recompute mean and standard deviation."""
     for run in record.runs:
         for key in [key for key in run.contradictions if key != "bytes_total"]:
             logged = f"line {run.log.final.line} of {record.log_of(run)} says {run.log.final.value(key)}"
@@ -69,7 +69,8 @@ def check_score(record: Record) -> Iterator[Fault | Skip]:
 
 
 def known_loss(record: Record) -> bool:
-    """Public folders state the loss of any validation, before or after the export, or its mean over the seeds."""
+    """Return True if the claimed loss appears in the logs. Public folders may state the loss of any validation, before
+    or after export, or its mean over seeds."""
     claim, logs = record.claim, [run.log for run in record.runs if run.log]
     every = [float(text) for log in logs for text in re.findall(r"val_loss[:=] ?(\d+\.\d+)", log.body)]
     groups = [
@@ -84,7 +85,7 @@ def known_loss(record: Record) -> bool:
 
 
 def differs(claimed: Decimal, run: Run, key: str) -> str:
-    """What is wrong with a claimed score of a run; a public log may hold several scores of its artifact."""
+    """Return how a claimed score differs from the run's, or "". A public log may contain several artifact scores."""
     scores = run.log.scores if run.log and not run.result else []
     after = [float(score.value(key)) for score in scores if not score.before_export] + [getattr(run, key)]
     coarse = [score.value(key) for score in scores if digits(score.value(key)) > digits(claimed)]
@@ -102,7 +103,7 @@ def check_mean(record: Record) -> Iterator[Fault | Skip]:
     chosen = [scored[seed] for seed in seeds] or [run for run in record.runs if run.val_bpb]
     claimed = [fields["val_bpb"] for fields in claim.seeds.values() if "val_bpb" in fields]
     if not record.ours and len(claimed) == len(claim.seeds) > 0:
-        scores = [float(score) for score in claimed]  # each was compared with its log above
+        scores = [float(score) for score in claimed]  # each was already compared with its log
         slack = max(digits(score) for score in claimed)
     else:
         scores, slack = [run.val_bpb for run in chosen], COARSEST_OURS
@@ -128,7 +129,8 @@ def check_mean(record: Record) -> Iterator[Fault | Skip]:
 
 
 def check_clock(record: Record) -> Iterator[Fault | Skip]:
-    """Training and evaluation, each under the cap. The public script tests its clock after a step: one more is let."""
+    """Check that training and evaluation each stay within the time limit. The public script checks its clock only after
+    a step, so public runs get a slack of two steps."""
     cap = record.track.seconds
     if not cap or not any(run.train_seconds for run in record.runs):
         yield Skip("the track has no clock" if not cap else "no log states the time of the training")
@@ -144,7 +146,7 @@ def check_clock(record: Record) -> Iterator[Fault | Skip]:
 
 
 def check_validation(record: Record) -> Iterator[Fault | Skip]:
-    """All targets of a known text."""
+    """Check that every target of a known validation set was scored."""
     stated = record.manifest.get("splits", {}).get("val", {}).get("tokens")
     judged = False
     for run in record.runs:
@@ -162,7 +164,7 @@ def check_validation(record: Record) -> Iterator[Fault | Skip]:
         yield Skip("no number of targets, or a text that is not known and has no data_manifest.json")
 
 
-# In names of FineWeb's shards and tokenizers. With any other tokenizer the number of targets is another one.
+# Patterns in the names of FineWeb shards and tokenizers. The number of targets depends on the tokenizer.
 KNOWN_TOKENIZERS, ANY_TOKENIZER = r"fineweb10B_sp(1024|4096|8192)\b|fineweb_(1024|4096|8192)_bpe", r"fineweb10B"
 
 
@@ -171,7 +173,7 @@ def fineweb_by(run: Run, tokenizer: str) -> bool:
 
 
 def check_bytes(record: Record) -> Iterator[Fault | Skip]:
-    """Bytes that the score was divided by: tokens * loss / (ln 2 * BPB), against the text's own."""
+    """Compare the byte count implied by the score, tokens * loss / (ln 2 * BPB), with that of the validation data."""
     split, judged = record.manifest.get("splits", {}).get("val", {}), False
     true = split.get("token_bytes", split.get("bytes"))
     for run in record.runs:
